@@ -1,0 +1,38 @@
+# make train   trains three preference methods on real text (a few minutes on two cores)
+# make test    lint, types and all tests
+# make bench   the CPU benchmark suite, with peers (about ten minutes)
+# make report  tables and pictures from the committed results
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test lint bench report clean
+
+train: $(VENV)/installed
+	$(RUN) examples/quickstart.py $(ARGS)
+
+test: lint
+	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m benchmarks report --check
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/installed
+	$(RUN) -m benchmarks cpu
+
+report: $(VENV)/installed
+	$(RUN) -m benchmarks report
+
+$(VENV)/installed: pyproject.toml requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,58 @@
+"""`python -m benchmarks cpu` measures; `python -m benchmarks report [--check]` shows it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from benchmarks.claims import claims_of
+from benchmarks.report import README, check_report, write_report
+from benchmarks.results import RESULTS, load
+from benchmarks.suite import run_cpu
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    cpu = commands.add_parser("cpu", help="measure on the CPU, in less than ten minutes on 2 cores")
+    cpu.add_argument("--rounds", type=int, default=7, help="rounds of the timings at most")
+    report = commands.add_parser("report", help="fill the README's tables and draw the pictures")
+    report.add_argument("--check", action="store_true", help="fail where they are out of date")
+    report.add_argument("--readme", type=Path, default=README)
+    for command in (cpu, report):
+        command.add_argument("--results", type=Path, default=RESULTS / "cpu")
+    options = parser.parse_args(arguments)
+
+    if options.command == "cpu":
+        # What peers warn of (deprecations, compile fallbacks) would bury the progress.
+        warnings.simplefilter("ignore")
+        run_cpu(options.results, count=options.rounds, say=_say)
+        _print_claims(options.results)
+        return 0
+    if options.check:
+        current = check_report(options.readme, options.results)
+        print("README agrees with the results" if current else "README is out of date")
+        return 0 if current else 1
+    write_report(options.readme, options.results)
+    _print_claims(options.results)
+    return 0
+
+
+def _print_claims(folder: Path) -> None:
+    rows = {
+        dtype: {row["candidate"]: row for row in load(folder)[f"head-{dtype}"]["rows"]}
+        for dtype in ("fp32", "bf16")
+    }
+    for claim in claims_of(rows):
+        print(claim)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Extra peak memory: what a step needs on top of its inputs and of the gradients it delivers.
+
+``extra = peak during the step − before it (inputs alive, gradients dropped) − its gradients``.
+On CPU it is the resident memory of a fresh child process that runs nothing else. The step has run
+once on a tiny shape, so that libraries are loaded (a candidate that compiles: on the same shape).
+Freed blocks go back to the system at once there, so resident memory follows the live tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import resource
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import torch
+
+from benchmarks.accuracy import failure
+from benchmarks.peers import CANDIDATES, Candidate, step
+from benchmarks.shapes import DTYPES, TINY, Problem, Shape, make_problem
+
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_PRELOADED = (
+    "benchmarks.peers",
+    "cut_cross_entropy",
+    "liger_kernel.chunked_loss",
+    "trl.kernels",
+    "trl.trainer.utils",
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one step.
+
+    Attributes:
+        extra: peak beyond the inputs and the gradients, None where it could not be measured.
+        gradients: of the gradients that the step leaves.
+        status: "ok", or why there is no figure.
+    """
+
+    extra: int | None
+    gradients: int | None
+    status: str
+
+
+def peak_memory(candidate: Candidate, shape: Shape, dtype: str, device: str = "cpu") -> Memory:
+    """Measure one candidate; it is skipped where its logits would not fit the free memory."""
+    if device == "cuda":
+        return _on_cuda(candidate, make_problem(shape, DTYPES[dtype], device))
+    needed = candidate.logits_copies * 4 * shape.rows * shape.vocab
+    free = psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        gib = 2**30
+        return Memory(None, None, f"skipped: needs {needed / gib:.0f} of {free / gib:.0f} GiB free")
+
+    # Forked from a server that has imported the peers and has run nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_in_child, args=(sender, candidate.name, shape, dtype, torch.get_num_threads())
+    )
+    child.start()
+    sender.close()
+    try:
+        result: Memory = receiver.recv()
+    except EOFError:
+        child.join()
+        return Memory(None, None, f"failed: process ended with code {child.exitcode}")
+    child.join()
+    return result
+
+
+def _in_child(sender: Connection, name: str, shape: Shape, dtype: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**16)
+    candidate = CANDIDATES[name]
+    try:
+        step(candidate, make_problem(shape if candidate.compiles else TINY, DTYPES[dtype]))
+        problem = make_problem(shape, DTYPES[dtype])
+        gc.collect()
+        before = _start_peak()
+        step(candidate, problem)
+        extra = _peak() - before - problem.gradient_bytes
+    except Exception as error:
+        sender.send(Memory(None, None, failure(error)))
+    else:
+        sender.send(Memory(extra, problem.gradient_bytes, "ok"))
+
+
+def _on_cuda(candidate: Candidate, problem: Problem) -> Memory:
+    try:
+        step(candidate, problem)
+        problem.clear()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(candidate, problem)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before - problem.gradient_bytes
+    except Exception as error:
+        return Memory(None, None, failure(error))
+    return Memory(extra, problem.gradient_bytes, "ok")
+
+
+def _start_peak() -> int:
+    """Set the peak back to what is resident now, where the system can, and return the latter."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        pass
+    return psutil.Process().memory_info().rss
+
+
+def _peak() -> int:
+    try:
+        lines = _STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

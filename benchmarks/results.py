@@ -1,0 +1,169 @@
+"""Results on disk: one JSON file per section, rows with the machine and versions they hold for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+Row = dict[str, Any]
+
+_LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cross-entropy")
+_NUMBER = (int, float, type(None))
+_SHAPE_FIELDS: dict[str, tuple[type, ...]] = {
+    "candidate": (str,),
+    "shape": (str,),
+    "sequences": (int,),
+    "length": (int,),
+    "labelled_rows": (int,),
+    "hidden_size": (int,),
+    "vocab": (int,),
+    "dtype": (str,),
+    "trains": (str,),
+    "status": (str,),
+    "extra_bytes": _NUMBER,
+    "gradient_bytes": _NUMBER,
+}
+# Section → field → types. A null stands for a figure that the status says there is none of.
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "head": {
+        **_SHAPE_FIELDS,
+        "memory_status": (str,),
+        "rounds": (int,),
+        "ms": _NUMBER,
+        "p_ms": _NUMBER,
+        "in_p": _NUMBER,
+        "in_p_quartiles": (list, type(None)),
+        "logp_error": _NUMBER,
+        "dhidden_error": _NUMBER,
+        "dweight_error": _NUMBER,
+    },
+    "sweep": {**_SHAPE_FIELDS, "axis": (str,)},
+}
+
+
+@dataclass
+class Results:
+    """One section's rows, written to `path` as often as they grow."""
+
+    path: Path
+    section: str
+    rows: list[Row] = field(default_factory=list)
+    origin: Row = field(default_factory=lambda: origin())
+
+    def put(self, row: Row) -> None:
+        """Add a row, or replace the one of the same candidate, shape and dtype; then write."""
+        self.rows = [other for other in self.rows if _key(other) != _key(row)] + [row]
+        self.save()
+
+    def save(self) -> None:
+        """Write everything; a reader never sees half a file."""
+        content = {"section": self.section, **self.origin, "rows": self.rows}
+        check(content)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(self.path)
+
+
+def origin() -> Row:
+    """When, from which commit, and on what the figures are measured."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Every checked results file of a folder, by its name without the suffix."""
+    files = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")
+    }
+    for content in files.values():
+        check(content)
+    return files
+
+
+def check(content: Mapping[str, Any]) -> None:
+    """Check a file's content against `FIELDS`.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type.
+    """
+    for name in ("section", "date", "commit", "machine", "versions", "rows"):
+        if name not in content:
+            raise ValueError(f"{name}: missing in the results")
+    fields = FIELDS[content["section"]]
+    for row in content["rows"]:
+        if row.keys() != fields.keys():
+            odd = ", ".join(sorted(row.keys() ^ fields.keys()))
+            raise ValueError(f"{odd}: missing or unknown in a row of {content['section']}")
+        for name, kinds in fields.items():
+            if not isinstance(row[name], kinds):
+                raise ValueError(f"{name}: got {row[name]!r}")
+
+
+def machine() -> dict[str, str | int]:
+    """What was measured on, without names that tell where it stands."""
+    described: dict[str, str | int] = {
+        "cpu": _cpu_model(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": platform.system(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    return described
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name.replace("_", "-")] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that was measured, "+changes" added where the tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", "../fused_prefopt", "../kernels", "*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "uncommitted"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if os.path.exists(info):
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row["candidate"], row["shape"], row["dtype"]

@@ -1,0 +1,150 @@
+"""What `quickstart.py` trains on: a tokenizer, a reference model and three sets of features.
+
+Made here from the standard library's documentation, or loaded from the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from fused_prefopt.data import (
+    load_dataset_records,
+    load_documents,
+    make_pairs,
+    make_points,
+    pairs_of_points,
+    paragraphs,
+    points_of_pairs,
+    split_documents,
+    tokenise_pairs,
+    tokenise_points,
+    train_tokenizer,
+)
+
+Features = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tokenizer, a reference model and the three sets of features."""
+
+    tokenizer: Any
+    reference: torch.nn.Module
+    pairs: Features
+    points: Features
+    held_out: Features
+
+
+def embedded_task(options: argparse.Namespace) -> Task:
+    """Text, tokenizer and reference model made from the standard library's documentation."""
+    train_documents, held_out_documents = split_documents(load_documents(), seed=options.seed)
+    texts = [text for document in train_documents for text in paragraphs(document)]
+    tokenizer = train_tokenizer(texts, vocab_size=2048)
+    model = pretrain(options, tokenizer, texts)
+    tokenizer.save_pretrained(options.output / "reference")
+    model.save_pretrained(options.output / "reference")
+
+    seed, limit = options.seed, options.limit
+    lengths = (tokenizer, options.max_length, options.max_length // 2)
+    pairs = make_pairs(train_documents, seed=seed, flip_rate=options.flip_rate, limit=limit)
+    points = make_points(train_documents, seed=seed, limit=limit // 2)
+    held_out = make_pairs(held_out_documents, seed=seed, limit=options.held_out_limit)
+    return Task(
+        tokenizer,
+        model,
+        tokenise_pairs(pairs, *lengths),
+        tokenise_points(points, *lengths),
+        tokenise_pairs(held_out, *lengths),
+    )
+
+
+def hub_task(options: argparse.Namespace) -> Task:
+    """A hub model on a hub dataset of pairs or of rated completions."""
+    if not (options.model and options.dataset):
+        raise SystemExit("--model and --dataset go together")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    lengths = (tokenizer, options.max_length, options.max_length // 2)
+    records = load_dataset_records(options.dataset, options.split, options.limit)
+    judged = load_dataset_records(options.dataset, options.held_out_split, options.held_out_limit)
+    if not records or not judged:
+        raise SystemExit(f"{options.dataset}: no usable rows in {options.split} or its held-out")
+    if "completion" in records[0]:
+        pairs, points, held_out = pairs_of_points(records), records, pairs_of_points(judged)
+    else:
+        pairs, points, held_out = records, points_of_pairs(records), judged
+    return Task(
+        tokenizer,
+        model,
+        tokenise_pairs(pairs, *lengths),
+        tokenise_points(points, *lengths),
+        tokenise_pairs(held_out, *lengths),
+    )
+
+
+def pretrain(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> LlamaForCausalLM:
+    """A small Llama, trained on the texts to predict the next token."""
+    print(f"pretraining a small Llama on {len(texts)} paragraphs", flush=True)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=options.max_length,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
+    size = options.max_length
+    blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    trainer = Trainer(
+        model,
+        training_arguments(options, "pretraining", options.pretraining_steps, 3e-3),
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    return model.eval()
+
+
+def training_arguments(
+    options: argparse.Namespace, name: str, steps: int, learning_rate: float, sequences: int = 1
+) -> TrainingArguments:
+    """What all trainings here share; `sequences` is how many features stand for one pair."""
+    return TrainingArguments(
+        output_dir=str(options.output / name),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size * sequences // options.accumulation,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        logging_steps=max(1, steps // 15),
+        save_strategy="no",
+        report_to="none",
+        seed=options.seed,
+        remove_unused_columns=False,
+        label_names=["completion_mask"],
+    )

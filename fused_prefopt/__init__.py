@@ -1,0 +1,19 @@
+"""Preference-optimisation losses fused with the LM head: no logits in memory."""
+
+from fused_prefopt.losses import available_losses
+from fused_prefopt.ops import Plan, sequence_logps, token_logps
+from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.types import LMHead, LogpBatch, LossOutput, SequenceLogps
+
+__all__ = [
+    "LMHead",
+    "LogpBatch",
+    "LossOutput",
+    "Plan",
+    "PreferenceLoss",
+    "SequenceLogps",
+    "available_losses",
+    "sequence_logps",
+    "token_logps",
+]
+__version__ = "0.1.0"

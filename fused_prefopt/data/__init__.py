@@ -1,0 +1,44 @@
+"""Preference data: an embedded corpus, records to token ids, collators, adapters for datasets."""
+
+from fused_prefopt.data.adapters import (
+    load_dataset_records,
+    preference,
+    ultrafeedback,
+    ultrafeedback_binarized,
+)
+from fused_prefopt.data.collators import (
+    PairCollator,
+    PointCollator,
+    labels_of,
+    prompt_labels_of,
+)
+from fused_prefopt.data.conversion import pairs_of_points, points_of_pairs
+from fused_prefopt.data.docstrings import Document, load_documents, paragraphs, split_documents
+from fused_prefopt.data.pairs import make_pairs
+from fused_prefopt.data.points import make_points
+from fused_prefopt.data.sampler import GroupBatchSampler
+from fused_prefopt.data.tokenise import tokenise_pairs, tokenise_points
+from fused_prefopt.data.tokenizer import train_tokenizer
+
+__all__ = [
+    "Document",
+    "GroupBatchSampler",
+    "PairCollator",
+    "PointCollator",
+    "labels_of",
+    "load_dataset_records",
+    "load_documents",
+    "make_pairs",
+    "make_points",
+    "pairs_of_points",
+    "paragraphs",
+    "points_of_pairs",
+    "preference",
+    "prompt_labels_of",
+    "split_documents",
+    "tokenise_pairs",
+    "tokenise_points",
+    "train_tokenizer",
+    "ultrafeedback",
+    "ultrafeedback_binarized",
+]

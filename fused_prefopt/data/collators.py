@@ -1,0 +1,208 @@
+"""Collators: token ids of pairs or points become one batch, padded or packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.data.columns import require_columns
+
+Feature = Mapping[str, Any]
+POINT_COLUMNS = {
+    "reward": ("rewards", torch.float32),
+    "group": ("groups", torch.int64),
+    "desirable": ("desirable", torch.bool),
+    "reference": ("reference", torch.float32),
+    "prompt_reference": ("prompt_reference", torch.float32),
+    "sequence_kl": ("sequence_kl", torch.float32),
+}
+
+
+@dataclass
+class _Collator:
+    """How sequences are laid out, padded or packed."""
+
+    pad_token_id: int
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pad_token_id is None:
+            raise ValueError("pad_token_id: got None, wanted an int (the eos token's will do)")
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError("pad_to_multiple_of: got a number with padding_free, wanted None")
+
+    def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
+        """Lay out prompt + completion of every feature, for one completion column after another."""
+        sequences = []
+        for column in completions:
+            for index, feature in enumerate(features):
+                prompt = torch.as_tensor(feature["prompt_ids"], dtype=torch.int64)
+                completion = torch.as_tensor(feature[column], dtype=torch.int64)
+                if completion.numel() == 0:
+                    raise ValueError(f"{column}: feature {index} is empty, wanted at least 1 token")
+                sequences.append((prompt, completion))
+        return self._packed(sequences) if self.padding_free else self._padded(sequences)
+
+    def _padded(self, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        multiple = self.pad_to_multiple_of or 1
+        longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
+        shape = (len(sequences), -(-longest // multiple) * multiple)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        completion_mask = torch.zeros(shape, dtype=torch.int64)
+        for row, (prompt, completion) in enumerate(sequences):
+            end = len(prompt) + len(completion)
+            input_ids[row, :end] = torch.cat((prompt, completion))
+            attention_mask[row, :end] = 1
+            completion_mask[row, len(prompt) : end] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "completion_mask": completion_mask,
+        }
+
+    def _packed(self, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        parts = [part for sequence in sequences for part in sequence]
+        lengths = torch.tensor([len(prompt) + len(end) for prompt, end in sequences])
+        is_completion = torch.tensor([0, 1]).repeat(len(sequences))
+        return {
+            "input_ids": torch.cat(parts)[None],
+            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+            "completion_mask": torch.repeat_interleave(
+                is_completion, torch.tensor([len(part) for part in parts])
+            )[None],
+            "sequence_ids": torch.repeat_interleave(torch.arange(len(sequences)), lengths)[None],
+            "num_sequences": len(sequences),
+        }
+
+
+@dataclass
+class PairCollator(_Collator):
+    """Collate preference pairs into TRL's concatenated layout.
+
+    Args:
+        pad_token_id: fills the padded positions of `input_ids`.
+        padding_free: pack all sequences into one row instead of padding them.
+        pad_to_multiple_of: round the padded length up to a multiple, or None.
+
+    Raises:
+        ValueError: `pad_token_id` is None, or `pad_to_multiple_of` comes with `padding_free`.
+    """
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Make a batch of B pairs: sequences 0..B−1 are chosen, B..2B−1 rejected.
+
+        Args:
+            features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
+                `score_chosen` with `score_rejected`, `ref_chosen_logps`, `ref_rejected_logps`.
+
+        Returns:
+            Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
+            Packed: `input_ids`, `position_ids` (restarting at each sequence), `completion_mask`,
+            `sequence_ids`, (1, N) int64, and `num_sequences` = 2B, a Python int: device placement
+            leaves it alone and reading it never waits for the device.
+            If the features have them: `rewards` (2B,) and `ref_chosen_logps`,
+            `ref_rejected_logps` (B,), float32. Never `labels`: transformers' Trainer would
+            rescale the loss by them; see `labels_of`.
+
+        Raises:
+            ValueError: no feature, a missing column, or an empty completion.
+        """
+        _require_features(features, ("prompt_ids", "chosen_ids", "rejected_ids"))
+        batch = self._layout(features, ("chosen_ids", "rejected_ids"))
+        scores = ("score_chosen", "score_rejected")
+        if _any_has(features, *scores):
+            columns = [_column(features, name, torch.float32) for name in scores]
+            batch["rewards"] = torch.cat(columns)
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if _any_has(features, name):
+                batch[name] = _column(features, name, torch.float32)
+        return batch
+
+
+@dataclass
+class PointCollator(_Collator):
+    """Collate rated or binary-labelled completions, one sequence each.
+
+    Args:
+        pad_token_id: fills the padded positions of `input_ids`.
+        padding_free: pack all sequences into one row instead of padding them.
+        pad_to_multiple_of: round the padded length up to a multiple, or None.
+
+    Raises:
+        ValueError: `pad_token_id` is None, or `pad_to_multiple_of` comes with `padding_free`.
+    """
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Make a batch of S sequences, in the order of the features.
+
+        Args:
+            features: S dicts with `prompt_ids`, `completion_ids` and any of `reward`, `group`,
+                `desirable`, `reference`, `prompt_reference`, `sequence_kl`. The completions of
+                one prompt may be spread over several batches.
+
+        Returns:
+            The layouts of `PairCollator` with S sequences, and for the columns that the features
+            have: `rewards`, `reference`, `prompt_reference`, `sequence_kl` (S,) float32, `groups`
+            (S,) int64, `desirable` (S,) bool.
+
+        Raises:
+            ValueError: no feature, a missing column, or an empty completion.
+        """
+        _require_features(features, ("prompt_ids", "completion_ids"))
+        batch = self._layout(features, ("completion_ids",))
+        for column, (name, dtype) in POINT_COLUMNS.items():
+            if _any_has(features, column):
+                batch[name] = _column(features, column, dtype)
+        return batch
+
+
+def labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
+    """Labels of the completion tokens, not shifted (Hugging Face's convention).
+
+    Args:
+        batch: from a collator.
+        ignore_index: label of every other position.
+
+    Returns:
+        The shape of `input_ids`, int64.
+    """
+    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, ignore_index)
+
+
+def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
+    """Labels of the prompt tokens, not shifted; nothing predicts a sequence's first token.
+
+    Args:
+        batch: from a collator.
+        ignore_index: label of every other position.
+
+    Returns:
+        The shape of `input_ids`, int64.
+    """
+    hidden = batch["completion_mask"] != 0
+    if "attention_mask" in batch:
+        hidden = hidden | (batch["attention_mask"] == 0)
+    return batch["input_ids"].masked_fill(hidden, ignore_index)
+
+
+def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> None:
+    if not features:
+        raise ValueError("features: got an empty list, wanted at least one feature")
+    for feature in features:
+        require_columns(feature, wanted)
+
+
+def _any_has(features: Sequence[Feature], *names: str) -> bool:
+    return any(name in feature for feature in features for name in names)
+
+
+def _column(features: Sequence[Feature], name: str, dtype: torch.dtype) -> Tensor:
+    for feature in features:
+        require_columns(feature, (name,))
+    return torch.tensor([feature[name] for feature in features], dtype=dtype)

@@ -1,0 +1,131 @@
+"""How well a model tells chosen from rejected, and how far it is from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_prefopt.data import labels_of
+from fused_prefopt.integrations.causal_lm import backbone_of, lm_head_of
+from fused_prefopt.reference import dataset_logps
+from fused_prefopt.types import LogpBatch
+
+Feature = Mapping[str, Any]
+Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
+_ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """A model's log-probs of preference pairs, beside its reference's.
+
+    Attributes:
+        batch: policy, lengths and reference of all pairs, chosen first.
+        kl: mean over chosen tokens of KL(policy || reference), in nats, exact over the vocabulary.
+    """
+
+    batch: LogpBatch
+    kl: float
+
+    @property
+    def margins(self) -> Tensor:
+        """(P,) mean log-prob of chosen minus that of rejected, in nats per token."""
+        chosen, rejected = (self.batch.policy / self.batch.lengths).chunk(2)
+        return chosen - rejected
+
+    def summary(self, reward: Callable[[LogpBatch], Tensor] | None = None) -> dict[str, float]:
+        """Numbers of the comparison table.
+
+        Args:
+            reward: the implicit reward a loss trains, such as `PreferenceLoss(...).loss.reward`.
+
+        Returns:
+            accuracy: share of pairs whose chosen side has the higher mean log-prob;
+            accuracy_stderr: its standard error; margin: mean of `margins`; kl; logps/chosen,
+            logps/rejected: mean sums in nats; with `reward` also reward_accuracy: share of pairs
+            whose chosen side has the higher reward.
+        """
+        accuracy, pairs = _share(self.margins > 0), self.margins.numel()
+        chosen, rejected = self.batch.policy.chunk(2)
+        summary = {
+            "accuracy": accuracy,
+            "accuracy_stderr": (accuracy * (1 - accuracy) / pairs) ** 0.5,
+            "margin": self.margins.mean().item(),
+            "kl": self.kl,
+            "logps/chosen": chosen.mean().item(),
+            "logps/rejected": rejected.mean().item(),
+        }
+        if reward is not None:
+            better, worse = reward(self.batch).chunk(2)
+            summary["reward_accuracy"] = _share(better > worse)
+        return summary
+
+
+def _share(of: Tensor) -> float:
+    return of.float().mean().item()
+
+
+def score_pairs(
+    model: nn.Module,
+    reference: nn.Module,
+    features: Sequence[Feature],
+    collator: Collator,
+    *,
+    batch_size: int = 16,
+) -> PairScores:
+    """Judge a model on preference pairs.
+
+    Args:
+        model: the policy.
+        reference: what it is compared with.
+        features: from `tokenise_pairs`, with the reference's log-probs (`add_reference_logps`).
+        collator: `PairCollator`, padded layout.
+        batch_size: pairs a forward pass takes.
+    """
+    columns = dataset_logps(
+        model, features, collator, batch_size=batch_size, description="held-out pairs"
+    )
+    lengths = [
+        len(feature[side]) for side in ("chosen_ids", "rejected_ids") for feature in features
+    ]
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    batch = LogpBatch(
+        policy=torch.cat([columns[name] for name in names]),
+        lengths=torch.tensor(lengths),
+        reference=torch.tensor([feature[name] for name in names for feature in features]),
+    )
+    return PairScores(batch, _mean_kl(model, reference, features, collator, batch_size))
+
+
+@torch.no_grad()
+def _mean_kl(
+    model: nn.Module,
+    reference: nn.Module,
+    features: Sequence[Feature],
+    collator: Collator,
+    batch_size: int,
+) -> float:
+    device = next(model.parameters()).device
+    heads = (lm_head_of(model), lm_head_of(reference))
+    total, tokens = 0.0, 0
+    for start in range(0, len(features), batch_size):
+        batch = collator(features[start : start + batch_size])
+        pairs = batch["input_ids"].shape[0] // 2
+        inputs = {name: batch[name][:pairs].to(device) for name in ("input_ids", "attention_mask")}
+        rows = (labels_of(batch)[:pairs, 1:] >= 0).to(device)
+        hiddens = [
+            backbone_of(each)(**inputs, use_cache=False).last_hidden_state[:, :-1][rows]
+            for each in (model, reference)
+        ]
+        tokens += hiddens[0].shape[0]
+        for piece in zip(*(hidden.split(_ROWS_AT_A_TIME) for hidden in hiddens), strict=True):
+            policy, anchor = (
+                head.logits(hidden).float().log_softmax(-1)
+                for head, hidden in zip(heads, piece, strict=True)
+            )
+            total += (policy.exp() * (policy - anchor)).sum().item()
+    return total / max(1, tokens)

@@ -1,0 +1,109 @@
+"""A Hugging Face causal language model, taken apart: its backbone and its head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fused_prefopt.types import LMHead
+
+# Config attribute → what it does to the logits. Models name the same thing differently.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_VOCABS = ("unpadded_vocab_size", "vocab_size")
+# Model types that multiply by what others divide by.
+_MULTIPLYING = ("hyperclovax",)
+# Model types with a layer between the backbone's last hidden state and the output embedding.
+_LAYERS_BEFORE_HEAD = ("modernbert-decoder", "blt")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The causal language model inside PEFT, DDP or other wrappers."""
+    while True:
+        base = getattr(model, "get_base_model", None)
+        inner = base() if callable(base) else getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that ends in the last hidden state.
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    model = unwrapped(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = getattr(model, prefix, None) if prefix else None
+    if not isinstance(backbone, nn.Module) or backbone is model:
+        raise ValueError(f"model: {type(model).__name__} has no backbone apart from its head")
+    return backbone
+
+
+def lm_head_of(model: nn.Module) -> LMHead:
+    """The head of a Hugging Face causal language model, PEFT-wrapped ones too.
+
+    Args:
+        model: has `get_output_embeddings()` and a `config`.
+
+    Raises:
+        ValueError: there is no output embedding, or a plain ``hidden @ weight.T + bias`` does not
+            describe it (an adapter on the head, a quantised weight, a layer before the head).
+    """
+    model = unwrapped(model)
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if module is None:
+        raise ValueError(f"model: {type(model).__name__} has no output embedding to read")
+    module = _trained_copy(module)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    extra = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or extra:
+        also = f" (it also has {', '.join(extra)})" if extra else ""
+        raise ValueError(
+            f"model: its head is a {type(module).__name__}, which weight and bias alone do not"
+            f" describe{also}"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"model: its head's weight is {weight.dtype}, wanted a floating dtype")
+    config = _text_config(model)
+    kind = getattr(config, "model_type", None)
+    if kind in _LAYERS_BEFORE_HEAD:
+        raise ValueError(f"model: a {kind} transforms its hidden state before its output embedding")
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= _number(config, name) or 1.0
+    for name in _DIVISORS:
+        divisor = _number(config, name) or 1.0
+        scale *= divisor if kind in _MULTIPLYING else 1.0 / divisor
+    softcap = next(filter(None, (_number(config, name) for name in _SOFTCAPS)), None)
+    vocab = next(filter(None, (getattr(config, name, None) for name in _VOCABS)), None)
+    padded = vocab is not None and vocab < weight.shape[0]
+    return LMHead(weight, bias, softcap, scale, valid_vocab=vocab if padded else None)
+
+
+def _trained_copy(module: nn.Module) -> nn.Module:
+    """What PEFT's `modules_to_save` trains in place of the original head."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    active: Any = [] if module.disable_adapters else module.active_adapters
+    if active and active[0] in copies:
+        return copies[active[0]]
+    # Adapters are off, or the active one keeps no copy of the head.
+    return module.get_submodule("original_module")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"model: {type(model).__name__} has no config to read its head from")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return None if value is None else float(value)

@@ -1,0 +1,40 @@
+"""Losses: pure functions of per-sequence log-probs, composed from rewards, margins and links."""
+
+from fused_prefopt.losses import presets
+from fused_prefopt.losses.gaps import gap_of
+from fused_prefopt.losses.links import Logistic, logistic
+from fused_prefopt.losses.margins import (
+    AdaptiveMargin,
+    ConstantMargin,
+    DynamicMargin,
+    Normalisation,
+)
+from fused_prefopt.losses.needs import check_needs
+from fused_prefopt.losses.pairwise import PairwiseLoss
+from fused_prefopt.losses.pointwise import DirectRewardLoss
+from fused_prefopt.losses.registry import LossInfo, available_losses, find, register
+from fused_prefopt.losses.rewards import LogRatio, MeanLogp, SumLogp
+from fused_prefopt.losses.solver import exact_margins, mirror_margins
+
+__all__ = [
+    "AdaptiveMargin",
+    "ConstantMargin",
+    "DirectRewardLoss",
+    "DynamicMargin",
+    "LogRatio",
+    "Logistic",
+    "LossInfo",
+    "MeanLogp",
+    "Normalisation",
+    "PairwiseLoss",
+    "SumLogp",
+    "available_losses",
+    "check_needs",
+    "exact_margins",
+    "find",
+    "gap_of",
+    "logistic",
+    "mirror_margins",
+    "presets",
+    "register",
+]

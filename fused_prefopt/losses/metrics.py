@@ -1,0 +1,91 @@
+"""Detached scalars worth logging, under TRL's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.losses.needs import halves
+from fused_prefopt.types import LogpBatch
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean of a vector; 0, with a gradient of none, for an empty one."""
+    return values.sum() / max(1, values.shape[0])
+
+
+def spread(values: Tensor) -> Tensor:
+    """Population standard deviation of a vector; 0 for one value or none."""
+    return mean((values - mean(values)).square()).sqrt()
+
+
+def nonfinite(losses: Tensor) -> Tensor:
+    """How many losses of this batch are NaN or infinite, in their dtype."""
+    return losses.isfinite().logical_not().sum().to(losses.dtype)
+
+
+@torch.no_grad()
+def pairwise_metrics(
+    batch: LogpBatch, rewards: Tensor, target_margins: Tensor, losses: Tensor
+) -> dict[str, Tensor]:
+    """What TRL's DPO trainer logs of a batch of pairs, plus KL and margin.
+
+    Args:
+        batch: the pairs.
+        rewards: (S,) implicit rewards.
+        target_margins: (P,) γ_i.
+        losses: (P,) losses.
+
+    Returns:
+        Means over the pairs: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies` (share
+        with the chosen reward greater), `rewards/margins`, `logps/chosen`, `logps/rejected`
+        (sums, nats); with a reference `kl/chosen`, `kl/rejected` (policy − reference, nats);
+        `margin/mean`, `margin/std` of γ_i; `nonfinite`, the number of non-finite losses.
+    """
+    chosen, rejected = halves(rewards)
+    chosen_logps, rejected_logps = halves(batch.policy)
+    metrics = {
+        "rewards/chosen": mean(chosen),
+        "rewards/rejected": mean(rejected),
+        "rewards/accuracies": mean((chosen > rejected).to(rewards.dtype)),
+        "rewards/margins": mean(chosen - rejected),
+        "logps/chosen": mean(chosen_logps),
+        "logps/rejected": mean(rejected_logps),
+        "margin/mean": mean(target_margins),
+        "margin/std": spread(target_margins),
+        "nonfinite": nonfinite(losses),
+    }
+    if batch.reference is not None:
+        chosen_ratio, rejected_ratio = halves(batch.policy - batch.reference)
+        metrics["kl/chosen"] = mean(chosen_ratio)
+        metrics["kl/rejected"] = mean(rejected_ratio)
+    return metrics
+
+
+@torch.no_grad()
+def pointwise_metrics(batch: LogpBatch, rewards: Tensor, losses: Tensor) -> dict[str, Tensor]:
+    """The same for single completions.
+
+    Args:
+        batch: the completions.
+        rewards: (S,) implicit rewards.
+        losses: (S,) losses.
+
+    Returns:
+        `rewards/mean`, `rewards/std`, `logps/mean` (sums, nats); with a reference `kl/mean`
+        (policy − reference, nats); with given scores `reward_model/mean`, `reward_model/std`;
+        `nonfinite`, the number of non-finite losses.
+    """
+    metrics = {
+        "rewards/mean": mean(rewards),
+        "rewards/std": spread(rewards),
+        "logps/mean": mean(batch.policy),
+        "nonfinite": nonfinite(losses),
+    }
+    if batch.reference is not None:
+        metrics["kl/mean"] = mean(batch.policy - batch.reference)
+    if batch.rewards is not None:
+        scores = batch.rewards.to(batch.policy.dtype)
+        metrics["reward_model/mean"] = mean(scores)
+        metrics["reward_model/std"] = spread(scores)
+    return metrics

@@ -1,0 +1,146 @@
+"""The published methods by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fused_prefopt.losses.protocol import Loss
+
+Factory = TypeVar("Factory", bound=Callable[..., Loss])
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    """What a user wants to know of a registered loss.
+
+    Attributes:
+        needs: `LogpBatch` fields used beyond `policy` and `lengths`, with the defaults.
+        pairwise: the batch is pairs, chosen half first.
+        stateful: it keeps a statistic, which belongs in checkpoints.
+        aliases: other names of it.
+        defaults: every hyperparameter with its default.
+        paper: where it comes from.
+    """
+
+    needs: tuple[str, ...]
+    pairwise: bool
+    stateful: bool
+    aliases: tuple[str, ...]
+    defaults: dict[str, Any]
+    paper: str
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A registered loss: its name and the function that composes it.
+
+    Attributes:
+        name: of the method.
+        factory: keyword-only hyperparameters → loss.
+        aliases: other names.
+        paper: authors, year, equations.
+    """
+
+    name: str
+    factory: Callable[..., Loss]
+    aliases: tuple[str, ...]
+    paper: str
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every hyperparameter with its default."""
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.factory).parameters.items()
+        }
+
+    def build(self, **hyperparameters: Any) -> Loss:
+        """The loss with these hyperparameters.
+
+        Args:
+            **hyperparameters: those that differ from the defaults.
+
+        Raises:
+            TypeError: a hyperparameter is unknown.
+            ValueError: a hyperparameter is out of its range.
+        """
+        defaults = self.defaults
+        for unknown in hyperparameters.keys() - defaults.keys():
+            accepted = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
+            raise TypeError(
+                f"{self.name} has no hyperparameter {unknown!r}"
+                f"{_suggestion(unknown, defaults)}; it accepts {accepted}"
+            )
+        return self.factory(**hyperparameters)
+
+    def info(self) -> LossInfo:
+        """What the loss needs and accepts."""
+        loss = self.build()
+        return LossInfo(
+            needs=tuple(sorted(loss.needs)),
+            pairwise=loss.pairwise,
+            stateful=loss.statistics() is not None,
+            aliases=self.aliases,
+            defaults=self.defaults,
+            paper=self.paper,
+        )
+
+
+_SPECS: dict[str, LossSpec] = {}
+_NAMES: dict[str, str] = {}
+
+
+def register(
+    name: str, *, paper: str, aliases: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
+    """Decorator that makes a factory known by name; every test then covers it.
+
+    Args:
+        name: lower case, words joined by "-".
+        paper: authors, year, equations.
+        aliases: other names.
+
+    Raises:
+        ValueError: a name is taken, or a hyperparameter is not keyword-only with a default.
+    """
+
+    def add(factory: Factory) -> Factory:
+        for parameter in inspect.signature(factory).parameters.values():
+            has_default = parameter.default is not inspect.Parameter.empty
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or not has_default:
+                raise ValueError(f"{name}: {parameter.name} must be keyword-only with a default")
+        for key in (name, *aliases):
+            if key in _NAMES:
+                raise ValueError(f"{key!r} is already a name of {_NAMES[key]!r}")
+        _SPECS[name] = LossSpec(name, factory, aliases, paper)
+        _NAMES.update(dict.fromkeys((name, *aliases), name))
+        return factory
+
+    return add
+
+
+def find(name: str) -> LossSpec:
+    """The registered loss of a name or alias; case and "_" for "-" do not matter.
+
+    Raises:
+        ValueError: there is none; the message lists the closest names and all of them.
+    """
+    key = name.lower().replace("_", "-")
+    if key not in _NAMES:
+        known = ", ".join(sorted(_SPECS))
+        raise ValueError(f"unknown loss {name!r}{_suggestion(key, _NAMES)}; known: {known}")
+    return _SPECS[_NAMES[key]]
+
+
+def available_losses() -> dict[str, LossInfo]:
+    """Name → what the loss needs and accepts, of every registered loss, by name."""
+    return {name: _SPECS[name].info() for name in sorted(_SPECS)}
+
+
+def _suggestion(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

@@ -1,0 +1,77 @@
+"""Implicit rewards of a sequence: r = β times some log-probability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fused_prefopt.losses.needs import needed, per_token
+from fused_prefopt.ranges import require_number
+from fused_prefopt.types import LogpBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scaled:
+    beta: float
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        require_number("beta", self.beta, low=0, above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRatio(_Scaled):
+    """DPO's reward: ``r = β (L − L_ref)``.
+
+    Args:
+        beta: β > 0, reward per nat.
+
+    Raises:
+        ValueError: `beta` is out of range.
+
+    Source: DPO (Rafailov et al. 2023), eq. 5 without log Z, which a pair cancels.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        return self.beta * (batch.policy - needed(batch, "reference"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanLogp(_Scaled):
+    """SimPO's reward: ``r = β L / max(1, |y|)``.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+
+    Raises:
+        ValueError: `beta` is out of range.
+
+    Source: SimPO (Meng et al. 2024), eq. 4.
+    """
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        return self.beta * per_token(batch.policy, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumLogp(_Scaled):
+    """The summed log-prob as reward: ``r = β L``.
+
+    Args:
+        beta: β > 0, reward per nat.
+
+    Raises:
+        ValueError: `beta` is out of range.
+
+    Source: α-DPO without length normalisation (eq. 9); CPO (Xu et al. 2024).
+    """
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        return self.beta * batch.policy

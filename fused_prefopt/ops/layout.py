@@ -1,0 +1,85 @@
+"""Where each hidden row's target is: the shift, the two layouts, the labelled rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.checks import require_device, require_integer, require_shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Flat view of a batch: M rows of S sequences.
+
+    Attributes:
+        targets: (M,) int64, the token each row predicts, or `ignore_index`.
+        sequence_ids: (M,) int64 in [0, S).
+        num_sequences: S.
+        sorted: the sequence ids never fall from one row to the next.
+    """
+
+    targets: Tensor
+    sequence_ids: Tensor
+    num_sequences: int
+    sorted: bool
+
+
+def padded_layout(labels: Tensor, *, shift: bool, ignore_index: int) -> Layout:
+    """Layout of labels (S, T): row t of a sequence predicts label t + 1 if `shift`, else t."""
+    sequences, length = labels.shape
+    ids = torch.arange(sequences, device=labels.device).repeat_interleave(length)
+    targets = labels.long()  # before the shift: an unsigned dtype cannot hold `ignore_index`
+    if shift:
+        targets = _shift_left(targets, ignore_index)
+    return Layout(targets.reshape(-1), ids, sequences, True)
+
+
+def packed_layout(
+    labels: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int | None,
+    *,
+    shift: bool,
+    ignore_index: int,
+) -> Layout:
+    """Layout of labels (N,) with sequence ids (N,); the shift never crosses a boundary.
+
+    Raises:
+        ValueError: `sequence_ids` does not fit `labels`, or holds an id outside [0, S), or S is
+            negative.
+    """
+    require_shape("sequence_ids", sequence_ids, labels.shape)
+    require_integer("sequence_ids", sequence_ids)
+    require_device("sequence_ids", sequence_ids, labels.device)
+    if num_sequences is not None and num_sequences < 0:
+        raise ValueError(f"num_sequences: got {num_sequences}, wanted None or a number >= 0")
+    sequence_ids = sequence_ids.long()
+    if num_sequences is None:
+        num_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+    require(
+        ((sequence_ids >= 0) & (sequence_ids < num_sequences)).all(),
+        f"sequence_ids: got an id outside [0, {num_sequences})",
+    )
+    targets = labels.long()
+    if shift:
+        follows = _shift_left(sequence_ids, -1) == sequence_ids
+        targets = _shift_left(targets, ignore_index).where(follows, ignore_index)
+    return Layout(targets, sequence_ids, num_sequences, False)
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise ValueError on CPU, or a device-side assert without a host sync elsewhere."""
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(condition):
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
+
+
+def _shift_left(values: Tensor, fill: int) -> Tensor:
+    shifted = torch.full_like(values, fill)
+    shifted[..., :-1] = values[..., 1:]
+    return shifted

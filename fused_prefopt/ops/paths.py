@@ -1,0 +1,288 @@
+"""The four paths: loops over tiles of the logits, vocabulary slab by slab.
+
+The vocabulary is the outer loop, so a slab of the weight is cast once and a slab of its gradient
+is written once, in the weight's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops.engines import load_engine
+from fused_prefopt.ops.plan import TileShape, kept_bytes, tile_shape
+from fused_prefopt.ops.torch_engine import HeadMath, RowStatistics
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Everything one pass over the head needs.
+
+    Attributes:
+        hidden: (M, D) all rows.
+        weight: (V, D), padded vocabulary rows cut off.
+        bias: (V,) or None.
+        index: (n,) the labelled rows.
+        targets: (n,) their target tokens.
+        math: the head's scalars.
+        path, engine, workspace: of the plan.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor
+    targets: Tensor
+    math: HeadMath
+    path: str
+    engine: str
+    workspace: int
+
+    @property
+    def parts(self) -> ModuleType:
+        """What the engine supplies."""
+        return load_engine(self.engine)
+
+    @property
+    def rows(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def tiling(self) -> tuple[TileShape, bool]:
+        """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
+        vocab, hidden_size = self.weight.shape
+        device, dtype = self.hidden.device, self.weight.dtype
+        cost = self.parts.tile_cost(self.math, dtype, device, self.path)
+        budget = self.workspace
+        if self.path == "local":
+            budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
+        gathered = self.rows * hidden_size * cost.hidden
+        once = 3 * gathered <= 2 * budget
+        if once:
+            budget, cost = budget - gathered, replace(cost, hidden=0)
+        return tile_shape(device.type, self.rows, vocab, hidden_size, budget, cost), once
+
+    @property
+    def shape(self) -> TileShape:
+        return self.tiling[0]
+
+    @property
+    def operand(self) -> torch.dtype:
+        return self.parts.operand_dtype(self.math.dtype, self.hidden.device)
+
+    def row_slices(self) -> list[slice]:
+        return list(_slices(self.rows, self.shape.rows))
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
+        for slab in _slices(self.weight.shape[0], self.shape.vocab):
+            weight = self._cast(self.weight[slab]).to(self.operand)
+            yield slab, weight, None if self.bias is None else self._cast(self.bias[slab])
+
+    def hidden_rows(self, scale: Tensor | None = None) -> _HiddenRows:
+        """Labelled rows of `hidden`, times `scale` (n,), in the operand dtype, slice by slice."""
+        return _HiddenRows(self, scale)
+
+    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = self.math.accumulator if dtype is None else dtype
+        return torch.empty(size, dtype=dtype, device=self.hidden.device)
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """Round to the dtype the matmul computes in, as autocast does."""
+        return value.to(self.math.dtype)
+
+
+class _HiddenRows:
+    """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
+
+    def __init__(self, head: HeadRows, scale: Tensor | None) -> None:
+        self._head, self._scale, self._all = head, scale, None
+        if head.tiling[1]:
+            self._all = self._gather(slice(None))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._gather(rows) if self._all is None else self._all[rows]
+
+    def _gather(self, rows: slice) -> Tensor:
+        head = self._head
+        hidden = head._cast(head.hidden[head.index[rows]]).to(head.operand)
+        return hidden if self._scale is None else hidden.mul_(self._scale[rows].unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward leaves for its backward.
+
+    Attributes:
+        logsumexps: (n,).
+        stash: `stash`: (n, D) d logp / d hidden. `local`: (n, V) exp(logit − running maximum), bf16
+            where the matmuls are.
+            Otherwise empty.
+        maxima: `local`: (slabs, n) the running maxima that `stash` refers to. Otherwise empty.
+    """
+
+    logsumexps: Tensor
+    stash: Tensor
+    maxima: Tensor
+
+
+def forward(head: HeadRows) -> tuple[Tensor, Kept]:
+    """Log-probs of the labelled rows (n,), and what `backward` needs."""
+    path, engine = head.path, head.parts
+    vocab, hidden_size = head.weight.shape
+    slices, hidden = head.row_slices(), head.hidden_rows()
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.hidden.device)
+    shape = head.shape
+    buffer = head.new(shape.rows, shape.vocab)
+    gradient = head.new(head.rows, hidden_size).zero_() if path == "stash" else head.new(0)
+    kept = head.new(0)
+    if path == "local":
+        kept = head.new(head.rows, vocab, dtype=head.math.kept)
+    # A tile that is kept in the dtype it is computed in needs no buffer of its own.
+    in_place = kept.dtype == buffer.dtype and path == "local"
+    maxima = []
+    for slab, weight, bias in head.slabs():
+        for rows in slices:
+            tile = kept[rows, slab] if in_place else _tile(buffer, rows, slab)
+            engine.logits(hidden[rows], weight, bias, head.math, tile)
+            bent = path == "stash" and head.math.softcap is not None
+            slope = head.math.cap_slope(tile) if bent else None
+            targets = head.targets[rows] - slab.start
+            factor = engine.fold(tile, statistics[rows], targets, path in ("stash", "local"))
+            if path == "stash":
+                gradient[rows].mul_(factor.unsqueeze(1))
+                weights = tile if slope is None else tile.mul_(slope)
+                engine.product(weights.to(head.operand), weight, gradient[rows], accumulate=True)
+            elif path == "local" and not in_place:
+                kept[rows, slab] = tile
+        if path == "local":
+            maxima.append(statistics.maximum.clone())
+    if path == "stash":
+        _finish_stash(head, gradient, statistics)
+    return statistics.logps(), Kept(
+        statistics.logsumexps(),
+        gradient if path == "stash" else kept,
+        torch.stack(maxima) if maxima else head.new(0),
+    )
+
+
+def _finish_stash(head: HeadRows, gradient: Tensor, statistics: RowStatistics) -> None:
+    """Turn Σ_v exp(z_v − max) W_v into d logp / d hidden = W_y − Σ_v p_v W_v, in place."""
+    for rows in head.row_slices():
+        target = head._cast(head.weight[head.targets[rows]]).to(gradient.dtype)
+        if head.math.softcap is not None:
+            target.mul_(head.math.cap_slope(statistics.target[rows]).unsqueeze(1))
+        gradient[rows].div_(-statistics.sum[rows].unsqueeze(1)).add_(target).mul_(head.math.slope)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients in their tensors' own dtypes: hidden (M, D), weight (V, D), bias (V,), or None."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def backward(
+    head: HeadRows,
+    kept: Kept,
+    logps: Tensor,
+    upstream: Tensor,
+    padded_vocab: int,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Gradients of ``(upstream * logps).sum()``.
+
+    Args:
+        kept: what `forward` has returned.
+        logps: (n,) log-probs of the labelled rows.
+        upstream: (n,) d loss / d logp.
+        padded_vocab: rows of the weight with its padding.
+        needs: whether hidden, weight and bias need a gradient.
+    """
+    path, engine = head.path, head.parts
+    if path == "stash":
+        dhidden = kept.stash * upstream.unsqueeze(1) if needs[0] else None
+        return Gradients(None if dhidden is None else _spread(dhidden, head), None, None)
+
+    scale = upstream * -head.math.slope
+    slices = head.row_slices()
+    hidden = head.hidden_rows() if path == "recompute" else None
+    scaled = head.hidden_rows(scale) if needs[1] else None
+    buffer = head.new(head.shape.rows, head.shape.vocab)
+    dhidden = head.new(head.rows, head.weight.shape[1]) if needs[0] else None
+    dweight = _padded_like(head.weight, padded_vocab, head.rows) if needs[1] else None
+    dbias = _padded_like(head.bias, padded_vocab, head.rows) if needs[2] else None
+
+    # Without labelled rows no slab would be written: the gradients are the zeros they start as.
+    for number, (slab, weight, bias) in enumerate(head.slabs() if head.rows else ()):
+        weight_sum = None if dweight is None else _accumulator(head, dweight[slab])
+        bias_sum = None if dbias is None else head.new(weight.shape[0]).zero_()
+        for rows in slices:
+            tile = _tile(buffer, rows, slab)
+            targets = head.targets[rows] - slab.start
+            if hidden is not None:
+                engine.logits(hidden[rows], weight, bias, head.math, tile)
+                engine.residual(tile, kept.logsumexps[rows], targets, logps[rows], head.math)
+            else:
+                engine.kept_residual(
+                    kept.stash[rows, slab],
+                    kept.maxima[number, rows],
+                    kept.logsumexps[rows],
+                    targets,
+                    logps[rows],
+                    head.math,
+                    tile,
+                )
+            if bias_sum is not None:
+                bias_sum.addmv_(tile.t(), scale[rows])
+            operand = tile.to(head.operand)
+            first = rows.start == 0
+            if weight_sum is not None and scaled is not None:
+                engine.product(operand.t(), scaled[rows], weight_sum, accumulate=not first)
+            if dhidden is not None:
+                engine.product(operand, weight, dhidden[rows], accumulate=number > 0)
+        if dweight is not None and weight_sum is not None:
+            dweight[slab].copy_(weight_sum)
+        if dbias is not None and bias_sum is not None:
+            dbias[slab].copy_(bias_sum)
+    if dhidden is not None:
+        dhidden.mul_(scale.unsqueeze(1))
+    return Gradients(None if dhidden is None else _spread(dhidden, head), dweight, dbias)
+
+
+def _accumulator(head: HeadRows, slab: Tensor) -> Tensor:
+    """The slab of the gradient itself where it is as wide as an accumulator, else a buffer."""
+    return slab if slab.dtype == head.math.accumulator else head.new(*slab.shape)
+
+
+def _padded_like(value: Tensor | None, vocab: int, rows: int) -> Tensor:
+    """A gradient of `vocab` rows, zero where nothing will be written: in the vocabulary padding,
+    and everywhere if there are no labelled rows."""
+    assert value is not None
+    gradient = value.new_empty(vocab, *value.shape[1:])
+    gradient[value.shape[0] if rows else 0 :].zero_()
+    return gradient
+
+
+def _spread(rows: Tensor, head: HeadRows) -> Tensor:
+    """(n, D) gradient of the labelled rows → (M, D), zero elsewhere, in hidden's dtype."""
+    full = torch.zeros_like(head.hidden)
+    full[head.index] = rows.to(full.dtype)
+    return full
+
+
+def _tile(buffer: Tensor, rows: slice, slab: slice) -> Tensor:
+    """A contiguous (rows, slab) view of the buffer's storage."""
+    height, width = rows.stop - rows.start, slab.stop - slab.start
+    return buffer.view(-1)[: height * width].view(height, width)
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))

@@ -1,0 +1,162 @@
+"""The planner: which path computes a batch of log-probs, on which engine, in which workspace.
+
+Costs are in P, the time of one bare matmul ``hidden @ weight.T`` over the labelled rows.
+
+=========== ==== =========================================================================
+path        cost when
+=========== ==== =========================================================================
+`evaluate`  1P   nothing needs a gradient
+`stash`     2P   the head is frozen: the forward also forms d logp / d hidden
+`local`     3P   the head trains and the probabilities of all labelled rows fit three
+                 quarters of the workspace: they are kept from the forward to the backward
+`recompute` 4P   the head trains, any size: the backward rebuilds the logits tile by tile
+=========== ==== =========================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fused_prefopt.checks import require_choice
+
+PATHS = ("evaluate", "stash", "local", "recompute")
+COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
+
+# Tiles that keep the logits in a CPU's last-level cache, and a GPU's matmul units busy.
+_TILE_ROWS = {"cpu": 1024, "cuda": 8192}
+_TILE_VOCAB = {"cpu": 2048, "cuda": 16384}
+_SMALLEST_TILE = 64
+# What `local` must be able to afford beside the probabilities it keeps.
+_FAST_TILE = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch of log-probs is computed.
+
+    Attributes:
+        path: `evaluate`, `stash`, `local` or `recompute`.
+        engine: `torch` or `triton`.
+        workspace: bytes that the tiles (and `local`'s probabilities) may take.
+        reason: why this path, in words.
+    """
+
+    path: str
+    engine: str
+    workspace: int
+    reason: str
+
+    @property
+    def cost(self) -> float:
+        """Matmuls of forward and backward together, in P."""
+        return COST_IN_P[self.path]
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows × vocabulary entries of one logits tile."""
+
+    rows: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class TileCost:
+    """Bytes of a tile's buffers, for each logit, hidden entry and weight entry of the tile."""
+
+    logit: int
+    hidden: int
+    weight: int
+
+    def total(self, rows: int, vocab: int, hidden_size: int) -> int:
+        """Bytes of the buffers of a tile of (rows, vocab) logits."""
+        logits, hidden = self.logit * rows * vocab, self.hidden * rows * hidden_size
+        return logits + hidden + self.weight * vocab * hidden_size
+
+
+def tile_shape(
+    device: str, rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost
+) -> TileShape:
+    """The largest tile, up to the device's preferred shape, whose buffers fit the budget.
+
+    Args:
+        device: device type.
+        rows: N, labelled rows.
+        vocab: V, vocabulary entries.
+        hidden_size: D.
+        budget: bytes.
+        cost: of the engine's buffers.
+    """
+    tile_rows = max(1, min(rows, _TILE_ROWS.get(device, _TILE_ROWS["cuda"])))
+    tile_vocab = min(vocab, _TILE_VOCAB.get(device, _TILE_VOCAB["cuda"]))
+    while max(tile_rows, tile_vocab) > _SMALLEST_TILE:
+        if cost.total(tile_rows, tile_vocab, hidden_size) <= budget:
+            break
+        if tile_vocab >= tile_rows:
+            tile_vocab = max(_SMALLEST_TILE, tile_vocab // 2)
+        else:
+            tile_rows = max(_SMALLEST_TILE, tile_rows // 2)
+    return TileShape(tile_rows, tile_vocab)
+
+
+def kept_bytes(rows: int, vocab: int, itemsize: int) -> int:
+    """What `local` keeps from the forward to the backward: one probability a row and entry."""
+    return rows * vocab * itemsize
+
+
+def make_plan(
+    *,
+    path: str,
+    engine: str,
+    rows: int,
+    vocab: int,
+    hidden_size: int,
+    workspace_mb: float,
+    itemsize: int,
+    cost: TileCost,
+    head_trains: bool,
+    hidden_trains: bool,
+) -> Plan:
+    """Choose the cheapest path that fits, or check the one that is asked for.
+
+    Args:
+        path: `auto` or one of `PATHS`.
+        engine: the engine that will run it.
+        rows: N, labelled rows (an upper bound where the count is not known).
+        vocab: V, vocabulary entries.
+        hidden_size: D.
+        workspace_mb: budget in MiB.
+        itemsize: bytes of one probability that `local` keeps.
+        cost: of the tiles' buffers.
+        head_trains: weight or bias needs a gradient.
+        hidden_trains: hidden needs a gradient.
+
+    Raises:
+        ValueError: unknown path, or a forced path that cannot serve this call.
+    """
+    require_choice("path", path, ("auto", *PATHS))
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb: got {workspace_mb}, wanted a number of MiB > 0")
+    workspace = int(workspace_mb * 2**20)
+    kept = kept_bytes(rows, vocab, itemsize)
+    tiles = cost.total(min(rows, _FAST_TILE), min(vocab, _FAST_TILE), hidden_size)
+    fits = kept + tiles <= workspace
+    size = (
+        f"{rows} rows x {vocab} entries and a tile take {(kept + tiles) / 2**20:.4g} of"
+        f" {workspace_mb:g} MiB"
+    )
+
+    def plan(path: str, reason: str) -> Plan:
+        return Plan(path, engine, workspace, reason)
+
+    if not (head_trains or hidden_trains):
+        return plan("evaluate", "nothing needs a gradient")
+    if path == "stash" and head_trains:
+        raise ValueError("path: 'stash' forms no head gradient, but weight or bias needs one")
+    if path == "local" and not fits:
+        raise ValueError(f"path: 'local' does not fit workspace_mb: {size}")
+    if path != "auto":
+        return plan(path, "asked for")
+    if not head_trains:
+        return plan("stash", "the head is frozen")
+    return plan("local" if fits else "recompute", f"the head trains; {size}")

@@ -1,0 +1,261 @@
+"""The registered op `fused_prefopt::head_logps`: what autograd, torch.compile and autocast see.
+
+Its outputs are dense, so a compiler knows their shapes; which rows are labelled, and what is kept
+for the backward, stays inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops import paths
+from fused_prefopt.ops.torch_engine import HeadMath, matmul_precision
+
+
+@torch.library.custom_op("fused_prefopt::head_logps", mutates_args=())
+def head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    sorted_ids: bool,
+    ignore_index: int,
+    num_labels: int,
+    vocab: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    path: str,
+    engine: str,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of the labelled rows, and their sums over sequences.
+
+    Args:
+        hidden: (M, D).
+        weight: (V, D).
+        bias: (V,) or None.
+        targets: (M,) int64, `ignore_index` where a row has no label.
+        sequence_ids: (M,) int64 in [0, S).
+        num_sequences: S.
+        sorted_ids: the sequence ids never fall from one row to the next.
+        ignore_index: the target of rows without a label.
+        num_labels: labelled rows, or -1: counting them costs CUDA a host sync.
+        vocab: rows of `weight` that are no padding.
+        softcap, logit_scale, temperature: of the head.
+        dtype: what the matmuls compute in.
+        path, engine, workspace: of the plan.
+
+    Returns:
+        logps (M,), 0 where there is no label; sums (S,); index (n,) of the labelled rows; and what
+        is kept for the backward: logsumexps (n,), stash and maxima (see `paths.Kept`).
+    """
+    labelled = targets != ignore_index
+    if num_labels < 0:
+        index = labelled.nonzero().squeeze(1)
+    else:
+        index = labelled.nonzero_static(size=num_labels).squeeze(1)
+    math = HeadMath(softcap, logit_scale, temperature, dtype)
+    head = _head_rows(
+        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace
+    )
+    with _fixed_precision(hidden, dtype):
+        row_logps, kept = paths.forward(head)
+    logps = row_logps.new_zeros(targets.shape)
+    logps[index] = row_logps
+    sums = _segment_sums(row_logps, sequence_ids[index], num_sequences, sorted_ids)
+    return logps, sums, index, kept.logsumexps, kept.stash, kept.maxima
+
+
+@head_logps.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    num_sequences: int,
+    sorted_ids: bool,
+    ignore_index: int,
+    num_labels: int,
+    vocab: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    path: str,
+    engine: str,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    math = HeadMath(softcap, logit_scale, temperature, dtype)
+    context = torch.library.get_ctx()
+    rows = context.new_dynamic_size() if num_labels < 0 else num_labels
+
+    def empty(*size: Any) -> Tensor:
+        return hidden.new_empty(size, dtype=math.accumulator)
+
+    index = targets.new_empty(rows)
+    stash, maxima = empty(0), empty(0)
+    if path == "stash":
+        stash = empty(rows, hidden.shape[1])
+    elif path == "local":
+        stash = empty(rows, vocab).to(math.kept)
+        maxima = empty(context.new_dynamic_size(), rows)
+    return empty(targets.shape[0]), empty(num_sequences), index, empty(rows), stash, maxima
+
+
+@torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
+def head_logps_backward(
+    grad_logps: Tensor | None,
+    grad_sums: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    logps: Tensor,
+    index: Tensor,
+    logsumexps: Tensor,
+    stash: Tensor,
+    maxima: Tensor,
+    vocab: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    path: str,
+    engine: str,
+    workspace: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to hidden, weight and bias; empty where none is needed.
+
+    Args:
+        grad_logps: (M,) d loss / d logps, None for zeros.
+        grad_sums: (S,) d loss / d sums, None for zeros.
+
+    The others are the inputs and outputs of `head_logps`.
+    """
+    math = HeadMath(softcap, logit_scale, temperature, dtype)
+    head = _head_rows(
+        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace
+    )
+    upstream = torch.zeros_like(logsumexps)
+    if grad_logps is not None:
+        upstream += grad_logps[index]
+    if grad_sums is not None:
+        upstream += grad_sums[sequence_ids[index]]
+    kept = paths.Kept(logsumexps, stash, maxima)
+    needs = (needs_hidden, needs_weight, needs_bias)
+    with _fixed_precision(hidden, dtype):
+        grads = paths.backward(head, kept, logps[index], upstream, weight.shape[0], needs)
+    empty = hidden.new_empty(0)
+    return (
+        empty if grads.hidden is None else grads.hidden,
+        empty.clone() if grads.weight is None else grads.weight,
+        empty.clone() if grads.bias is None else grads.bias,
+    )
+
+
+@head_logps_backward.register_fake
+def _(
+    grad_logps: Tensor | None,
+    grad_sums: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_hidden, needs_weight, needs_bias = rest[-3:]
+    # The head's gradients are contiguous, whatever the strides of weight and bias.
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if needs_weight else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs_bias and bias is not None else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, sequence_ids, *scalars = inputs
+    options = scalars[-8:]  # from `vocab` on
+    logps, _, index, logsumexps, stash, maxima = output
+    ctx.mark_non_differentiable(index, logsumexps, stash, maxima)
+    # Zeros for the gradient of `stash` would take as much memory as the stash.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        hidden, weight, bias, targets, sequence_ids, logps, index, logsumexps, stash, maxima
+    )
+    ctx.options = options
+
+
+def _backward(
+    ctx: Any, grad_logps: Tensor | None, grad_sums: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:3]
+    grads = head_logps_backward(grad_logps, grad_sums, *ctx.saved_tensors, *ctx.options, *needs)
+    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (*wanted, *(None,) * 14)
+
+
+head_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "sequence_logps and token_logps cannot be differentiated twice: their backward is computed"
+        " without logits. Use eager log-softmax where a second derivative is needed."
+    )
+
+
+head_logps_backward.register_autograd(_no_double_backward)
+
+
+def _head_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    index: Tensor,
+    vocab: int,
+    math: HeadMath,
+    path: str,
+    engine: str,
+    workspace: int,
+) -> paths.HeadRows:
+    bias = None if bias is None else bias[:vocab]
+    weight = weight[:vocab]
+    return paths.HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace)
+
+
+class _fixed_precision:
+    """Autocast off (the op has chosen its dtype) and the CPU matmul precision of that dtype."""
+
+    def __init__(self, hidden: Tensor, dtype: torch.dtype) -> None:
+        self._autocast = torch.autocast(hidden.device.type, enabled=False)
+        self._precision = matmul_precision(dtype, hidden.device)
+
+    def __enter__(self) -> None:
+        self._autocast.__enter__()
+        self._precision.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._precision.__exit__(*error)
+        self._autocast.__exit__(*error)
+
+
+def _segment_sums(logps: Tensor, ids: Tensor, sequences: int, sorted_ids: bool) -> Tensor:
+    """(n,) → (S,) sums in float64, rounded once; in row order, without atomics on floats."""
+    if not sorted_ids:
+        ids, order = ids.sort(stable=True)
+        logps = logps[order]
+    lengths = ids.new_zeros(sequences).scatter_add_(0, ids, torch.ones_like(ids))
+    sums = torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True)
+    return sums.to(logps.dtype)

@@ -1,0 +1,104 @@
+"""Pictures and tables of preference training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+History = Sequence[Mapping[str, float]]
+
+
+def comparison_table(summaries: Mapping[str, Mapping[str, float]]) -> str:
+    """A text table, one row per model: accuracy, margin, reward accuracy and KL.
+
+    Args:
+        summaries: model name → `PairScores.summary()`.
+    """
+    header = f"{'model':14}{'accuracy':>16}{'margin':>10}{'reward acc.':>13}{'KL/token':>10}"
+    rows = []
+    for name, row in summaries.items():
+        rewarded = f"{row['reward_accuracy']:.3f}" if "reward_accuracy" in row else "-"
+        accuracy = f"{row['accuracy']:.3f} ± {row['accuracy_stderr']:.3f}"
+        rows.append(
+            f"{name:14}{accuracy:>16}{row['margin']:>10.3f}{rewarded:>13}{row['kl']:>10.4f}"
+        )
+    return "\n".join([header, "-" * len(header), *rows])
+
+
+def plot_margins(before: Tensor, after: Mapping[str, Tensor], path: Path) -> None:
+    """Histograms of held-out margins before and after training.
+
+    Args:
+        before: (P,) margins of the reference, in nats per token.
+        after: method → (P,) margins of its model.
+        path: PNG to write.
+    """
+    figure, axes = _figure(len(after))
+    for axis, (name, margins) in zip(axes, after.items(), strict=True):
+        both = before.tolist() + margins.tolist()
+        span = (min(both), max(both))
+        axis.hist(before.tolist(), bins=40, range=span, alpha=0.55, label="before", color="C7")
+        axis.hist(margins.tolist(), bins=40, range=span, alpha=0.55, label="after", color="C0")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(name)
+        axis.set_xlabel("log-prob margin, nats per token")
+        axis.legend()
+    axes[0].set_ylabel("held-out pairs")
+    _save(figure, path)
+
+
+def plot_target_margins(
+    reward_margins: Tensor, target_margins: Tensor, mean: float, path: Path
+) -> None:
+    """γ-PO's target margin of each pair against its reward margin (the paper's Figure 5).
+
+    Args:
+        reward_margins: (P,) r_w − r_l.
+        target_margins: (P,) γ_i.
+        mean: γ₀.
+        path: PNG to write.
+    """
+    figure, (axis,) = _figure(1)
+    axis.scatter(reward_margins.tolist(), target_margins.tolist(), s=12, alpha=0.6)
+    axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label="γ₀")
+    axis.set_xlabel("reward margin r_w − r_l")
+    axis.set_ylabel("target margin γ_i")
+    axis.legend()
+    _save(figure, path)
+
+
+def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
+    """Implicit rewards over training steps.
+
+    Args:
+        histories: method → `Trainer.state.log_history`.
+        path: PNG to write.
+    """
+    figure, axes = _figure(len(histories))
+    for axis, (name, history) in zip(axes, histories.items(), strict=True):
+        for metric in ("rewards/chosen", "rewards/rejected", "rewards/mean", "rewards/target"):
+            points = [(row["step"], row[metric]) for row in history if metric in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=metric)
+        axis.set_title(name)
+        axis.set_xlabel("optimizer step")
+        axis.legend()
+    axes[0].set_ylabel("implicit reward")
+    _save(figure, path)
+
+
+def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4 * columns, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,22 @@
+"""The only state of the package: what a loss remembers of earlier batches."""
+
+from fused_prefopt.statistics.base import Statistic
+from fused_prefopt.statistics.margin_queue import MarginPool, MarginQueue
+from fused_prefopt.statistics.moments import (
+    BatchMoments,
+    DatasetMoments,
+    Moments,
+    ReferenceMoments,
+    RunningMoments,
+)
+
+__all__ = [
+    "BatchMoments",
+    "DatasetMoments",
+    "MarginPool",
+    "MarginQueue",
+    "Moments",
+    "ReferenceMoments",
+    "RunningMoments",
+    "Statistic",
+]

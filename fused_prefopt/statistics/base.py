@@ -1,0 +1,39 @@
+"""What the statistics share: state that keeps its precision, ranks that agree on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Statistic(nn.Module):
+    """A module that turns detached per-pair values into what a loss needs to know of them.
+
+    In training each call first takes the batch of all ranks into the state, so every rank must
+    make the call, also one with zero pairs. In eval the state is frozen and nothing is
+    communicated: ranks may evaluate unequal numbers of batches, or only one of them.
+
+    Attributes:
+        nonfinite: 0-d int64 buffer, values skipped in training so far because they were NaN or
+            infinite, over all ranks.
+        process_group: the ranks that share one state; None means all of them.
+    """
+
+    nonfinite: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
+        self.process_group: dist.ProcessGroup | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `parent.half()` or `.to(bfloat16)` would round the running sums: follow the device only.
+        def keep_dtype(state: Tensor) -> Tensor:
+            moved = fn(state)
+            return moved if moved.dtype == state.dtype else state.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)

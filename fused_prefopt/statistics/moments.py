@@ -1,0 +1,195 @@
+"""Mean and standard deviation of a per-pair value over the batches seen so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ranges import require_number
+from fused_prefopt.statistics.base import Statistic
+from fused_prefopt.statistics.gather import sum_over_ranks
+
+STD_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation that standardise a value.
+
+    Attributes:
+        mean: 0-d float64.
+        std: 0-d float64, at least 1e-6.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def standardise(self, values: Tensor) -> Tensor:
+        """``(values − mean) / std`` in the dtype of `values`, any shape."""
+        return (values - self.mean.to(values.dtype)) / self.std.to(values.dtype)
+
+
+@dataclass(frozen=True)
+class _BatchSums:
+    """0-d float64 sums over the finite values of a batch, and how many were not finite."""
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    nonfinite: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count.clamp(min=1)
+
+    @property
+    def mean_square(self) -> Tensor:
+        return self.squares / self.count.clamp(min=1)
+
+    @property
+    def unbiased_std(self) -> Tensor:
+        spread = (self.squares - self.count * self.mean.square()).clamp(min=0)
+        return (spread / (self.count - 1).clamp(min=1)).sqrt()
+
+
+def _moments(mean: Tensor, mean_square: Tensor) -> Moments:
+    std = (mean_square - mean.square()).clamp(min=0).sqrt()
+    return Moments(mean, std.clamp(min=STD_FLOOR))
+
+
+class _BatchStatistic(Statistic):
+    """A statistic that sees a batch through its sums."""
+
+    def _sums(self, observed: Tensor) -> _BatchSums:
+        values = observed.detach().to(torch.float64)
+        finite = values.isfinite()
+        values = values.where(finite, 0.0)
+        sums = torch.stack(
+            [finite.sum(), values.sum(), values.square().sum(), finite.logical_not().sum()]
+        )
+        if self.training:
+            sums = sum_over_ranks(sums, self.process_group)
+        return _BatchSums(*sums.unbind())
+
+
+class RunningMoments(_BatchStatistic):
+    """Bias-corrected exponential averages of E[x] and E[x²], the current batch included.
+
+    ``m₁ ← ρ m₁ + (1−ρ) E[x]``, ``m₂ ← ρ m₂ + (1−ρ) E[x²]``, ``w ← ρ w + (1−ρ)``, then
+    ``μ = m₁/w`` and ``σ = sqrt(max(0, m₂/w − μ²))``, at least 1e-6. Expectations are over the
+    finite values of all ranks. Finite from the first single pair on. In eval the stored moments
+    are used as they are; with nothing stored, the batch's own.
+
+    Args:
+        momentum: ρ, weight of the past.
+
+    Raises:
+        ValueError: `momentum` is outside [0, 1).
+    """
+
+    average: Tensor
+    weight: Tensor
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        super().__init__()
+        require_number("momentum", momentum, low=0, high=1, below=True)
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> Moments:
+        """Take a batch in (training only) and return the moments to standardise it with.
+
+        Args:
+            observed: (P,) this rank's values; P may be 0.
+
+        Returns:
+            Moments of the finite values seen so far.
+        """
+        batch = self._sums(observed)
+        average, weight = self.average, self.weight
+        if self.training:
+            features, enough = self._features(batch)
+            average = torch.where(enough, torch.lerp(features, average, self.momentum), average)
+            weight = torch.where(enough, 1 - self.momentum * (1 - weight), weight)
+        own = _moments(batch.mean, batch.mean_square)
+        seen = weight > 0
+        stored = self._read(average, weight.where(seen, 1.0))
+        moments = Moments(
+            torch.where(seen, stored.mean, own.mean), torch.where(seen, stored.std, own.std)
+        )
+        if self.training:
+            # Commit only now, when nothing can fail any more.
+            self.average.copy_(average)
+            self.weight.copy_(weight)
+            self.nonfinite.add_(batch.nonfinite.to(torch.int64))
+        return moments
+
+    def _features(self, batch: _BatchSums) -> tuple[Tensor, Tensor]:
+        """(2,) the batch quantities that are averaged, and whether the batch defines them."""
+        return torch.stack([batch.mean, batch.mean_square]), batch.count >= 1
+
+    def _read(self, average: Tensor, weight: Tensor) -> Moments:
+        return _moments(average[0] / weight, average[1] / weight)
+
+
+class ReferenceMoments(RunningMoments):
+    """The α-DPO authors' recipe: averages of mean and unbiased std, from zero, not corrected.
+
+    ``μ ← ρ μ + (1−ρ) mean(x)``, ``σ ← ρ σ + (1−ρ) std(x)``. Their code makes the state NaN for
+    good on a single pair, whose unbiased std does not exist; here a batch with fewer than two
+    finite values leaves the state as it is.
+
+    Args:
+        momentum: ρ, weight of the past.
+    """
+
+    def _features(self, batch: _BatchSums) -> tuple[Tensor, Tensor]:
+        return torch.stack([batch.mean, batch.unbiased_std]), batch.count >= 2
+
+    def _read(self, average: Tensor, weight: Tensor) -> Moments:
+        return Moments(average[0], average[1].clamp(min=STD_FLOOR))
+
+
+class BatchMoments(_BatchStatistic):
+    """Mean and population std of the current batch alone: nothing is remembered."""
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> Moments:
+        """Return the moments of the finite values of `observed`, (P,), of all ranks."""
+        batch = self._sums(observed)
+        if self.training:
+            self.nonfinite.add_(batch.nonfinite.to(torch.int64))
+        return _moments(batch.mean, batch.mean_square)
+
+
+class DatasetMoments(_BatchStatistic):
+    """Given moments, measured over the training set beforehand (α-DPO eq. 11 read literally).
+
+    Args:
+        mean: μ.
+        std: σ.
+
+    Raises:
+        ValueError: `mean` is not finite or `std` is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        require_number("mean", mean)
+        require_number("std", std, low=0, above=True)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> Moments:
+        """Return the given moments; of `observed`, (P,), only the non-finite are counted."""
+        if self.training:
+            self.nonfinite.add_(self._sums(observed).nonfinite.to(torch.int64))
+        return Moments(self.mean.clone(), self.std.clamp(min=STD_FLOOR))

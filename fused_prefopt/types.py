@@ -1,0 +1,189 @@
+"""The four things that travel through the package, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.checks import (
+    require_device,
+    require_floating,
+    require_integer,
+    require_shape,
+)
+
+if TYPE_CHECKING:
+    from fused_prefopt.ops.plan import Plan
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """A language-model head: everything between the last hidden state and the log-softmax.
+
+    ``logits = cap(logit_scale * (hidden @ weight.T + bias)) / temperature`` over the first
+    `valid_vocab` rows of `weight`, where ``cap(z) = softcap * tanh(z / softcap)``.
+
+    Args:
+        weight: (V, D) output embedding.
+        bias: (V,) added to the logits, or None.
+        softcap: bound of the logits (Gemma 2's `final_logit_softcapping`), or None.
+        logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        temperature: the capped logits are divided by it.
+        valid_vocab: rows of `weight` from this index on are padding: they take part in no
+            log-softmax and get zero gradient. None means all V rows are real.
+
+    Raises:
+        ValueError: a shape, dtype or number is out of its range.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    valid_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        require_shape("weight", self.weight, ("V", "D"))
+        require_floating("weight", self.weight)
+        if self.bias is not None:
+            require_shape("bias", self.bias, (self.weight.shape[0],))
+            require_floating("bias", self.bias)
+            require_device("bias", self.bias, self.weight.device)
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: got {self.softcap}, wanted None or a number > 0")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: got {self.temperature}, wanted a number > 0")
+        rows = self.weight.shape[0]
+        if self.valid_vocab is not None and not 0 < self.valid_vocab <= rows:
+            raise ValueError(f"valid_vocab: got {self.valid_vocab}, wanted None or 1..{rows}")
+
+    @property
+    def vocab(self) -> int:
+        """Number of vocabulary rows that take part in the log-softmax."""
+        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Eager logits (..., vocab) of hidden (..., D): what the op never builds."""
+        bias = None if self.bias is None else self.bias[: self.vocab]
+        logits = torch.nn.functional.linear(hidden, self.weight[: self.vocab], bias)
+        logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> LMHead:
+        """The head of any Hugging Face causal language model, PEFT-wrapped ones too.
+
+        Args:
+            model: a model with `get_output_embeddings()` and a `config`.
+
+        Raises:
+            ValueError: the model has no output embedding, or one that a plain
+                ``hidden @ weight.T + bias`` does not describe.
+        """
+        from fused_prefopt.integrations.causal_lm import lm_head_of
+
+        return lm_head_of(model)
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """Per-sequence log-probabilities, as `sequence_logps` returns them.
+
+    Attributes:
+        sums: (S,) fp32 (float64 for float64 inputs), in nats, differentiable; 0 for a sequence
+            without labels.
+        lengths: (S,) int64, number of labelled tokens.
+        plan: how it was computed: path, engine, workspace.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    plan: Plan
+
+    @property
+    def means(self) -> Tensor:
+        """(S,) log-probability per labelled token, in nats; 0 for an empty sequence."""
+        return self.sums / self.lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class LogpBatch:
+    """What a loss sees of a batch: per-sequence log-probabilities and what comes with them.
+
+    For pairwise losses the first half of every field is chosen, the second half rejected.
+
+    Args:
+        policy: (S,) summed log-probs of the completions under the policy, in nats, differentiable.
+        lengths: (S,) labelled tokens of each completion.
+        reference: (S,) the same sums under the reference model.
+        rewards: (S,) scores of the completions, from any reward model, rule or annotator.
+        desirable: (S,) bool, for point-wise losses on binary feedback.
+        kl: scalar estimate of KL(policy || reference), in nats.
+        prompt: (S,) summed log-probs of the prompt (all tokens but the first) under the policy.
+        prompt_reference: (S,) the same under the reference model.
+        groups: (S,) integer, equal for the completions of one prompt.
+        sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
+
+    Raises:
+        ValueError: a field's shape, dtype or device does not fit `policy`.
+    """
+
+    policy: Tensor
+    lengths: Tensor
+    reference: Tensor | None = None
+    rewards: Tensor | None = None
+    desirable: Tensor | None = None
+    kl: Tensor | None = None
+    prompt: Tensor | None = None
+    prompt_reference: Tensor | None = None
+    groups: Tensor | None = None
+    sequence_kl: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require_shape("policy", self.policy, ("S",))
+        require_floating("policy", self.policy)
+        require_integer("lengths", self.lengths)
+        if self.groups is not None:
+            require_integer("groups", self.groups)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None or item.name == "policy":
+                continue
+            require_shape(item.name, value, () if item.name == "kl" else self.policy.shape)
+            require_device(item.name, value, self.policy.device)
+
+    @property
+    def size(self) -> int:
+        """S, the number of sequences."""
+        return self.policy.shape[0]
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the fields that are not None."""
+        return frozenset(item.name for item in fields(self) if getattr(self, item.name) is not None)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss and what is worth logging about it.
+
+    Attributes:
+        loss: scalar, differentiable: the batch loss.
+        losses: (P,) per pair, or (S,) per sequence for point-wise losses, before the reduction.
+        metrics: name → detached scalar tensor, with TRL's names.
+        rewards: (S,) detached implicit rewards of the sequences.
+        target_margins: (P,) detached margins γ_i subtracted from the reward margins, or None for
+            point-wise losses.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    rewards: Tensor | None = None
+    target_margins: Tensor | None = None

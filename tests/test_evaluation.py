@@ -1,0 +1,49 @@
+"""Scores of preference pairs against eager arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import pair_features, tiny_llama
+
+from fused_prefopt.data import PairCollator
+from fused_prefopt.evaluation import score_pairs
+from fused_prefopt.losses import LogRatio
+from fused_prefopt.reference import add_reference_logps
+
+
+def test_scores_equal_eager_arithmetic():
+    model, anchor, collator = tiny_llama(0), tiny_llama(1), PairCollator(0)
+    features = add_reference_logps(anchor, pair_features(9), collator, progress=False)
+    scores = score_pairs(model, anchor, features, collator, batch_size=4)
+    margins, kls = [], []
+    for feature in features:
+        means = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([feature["prompt_ids"] + feature[side]])
+            rows = slice(len(feature["prompt_ids"]) - 1, -1)
+            with torch.no_grad():
+                policy, other = (
+                    each(input_ids=ids).logits[0, rows].double().log_softmax(-1)
+                    for each in (model, anchor)
+                )
+            targets = torch.tensor(feature[side])
+            means.append(policy.gather(1, targets[:, None]).mean())
+            if side == "chosen_ids":
+                kls.append((policy.exp() * (policy - other)).sum(1))
+        margins.append(means[0] - means[1])
+    torch.testing.assert_close(scores.margins.double(), torch.stack(margins), rtol=1e-4, atol=1e-5)
+    assert scores.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
+    accuracy = sum(margin > 0 for margin in margins) / 9
+    assert scores.summary()["accuracy"] == pytest.approx(float(accuracy))
+    assert "reward_accuracy" not in scores.summary()
+    gains = (scores.batch.policy - scores.batch.reference).chunk(2)
+    share = (gains[0] > gains[1]).double().mean().item()
+    assert scores.summary(LogRatio(beta=0.1))["reward_accuracy"] == pytest.approx(share)
+
+
+def test_a_model_has_no_distance_to_itself():
+    model, collator = tiny_llama(), PairCollator(0)
+    features = add_reference_logps(model, pair_features(4), collator, progress=False)
+    scores = score_pairs(model, model, features, collator)
+    assert scores.kl == pytest.approx(0, abs=1e-7)

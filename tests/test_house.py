@@ -1,0 +1,215 @@
+"""The house rules: what imports what, how large files are, what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fused_prefopt"
+CODE = ("fused_prefopt", "kernels", "benchmarks", "examples")
+# Part of the package → parts of it that it must not import, at import time or later.
+FORBIDDEN = {
+    "kernels": {"*"},
+    "checks": {"*"},
+    "ranges": {"*"},
+    "types": {"losses", "preference", "statistics", "data", "reference"},
+    "ops": {"losses", "preference", "integrations", "statistics", "data", "reference"},
+    "losses": {"ops", "preference", "integrations", "data", "reference", "kernels"},
+    "statistics": {"ops", "losses", "preference", "integrations", "data", "reference", "kernels"},
+    "data": {"ops", "losses", "preference", "integrations", "reference", "kernels"},
+    "preference": {"integrations", "data", "reference", "kernels"},
+}
+# May be imported at the top of a file by these parts only.
+OPTIONAL = {
+    "transformers": {"integrations", "cli"},
+    "trl": {"integrations"},
+    "peft": {"integrations"},
+    "datasets": {"integrations"},
+    "matplotlib": {"report"},
+    "triton": {"kernels"},
+}
+
+
+def sources(*folders: str) -> list[Path]:
+    """Python files below the folders, each once (`fused_prefopt/kernels` is a link)."""
+    found = {
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if PACKAGE / "kernels" not in path.parents
+    }
+    return sorted(found)
+
+
+def part_of(path: Path) -> str:
+    """`ops` for fused_prefopt/ops/plan.py, `types` for fused_prefopt/types.py."""
+    relative = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path, *, everywhere: bool = True) -> Iterator[str]:
+    """Absolute names that a file imports; without `everywhere`, only when it is itself imported."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = resolved(path, child)
+                yield from (f"{base}.{alias.name}" for alias in child.names)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            elif everywhere or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def resolved(path: Path, node: ast.ImportFrom) -> str:
+    """The module of `from ... import`, with leading dots resolved."""
+    if not node.level:
+        return node.module or ""
+    folders = path.relative_to(ROOT).parts[: -node.level]
+    return ".".join((*folders, *([node.module] if node.module else [])))
+
+
+def python(code: str, cwd: Path = ROOT, **environment: str) -> str:
+    """Output of a fresh interpreter."""
+    env = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kernels_is_no_package_and_is_linked():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+
+
+@pytest.mark.parametrize("path", sources(*CODE, "tests"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nobody_imports_kernels_by_its_bare_name(path):
+    assert not [name for name in imports_of(path) if name.split(".")[0] == "kernels"]
+
+
+@pytest.mark.parametrize("path", sources(*CODE), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_have_fewer_than_300_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 300
+
+
+def test_tests_are_no_package():
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sources("fused_prefopt", "kernels"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_calls_go_down_only(path):
+    part = part_of(path)
+    forbidden = FORBIDDEN.get(part, set())
+    # `types` reaches the integrations lazily, from inside one method.
+    for name in imports_of(path, everywhere=part != "types"):
+        package, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if package != "fused_prefopt" or target == part or not forbidden:
+            continue
+        assert "*" not in forbidden and target not in forbidden, name
+        # The package's front reaches everything: lower parts go to the module itself.
+        assert (PACKAGE / target).is_dir() or (PACKAGE / f"{target}.py").is_file(), name
+
+
+def test_types_reach_the_integrations_only_inside_a_method():
+    top = list(imports_of(PACKAGE / "types.py", everywhere=False))
+    assert not [name for name in top if "integrations" in name]
+
+
+@pytest.mark.parametrize("path", sources("fused_prefopt"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_optional_dependencies_are_imported_where_they_are_used(path):
+    for name in imports_of(path, everywhere=False):
+        parts = OPTIONAL.get(name.split(".")[0])
+        assert parts is None or part_of(path) in parts, name
+
+
+def test_importing_the_package_imports_no_optional_dependency():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fused_prefopt
+after = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(after & {"triton", "transformers", "trl", "peft", "datasets", "matplotlib"}))
+"""
+    assert python(code, PYTHONPATH=str(ROOT)) == "[]"
+
+
+def test_transformers_is_not_shadowed_at_the_root_of_the_repository():
+    pytest.importorskip("transformers")
+    code = """
+import sys
+sys.path.insert(0, "")
+from transformers import LlamaForCausalLM
+print(LlamaForCausalLM.__name__)
+"""
+    assert python(code, cwd=ROOT) == "LlamaForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy so that nothing is left in the repository."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    copy = shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=ignored)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, copy]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_real_kernels_and_no_tests(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        code = {name for name in names if name.endswith(".py")}
+        links = [
+            i.filename for i in archive.infolist() if (i.external_attr >> 16) & 0o170000 == 0o120000
+        ]
+    wanted = {str(path.relative_to(ROOT)) for path in sources("fused_prefopt")}
+    wanted |= {f"fused_prefopt/{path.relative_to(ROOT)}" for path in sources("kernels")}
+    assert code == wanted
+    assert "fused_prefopt/py.typed" in names
+    assert not links
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_imports_from_anywhere(wheel, tmp_path):
+    site = tmp_path / "site"
+    install = ["-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True, timeout=300)
+    code = """
+import importlib, os, pkgutil
+import fused_prefopt
+home = os.path.realpath(os.environ["PYTHONPATH"])
+assert os.path.realpath(fused_prefopt.__file__).startswith(home), fused_prefopt.__file__
+names = [m.name for m in pkgutil.walk_packages(fused_prefopt.__path__, "fused_prefopt.")]
+folder = os.path.join(os.path.dirname(fused_prefopt.__file__), "kernels")
+if os.path.isdir(folder):  # no package, so the walk does not enter it
+    files = [f[:-3] for f in os.listdir(folder) if f.endswith(".py")]
+    names += [f"fused_prefopt.kernels.{f}" for f in files]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+    assert int(python(code, cwd=tmp_path, PYTHONPATH=str(site))) > 20

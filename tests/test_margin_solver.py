@@ -1,0 +1,81 @@
+"""γ-PO's margin solver: optimality, budget, order and edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from loss_cases import vector
+
+from fused_prefopt.losses import exact_margins, mirror_margins
+
+SETTINGS = [(4.0, 10.0), (0.375, 10.0), (5.0, 20.0), (3.0, 3.0), (0.5, 0.1)]
+
+
+def test_mirror_step_by_hand():
+    # n = 2, γ₀ = 1, τ = 1: η = 0.5; one step from γ = 1, where log(n p) is 0.
+    margins = vector(0.0, 2.0)
+    grads = [1 + 1 / (1 + math.exp(m - 1)) for m in (0.0, 2.0)]
+    weights = [math.exp(-0.5 * grad) for grad in grads]
+    wanted = [2 * weight / sum(weights) for weight in weights]
+    found = mirror_margins(margins, gamma=1.0, tau=1.0, steps=1)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(("gamma", "tau"), SETTINGS)
+@pytest.mark.parametrize("size", [1, 2, 37, 256])
+def test_exact_solver_is_optimal(gamma, tau, size):
+    margins = torch.linspace(-20, 20, size, dtype=torch.float64)
+    found = exact_margins(margins, gamma=gamma, tau=tau)
+    gradient = tau * (1 + torch.log(found / gamma)) + gamma * torch.sigmoid(found - margins)
+    assert (gradient.max() - gradient.min()).item() < 1e-12 * (tau + gamma)
+    assert found.mean().item() == pytest.approx(gamma, rel=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "tau"), SETTINGS)
+def test_mirror_descends_to_the_exact_solution(gamma, tau):
+    margins = torch.linspace(-10, 10, 16, dtype=torch.float64)
+    exact = exact_margins(margins, gamma=gamma, tau=tau)
+    errors = [
+        (mirror_margins(margins, gamma=gamma, tau=tau, steps=steps) - exact).abs().max().item()
+        for steps in (1, 5, 300)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    # The update's log(n(p + 1e-10)) moves its fixed point by a relative n · 1e-10.
+    assert errors[2] < 16e-10 * gamma * 2
+
+
+@pytest.mark.parametrize("solve", [mirror_margins, exact_margins])
+@pytest.mark.parametrize(("gamma", "tau"), SETTINGS)
+def test_budget_and_order(solve, gamma, tau):
+    margins = torch.linspace(-10, 10, 101, dtype=torch.float64)
+    found = solve(margins, gamma=gamma, tau=tau)
+    assert found.sum().item() == pytest.approx(101 * gamma, rel=1e-12)
+    assert (found.diff() > 0).all()
+    shuffled = torch.randperm(101, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        solve(margins[shuffled], gamma=gamma, tau=tau), found[shuffled], rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("solve", [mirror_margins, exact_margins])
+def test_solver_skips_nonfinite_margins(solve):
+    clean = vector(-1.0, 0.5, 3.0)
+    dirty = vector(math.nan, -1.0, math.inf, 0.5, 3.0, -math.inf)
+    found = solve(dirty, gamma=2.0, tau=1.0)
+    wanted = solve(clean, gamma=2.0, tau=1.0)
+    torch.testing.assert_close(found[[1, 3, 4]], wanted, rtol=1e-14, atol=0)
+    assert found[[0, 2, 5]].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("solve", [mirror_margins, exact_margins])
+def test_solver_edges(solve):
+    assert solve(vector(), gamma=2.0, tau=1.0).shape == (0,)
+    assert solve(vector(5.0), gamma=2.0, tau=1.0).tolist() == pytest.approx([2.0], rel=1e-14)
+    assert solve(vector(1.0, 2.0), gamma=0.0, tau=1.0).tolist() == [0.0, 0.0]
+    assert solve(vector(math.nan), gamma=2.0, tau=1.0).tolist() == [2.0]
+    huge = solve(vector(-1e300, 1e300), gamma=2.0, tau=1.0)
+    assert huge.sum().item() == pytest.approx(4.0)
+    many = mirror_margins(torch.zeros(8), gamma=1e4, tau=1.0)
+    assert many.tolist() == pytest.approx([1e4] * 8)

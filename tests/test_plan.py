@@ -1,0 +1,235 @@
+"""The planner: which path, which tiles, and that the memory stays within the workspace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from truth import TRAINING_PATHS, leaves_of, make_case, needs_of
+
+from fused_prefopt import Plan, sequence_logps
+from fused_prefopt.ops.plan import COST_IN_P, PATHS, TileCost, make_plan, tile_shape
+
+MIB = 2**20
+# A batch whose logits (about 600 labelled rows x 2000 entries, 4.6 MiB) dwarf everything else.
+BATCH = {"sequences": 4, "length": 250, "hidden_size": 48, "vocab": 2000}
+
+
+COST = TileCost(logit=4, hidden=4, weight=4)
+
+
+def planned(**changes) -> Plan:
+    given = {
+        "path": "auto",
+        "engine": "torch",
+        "rows": 1000,
+        "vocab": 1024,
+        "hidden_size": 16,
+        "workspace_mb": 8,
+        "itemsize": 4,
+        "cost": COST,
+        "head_trains": True,
+        "hidden_trains": True,
+    }
+    return make_plan(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"head_trains": False, "hidden_trains": False}, "evaluate"),
+        ({"head_trains": False}, "stash"),
+        ({}, "local"),
+        ({"hidden_trains": False}, "local"),
+        ({"rows": 3000}, "recompute"),
+        ({"workspace_mb": 4}, "recompute"),
+        ({"itemsize": 8}, "recompute"),
+        ({"path": "recompute"}, "recompute"),
+        ({"path": "recompute", "head_trains": False}, "recompute"),
+        ({"path": "local", "head_trains": False}, "local"),
+        ({"path": "evaluate"}, "evaluate"),
+        ({"path": "stash", "head_trains": False, "hidden_trains": False}, "evaluate"),
+    ],
+)
+def test_the_path(changes, path):
+    plan = planned(**changes)
+    assert plan.path == path
+    assert plan.workspace == changes.get("workspace_mb", 8) * MIB
+    assert plan.engine == "torch"
+    assert plan.reason
+
+
+def test_local_needs_room_for_a_tile_beside_what_it_keeps():
+    tile = COST.total(256, 256, 16)
+    rows = (8 * MIB - tile) // (1024 * 4)
+    assert planned(rows=rows).path == "local"
+    assert planned(rows=rows + 1).path == "recompute"
+
+
+def test_costs_rise_from_path_to_path():
+    assert [COST_IN_P[path] for path in PATHS] == [1, 2, 3, 4]
+    assert planned().cost == 3
+
+
+def test_the_plan_is_visible():
+    case = make_case()
+    weight = case.weight
+
+    def path_of(**options):
+        return sequence_logps(case.hidden, weight, case.labels, **options).plan.path
+
+    assert path_of() == "evaluate"
+    case.hidden.requires_grad_()
+    assert path_of() == "stash"
+    weight.requires_grad_()
+    assert path_of() == "local"
+    assert path_of(workspace_mb=0.001) == "recompute"
+    assert path_of(path="recompute") == "recompute"
+    with torch.no_grad():
+        assert path_of() == "evaluate"
+
+
+def test_only_labelled_rows_count():
+    case = make_case(4, 50, 8, 64)
+    labels = torch.full_like(case.labels, -100)
+    labels[:, 10:12] = 5
+    weight = case.weight.requires_grad_()
+    # For 8 rows and a tile of them, not for 9.
+    megabytes = 4 * (8 * 64 + 8 * 64 + 8 * 8) / MIB
+    out = sequence_logps(case.hidden, weight, labels, workspace_mb=megabytes)
+    assert out.plan.path == "local"
+    labels[0, 20] = 5
+    out = sequence_logps(case.hidden, weight, labels, workspace_mb=megabytes)
+    assert out.plan.path == "recompute"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    device=st.sampled_from(["cpu", "cuda", "mps"]),
+    rows=st.integers(0, 10**6),
+    vocab=st.integers(1, 300_000),
+    hidden_size=st.integers(1, 16_384),
+    budget=st.integers(1, 2**33),
+    cost=st.builds(TileCost, st.integers(2, 24), st.integers(0, 16), st.integers(0, 12)),
+)
+def test_tiles_fit_the_budget_or_are_the_smallest(device, rows, vocab, hidden_size, budget, cost):
+    tile = tile_shape(device, rows, vocab, hidden_size, budget, cost)
+    assert 1 <= tile.rows <= max(rows, 1) and 1 <= tile.vocab <= vocab
+    buffers = (
+        cost.logit * tile.rows * tile.vocab
+        + cost.hidden * tile.rows * hidden_size
+        + cost.weight * tile.vocab * hidden_size
+    )
+    assert buffers <= budget or (tile.rows <= 64 and tile.vocab <= 64)
+
+
+def test_a_larger_budget_never_gives_a_smaller_tile():
+    sizes = [tile_shape("cuda", 9000, 128256, 4096, 2**n, COST) for n in range(16, 36)]
+    areas = [tile.rows * tile.vocab for tile in sizes]
+    assert areas == sorted(areas)
+    assert areas[-1] == 8192 * 16384
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of any tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.untyped_storage().nbytes() // 4)
+        return out
+
+
+@pytest.mark.parametrize("path", ["evaluate", "stash", "recompute"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_no_tensor_has_tokens_times_vocabulary_entries(path, softcap):
+    case = leaves_of(make_case(**BATCH, bias=True, softcap=softcap), needs_of(path))
+    with LargestTensor() as largest:
+        out = sequence_logps(case.hidden, case.head, case.labels, path=path, workspace_mb=0.5)
+        if path != "evaluate":
+            out.sums.sum().backward()
+    unavoidable = max(case.hidden.numel(), case.weight.numel())
+    assert largest.elements <= unavoidable < int(out.lengths.sum()) * case.vocab / 10
+
+
+def peak_of(function) -> int:
+    """Peak of the CPU bytes that `function` allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = profiled.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(
+    ("path", "workspace_mb"),
+    [
+        ("evaluate", 0.5),
+        ("stash", 0.5),
+        ("recompute", 0.5),
+        ("recompute", 3),
+        ("local", 5.5),
+        ("local", 7),
+    ],
+)
+def test_peak_memory_is_statistics_gradients_and_the_workspace(path, workspace_mb, softcap, dtype):
+    case = make_case(**BATCH, bias=True, softcap=softcap, dtype=dtype)
+    case = leaves_of(case, needs_of(path))
+    made = []
+
+    def forward():
+        options = {"path": path, "workspace_mb": workspace_mb}
+        made.append(sequence_logps(case.hidden, case.head, case.labels, **options))
+
+    forward_peak = peak_of(forward)
+    (out,) = made
+    rows, workspace = int(out.lengths.sum()), workspace_mb * MIB
+    statistics = 32 * 8 * case.labels.numel()  # a generous count of (n,) vectors
+    hidden_sums = 4 * rows * case.hidden.shape[-1]
+    kept = 4 * rows * case.vocab if path == "local" else 0
+    stash = hidden_sums if path == "stash" else 0
+    assert kept <= forward_peak <= workspace + statistics + stash
+    if path == "evaluate":
+        return
+    backward_peak = peak_of(out.sums.sum().backward)
+    trained = [t for t in (case.hidden, case.weight, case.bias) if t.requires_grad]
+    gradients = sum(t.nbytes for t in trained)
+    rounding = hidden_sums // 2 if dtype == torch.bfloat16 else 0
+    allowed = workspace - kept + statistics + gradients + hidden_sums + rounding
+    assert backward_peak <= allowed
+
+
+def test_peak_memory_does_not_grow_with_the_vocabulary():
+    def peak(vocab):
+        case = make_case(**BATCH | {"vocab": vocab})
+        case = replace(case, hidden=case.hidden.requires_grad_())
+        return peak_of(
+            lambda: (
+                sequence_logps(case.hidden, case.head, case.labels, workspace_mb=0.5)
+                .sums.sum()
+                .backward()
+            )
+        )
+
+    assert peak(4000) <= 1.05 * peak(2000)
+
+
+def test_every_path_is_tested():
+    assert set(PATHS) == {"evaluate", *TRAINING_PATHS}
