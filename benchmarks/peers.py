@@ -20,9 +20,6 @@ from fused_prefopt import LMHead, sequence_logps
 
 # Small enough that no pair of the random batches saturates the sigmoid.
 BETA = 0.02
-# The op's default, and one that holds the probabilities of 2048 rows of 32000 entries for `local`.
-WORKSPACE_MB = 256
-LOCAL_WORKSPACE_MB = 384
 
 # Fields of a candidate: which gradients a step asks for.
 NOTHING, HIDDEN, HEAD = "nothing", "hidden", "hidden and head"
@@ -71,8 +68,7 @@ def step(candidate: Candidate, problem: Problem) -> Tensor:
 
 def _ours(path: str, problem: Problem) -> tuple[Tensor, Tensor]:
     head = LMHead(problem.weight, softcap=problem.shape.softcap)
-    budget = LOCAL_WORKSPACE_MB if path == "local" else WORKSPACE_MB
-    out = sequence_logps(problem.hidden, head, problem.labels, path=path, workspace_mb=budget)
+    out = sequence_logps(problem.hidden, head, problem.labels, path=path)
     return out.sums, dpo(out.sums)
 
 

@@ -41,11 +41,18 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "head": {
         **_SHAPE_FIELDS,
         "memory_status": (str,),
-        "rounds": (int,),
-        "ms": _NUMBER,
-        "p_ms": _NUMBER,
-        "in_p": _NUMBER,
-        "in_p_quartiles": (list, type(None)),
+        # Twice: with glibc's defaults, and in a process that keeps its freed memory.
+        **{
+            f"{prefix}{name}": types
+            for prefix in ("", "reused_")
+            for name, types in {
+                "rounds": (int,),
+                "ms": _NUMBER,
+                "p_ms": _NUMBER,
+                "in_p": _NUMBER,
+                "in_p_quartiles": (list, type(None)),
+            }.items()
+        },
         "logp_error": _NUMBER,
         "dhidden_error": _NUMBER,
         "dweight_error": _NUMBER,

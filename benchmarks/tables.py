@@ -19,6 +19,7 @@ def head_table(rows: Sequence[Row]) -> str:
         "gradients",
         "ms",
         "P",
+        "P, memory reused",
         "extra peak MiB",
         "log-prob error (nats)",
         "gradient error",
@@ -28,7 +29,7 @@ def head_table(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda row: known.index(row["candidate"])):
         name, gradients = row["candidate"], _BACKWARD[row["trains"]]
         if row["status"] != "ok":
-            lines.append([name, gradients, row["status"], *[""] * 4])
+            lines.append([name, gradients, row["status"], *[""] * 5])
             continue
         errors = [row[name] for name in ("dhidden_error", "dweight_error")]
         known_errors = [error for error in errors if error is not None]
@@ -39,6 +40,7 @@ def head_table(rows: Sequence[Row]) -> str:
                 gradients,
                 _number(row["ms"], ".0f"),
                 _number(row["in_p"], ".2f"),
+                _number(row["reused_in_p"], ".2f"),
                 _mib(row["extra_bytes"]) if ok else row["memory_status"],
                 _number(row["logp_error"], ".1e"),
                 _number(max(known_errors, default=None), ".1e"),

@@ -79,7 +79,7 @@ def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
     """
     figure, axes = _figure(len(histories))
     for axis, (name, history) in zip(axes, histories.items(), strict=True):
-        for metric in ("rewards/chosen", "rewards/rejected", "rewards/mean", "rewards/target"):
+        for metric in ("rewards/chosen", "rewards/rejected", "rewards/mean"):
             points = [(row["step"], row[metric]) for row in history if metric in row]
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=metric)

@@ -41,7 +41,7 @@ def residual_rows(
 ) -> None:
     """Turn a tile of logits into (softmax − one-hot) · (1 − (logit · inverse_cap)²), in place.
 
-    The targets' entries are given: p − 1 loses its digits where p is close to 1.
+    The targets' entries are given: they come from the fp32 log-probs.
 
     Args:
         tile: (c, v) fp32 or float64 logits, last dimension contiguous.

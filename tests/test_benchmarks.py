@@ -247,7 +247,9 @@ def test_report_needs_its_markers() -> None:
 def test_table_names_who_has_no_figures(measured: Path) -> None:
     row = load(measured)["head-fp32"]["rows"][-1]
     table = tables.head_table([{**row, "status": "unavailable: needs trl"}])
-    assert table.splitlines()[2] == "| eager | hidden, head | unavailable: needs trl |  |  |  |  |"
+    assert (
+        table.splitlines()[2] == "| eager | hidden, head | unavailable: needs trl |  |  |  |  |  |"
+    )
 
 
 def test_claims_compare_with_their_limits() -> None:

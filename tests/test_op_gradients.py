@@ -214,7 +214,8 @@ def test_the_softcap_slope_of_probabilities_that_underflowed_is_zero_times_finit
     math = HeadMath(softcap=100.0, logit_scale=1.0, temperature=0.5, dtype=torch.float32)
     kept, out = torch.tensor([[1.0, 0.0, 0.0]]), torch.empty(1, 3)
     top = torch.tensor([190.0])
-    kept_residual(kept, top, top, torch.tensor([1]), torch.tensor([-190.0]), math, out)
+    # The target's logit is -190, its log-prob that much below the log-sum-exp.
+    kept_residual(kept, top, top, torch.tensor([1]), torch.tensor([-380.0]), math, out)
     slope = 1 - (190 * 0.5 / 100) ** 2
     torch.testing.assert_close(out, torch.tensor([[slope, -slope, 0.0]]), rtol=1e-5, atol=1e-7)
 
@@ -225,3 +226,16 @@ def test_a_softcap_wider_than_the_floating_point_exponent(path):
     truth = true_result(case, needs=needs_of(path))
     got = computed(case, needs=needs_of(path), path=path)
     assert_gradients(got, truth, 2e-4)
+
+
+@pytest.mark.parametrize("path", ["local", "recompute"])
+def test_a_nearly_certain_target_keeps_its_digits_in_bf16(path):
+    # p = 0.9991 rounds to 1 in bf16, in which `local` keeps it; p − 1 must not round to 0.
+    hidden = torch.tensor([[[7.0, 0.0]]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.eye(2, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.tensor([[0]])
+    out = sequence_logps(hidden, weight, labels, shift=False, path=path)
+    out.sums.sum().backward()
+    rest = torch.sigmoid(torch.tensor(-7.0, dtype=torch.float64)).item()
+    assert hidden.grad[0, 0].tolist() == pytest.approx([rest, -rest], rel=4e-3)
+    assert weight.grad[:, 0].tolist() == pytest.approx([7 * rest, -7 * rest], rel=4e-3)

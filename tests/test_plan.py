@@ -203,7 +203,7 @@ def test_peak_memory_is_statistics_gradients_and_the_workspace(path, workspace_m
     rows, workspace = int(out.lengths.sum()), workspace_mb * MIB
     statistics = 32 * 8 * case.labels.numel()  # a generous count of (n,) vectors
     hidden_sums = 4 * rows * case.hidden.shape[-1]
-    kept = 4 * rows * case.vocab if path == "local" else 0
+    kept = dtype.itemsize * rows * case.vocab if path == "local" else 0
     stash = hidden_sums if path == "stash" else 0
     assert kept <= forward_peak <= workspace + statistics + stash
     if path == "evaluate":

@@ -6,111 +6,13 @@ is written once, in the weight's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.engines import load_engine
-from fused_prefopt.ops.plan import TileShape, kept_bytes, tile_shape
-from fused_prefopt.ops.torch_engine import HeadMath, RowStatistics
-
-
-@dataclass(frozen=True)
-class HeadRows:
-    """Everything one pass over the head needs.
-
-    Attributes:
-        hidden: (M, D) all rows.
-        weight: (V, D), padded vocabulary rows cut off.
-        bias: (V,) or None.
-        index: (n,) the labelled rows.
-        targets: (n,) their target tokens.
-        math: the head's scalars.
-        path, engine, workspace: of the plan.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    index: Tensor
-    targets: Tensor
-    math: HeadMath
-    path: str
-    engine: str
-    workspace: int
-
-    @property
-    def parts(self) -> ModuleType:
-        """What the engine supplies."""
-        return load_engine(self.engine)
-
-    @property
-    def rows(self) -> int:
-        return self.index.shape[0]
-
-    @property
-    def tiling(self) -> tuple[TileShape, bool]:
-        """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
-        vocab, hidden_size = self.weight.shape
-        device, dtype = self.hidden.device, self.weight.dtype
-        cost = self.parts.tile_cost(self.math, dtype, device, self.path)
-        budget = self.workspace
-        if self.path == "local":
-            budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
-        gathered = self.rows * hidden_size * cost.hidden
-        once = 3 * gathered <= 2 * budget
-        if once:
-            budget, cost = budget - gathered, replace(cost, hidden=0)
-        return tile_shape(device.type, self.rows, vocab, hidden_size, budget, cost), once
-
-    @property
-    def shape(self) -> TileShape:
-        return self.tiling[0]
-
-    @property
-    def operand(self) -> torch.dtype:
-        return self.parts.operand_dtype(self.math.dtype, self.hidden.device)
-
-    def row_slices(self) -> list[slice]:
-        return list(_slices(self.rows, self.shape.rows))
-
-    def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
-        for slab in _slices(self.weight.shape[0], self.shape.vocab):
-            weight = self._cast(self.weight[slab]).to(self.operand)
-            yield slab, weight, None if self.bias is None else self._cast(self.bias[slab])
-
-    def hidden_rows(self, scale: Tensor | None = None) -> _HiddenRows:
-        """Labelled rows of `hidden`, times `scale` (n,), in the operand dtype, slice by slice."""
-        return _HiddenRows(self, scale)
-
-    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = self.math.accumulator if dtype is None else dtype
-        return torch.empty(size, dtype=dtype, device=self.hidden.device)
-
-    def _cast(self, value: Tensor) -> Tensor:
-        """Round to the dtype the matmul computes in, as autocast does."""
-        return value.to(self.math.dtype)
-
-
-class _HiddenRows:
-    """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
-
-    def __init__(self, head: HeadRows, scale: Tensor | None) -> None:
-        self._head, self._scale, self._all = head, scale, None
-        if head.tiling[1]:
-            self._all = self._gather(slice(None))
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self._gather(rows) if self._all is None else self._all[rows]
-
-    def _gather(self, rows: slice) -> Tensor:
-        head = self._head
-        hidden = head._cast(head.hidden[head.index[rows]]).to(head.operand)
-        return hidden if self._scale is None else hidden.mul_(self._scale[rows].unsqueeze(1))
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.torch_engine import RowStatistics
 
 
 @dataclass(frozen=True)
@@ -205,22 +107,37 @@ def backward(
         padded_vocab: rows of the weight with its padding.
         needs: whether hidden, weight and bias need a gradient.
     """
-    path, engine = head.path, head.parts
-    if path == "stash":
+    if head.path == "stash":
         dhidden = kept.stash * upstream.unsqueeze(1) if needs[0] else None
         return Gradients(None if dhidden is None else _spread(dhidden, head), None, None)
 
     scale = upstream * -head.math.slope
-    slices = head.row_slices()
-    hidden = head.hidden_rows() if path == "recompute" else None
-    scaled = head.hidden_rows(scale) if needs[1] else None
-    buffer = head.new(head.shape.rows, head.shape.vocab)
     dhidden = head.new(head.rows, head.weight.shape[1]) if needs[0] else None
     dweight = _padded_like(head.weight, padded_vocab, head.rows) if needs[1] else None
     dbias = _padded_like(head.bias, padded_vocab, head.rows) if needs[2] else None
-
     # Without labelled rows no slab would be written: the gradients are the zeros they start as.
-    for number, (slab, weight, bias) in enumerate(head.slabs() if head.rows else ()):
+    if head.rows:
+        _sum_gradients(head, kept, logps, scale, dhidden, dweight, dbias)
+    if dhidden is not None:
+        dhidden.mul_(scale.unsqueeze(1))
+    return Gradients(None if dhidden is None else _spread(dhidden, head), dweight, dbias)
+
+
+def _sum_gradients(
+    head: HeadRows,
+    kept: Kept,
+    logps: Tensor,
+    scale: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Write the sums over tiles: (n, D) without its row `scale` (n,), (V, D) and (V,) with it."""
+    engine, slices = head.parts, head.row_slices()
+    hidden = head.hidden_rows() if head.path == "recompute" else None
+    scaled = None if dweight is None else head.hidden_rows(scale)
+    buffer = head.new(head.shape.rows, head.shape.vocab)
+    for number, (slab, weight, bias) in enumerate(head.slabs()):
         weight_sum = None if dweight is None else _accumulator(head, dweight[slab])
         bias_sum = None if dbias is None else head.new(weight.shape[0]).zero_()
         for rows in slices:
@@ -242,8 +159,8 @@ def backward(
             if bias_sum is not None:
                 bias_sum.addmv_(tile.t(), scale[rows])
             operand = tile.to(head.operand)
-            first = rows.start == 0
             if weight_sum is not None and scaled is not None:
+                first = rows.start == 0
                 engine.product(operand.t(), scaled[rows], weight_sum, accumulate=not first)
             if dhidden is not None:
                 engine.product(operand, weight, dhidden[rows], accumulate=number > 0)
@@ -251,9 +168,6 @@ def backward(
             dweight[slab].copy_(weight_sum)
         if dbias is not None and bias_sum is not None:
             dbias[slab].copy_(bias_sum)
-    if dhidden is not None:
-        dhidden.mul_(scale.unsqueeze(1))
-    return Gradients(None if dhidden is None else _spread(dhidden, head), dweight, dbias)
 
 
 def _accumulator(head: HeadRows, slab: Tensor) -> Tensor:
@@ -281,8 +195,3 @@ def _tile(buffer: Tensor, rows: slice, slab: slice) -> Tensor:
     """A contiguous (rows, slab) view of the buffer's storage."""
     height, width = rows.stop - rows.start, slab.stop - slab.start
     return buffer.view(-1)[: height * width].view(height, width)
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))

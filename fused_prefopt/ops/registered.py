@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import paths
+from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.torch_engine import HeadMath, matmul_precision
 
 
@@ -229,10 +230,10 @@ def _head_rows(
     path: str,
     engine: str,
     workspace: int,
-) -> paths.HeadRows:
+) -> HeadRows:
     bias = None if bias is None else bias[:vocab]
     weight = weight[:vocab]
-    return paths.HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace)
+    return HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace)
 
 
 class _fixed_precision:

@@ -209,14 +209,14 @@ def kept_residual(
     torch.mul(kept, (maximum - logsumexps).exp_().unsqueeze(1), out=out)
     if math.softcap is not None:
         # Where `kept` has underflowed to 0 its log is -inf, and 0 times that slope would be NaN.
-        logits = kept.to(out.dtype).log_().clamp_(min=_SMALLEST_EXPONENT)
+        logits = kept.to(out.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
         logits.add_(maximum.unsqueeze(1))
         out.mul_(math.cap_slope(logits, out=logits))
     _set_targets(out, targets, target_residual(logps, logsumexps, math))
 
 
 def target_residual(logps: Tensor, logsumexps: Tensor, math: HeadMath) -> Tensor:
-    """(c,) residual of the targets, p − 1 times the slope: exact also where p is close to 1."""
+    """(c,) residual of the targets, p − 1 times the slope, whatever dtype the others are kept in."""
     value = logps.expm1()
     return value if math.softcap is None else value * math.cap_slope(logps + logsumexps)
 

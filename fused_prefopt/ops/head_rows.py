@@ -1,0 +1,114 @@
+"""The labelled rows of a batch before a head, in the pieces that tiles are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops.engines import load_engine
+from fused_prefopt.ops.plan import TileShape, kept_bytes, tile_shape
+from fused_prefopt.ops.torch_engine import HeadMath
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Everything one pass over the head needs.
+
+    Attributes:
+        hidden: (M, D) all rows.
+        weight: (V, D), padded vocabulary rows cut off.
+        bias: (V,) or None.
+        index: (n,) the labelled rows.
+        targets: (n,) their target tokens.
+        math: the head's scalars.
+        path, engine, workspace: of the plan.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor
+    targets: Tensor
+    math: HeadMath
+    path: str
+    engine: str
+    workspace: int
+
+    @property
+    def parts(self) -> ModuleType:
+        """What the engine supplies."""
+        return load_engine(self.engine)
+
+    @property
+    def rows(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def tiling(self) -> tuple[TileShape, bool]:
+        """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
+        vocab, hidden_size = self.weight.shape
+        device, dtype = self.hidden.device, self.weight.dtype
+        cost = self.parts.tile_cost(self.math, dtype, device, self.path)
+        budget = self.workspace
+        if self.path == "local":
+            budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
+        gathered = self.rows * hidden_size * cost.hidden
+        once = 3 * gathered <= 2 * budget
+        if once:
+            budget, cost = budget - gathered, replace(cost, hidden=0)
+        return tile_shape(device.type, self.rows, vocab, hidden_size, budget, cost), once
+
+    @property
+    def shape(self) -> TileShape:
+        return self.tiling[0]
+
+    @property
+    def operand(self) -> torch.dtype:
+        return self.parts.operand_dtype(self.math.dtype, self.hidden.device)
+
+    def row_slices(self) -> list[slice]:
+        return list(_slices(self.rows, self.shape.rows))
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
+        for slab in _slices(self.weight.shape[0], self.shape.vocab):
+            weight = self._cast(self.weight[slab]).to(self.operand)
+            yield slab, weight, None if self.bias is None else self._cast(self.bias[slab])
+
+    def hidden_rows(self, scale: Tensor | None = None) -> _HiddenRows:
+        """Labelled rows of `hidden`, times `scale` (n,), in the operand dtype, slice by slice."""
+        return _HiddenRows(self, scale)
+
+    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = self.math.accumulator if dtype is None else dtype
+        return torch.empty(size, dtype=dtype, device=self.hidden.device)
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """Round to the dtype the matmul computes in, as autocast does."""
+        return value.to(self.math.dtype)
+
+
+class _HiddenRows:
+    """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
+
+    def __init__(self, head: HeadRows, scale: Tensor | None) -> None:
+        self._head, self._scale, self._all = head, scale, None
+        if head.tiling[1]:
+            self._all = self._gather(slice(None))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self._gather(rows) if self._all is None else self._all[rows]
+
+    def _gather(self, rows: slice) -> Tensor:
+        head = self._head
+        hidden = head._cast(head.hidden[head.index[rows]]).to(head.operand)
+        return hidden if self._scale is None else hidden.mul_(self._scale[rows].unsqueeze(1))
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
