@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from truth import largest_error, picked, relative, shifted
+from truth import aligned, largest_error, relative
 
 from fused_prefopt import LMHead, sequence_logps, token_logps
 from fused_prefopt.integrations.causal_lm import backbone_of, unwrapped
@@ -80,9 +80,8 @@ def batch(size: int = 3, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
 
 def of_model(model, ids, labels):
     """Token log-probs by the model's own logits."""
-    return picked(
-        model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1), shifted(labels)
-    )
+    logits = model(input_ids=ids, use_cache=False).logits
+    return aligned(logits.double().log_softmax(-1), labels)
 
 
 def fused(model, ids, labels):

@@ -245,7 +245,9 @@ def test_the_shift_never_crosses_a_boundary():
     logits = true_logits(case.double()).flatten(0, 1)
     follows = torch.cat([ids[1:] == ids[:-1], torch.tensor([False])])
     targets = torch.cat([labels[1:], labels[:1]]).masked_fill(~follows, -100)
-    assert largest_error(tokens, picked(logits.log_softmax(-1), targets)) <= 1e-5
+    truth = picked(logits.log_softmax(-1), targets).roll(1)
+    assert largest_error(tokens, truth) <= 1e-5
+    assert (tokens == 0).tolist() == [True, *(~follows[:-1]).tolist()]
     out = sequence_logps(hidden, case.head, labels, sequence_ids=ids)
     assert out.lengths.tolist() == [2, 4, 1, 0]
     assert out.sums[3] == 0
@@ -283,3 +285,15 @@ def test_a_given_number_of_labels_changes_nothing(path):
     assert torch.equal(got.sums, wanted.sums) and torch.equal(got.tokens, wanted.tokens)
     for ours, theirs in zip(got.grads, wanted.grads, strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_token_logps_stand_at_their_labels():
+    case = make_case(3, 6)
+    logps = true_logits(case.double()).log_softmax(-1)
+    tokens = token_logps(case.hidden, case.head, case.labels)
+    assert (tokens[:, 0] == 0).all()
+    for row in range(3):
+        for position in range(1, 6):
+            label = int(case.labels[row, position])
+            truth = 0.0 if label == -100 else logps[row, position - 1, label].item()
+            assert tokens[row, position].item() == pytest.approx(truth, abs=1e-5)

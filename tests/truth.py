@@ -113,11 +113,6 @@ def true_logits(case: Case) -> Tensor:
     return logits[..., : case.vocab] / options.get("temperature", 1.0)
 
 
-def shifted(labels: Tensor) -> Tensor:
-    """Targets of labels (S, T): the next label, none at the end."""
-    return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), -100)], dim=1)
-
-
 def picked(logps: Tensor, targets: Tensor) -> Tensor:
     """Log-probs of the targets, 0 where there is none."""
     labelled = targets != -100
@@ -127,8 +122,14 @@ def picked(logps: Tensor, targets: Tensor) -> Tensor:
 
 def true_logps(case: Case, *, shift: bool = True) -> Tensor:
     """Token log-probs (S, T) of a case by eager PyTorch, in its own dtype, differentiable."""
-    targets = shifted(case.labels) if shift else case.labels
-    return picked(true_logits(case).log_softmax(-1), targets)
+    logps = true_logits(case).log_softmax(-1)
+    # Entry t belongs to label t, which row t − 1 predicts.
+    return aligned(logps, case.labels) if shift else picked(logps, case.labels)
+
+
+def aligned(logps: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs of labels (S, T), each from the row before it; 0 at the start and where ignored."""
+    return torch.cat([torch.zeros_like(logps[:, :1, 0]), picked(logps[:, :-1], labels[:, 1:])], 1)
 
 
 @dataclass(frozen=True)

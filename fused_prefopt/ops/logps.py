@@ -106,9 +106,9 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of every labelled token, in the shape of `labels`, in nats.
 
-    With `shift`, entry t holds the log-prob of labels[t + 1] (it belongs to the row that predicts
-    it, as the gradient does); entries without a label are 0. Arguments and errors are those of
-    `sequence_logps`.
+    Entry t is the log-prob of labels[t]; it is 0 where that is `ignore_index`, and with `shift`
+    where a sequence starts, since nothing predicts its first token. Arguments and errors are those
+    of `sequence_logps`.
     """
     options = LogpOptions(
         shift=shift,
@@ -121,7 +121,9 @@ def token_logps(
         engine=engine,
     )
     _, _, outputs = _run(hidden, head, labels, options)
-    return outputs[0].view(labels.shape)
+    logps = outputs[0].view(labels.shape)
+    # Each row's log-prob goes to the label it predicts; a sequence's last row has none to give.
+    return logps.roll(1, -1) if shift else logps
 
 
 def _run(

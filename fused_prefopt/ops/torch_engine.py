@@ -216,7 +216,7 @@ def kept_residual(
 
 
 def target_residual(logps: Tensor, logsumexps: Tensor, math: HeadMath) -> Tensor:
-    """(c,) residual of the targets, p − 1 times the slope, whatever dtype the others are kept in."""
+    """(c,) residual of the targets, (p − 1) · slope, from their fp32 log-probs."""
     value = logps.expm1()
     return value if math.softcap is None else value * math.cap_slope(logps + logsumexps)
 
