@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -43,13 +45,26 @@ def run_cpu(
     def tell(text: str) -> None:
         say(f"[{time.monotonic() - start:4.0f} s] {text}")
 
+    # A process for each: what one keeps of its freed memory, the next must not find.
+    context = multiprocessing.get_context("spawn")
     for dtype in DTYPES:
-        measure_head(LAPTOP, dtype, Results(folder / f"head-{dtype}.json", "head"), count, tell)
+        child = context.Process(target=_measure_laptop, args=(dtype, folder, count))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise RuntimeError(f"{dtype}: the measuring process ended with {child.exitcode}")
+        tell(f"{dtype}: done")
     sweep_memory(
         {"vocab": SWEEP_VOCAB, "length": SWEEP_LENGTH},
         Results(folder / "sweep.json", "sweep"),
         tell,
     )
+
+
+def _measure_laptop(dtype: str, folder: Path, count: int) -> None:
+    warnings.simplefilter("ignore")
+    results = Results(folder / f"head-{dtype}.json", "head")
+    measure_head(LAPTOP, dtype, results, count, partial(print, flush=True))
 
 
 def measure_head(

@@ -1,7 +1,7 @@
 """Preference-optimisation losses fused with the LM head: no logits in memory."""
 
 from fused_prefopt.losses import available_losses
-from fused_prefopt.ops import Plan, sequence_logps, token_logps
+from fused_prefopt.ops import Plan, release_workspace, sequence_logps, token_logps
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LMHead, LogpBatch, LossOutput, SequenceLogps
 
@@ -13,6 +13,7 @@ __all__ = [
     "PreferenceLoss",
     "SequenceLogps",
     "available_losses",
+    "release_workspace",
     "sequence_logps",
     "token_logps",
 ]

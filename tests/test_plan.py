@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from truth import TRAINING_PATHS, leaves_of, make_case, needs_of
 
-from fused_prefopt import Plan, sequence_logps
+from fused_prefopt import Plan, release_workspace, sequence_logps
 from fused_prefopt.ops.plan import COST_IN_P, PATHS, TileCost, make_plan, tile_shape
 
 MIB = 2**20
@@ -198,6 +198,7 @@ def test_peak_memory_is_statistics_gradients_and_the_workspace(path, workspace_m
         options = {"path": path, "workspace_mb": workspace_mb}
         made.append(sequence_logps(case.hidden, case.head, case.labels, **options))
 
+    release_workspace()
     forward_peak = peak_of(forward)
     (out,) = made
     rows, workspace = int(out.lengths.sum()), workspace_mb * MIB

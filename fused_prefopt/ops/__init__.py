@@ -2,5 +2,6 @@
 
 from fused_prefopt.ops.logps import sequence_logps, token_logps
 from fused_prefopt.ops.plan import Plan
+from fused_prefopt.ops.workspace import release_workspace
 
-__all__ = ["Plan", "sequence_logps", "token_logps"]
+__all__ = ["Plan", "release_workspace", "sequence_logps", "token_logps"]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_device, require_floating, require_integer, require_shape
-from fused_prefopt.ops.engines import choose_engine, load_engine
+from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout, require
 from fused_prefopt.ops.plan import Plan, make_plan
 from fused_prefopt.ops.registered import head_logps
-from fused_prefopt.ops.torch_engine import HeadMath
+from fused_prefopt.ops.torch_engine import HeadMath, tile_cost
 from fused_prefopt.types import LMHead, SequenceLogps
 
 
@@ -151,7 +151,7 @@ def _run(
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
     engine = choose_engine(options.engine, hidden.device)
     # What `local` would need: it decides between that path and `recompute`.
-    cost = load_engine(engine).tile_cost(math, head.weight.dtype, hidden.device, "local")
+    cost = tile_cost(math, head.weight.dtype, hidden.device, "local")
     gradients = torch.is_grad_enabled()
     parameters = (head.weight, head.bias)
     plan = make_plan(

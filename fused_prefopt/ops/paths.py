@@ -6,13 +6,14 @@ is written once, in the weight's own dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.torch_engine import RowStatistics
+from fused_prefopt.ops.workspace import find, give_back, lease
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,17 @@ class Kept:
 
     Attributes:
         logsumexps: (n,).
-        stash: `stash`: (n, D) d logp / d hidden. `local`: (n, V) exp(logit − running maximum), bf16
-            where the matmuls are.
-            Otherwise empty.
-        maxima: `local`: (slabs, n) the running maxima that `stash` refers to. Otherwise empty.
+        stash: `stash`: (n, D) d logp / d hidden. Otherwise empty.
+        maxima: `local`: (slabs, n) the running maxima that its probabilities refer to. Otherwise
+            empty.
+        ticket: `local`: (1,) finds the (n, V) tensor of exp(logit − running maximum) in the
+            workspace. Otherwise 0.
     """
 
     logsumexps: Tensor
     stash: Tensor
     maxima: Tensor
+    ticket: Tensor
 
 
 def forward(head: HeadRows) -> tuple[Tensor, Kept]:
@@ -41,11 +44,11 @@ def forward(head: HeadRows) -> tuple[Tensor, Kept]:
     shape = head.shape
     buffer = head.new(shape.rows, shape.vocab)
     gradient = head.new(head.rows, hidden_size).zero_() if path == "stash" else head.new(0)
-    kept = head.new(0)
+    kept, ticket = buffer, torch.zeros(1, dtype=torch.int64)
     if path == "local":
-        kept = head.new(head.rows, vocab, dtype=head.math.kept)
+        kept, ticket = lease((head.rows, vocab), head.math.kept, head.hidden.device)
     # A tile that is kept in the dtype it is computed in needs no buffer of its own.
-    in_place = kept.dtype == buffer.dtype and path == "local"
+    in_place = path == "local" and kept.dtype == buffer.dtype
     maxima = []
     for slab, weight, bias in head.slabs():
         for rows in slices:
@@ -65,11 +68,8 @@ def forward(head: HeadRows) -> tuple[Tensor, Kept]:
             maxima.append(statistics.maximum.clone())
     if path == "stash":
         _finish_stash(head, gradient, statistics)
-    return statistics.logps(), Kept(
-        statistics.logsumexps(),
-        gradient if path == "stash" else kept,
-        torch.stack(maxima) if maxima else head.new(0),
-    )
+    stacked = torch.stack(maxima) if maxima else head.new(0)
+    return statistics.logps(), Kept(statistics.logsumexps(), gradient, stacked, ticket)
 
 
 def _finish_stash(head: HeadRows, gradient: Tensor, statistics: RowStatistics) -> None:
@@ -111,13 +111,20 @@ def backward(
         dhidden = kept.stash * upstream.unsqueeze(1) if needs[0] else None
         return Gradients(None if dhidden is None else _spread(dhidden, head), None, None)
 
+    probabilities = None
+    if head.path == "local":
+        size = (head.rows, head.weight.shape[0])
+        probabilities = find(kept.ticket, size, head.math.kept)
+        if probabilities is None:
+            head = replace(head, path="recompute")
     scale = upstream * -head.math.slope
     dhidden = head.new(head.rows, head.weight.shape[1]) if needs[0] else None
     dweight = _padded_like(head.weight, padded_vocab, head.rows) if needs[1] else None
     dbias = _padded_like(head.bias, padded_vocab, head.rows) if needs[2] else None
     # Without labelled rows no slab would be written: the gradients are the zeros they start as.
     if head.rows:
-        _sum_gradients(head, kept, logps, scale, dhidden, dweight, dbias)
+        _sum_gradients(head, kept, probabilities, logps, scale, dhidden, dweight, dbias)
+    give_back(kept.ticket)
     if dhidden is not None:
         dhidden.mul_(scale.unsqueeze(1))
     return Gradients(None if dhidden is None else _spread(dhidden, head), dweight, dbias)
@@ -126,6 +133,7 @@ def backward(
 def _sum_gradients(
     head: HeadRows,
     kept: Kept,
+    probabilities: Tensor | None,
     logps: Tensor,
     scale: Tensor,
     dhidden: Tensor | None,
@@ -134,7 +142,7 @@ def _sum_gradients(
 ) -> None:
     """Write the sums over tiles: (n, D) without its row `scale` (n,), (V, D) and (V,) with it."""
     engine, slices = head.parts, head.row_slices()
-    hidden = head.hidden_rows() if head.path == "recompute" else None
+    hidden = head.hidden_rows() if probabilities is None else None
     scaled = None if dweight is None else head.hidden_rows(scale)
     buffer = head.new(head.shape.rows, head.shape.vocab)
     for number, (slab, weight, bias) in enumerate(head.slabs()):
@@ -143,12 +151,13 @@ def _sum_gradients(
         for rows in slices:
             tile = _tile(buffer, rows, slab)
             targets = head.targets[rows] - slab.start
-            if hidden is not None:
+            if probabilities is None or hidden is not None:
+                assert hidden is not None
                 engine.logits(hidden[rows], weight, bias, head.math, tile)
                 engine.residual(tile, kept.logsumexps[rows], targets, logps[rows], head.math)
             else:
                 engine.kept_residual(
-                    kept.stash[rows, slab],
+                    probabilities[rows, slab],
                     kept.maxima[number, rows],
                     kept.logsumexps[rows],
                     targets,

@@ -35,7 +35,7 @@ def head_logps(
     path: str,
     engine: str,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the labelled rows, and their sums over sequences.
 
     Args:
@@ -55,7 +55,7 @@ def head_logps(
 
     Returns:
         logps (M,), 0 where there is no label; sums (S,); index (n,) of the labelled rows; and what
-        is kept for the backward: logsumexps (n,), stash and maxima (see `paths.Kept`).
+        is kept for the backward: logsumexps (n,), stash, maxima and ticket (see `paths.Kept`).
     """
     labelled = targets != ignore_index
     if num_labels < 0:
@@ -71,7 +71,7 @@ def head_logps(
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
     sums = _segment_sums(row_logps, sequence_ids[index], num_sequences, sorted_ids)
-    return logps, sums, index, kept.logsumexps, kept.stash, kept.maxima
+    return logps, sums, index, kept.logsumexps, kept.stash, kept.maxima, kept.ticket
 
 
 @head_logps.register_fake
@@ -93,7 +93,7 @@ def _(
     path: str,
     engine: str,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     context = torch.library.get_ctx()
     rows = context.new_dynamic_size() if num_labels < 0 else num_labels
@@ -106,9 +106,9 @@ def _(
     if path == "stash":
         stash = empty(rows, hidden.shape[1])
     elif path == "local":
-        stash = empty(rows, vocab).to(math.kept)
         maxima = empty(context.new_dynamic_size(), rows)
-    return empty(targets.shape[0]), empty(num_sequences), index, empty(rows), stash, maxima
+    ticket = torch.empty(1, dtype=torch.int64, device="cpu")
+    return empty(targets.shape[0]), empty(num_sequences), index, empty(rows), stash, maxima, ticket
 
 
 @torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
@@ -125,6 +125,7 @@ def head_logps_backward(
     logsumexps: Tensor,
     stash: Tensor,
     maxima: Tensor,
+    ticket: Tensor,
     vocab: int,
     softcap: float | None,
     logit_scale: float,
@@ -154,7 +155,7 @@ def head_logps_backward(
         upstream += grad_logps[index]
     if grad_sums is not None:
         upstream += grad_sums[sequence_ids[index]]
-    kept = paths.Kept(logsumexps, stash, maxima)
+    kept = paths.Kept(logsumexps, stash, maxima, ticket)
     needs = (needs_hidden, needs_weight, needs_bias)
     with _fixed_precision(hidden, dtype):
         grads = paths.backward(head, kept, logps[index], upstream, weight.shape[0], needs)
@@ -187,13 +188,11 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, sequence_ids, *scalars = inputs
     options = scalars[-8:]  # from `vocab` on
-    logps, _, index, logsumexps, stash, maxima = output
-    ctx.mark_non_differentiable(index, logsumexps, stash, maxima)
+    logps, _, index, *kept = output
+    ctx.mark_non_differentiable(index, *kept)
     # Zeros for the gradient of `stash` would take as much memory as the stash.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden, weight, bias, targets, sequence_ids, logps, index, logsumexps, stash, maxima
-    )
+    ctx.save_for_backward(hidden, weight, bias, targets, sequence_ids, logps, index, *kept)
     ctx.options = options
 
 
