@@ -31,7 +31,11 @@ _SECONDS_OF_ROUNDS = 90.0
 
 
 def run_cpu(
-    folder: Path = RESULTS / "cpu", *, count: int = 7, say: Callable[[str], None] = print
+    folder: Path = RESULTS / "cpu",
+    *,
+    count: int = 7,
+    say: Callable[[str], None] = print,
+    isolate: bool = True,
 ) -> None:
     """Everything that the README shows, in less than ten minutes on two cores.
 
@@ -39,20 +43,20 @@ def run_cpu(
         folder: where the results go.
         count: rounds of the timings, as far as their time allows.
         say: gets a line of progress now and then.
+        isolate: time each dtype in a process of its own: what one keeps of its freed memory, the
+            next must not find.
     """
     start = time.monotonic()
 
     def tell(text: str) -> None:
         say(f"[{time.monotonic() - start:4.0f} s] {text}")
 
-    # A process for each: what one keeps of its freed memory, the next must not find.
-    context = multiprocessing.get_context("spawn")
     for dtype in DTYPES:
-        child = context.Process(target=_measure_laptop, args=(dtype, folder, count))
-        child.start()
-        child.join()
-        if child.exitcode:
-            raise RuntimeError(f"{dtype}: the measuring process ended with {child.exitcode}")
+        measure = partial(_measure_laptop, LAPTOP, dtype, folder, count)
+        if isolate:
+            _run_alone(measure)
+        else:
+            measure()
         tell(f"{dtype}: done")
     sweep_memory(
         {"vocab": SWEEP_VOCAB, "length": SWEEP_LENGTH},
@@ -61,10 +65,18 @@ def run_cpu(
     )
 
 
-def _measure_laptop(dtype: str, folder: Path, count: int) -> None:
+def _measure_laptop(shape: Shape, dtype: str, folder: Path, count: int) -> None:
     warnings.simplefilter("ignore")
     results = Results(folder / f"head-{dtype}.json", "head")
-    measure_head(LAPTOP, dtype, results, count, partial(print, flush=True))
+    measure_head(shape, dtype, results, count, partial(print, flush=True))
+
+
+def _run_alone(function: Callable[[], None]) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=function)
+    child.start()
+    child.join()
+    if child.exitcode:
+        raise RuntimeError(f"the measuring process ended with exit code {child.exitcode}")
 
 
 def measure_head(

@@ -177,7 +177,7 @@ def suite_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(suite, "peak_memory", lambda *_: memory.Memory(3 * 2**20, 2**20, "ok"))
         quick = [name for name in ON_ONE_SHAPE if not CANDIDATES[name].compiles]
         patch.setattr(suite, "ON_ONE_SHAPE", quick)
-        suite.run_cpu(folder, count=2, say=lambda text: None)
+        suite.run_cpu(folder, count=2, say=lambda text: None, isolate=False)
     return folder
 
 
