@@ -59,17 +59,10 @@ def embedded_task(options: argparse.Namespace) -> Task:
     model.save_pretrained(options.output / "reference")
 
     seed, limit = options.seed, options.limit
-    lengths = (tokenizer, options.max_length, options.max_length // 2)
     pairs = make_pairs(train_documents, seed=seed, flip_rate=options.flip_rate, limit=limit)
     points = make_points(train_documents, seed=seed, limit=limit // 2)
     held_out = make_pairs(held_out_documents, seed=seed, limit=options.held_out_limit)
-    return Task(
-        tokenizer,
-        model,
-        tokenise_pairs(pairs, *lengths),
-        tokenise_points(points, *lengths),
-        tokenise_pairs(held_out, *lengths),
-    )
+    return tokenised(options, tokenizer, model, pairs, points, held_out)
 
 
 def hub_task(options: argparse.Namespace) -> Task:
@@ -80,7 +73,6 @@ def hub_task(options: argparse.Namespace) -> Task:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    lengths = (tokenizer, options.max_length, options.max_length // 2)
     records = load_dataset_records(options.dataset, options.split, options.limit)
     judged = load_dataset_records(options.dataset, options.held_out_split, options.held_out_limit)
     if not records or not judged:
@@ -89,6 +81,19 @@ def hub_task(options: argparse.Namespace) -> Task:
         pairs, points, held_out = pairs_of_points(records), records, pairs_of_points(judged)
     else:
         pairs, points, held_out = records, points_of_pairs(records), judged
+    return tokenised(options, tokenizer, model, pairs, points, held_out)
+
+
+def tokenised(
+    options: argparse.Namespace,
+    tokenizer: Any,
+    model: torch.nn.Module,
+    pairs: Features,
+    points: Features,
+    held_out: Features,
+) -> Task:
+    """The task of text records; half of a sequence at most is prompt."""
+    lengths = (tokenizer, options.max_length, options.max_length // 2)
     return Task(
         tokenizer,
         model,

@@ -106,6 +106,8 @@ def test_gradient_accumulation_is_exact(tmp_path):
                 tmp_path,
                 per_device_train_batch_size=8 // accumulation,
                 gradient_accumulation_steps=accumulation,
+                # One plain step: large, so that rounding the weights does not hide the gradient.
+                learning_rate=20.0,
             ),
             train_dataset=features,
             data_collator=PairCollator(0),

@@ -110,7 +110,7 @@ def test_sums_lengths_and_means_follow_from_token_logps(shift):
     assert torch.equal(out.sums, tokens.double().sum(1).float())
     torch.testing.assert_close(out.means, tokens.sum(1) / out.lengths, rtol=1e-6, atol=0)
     if shift:
-        assert torch.equal(tokens[:, -1], torch.zeros(5))
+        assert torch.equal(tokens[:, 0], torch.zeros(5))
 
 
 def test_sums_of_long_sequences_do_not_drift():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fused_prefopt.ranges import require_number
+from fused_prefopt.checks import require_number
 
 
 def logistic(

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_choice
+from fused_prefopt.checks import require_choice, require_count, require_number
 from fused_prefopt.losses.gaps import Gap, SequenceKlGap
 from fused_prefopt.losses.solver import EXACT_RATIO, exact_margins, mirror_margins
-from fused_prefopt.ranges import require_count, require_number
 from fused_prefopt.statistics import (
     BatchMoments,
     DatasetMoments,

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import require_number
 from fused_prefopt.losses.metrics import mean, pointwise_metrics
 from fused_prefopt.losses.needs import needed
 from fused_prefopt.losses.rewards import LogRatio
-from fused_prefopt.ranges import require_number
 from fused_prefopt.types import LogpBatch, LossOutput
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fused_prefopt.checks import require_number
 from fused_prefopt.losses.needs import needed, per_token
-from fused_prefopt.ranges import require_number
 from fused_prefopt.types import LogpBatch
 
 

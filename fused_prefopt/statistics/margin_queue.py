@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.ranges import require_count
+from fused_prefopt.checks import require_count
 from fused_prefopt.statistics.base import Statistic
 from fused_prefopt.statistics.gather import gather_over_ranks
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.ranges import require_number
+from fused_prefopt.checks import require_number
 from fused_prefopt.statistics.base import Statistic
 from fused_prefopt.statistics.gather import sum_over_ranks
 
