@@ -8,7 +8,6 @@ Freed blocks go back to the system at once there, so resident memory follows the
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import resource
@@ -20,10 +19,10 @@ import psutil
 import torch
 
 from benchmarks.accuracy import failure
+from benchmarks.malloc import return_freed_memory
 from benchmarks.peers import CANDIDATES, Candidate, step
 from benchmarks.shapes import DTYPES, TINY, Problem, Shape, make_problem
 
-_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _PRELOADED = (
@@ -80,9 +79,7 @@ def peak_memory(candidate: Candidate, shape: Shape, dtype: str, device: str = "c
 
 def _in_child(sender: Connection, name: str, shape: Shape, dtype: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 2**16)
+    return_freed_memory()
     candidate = CANDIDATES[name]
     try:
         step(candidate, make_problem(shape if candidate.compiles else TINY, DTYPES[dtype]))

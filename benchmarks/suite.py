@@ -13,6 +13,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.accuracy import assess, truth_of
+from benchmarks.malloc import keep_freed_memory
 from benchmarks.memory import Memory, peak_memory
 from benchmarks.peers import CANDIDATES, IN_SWEEP, ON_ONE_SHAPE, Candidate, step
 from benchmarks.results import RESULTS, Results, Row
@@ -25,7 +26,7 @@ from benchmarks.shapes import (
     bare_matmul,
     make_problem,
 )
-from benchmarks.timing import Timing, keep_freed_memory, rounds
+from benchmarks.timing import Timing, rounds
 
 _SECONDS_OF_ROUNDS = 90.0
 

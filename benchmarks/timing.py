@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import time
@@ -15,8 +14,6 @@ import torch
 FEWEST_ROUNDS = 3
 Step = Callable[[], object]
 
-# glibc's names for what `mallopt` sets.
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
 # Written before each CUDA measurement, so that no step finds its inputs in the last-level cache.
 _CACHE_BYTES = 2**28
 
@@ -78,18 +75,6 @@ def rounds(
             units[name].append(measure(unit))
             ms[name].append(measure(step))
         yield {name: Timing(tuple(ms[name]), tuple(units[name])) for name in steps}
-
-
-def keep_freed_memory() -> None:
-    """From now on let glibc keep what this process frees, as the CUDA allocator does.
-
-    By default it hands large blocks back to the system, and every step faults their pages in anew:
-    for 250 MiB that can take as long as a whole P.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cpu_ms(step: Step) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.data import labels_of
-from fused_prefopt.integrations.causal_lm import backbone_of, lm_head_of
+from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
 from fused_prefopt.reference import dataset_logps
 from fused_prefopt.types import LogpBatch
 
@@ -117,10 +117,7 @@ def _mean_kl(
         pairs = batch["input_ids"].shape[0] // 2
         inputs = {name: batch[name][:pairs].to(device) for name in ("input_ids", "attention_mask")}
         rows = (labels_of(batch)[:pairs, 1:] >= 0).to(device)
-        hiddens = [
-            backbone_of(each)(**inputs, use_cache=False).last_hidden_state[:, :-1][rows]
-            for each in (model, reference)
-        ]
+        hiddens = [last_hidden(each, inputs)[:, :-1][rows] for each in (model, reference)]
         tokens += hiddens[0].shape[0]
         for piece in zip(*(hidden.split(_ROWS_AT_A_TIME) for hidden in hiddens), strict=True):
             policy, anchor = (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.data import labels_of, prompt_labels_of
-from fused_prefopt.integrations.causal_lm import backbone_of, lm_head_of
+from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
 from fused_prefopt.ops import sequence_logps
 
 Feature = Mapping[str, Any]
@@ -106,10 +106,7 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str,
     device = next(model.parameters()).device
     layout = ("input_ids", "attention_mask", "completion_mask")
     batch = {name: batch[name].to(device) for name in layout}
-    hidden = backbone_of(model)(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    head = lm_head_of(model)
+    hidden, head = last_hidden(model, batch), lm_head_of(model)
     sums = sequence_logps(hidden, head, labels_of(batch)).sums
     if pairs:
         chosen, rejected = sums.chunk(2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fused_prefopt.types import LMHead
 
@@ -41,6 +42,21 @@ def backbone_of(model: nn.Module) -> nn.Module:
     if not isinstance(backbone, nn.Module) or backbone is model:
         raise ValueError(f"model: {type(model).__name__} has no backbone apart from its head")
     return backbone
+
+
+def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The backbone's last hidden states of a collated batch: padded (S, L, D) or packed (1, N, D).
+
+    Args:
+        model: causal language model.
+        batch: `input_ids` and, where they are given, `attention_mask` and `position_ids`.
+
+    Raises:
+        ValueError: the model has no backbone apart from its head.
+    """
+    names = ("input_ids", "attention_mask", "position_ids")
+    inputs = {name: batch[name] for name in names if batch.get(name) is not None}
+    return backbone_of(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def lm_head_of(model: nn.Module) -> LMHead:

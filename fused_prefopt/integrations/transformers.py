@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fused_prefopt.data import labels_of, prompt_labels_of
-from fused_prefopt.integrations.causal_lm import backbone_of, lm_head_of, unwrapped
+from fused_prefopt.integrations.causal_lm import (
+    backbone_of,
+    last_hidden,
+    lm_head_of,
+    unwrapped,
+)
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LossOutput
 
@@ -48,12 +53,7 @@ def preference_outputs(
     Raises:
         ValueError: the loss needs a field that the batch does not have.
     """
-    hidden = backbone_of(model)(
-        input_ids=batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        use_cache=False,
-    ).last_hidden_state
+    hidden = last_hidden(model, batch)
     labels, extras = labels_of(batch), {name: batch.get(name) for name in _FIELDS}
     if "ref_chosen_logps" in batch:
         halves = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -47,7 +48,7 @@ class HeadRows:
     def rows(self) -> int:
         return self.index.shape[0]
 
-    @property
+    @cached_property
     def tiling(self) -> tuple[TileShape, bool]:
         """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
         vocab, hidden_size = self.weight.shape
@@ -83,9 +84,8 @@ class HeadRows:
         """Labelled rows of `hidden`, times `scale` (n,), in the operand dtype, slice by slice."""
         return _HiddenRows(self, scale)
 
-    def new(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = self.math.accumulator if dtype is None else dtype
-        return torch.empty(size, dtype=dtype, device=self.hidden.device)
+    def new(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=self.math.accumulator, device=self.hidden.device)
 
     def _cast(self, value: Tensor) -> Tensor:
         """Round to the dtype the matmul computes in, as autocast does."""

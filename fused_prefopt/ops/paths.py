@@ -41,14 +41,13 @@ def forward(head: HeadRows) -> tuple[Tensor, Kept]:
     vocab, hidden_size = head.weight.shape
     slices, hidden = head.row_slices(), head.hidden_rows()
     statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.hidden.device)
-    shape = head.shape
-    buffer = head.new(shape.rows, shape.vocab)
     gradient = head.new(head.rows, hidden_size).zero_() if path == "stash" else head.new(0)
-    kept, ticket = buffer, torch.zeros(1, dtype=torch.int64)
+    kept, ticket = head.new(0), torch.zeros(1, dtype=torch.int64)
     if path == "local":
         kept, ticket = lease((head.rows, vocab), head.math.kept, head.hidden.device)
     # A tile that is kept in the dtype it is computed in needs no buffer of its own.
-    in_place = path == "local" and kept.dtype == buffer.dtype
+    in_place = path == "local" and head.math.kept == head.math.accumulator
+    buffer = kept if in_place else head.new(head.shape.rows, head.shape.vocab)
     maxima = []
     for slab, weight, bias in head.slabs():
         for rows in slices:
@@ -151,11 +150,10 @@ def _sum_gradients(
         for rows in slices:
             tile = _tile(buffer, rows, slab)
             targets = head.targets[rows] - slab.start
-            if probabilities is None or hidden is not None:
-                assert hidden is not None
+            if hidden is not None:
                 engine.logits(hidden[rows], weight, bias, head.math, tile)
                 engine.residual(tile, kept.logsumexps[rows], targets, logps[rows], head.math)
-            else:
+            elif probabilities is not None:
                 engine.kept_residual(
                     probabilities[rows, slab],
                     kept.maxima[number, rows],
