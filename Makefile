@@ -1,18 +1,19 @@
 # make train   trains three preference methods on real text (a few minutes on two cores)
 # make test    lint, types and all tests
 # make bench   the CPU benchmark suite, with peers (about ten minutes)
+# make kernels compiles every kernel for GPUs and fails on a spill (about two minutes)
 # make report  tables and pictures from the committed results
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint bench report clean
+.PHONY: train test lint kernels bench report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
 
-test: lint
+test: lint kernels
 	$(RUN) -m pytest $(ARGS)
 	$(RUN) -m benchmarks report --check
 
@@ -20,6 +21,9 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+kernels: $(VENV)/installed
+	$(RUN) -m benchmarks kernels --check
 
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks cpu

@@ -1,4 +1,8 @@
-"""`python -m benchmarks cpu` measures; `python -m benchmarks report [--check]` shows it."""
+"""Measures, compiles and reports.
+
+`python -m benchmarks cpu` measures, `python -m benchmarks kernels [--check]` compiles the kernels
+for GPUs and fails on a spill, `python -m benchmarks report [--check]` shows both.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import warnings
 from pathlib import Path
 
 from benchmarks.claims import claims_of
+from benchmarks.kernel_pages import PAGE, check_page, write_page
+from benchmarks.kernel_results import KERNELS
 from benchmarks.report import README, check_report, write_report
 from benchmarks.results import RESULTS, load
 from benchmarks.suite import run_cpu
@@ -19,9 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="measure on the CPU, in less than ten minutes on 2 cores")
     cpu.add_argument("--rounds", type=int, default=7, help="rounds of the timings at most")
-    report = commands.add_parser("report", help="fill the README's tables and draw the pictures")
+    kernels = commands.add_parser("kernels", help="compile the kernels for GPUs, without one")
+    kernels.add_argument("--check", action="store_true", help="write no results")
+    report = commands.add_parser("report", help="write the tables, the kernels' page, the pictures")
     report.add_argument("--check", action="store_true", help="fail where they are out of date")
     report.add_argument("--readme", type=Path, default=README)
+    report.add_argument("--page", type=Path, default=PAGE)
+    for command in (kernels, report):
+        command.add_argument("--kernels", type=Path, default=KERNELS)
     for command in (cpu, report):
         command.add_argument("--results", type=Path, default=RESULTS / "cpu")
     options = parser.parse_args(arguments)
@@ -32,11 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
         run_cpu(options.results, count=options.rounds, say=_say)
         _print_claims(options.results)
         return 0
+    if options.command == "kernels":
+        # Only here: the rest does without Triton.
+        from benchmarks.kernel_gate import run_gate
+
+        return run_gate(options.kernels, write=not options.check, say=_say)
     if options.check:
-        current = check_report(options.readme, options.results)
-        print("README agrees with the results" if current else "README is out of date")
-        return 0 if current else 1
+        current = {
+            "README": check_report(options.readme, options.results),
+            options.page.name: check_page(options.page, options.kernels),
+        }
+        for name, agrees in current.items():
+            print(f"{name} agrees with the results" if agrees else f"{name} is out of date")
+        return 0 if all(current.values()) else 1
     write_report(options.readme, options.results)
+    write_page(options.page, options.kernels)
     _print_claims(options.results)
     return 0
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_prefopt.epilogues import run_epilogue
 from fused_prefopt.losses import check_needs, find
-from fused_prefopt.ops import sequence_logps
+from fused_prefopt.ops import sequence_logps, takes_kernels
 from fused_prefopt.types import LMHead, LogpBatch, LossOutput
 
 _EXTRAS = tuple(
@@ -27,7 +28,8 @@ class PreferenceLoss(nn.Module):
         name: of a registered loss, or an alias; see `available_losses()`.
         workspace_mb: budget of the op in MiB.
         path: of the op; `auto`, `evaluate`, `stash`, `local` or `recompute`.
-        engine: of the op; `auto` or `torch`.
+        engine: of the op; `auto`, `torch`, `cublas` or `triton`. With the last two, which `auto`
+            takes on a GPU, the loss is one kernel too, where there is one for its composition.
         **hyperparameters: of the loss.
 
     Raises:
@@ -118,6 +120,10 @@ class PreferenceLoss(nn.Module):
             ValueError: the loss needs a field that is missing, or the batch does not fit it.
         """
         check_needs(self.name, self.loss.needs, batch.given)
+        if takes_kernels(self.op_options["engine"], batch.policy.device):
+            result = run_epilogue(self.loss, self.statistics, batch)
+            if result is not None:
+                return result
         if self.statistics is None:
             return self.loss(batch)
         observed = self.loss.observe(batch)

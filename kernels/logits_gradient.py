@@ -1,73 +1,188 @@
-"""Overwrite a tile of logits by softmax − one-hot, in place and in one read."""
+"""Gradient of the log-probs with respect to the logits, from a slab that is in memory."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_prefopt.kernels.tiles import bend, cap_slope
+
 
 @triton.jit
-def _residual_rows_kernel(
-    tile,  # (c, v)
+def tile_gradient(
+    probabilities,  # (ROWS, COLUMNS)
+    logits,  # (ROWS, COLUMNS)
+    row,  # (ROWS,)
+    columns,  # (COLUMNS,)
+    targets,  # (c,)
+    residuals,  # (c,)
+    scale,  # (c,)
+    rows,
+    ceiling,
+    HAS_CAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+):
+    """scale · (softmax − one-hot) · slope of the softcap, of one tile."""
+    inside = row < rows
+    values = probabilities
+    if HAS_CAP:
+        values *= cap_slope(logits, ceiling)
+    if HAS_TARGETS:
+        at_target = columns[None, :] == tl.load(targets + row, mask=inside, other=-1)[:, None]
+        own = tl.load(residuals + row, mask=inside, other=0.0)
+        values = tl.where(at_target, own[:, None], values)
+        values *= tl.load(scale + row, mask=inside, other=0.0)[:, None]
+    return values
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    source,  # (c, v)
+    bias,  # (v,)
     targets,  # (c,)
     logsumexps,  # (c,)
-    target_residuals,  # (c,)
-    row_stride,
+    residuals,  # (c,)
+    scale,  # (c,)
+    maxima,  # (parts, c)
+    out,  # (c, v)
+    column_sums,  # (row blocks, v)
+    source_stride,
+    maxima_stride,
+    out_stride,
+    part_width,
+    rows,
     width,
-    inverse_cap,
+    alpha,
+    ceiling,
+    HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    HAS_MAXIMA: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tile += row * row_stride
-    logits = tl.load(tile + columns, mask=columns < width, other=0.0)
-    residual = tl.exp(logits - tl.load(logsumexps + row))
-    if HAS_CAP:
-        tanh = logits * inverse_cap
-        residual *= 1 - tanh * tanh
-    at_target = columns == tl.load(targets + row)
-    residual = tl.where(at_target, tl.load(target_residuals + row), residual)
-    tl.store(tile + columns, residual, mask=columns < width)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_column = tl.program_id(1) * COLUMNS
+    columns = first_column + tl.arange(0, COLUMNS)
+    inside, real = row < rows, columns < width
+    there = inside[:, None] & real[None, :]
+    far = row.to(tl.int64)[:, None]
+    logsumexp = tl.load(logsumexps + row, mask=inside, other=0.0)
+    values = tl.load(source + far * source_stride + columns[None, :], mask=there, other=0.0)
+    values = values.to(tl.float32)
+    if HAS_MAXIMA:
+        part = first_column // part_width
+        highest = tl.load(maxima + part.to(tl.int64) * maxima_stride + row, mask=inside, other=0.0)
+        probabilities = values * tl.exp(highest - logsumexp)[:, None]
+        # Where the exponential has underflowed to 0, 0 · slope of -inf would be NaN.
+        logits = highest[:, None] + tl.log(tl.maximum(values, 1e-30))
+    else:
+        if HAS_BIAS:
+            values += tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)[None, :]
+        logits = bend(values, alpha, ceiling, HAS_CAP)
+        probabilities = tl.exp(logits - logsumexp[:, None])
+    gradient = tile_gradient(
+        probabilities,
+        logits,
+        row,
+        columns,
+        targets,
+        residuals,
+        scale,
+        rows,
+        ceiling,
+        HAS_CAP,
+        HAS_TARGETS,
+    )
+    stored = gradient.to(out.dtype.element_ty)
+    tl.store(out + far * out_stride + columns[None, :], stored, mask=there)
+    if HAS_SUMS:
+        sums = tl.sum(tl.where(inside[:, None], gradient, 0.0), 0)
+        block = tl.program_id(0).to(tl.int64)
+        tl.store(column_sums + block * width + columns, sums, mask=real)
 
 
-def residual_rows(
-    tile: Tensor,
-    targets: Tensor,
+def logits_gradient(
+    source: Tensor,
     logsumexps: Tensor,
-    target_residuals: Tensor,
-    inverse_cap: float | None,
-) -> None:
-    """Turn a tile of logits into (softmax − one-hot) · (1 − (logit · inverse_cap)²), in place.
-
-    The targets' entries are given: they come from the fp32 log-probs.
+    out: Tensor,
+    *,
+    targets: Tensor | None = None,
+    residuals: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    ceiling: float | None = None,
+    maxima: Tensor | None = None,
+    part_width: int = 0,
+    sums: bool = False,
+) -> Tensor | None:
+    """``scale · (softmax − one-hot) · slope`` of a slab, into `out`, which may be the source.
 
     Args:
-        tile: (c, v) fp32 or float64 logits, last dimension contiguous.
-        targets: (c,) int64 target index within the tile; outside [0, v) where it is elsewhere.
-        logsumexps: (c,) of the whole rows.
-        target_residuals: (c,) what becomes of the targets' logits.
-        inverse_cap: temperature / softcap of the head, or None without a softcap.
+        source: (c, v) products of a matmul; or, with `maxima`, exp(logit − the part's maximum).
+        logsumexps: (c,) fp32 of the whole rows.
+        out: (c, v) fp32, fp16 or bf16.
+        targets: (c,) int64 target index within the slab, outside [0, v) where it is elsewhere; or
+            None, with `residuals` and `scale`, for the softmax (times the slope) alone.
+        residuals: (c,) fp32 (p − 1) · slope of the targets, from their fp32 log-probs.
+        scale: (c,) fp32 factor on the whole row.
+        bias: (v,) added to the products, or None.
+        alpha: factor on the products.
+        ceiling: bound of the logits, or None.
+        maxima: (parts, c) fp32, where the source holds exponentials.
+        part_width: vocabulary entries of a part: at least v, or a multiple of 64.
+        sums: whether the gradient's sums over rows are wanted.
+
+    Returns:
+        (v,) fp32 sums over the rows, before rounding to the dtype of `out`; or None.
 
     Raises:
-        ValueError: the tile's rows are not contiguous.
+        ValueError: rows of `source` or `out` are not contiguous, or the parts do not fit.
     """
-    rows, width = tile.shape
-    if tile.stride(1) != 1 and width > 1:
-        raise ValueError(f"tile: got strides {tile.stride()}, wanted contiguous rows")
-    if rows == 0:
-        return
-    block = min(2048, triton.next_power_of_2(width))
-    _residual_rows_kernel[(rows, triton.cdiv(width, block))](
-        tile,
-        targets,
-        logsumexps,
-        target_residuals,
-        tile.stride(0),
-        width,
-        0.0 if inverse_cap is None else inverse_cap,
-        HAS_CAP=inverse_cap is not None,
-        BLOCK=block,
-        num_warps=4,
-    )
+    rows, width = source.shape
+    for name, value in (("source", source), ("out", out)):
+        if value.stride(1) != 1 and width > 1:
+            raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
+    height, block = 16, 256
+    if maxima is not None and part_width < width:
+        block = min(block, part_width)
+        if block < 1 or part_width % block or block & (block - 1):
+            raise ValueError(f"part_width: got {part_width}, wanted >= {width} or a multiple of 64")
+    row_blocks = triton.cdiv(rows, height)
+    column_sums = None
+    if sums:
+        column_sums = torch.empty(row_blocks, width, dtype=torch.float32, device=source.device)
+    if rows:
+        _logits_gradient_kernel[(row_blocks, triton.cdiv(width, block))](
+            source,
+            bias,
+            targets,
+            logsumexps,
+            residuals,
+            scale,
+            maxima,
+            out,
+            column_sums,
+            source.stride(0),
+            0 if maxima is None else maxima.stride(0),
+            out.stride(0),
+            max(1, part_width),
+            rows,
+            width,
+            alpha,
+            0.0 if ceiling is None else ceiling,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=ceiling is not None,
+            HAS_TARGETS=targets is not None,
+            HAS_MAXIMA=maxima is not None,
+            HAS_SUMS=sums,
+            ROWS=height,
+            COLUMNS=block,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return None if column_sums is None else column_sums.sum(0)

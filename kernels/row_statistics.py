@@ -1,4 +1,4 @@
-"""Fold a tile of logits into each row's running log-sum-exp, in one read."""
+"""Fold a slab of products, as a matmul has left it, into each row's running log-sum-exp."""
 
 from __future__ import annotations
 
@@ -7,31 +7,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_prefopt.kernels.tiles import bend, cap_slope
+
+
+@triton.jit
+def _slab_logits(
+    products, bias, columns, width, alpha, ceiling, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
+):
+    inside = columns < width
+    values = tl.load(products + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        values += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, bend(values, alpha, ceiling, HAS_CAP), -float("inf"))
+
 
 @triton.jit
 def _fold_rows_kernel(
-    tile,  # (c, v)
+    products,  # (c, v)
+    bias,  # (v,)
     targets,  # (c,)
     maximum,  # (c,)
     total,  # (c,)
     target_logit,  # (c,)
     factor,  # (c,)
+    kept,  # (c, v)
     row_stride,
+    kept_stride,
     width,
-    KEEP: tl.constexpr,
-    DTYPE: tl.constexpr,
+    alpha,
+    ceiling,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    tile += row * row_stride
+    products += row * row_stride
+    target = tl.load(targets + row)
     # A finite floor instead of -inf: rows whose logits are all -inf then sum to zero, not NaN.
-    running = tl.full((BLOCK,), -3.4028234663852886e38, DTYPE)
-    sums = tl.zeros((BLOCK,), DTYPE)
+    running = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    found = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        logits = tl.load(tile + columns, mask=columns < width, other=-float("inf"))
+        logits = _slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
         above = tl.maximum(running, logits)
         sums = sums * tl.exp(running - above) + tl.exp(logits - above)
+        found = tl.where(columns == target, logits, found)
         running = above
 
     old = tl.load(maximum + row)
@@ -41,62 +64,82 @@ def _fold_rows_kernel(
     tl.store(maximum + row, new)
     added = tl.sum(sums * tl.exp(running - new), 0)
     tl.store(total + row, tl.load(total + row) * shrink + added)
+    tl.store(target_logit + row, tl.sum(found, 0), mask=(target >= 0) & (target < width))
 
-    target = tl.load(targets + row)
-    inside = (target >= 0) & (target < width)
-    found = tl.load(tile + target, mask=inside, other=0.0)
-    tl.store(target_logit + row, found, mask=inside)
-
-    if KEEP:
+    if HAS_KEPT:
+        kept += row * kept_stride
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            logits = tl.load(tile + columns, mask=columns < width, other=-float("inf"))
-            tl.store(tile + columns, tl.exp(logits - new), mask=columns < width)
+            logits = _slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
+            values = tl.exp(logits - new)
+            if HAS_SLOPE:
+                values *= cap_slope(logits, ceiling)
+            tl.store(kept + columns, values.to(kept.dtype.element_ty), mask=columns < width)
 
 
 def fold_rows(
-    tile: Tensor,
+    products: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     maximum: Tensor,
     total: Tensor,
     target_logit: Tensor,
     *,
-    keep: bool,
+    alpha: float,
+    ceiling: float | None,
+    kept: Tensor | None = None,
+    slope: bool = False,
 ) -> Tensor:
-    """Update running statistics by a tile of logits; no atomics, one program a row.
+    """Update running statistics by ``logits = alpha (products + bias)``; one program a row.
+
+    With a `ceiling` the logits are ``ceiling · tanh`` of that. The slab is read once from memory,
+    and for `kept` once more from the cache.
 
     Args:
-        tile: (c, v) fp32 or float64 logits, last dimension contiguous; overwritten by
-            exp(logit − new maximum) if `keep`.
-        targets: (c,) int64 target index within the tile; outside [0, v) where it is elsewhere.
-        maximum: (c,) running maxima, updated in place; start from the lowest finite number.
-        total: (c,) running Σ exp(logit − maximum), updated in place.
-        target_logit: (c,) updated in place where the target is inside.
-        keep: whether the tile's exponentials are needed afterwards.
+        products: (c, v) fp32 or bf16, last dimension contiguous.
+        bias: (v,) or None.
+        targets: (c,) int64 target index within the slab; outside [0, v) where it is elsewhere.
+        maximum: (c,) fp32 running maxima, updated in place; start from the lowest finite number.
+        total: (c,) fp32 running Σ exp(logit − maximum), updated in place.
+        target_logit: (c,) fp32, updated in place where the target is inside.
+        alpha: factor on the products.
+        ceiling: bound of the logits, or None.
+        kept: (c, v) becomes exp(logit − new maximum), or None; it may be `products`.
+        slope: multiply `kept` by the softcap's slope.
 
     Returns:
         (c,) exp(old maximum − new maximum).
 
     Raises:
-        ValueError: the tile's rows are not contiguous.
+        ValueError: rows of `products` or `kept` are not contiguous.
     """
-    rows, width = tile.shape
-    if tile.stride(1) != 1 and width > 1:
-        raise ValueError(f"tile: got strides {tile.stride()}, wanted contiguous rows")
+    rows, width = products.shape
+    for name, value in (("products", products), ("kept", kept)):
+        if value is not None and value.stride(1) != 1 and width > 1:
+            raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
     factor = torch.empty_like(maximum)
     if rows:
         _fold_rows_kernel[(rows,)](
-            tile,
+            products,
+            bias,
             targets,
             maximum,
             total,
             target_logit,
             factor,
-            tile.stride(0),
+            kept,
+            products.stride(0),
+            0 if kept is None else kept.stride(0),
             width,
-            KEEP=keep,
-            DTYPE=tl.float64 if tile.dtype == torch.float64 else tl.float32,
+            alpha,
+            0.0 if ceiling is None else ceiling,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=ceiling is not None,
+            HAS_KEPT=kept is not None,
+            HAS_SLOPE=slope and ceiling is not None,
             BLOCK=min(4096, triton.next_power_of_2(width)),
             num_warps=8,
+            # logit − maximum must be exactly 0 at the maximum: no log-prob may be positive.
+            enable_fp_fusion=False,
         )
     return factor

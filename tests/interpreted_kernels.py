@@ -6,80 +6,394 @@ TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-from truth import leaves_of, make_case, needs_of
+from torch import Tensor
 
-from fused_prefopt import sequence_logps
-from fused_prefopt.kernels.logits_gradient import residual_rows
+from fused_prefopt.kernels.architectures import Block
+from fused_prefopt.kernels.fold_logits import fold_logits
+from fused_prefopt.kernels.logits_gradient import logits_gradient
+from fused_prefopt.kernels.merge_partials import Details, merge_partials
+from fused_prefopt.kernels.recompute_gradient import recompute_gradient
+from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.kernels.row_statistics import fold_rows
+from fused_prefopt.kernels.sequence_sums import sequence_sums
+
+LOWEST = torch.finfo(torch.float32).min
+# Absolute for log-sum-exps of logits up to 30, relative (Frobenius) for gradients.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+BLOCK = Block(rows=16, vocab=32, depth=16, group=2, warps=4, stages=2)
+# The interpreter cuts off what bf16 cannot hold, where a GPU rounds: twice the error.
+TRUNCATED = 8e-3
+# (rows, vocabulary, hidden size): one of each, primes, multiples of the block and of nothing.
+SHAPES = [(1, 1, 1), (1, 257, 16), (7, 13, 11), (37, 131, 48), (32, 64, 32), (53, 97, 19)]
+TRANSFORMS = [(1.0, None), (1.3, 30.0), (0.02, None)]
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("width", [1, 2, 64, 777, 5000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_row_statistics_of_two_slabs(width, dtype, keep):
-    torch.manual_seed(0)
-    logits = torch.randn(7, 2 * width, dtype=torch.float64).to(dtype) * 9
-    logits[3] = 200 * torch.rand(2 * width)
-    logits[4, : width // 2] = -torch.inf
-    targets = torch.randint(0, 2 * width, (7,))
-    maximum = torch.full((7,), torch.finfo(dtype).min, dtype=dtype)
-    total, target_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    for start in (0, width):
-        # A strided view, as `local` passes them.
-        tile = logits.clone()[:, start : start + width]
+@dataclass(frozen=True)
+class Problem:
+    """Operands of a head, and their logits in float64."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    logits: Tensor
+    alpha: float
+    ceiling: float | None
+
+    @property
+    def head(self) -> dict:
+        return {"alpha": self.alpha, "ceiling": self.ceiling}
+
+    @property
+    def logsumexps(self) -> Tensor:
+        return self.logits.logsumexp(1)
+
+    def residuals(self) -> Tensor:
+        """(c,) fp32 (p − 1) · slope of the targets."""
+        found = self.logits.gather(1, self.targets[:, None])[:, 0]
+        slope = 1.0 if self.ceiling is None else 1 - (found / self.ceiling) ** 2
+        return ((found - self.logsumexps).expm1() * slope).float()
+
+    def gradient(self, scale: Tensor) -> Tensor:
+        """(c, v) float64 scale · (softmax − one-hot) · slope."""
+        wanted = self.logits.softmax(1)
+        wanted[torch.arange(len(self.targets)), self.targets] -= 1
+        if self.ceiling is not None:
+            wanted *= 1 - (self.logits / self.ceiling) ** 2
+        return wanted * scale.double()[:, None]
+
+
+def problem(shape, dtype, *, bias=False, transform=(1.0, None), seed=0) -> Problem:
+    rows, vocab, depth = shape
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(rows, depth).to(dtype), torch.randn(vocab, depth)
+    weight = (weight * 25 / (hidden.double() @ weight.double().t()).abs().max()).to(dtype)
+    added = torch.randn(vocab).to(dtype) if bias else None
+    alpha, softcap = transform
+    logits = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
+    logits, ceiling = logits * alpha, None
+    if softcap is not None:
+        alpha, ceiling, logits = alpha / softcap, softcap, softcap * torch.tanh(logits / softcap)
+    return Problem(hidden, weight, added, torch.randint(vocab, (rows,)), logits, alpha, ceiling)
+
+
+def statistics(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.full((rows,), LOWEST), torch.zeros(rows), torch.zeros(rows)
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Relative in the Frobenius norm."""
+    assert got.isfinite().all()
+    assert (got.double() - wanted).norm() <= tolerance * max(1e-30, wanted.norm().item())
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap", "scale"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused_forward_of_two_slabs(dtype, shape, bias, transform, descriptors):
+    given = problem(shape, dtype, bias=bias, transform=transform)
+    rows, vocab, _ = shape
+    maximum, total, target_logit = statistics(rows)
+    cut = (vocab + 1) // 2
+    for slab in (slice(0, cut), slice(cut, vocab)):
+        if slab.start == slab.stop:
+            continue
+        kept = torch.full((rows, vocab), torch.nan)
         before = maximum.clone()
-        factor = fold_rows(tile, targets - start, maximum, total, target_logit, keep=keep)
+        partials = fold_logits(
+            given.hidden,
+            given.weight[slab],
+            None if given.bias is None else given.bias[slab],
+            given.targets - slab.start,
+            target_logit,
+            **given.head,
+            block=BLOCK,
+            descriptors=descriptors,
+            kept=kept[:, slab],
+        )
+        parts = partials.maximum.repeat_interleave(BLOCK.vocab, 0)[: slab.stop - slab.start].t()
+        wanted = (given.logits[:, slab] - parts.double()).exp()
+        torch.testing.assert_close(kept[:, slab].double(), wanted, rtol=3e-5, atol=1e-7)
+        factor = merge_partials(partials, maximum, total)
         torch.testing.assert_close(factor, (before - maximum).exp())
-        part = logits[:, start : start + width]
-        kept = (part - maximum[:, None]).exp() if keep else part
-        torch.testing.assert_close(tile, kept)
-    truth = logits.double().logsumexp(1)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    logsumexp = (maximum + total.log()).double()
-    torch.testing.assert_close(logsumexp, truth, rtol=1e-7, atol=tolerance)
-    assert torch.equal(target_logit, logits.gather(1, targets[:, None])[:, 0])
+    logsumexps = maximum.double() + total.double().log()
+    assert (logsumexps - given.logsumexps).abs().max() <= 1e-5
+    logps = (target_logit - maximum) - total.log()
+    wanted = given.logits.gather(1, given.targets[:, None])[:, 0] - given.logsumexps
+    assert (logps - wanted).abs().max() <= 1.5e-5
+    assert (logps <= 0).all()
 
 
-@pytest.mark.parametrize("cap", [None, 30.0])
-@pytest.mark.parametrize("width", [1, 64, 777, 5000])
-def test_logits_gradient(width, cap):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_entropy_mean_and_best_of_the_fused_forward(shape):
+    given = problem(shape, torch.float32, bias=True, transform=(1.0, 30.0))
+    rows, vocab, _ = shape
+    maximum, total, target_logit = statistics(rows)
+    details = Details(torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.int32))
+    cut = (vocab + 1) // 2
+    for slab in (slice(0, cut), slice(cut, vocab)):
+        if slab.start == slab.stop:
+            continue
+        partials = fold_logits(
+            given.hidden,
+            given.weight[slab],
+            given.bias[slab],
+            given.targets - slab.start,
+            target_logit,
+            **given.head,
+            block=BLOCK,
+            descriptors=False,
+            details=True,
+        )
+        merge_partials(partials, maximum, total, details, offset=slab.start)
+    entropy = total.log() - details.weighted / total
+    wanted = -(given.logits.softmax(1) * given.logits.log_softmax(1)).sum(1)
+    torch.testing.assert_close(entropy.double(), wanted, rtol=1e-5, atol=1e-5)
+    mean = details.logit_sum.double() / vocab
+    torch.testing.assert_close(mean, given.logits.mean(1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(details.best.long(), given.logits.argmax(1))
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap", "scale"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused_gradient(dtype, shape, transform, descriptors):
+    given = problem(shape, dtype, bias=True, transform=transform)
+    rows, vocab, _ = shape
+    scale = torch.randn(rows)
+    out = torch.empty(rows, vocab + 3, dtype=dtype)[:, :vocab]
+    sums = recompute_gradient(
+        given.hidden,
+        given.weight,
+        given.bias,
+        given.logsumexps.float(),
+        given.targets,
+        given.residuals(),
+        scale,
+        out,
+        **given.head,
+        block=BLOCK,
+        descriptors=descriptors,
+        sums=True,
+    )
+    wanted = given.gradient(scale)
+    assert_close(out, wanted, TOLERANCE[dtype])
+    assert_close(sums, wanted.sum(0), 1e-4 if vocab == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap", "scale"])
+@pytest.mark.parametrize("width", [1, 2, 64, 777, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_statistics_of_two_slabs(dtype, width, transform, kept):
     torch.manual_seed(0)
-    logits = (torch.randn(6, width) * 9).clamp(-29, 29)
-    targets = torch.tensor([0, width - 1, -1, width, width // 2, 0])
-    logsumexps = logits.logsumexp(1) + 0.3
-    tile = logits.clone()
-    given = torch.randn(6)
-    residual_rows(tile, targets, logsumexps, given, None if cap is None else 1 / cap)
-    truth = (logits.double() - logsumexps.double()[:, None]).exp()
-    if cap is not None:
-        truth *= 1 - (logits.double() / cap) ** 2
-    for row, target in enumerate(targets.tolist()):
-        if 0 <= target < width:
-            truth[row, target] = given[row].double()
-    torch.testing.assert_close(tile.double(), truth, rtol=2e-6, atol=1e-7)
+    alpha, softcap = transform
+    products, bias = (torch.randn(7, 2 * width) * 9).to(dtype), torch.randn(2 * width)
+    products[3] = 200 * torch.rand(2 * width)
+    products[4, : width // 2] = -torch.inf
+    logits = (products.double() + bias.double()) * alpha
+    if softcap is not None:
+        logits, alpha = softcap * torch.tanh(logits / softcap), alpha / softcap
+    targets = torch.randint(0, 2 * width, (7,))
+    maximum, total, target_logit = statistics(7)
+    for start in (0, width):
+        slab = slice(start, start + width)
+        # A strided view, as `local` passes them.
+        out = torch.full((7, 2 * width), torch.nan)[:, slab] if kept else None
+        before = maximum.clone()
+        factor = fold_rows(
+            products[:, slab],
+            bias[slab],
+            targets - start,
+            maximum,
+            total,
+            target_logit,
+            alpha=alpha,
+            ceiling=softcap,
+            kept=out,
+            slope=softcap is not None,
+        )
+        torch.testing.assert_close(factor, (before - maximum).exp())
+        if out is not None:
+            wanted = (logits[:, slab] - maximum.double()[:, None]).exp()
+            if softcap is not None:
+                wanted *= 1 - (logits[:, slab] / softcap) ** 2
+            torch.testing.assert_close(out.double(), wanted, rtol=5e-5, atol=1e-6)
+    logsumexps = (maximum + total.log()).double()
+    torch.testing.assert_close(logsumexps, logits.logsumexp(1), rtol=2e-7, atol=1e-5)
+    found = logits.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(target_logit.double(), found, rtol=2e-7, atol=4e-6)
+    logps = (target_logit - maximum) - total.log()
+    assert (logps <= 0).all()
 
 
-@pytest.mark.parametrize("path", ["evaluate", "stash", "local", "recompute"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": True, "softcap": 9.0, "logit_scale": 1.7, "temperature": 1.3, "padding": 3}],
-    ids=["plain", "all transforms"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_the_triton_engine_equals_the_torch_engine(path, options, dtype):
-    results = []
-    for engine in ("torch", "triton"):
-        case = leaves_of(make_case(dtype=dtype, **options), needs_of(path))
-        out = sequence_logps(case.hidden, case.head, case.labels, path=path, engine=engine)
-        assert out.plan.engine == engine
-        trained = [t for t in (case.hidden, case.weight, case.bias) if t is not None]
-        trained = [t for t in trained if t.requires_grad]
-        if path != "evaluate":
-            out.sums.square().sum().backward()
-        results.append([out.sums.detach(), *(t.grad for t in trained if path != "evaluate")])
-    for ours, truth in zip(*results, strict=True):
-        scale = truth.double().norm()
-        tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3}[dtype]
-        assert (ours.double() - truth.double()).norm() <= tolerance * scale
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap", "scale"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_a_slab_from_its_products(shape, transform, dtype):
+    given = problem(shape, torch.float32, bias=True, transform=transform)
+    products = (given.hidden.double() @ given.weight.double().t()).float()
+    scale = torch.randn(shape[0])
+    # In place where the dtypes agree, as fp32 does on CPU.
+    out = products if dtype == torch.float32 else torch.empty_like(products, dtype=dtype)
+    sums = logits_gradient(
+        products,
+        given.logsumexps.float(),
+        out,
+        targets=given.targets,
+        residuals=given.residuals(),
+        scale=scale,
+        bias=given.bias,
+        **given.head,
+        sums=True,
+    )
+    wanted = given.gradient(scale)
+    assert_close(out, wanted, TOLERANCE.get(dtype, TRUNCATED))
+    assert_close(sums, wanted.sum(0), 1e-4 if shape[1] == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("part_width", [64, 128, 5000])
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_a_slab_from_kept_exponentials(dtype, cap, part_width):
+    given = problem((21, 301, 8), torch.float32, transform=(1.0, cap))
+    parts = -(-301 // part_width)
+    maxima = torch.stack([part.amax(1) for part in given.logits.split(part_width, 1)]).float()
+    assert maxima.shape == (parts, 21)
+    above = maxima.repeat_interleave(part_width, 0)[:301].t()
+    kept = (given.logits - above.double()).exp().to(dtype)
+    scale = torch.randn(21)
+    gradient, sums = kept.clone(), None
+    sums = logits_gradient(
+        gradient,
+        given.logsumexps.float(),
+        gradient,
+        targets=given.targets,
+        residuals=given.residuals(),
+        scale=scale,
+        ceiling=cap,
+        maxima=maxima,
+        part_width=part_width,
+        sums=True,
+    )
+    wanted = given.gradient(scale)
+    tolerance = TOLERANCE.get(dtype, TRUNCATED)
+    assert_close(gradient, wanted, tolerance)
+    assert_close(sums, wanted.sum(0), tolerance)
+    # Without targets: the softmax (times the slope) alone, as `stash` wants it.
+    weights = logits_gradient(
+        kept,
+        given.logsumexps.float(),
+        kept,
+        ceiling=cap,
+        maxima=maxima,
+        part_width=part_width,
+    )
+    assert weights is None
+    slope = 1.0 if cap is None else 1 - (given.logits / cap) ** 2
+    assert_close(kept, given.logits.softmax(1) * slope, tolerance)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    kept, row = torch.rand(2, 100), torch.zeros(2)
+    with pytest.raises(ValueError, match="part_width: got 48, wanted >= 100 or a multiple of 64"):
+        logits_gradient(kept, row, kept, maxima=torch.zeros(3, 2), part_width=48)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 7, 1025, 4099])
+def test_sequence_sums_with_empty_sequences(rows, in_order):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 9, (rows,))
+    ids[ids == 4] = 5
+    if in_order:
+        ids = ids.sort().values
+    values = torch.randn(rows) * 100
+    sums, lengths = sequence_sums(values, ids, 11, in_order)
+    wanted = torch.zeros(11, dtype=torch.float64).index_add(0, ids, values.double())
+    torch.testing.assert_close(sums.double(), wanted, rtol=1e-7, atol=0)
+    assert torch.equal(lengths, torch.bincount(ids, minlength=11))
+    assert sums[4] == 0 and lengths[4] == 0
+
+
+def test_rescaled_rows():
+    torch.manual_seed(0)
+    values, factor = torch.randn(9, 1500), torch.tensor([1.0, 0.5, 0.0] * 3)
+    wanted = values * factor[:, None]
+    rescale_rows(values, factor)
+    assert torch.equal(values, wanted)
+
+
+def test_a_row_of_nan_stays_alone():
+    given = problem((5, 40, 8), torch.float32)
+    given.hidden[2] = torch.nan
+    maximum, total, target_logit = statistics(5)
+    partials = fold_logits(
+        given.hidden,
+        given.weight,
+        None,
+        given.targets,
+        target_logit,
+        **given.head,
+        block=BLOCK,
+        descriptors=False,
+    )
+    merge_partials(partials, maximum, total)
+    logps = (target_logit - maximum) - total.log()
+    assert logps.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("operand", ["hidden", "weight", "kept"])
+def test_operands_without_contiguous_rows_are_refused(operand):
+    given = problem((4, 6, 8), torch.float32)
+    tensors = {"hidden": given.hidden, "weight": given.weight, "kept": torch.empty(4, 6)}
+    tensors[operand] = tensors[operand].t().contiguous().t()
+    with pytest.raises(ValueError, match=f"{operand}: got shape"):
+        fold_logits(
+            tensors["hidden"],
+            tensors["weight"],
+            None,
+            given.targets,
+            torch.zeros(4),
+            **given.head,
+            block=BLOCK,
+            descriptors=False,
+            kept=tensors["kept"],
+        )
+
+
+def test_offsets_beyond_31_bits():
+    # 2 rows whose tiles lie 2^31 entries apart, in 4 GiB of untouched virtual memory.
+    far = 2**31 + 64
+    storage = torch.empty(far + 200, dtype=torch.float16)
+    kept = storage.as_strided((2, 100), (far, 1))
+    given = problem((2, 100, 8), torch.float32)
+    maximum, total, target_logit = statistics(2)
+    partials = fold_logits(
+        given.hidden,
+        given.weight,
+        None,
+        given.targets,
+        target_logit,
+        **given.head,
+        block=BLOCK,
+        descriptors=False,
+        kept=kept,
+    )
+    merge_partials(partials, maximum, total)
+    logits_gradient(
+        kept,
+        maximum,
+        kept,
+        maxima=partials.maximum,
+        part_width=BLOCK.vocab,
+    )
+    wanted = (given.logits - maximum.double()[:, None]).exp()
+    torch.testing.assert_close(kept.double(), wanted, rtol=2e-3, atol=1e-6)

@@ -26,6 +26,8 @@ FORBIDDEN = {
     "losses": {"ops", "preference", "integrations", "data", "reference", "kernels"},
     "statistics": {"ops", "losses", "preference", "integrations", "data", "reference", "kernels"},
     "data": {"ops", "losses", "preference", "integrations", "reference", "kernels"},
+    "epilogue_forms": {"ops", "preference", "integrations", "data", "reference"},
+    "epilogues": {"ops", "preference", "integrations", "data", "reference"},
     "preference": {"integrations", "data", "reference", "kernels"},
 }
 # May be imported at the top of a file by these parts only.

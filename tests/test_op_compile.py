@@ -270,7 +270,7 @@ def test_opcheck_of_the_backward(path, transform, view, counted):
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
     given = op_arguments(case, path, counted, 2**20)
-    logps, sums, *saved = head_logps(*given)
+    logps, sums, _, *saved = head_logps(*given)
     hidden, weight, bias, targets, ids = given[:5]
     arguments = (torch.ones_like(logps), torch.ones_like(sums), hidden, weight, bias, targets, ids)
     needs = needs_of(path)[:2] + (needs_of(path)[2] and bias is not None,)

@@ -22,6 +22,10 @@ from truth import (
 )
 
 from fused_prefopt import LMHead, sequence_logps, token_logps
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.plan import TileShape
+from fused_prefopt.ops.tile import RowGradients
+from fused_prefopt.ops.torch_engine import TorchEngine
 
 # Ours against float64, relative, Frobenius.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -209,15 +213,17 @@ def test_double_backward_is_a_clear_error(path):
 
 def test_the_softcap_slope_of_probabilities_that_underflowed_is_zero_times_finite():
     # Without the CPU's floor under the exponent, exp(logit − max) may be exactly zero.
-    from fused_prefopt.ops.torch_engine import HeadMath, kept_residual
-
     math = HeadMath(softcap=100.0, logit_scale=1.0, temperature=0.5, dtype=torch.float32)
-    kept, out = torch.tensor([[1.0, 0.0, 0.0]]), torch.empty(1, 3)
-    top = torch.tensor([190.0])
+    kept, top, target = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([190.0]), torch.tensor([1])
     # The target's logit is -190, its log-prob that much below the log-sum-exp.
-    kept_residual(kept, top, top, torch.tensor([1]), torch.tensor([-380.0]), math, out)
+    residuals = math.target_residual(torch.tensor([-380.0]), top)
+    rows = RowGradients(top, residuals, torch.ones(1))
+    engine = TorchEngine(math, TileShape(1, 3), kept.device)
+    out = engine.kept_gradient(kept, top.unsqueeze(0), target, rows, bias=True)
     slope = 1 - (190 * 0.5 / 100) ** 2
-    torch.testing.assert_close(out, torch.tensor([[slope, -slope, 0.0]]), rtol=1e-5, atol=1e-7)
+    wanted = torch.tensor([[slope, -slope, 0.0]])
+    torch.testing.assert_close(out.logits, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.bias, wanted[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("path", TRAINING_PATHS)

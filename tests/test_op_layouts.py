@@ -23,6 +23,8 @@ from truth import (
 )
 
 from fused_prefopt import sequence_logps, token_logps
+from fused_prefopt.ops import torch_engine
+from fused_prefopt.ops.plan import TileShape
 
 PATHS = ("evaluate", *TRAINING_PATHS)
 # (sequences, length, hidden_size, vocab)
@@ -72,10 +74,7 @@ def test_many_slabs_and_many_row_slices(path, workspace_mb):
 
 
 def test_local_with_many_slabs_and_many_row_slices(monkeypatch):
-    from fused_prefopt.ops import plan
-
-    monkeypatch.setattr(plan, "_TILE_ROWS", {"cpu": 5, "cuda": 5})
-    monkeypatch.setattr(plan, "_TILE_VOCAB", {"cpu": 6, "cuda": 6})
+    monkeypatch.setitem(torch_engine._PREFERRED, "cpu", TileShape(5, 6))
     case = make_case(4, 11, 7, 53, **TRANSFORMS["all"])
     truth = true_result(case, needs=(True,) * 3)
     assert_gradients(computed(case, needs=(True,) * 3, path="local"), truth, 2e-6)

@@ -14,20 +14,21 @@ from torch.utils._pytree import tree_leaves
 from truth import TRAINING_PATHS, leaves_of, make_case, needs_of
 
 from fused_prefopt import Plan, release_workspace, sequence_logps
-from fused_prefopt.ops.plan import COST_IN_P, PATHS, TileCost, make_plan, tile_shape
+from fused_prefopt.ops.plan import COST_IN_P, PATHS, TileCost, TileShape, make_plan, tile_shape
 
 MIB = 2**20
 # A batch whose logits (about 600 labelled rows x 2000 entries, 4.6 MiB) dwarf everything else.
 BATCH = {"sequences": 4, "length": 250, "hidden_size": 48, "vocab": 2000}
 
 
-COST = TileCost(logit=4, hidden=4, weight=4)
+PREFERRED = TileShape(1024, 2048)
+COST = TileCost(logit=4, hidden=4, weight=4, preferred=PREFERRED)
 
 
 def planned(**changes) -> Plan:
     given = {
         "path": "auto",
-        "engine": "torch",
+        "engines": dict.fromkeys(PATHS, "torch"),
         "rows": 1000,
         "vocab": 1024,
         "hidden_size": 16,
@@ -111,26 +112,35 @@ def test_only_labelled_rows_count():
 
 @settings(max_examples=300, deadline=None)
 @given(
-    device=st.sampled_from(["cpu", "cuda", "mps"]),
     rows=st.integers(0, 10**6),
     vocab=st.integers(1, 300_000),
     hidden_size=st.integers(1, 16_384),
     budget=st.integers(1, 2**33),
-    cost=st.builds(TileCost, st.integers(2, 24), st.integers(0, 16), st.integers(0, 12)),
+    cost=st.builds(
+        TileCost,
+        st.floats(0.01, 24),
+        st.integers(0, 16),
+        st.integers(0, 12),
+        st.sampled_from([PREFERRED, TileShape(8192, 16384), TileShape(1 << 30, 1 << 30)]),
+        st.sampled_from([1, 64, 256]),
+    ),
 )
-def test_tiles_fit_the_budget_or_are_the_smallest(device, rows, vocab, hidden_size, budget, cost):
-    tile = tile_shape(device, rows, vocab, hidden_size, budget, cost)
+def test_tiles_fit_the_budget_or_are_the_smallest(rows, vocab, hidden_size, budget, cost):
+    tile = tile_shape(rows, vocab, hidden_size, budget, cost)
     assert 1 <= tile.rows <= max(rows, 1) and 1 <= tile.vocab <= vocab
     buffers = (
         cost.logit * tile.rows * tile.vocab
         + cost.hidden * tile.rows * hidden_size
         + cost.weight * tile.vocab * hidden_size
     )
-    assert buffers <= budget or (tile.rows <= 64 and tile.vocab <= 64)
+    assert buffers <= budget + 1 or max(tile.rows, tile.vocab) <= max(64, cost.smallest)
+    width = tile.vocab
+    assert width == vocab or width & (width - 1) == 0
 
 
 def test_a_larger_budget_never_gives_a_smaller_tile():
-    sizes = [tile_shape("cuda", 9000, 128256, 4096, 2**n, COST) for n in range(16, 36)]
+    cost = replace(COST, preferred=TileShape(8192, 16384))
+    sizes = [tile_shape(9000, 128256, 4096, 2**n, cost) for n in range(16, 36)]
     areas = [tile.rows * tile.vocab for tile in sizes]
     assert areas == sorted(areas)
     assert areas[-1] == 8192 * 16384

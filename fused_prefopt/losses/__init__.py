@@ -2,7 +2,18 @@
 
 from fused_prefopt.losses import presets
 from fused_prefopt.losses.gaps import gap_of
-from fused_prefopt.losses.links import Logistic, logistic
+from fused_prefopt.losses.links import (
+    Hinge,
+    Logistic,
+    Robust,
+    Squared,
+    UnbiasedRobust,
+    hinge,
+    logistic,
+    robust,
+    squared,
+    unbiased_robust,
+)
 from fused_prefopt.losses.margins import (
     AdaptiveMargin,
     ConstantMargin,
@@ -21,20 +32,28 @@ __all__ = [
     "ConstantMargin",
     "DirectRewardLoss",
     "DynamicMargin",
+    "Hinge",
     "LogRatio",
     "Logistic",
     "LossInfo",
     "MeanLogp",
     "Normalisation",
     "PairwiseLoss",
+    "Robust",
+    "Squared",
     "SumLogp",
+    "UnbiasedRobust",
     "available_losses",
     "check_needs",
     "exact_margins",
     "find",
     "gap_of",
+    "hinge",
     "logistic",
     "mirror_margins",
     "presets",
     "register",
+    "robust",
+    "squared",
+    "unbiased_robust",
 ]

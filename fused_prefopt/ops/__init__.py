@@ -1,7 +1,8 @@
-"""The public op and, below it, the planner, the registered op, the paths and the engine."""
+"""The public op and, below it, the planner, the registered op, the paths and the engines."""
 
+from fused_prefopt.ops.engines import takes_kernels
 from fused_prefopt.ops.logps import sequence_logps, token_logps
 from fused_prefopt.ops.plan import Plan
 from fused_prefopt.ops.workspace import release_workspace
 
-__all__ = ["Plan", "release_workspace", "sequence_logps", "token_logps"]
+__all__ = ["Plan", "release_workspace", "sequence_logps", "takes_kernels", "token_logps"]

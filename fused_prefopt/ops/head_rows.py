@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.ops.engines import load_engine
-from fused_prefopt.ops.plan import TileShape, kept_bytes, tile_shape
-from fused_prefopt.ops.torch_engine import HeadMath
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.plan import TileShape, aligned, kept_bytes, tile_shape
+from fused_prefopt.ops.torch_engine import TorchEngine
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class HeadRows:
         targets: (n,) their target tokens.
         math: the head's scalars.
         path, engine, workspace: of the plan.
+        backward: whether the pass is a backward.
     """
 
     hidden: Tensor
@@ -38,38 +39,51 @@ class HeadRows:
     path: str
     engine: str
     workspace: int
+    backward: bool
 
-    @property
-    def parts(self) -> ModuleType:
-        """What the engine supplies."""
-        return load_engine(self.engine)
+    def build_engine(self) -> TorchEngine:
+        """The plan's engine, for tiles of this shape."""
+        return load_engine(self.engine)(self.math, self.shape, self.hidden.device)
 
     @property
     def rows(self) -> int:
         return self.index.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
     @cached_property
     def tiling(self) -> tuple[TileShape, bool]:
         """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
         vocab, hidden_size = self.weight.shape
-        device, dtype = self.hidden.device, self.weight.dtype
-        cost = self.parts.tile_cost(self.math, dtype, device, self.path)
+        engine = load_engine(self.engine)
+        cost = engine.cost(self.math, self.weight, self.path, self.backward)
         budget = self.workspace
         if self.path == "local":
             budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
+        elif self.device.type != "cpu" and self.path != "evaluate":
+            # The fp32 sums of d hidden are part of what a GPU user's `workspace_mb` stands for.
+            budget -= min(self.rows * hidden_size * self.math.accumulator.itemsize, budget // 2)
         gathered = self.rows * hidden_size * cost.hidden
         once = 3 * gathered <= 2 * budget
         if once:
             budget, cost = budget - gathered, replace(cost, hidden=0)
-        return tile_shape(device.type, self.rows, vocab, hidden_size, budget, cost), once
+        return tile_shape(self.rows, vocab, hidden_size, budget, cost), once
 
     @property
     def shape(self) -> TileShape:
         return self.tiling[0]
 
     @property
+    def kept_size(self) -> tuple[int, int]:
+        """(n, V or a little more) of what `local` keeps."""
+        vocab = self.weight.shape[0]
+        return self.rows, vocab if self.device.type == "cpu" else aligned(vocab)
+
+    @property
     def operand(self) -> torch.dtype:
-        return self.parts.operand_dtype(self.math.dtype, self.hidden.device)
+        return self.math.operand(self.device)
 
     def row_slices(self) -> list[slice]:
         return list(_slices(self.rows, self.shape.rows))
@@ -77,17 +91,17 @@ class HeadRows:
     def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
         for slab in _slices(self.weight.shape[0], self.shape.vocab):
-            weight = self._cast(self.weight[slab]).to(self.operand)
-            yield slab, weight, None if self.bias is None else self._cast(self.bias[slab])
+            weight = self.rounded(self.weight[slab]).to(self.operand)
+            yield slab, weight, None if self.bias is None else self.rounded(self.bias[slab])
 
-    def hidden_rows(self, scale: Tensor | None = None) -> _HiddenRows:
-        """Labelled rows of `hidden`, times `scale` (n,), in the operand dtype, slice by slice."""
-        return _HiddenRows(self, scale)
+    def hidden_rows(self) -> _HiddenRows:
+        """Labelled rows of `hidden` in the operand dtype, slice by slice."""
+        return _HiddenRows(self)
 
     def new(self, *size: int) -> Tensor:
-        return torch.empty(size, dtype=self.math.accumulator, device=self.hidden.device)
+        return torch.empty(size, dtype=self.math.accumulator, device=self.device)
 
-    def _cast(self, value: Tensor) -> Tensor:
+    def rounded(self, value: Tensor) -> Tensor:
         """Round to the dtype the matmul computes in, as autocast does."""
         return value.to(self.math.dtype)
 
@@ -95,8 +109,8 @@ class HeadRows:
 class _HiddenRows:
     """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
 
-    def __init__(self, head: HeadRows, scale: Tensor | None) -> None:
-        self._head, self._scale, self._all = head, scale, None
+    def __init__(self, head: HeadRows) -> None:
+        self._head, self._all = head, None
         if head.tiling[1]:
             self._all = self._gather(slice(None))
 
@@ -105,8 +119,7 @@ class _HiddenRows:
 
     def _gather(self, rows: slice) -> Tensor:
         head = self._head
-        hidden = head._cast(head.hidden[head.index[rows]]).to(head.operand)
-        return hidden if self._scale is None else hidden.mul_(self._scale[rows].unsqueeze(1))
+        return head.rounded(head.hidden[head.index[rows]]).to(head.operand)
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

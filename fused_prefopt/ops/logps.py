@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_device, require_floating, require_integer, require_shape
-from fused_prefopt.ops.engines import choose_engine
-from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout, require
+from fused_prefopt.ops.engines import choose_engines, load_engine
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.layout import packed_layout, padded_layout, require
 from fused_prefopt.ops.plan import Plan, make_plan
 from fused_prefopt.ops.registered import head_logps
-from fused_prefopt.ops.torch_engine import HeadMath, tile_cost
 from fused_prefopt.types import LMHead, SequenceLogps
 
 
@@ -63,7 +63,9 @@ def sequence_logps(
         ignore_index: label of rows that take no part.
         workspace_mb: budget in MiB for everything but statistics and gradients.
         path: `auto`, `evaluate`, `stash`, `local` or `recompute` (see `fused_prefopt.ops.plan`).
-        engine: `auto`, `torch` or `triton` (CUDA, or CPU under TRITON_INTERPRET=1).
+        engine: `auto`, `torch`, `cublas` (the library's matmuls, Triton kernels for the rest) or
+            `triton` (matmuls inside the kernels). The last two take CUDA tensors, or CPU tensors
+            under TRITON_INTERPRET=1; without Triton they are `torch`, with a warning.
 
     Returns:
         sums (S,) fp32, lengths (S,) int64, means (S,), and the plan that was followed. Float64
@@ -83,11 +85,8 @@ def sequence_logps(
         path=path,
         engine=engine,
     )
-    layout, plan, outputs = _run(hidden, head, labels, options)
-    labelled = (layout.targets != ignore_index).long()
-    lengths = labelled.new_zeros(layout.num_sequences)
-    lengths = lengths.scatter_add(0, layout.sequence_ids, labelled)
-    return SequenceLogps(outputs[1], lengths, plan)
+    plan, outputs = _run(hidden, head, labels, options)
+    return SequenceLogps(outputs[1], outputs[2], plan)
 
 
 def token_logps(
@@ -120,7 +119,7 @@ def token_logps(
         path=path,
         engine=engine,
     )
-    _, _, outputs = _run(hidden, head, labels, options)
+    _, outputs = _run(hidden, head, labels, options)
     logps = outputs[0].view(labels.shape)
     # Each row's log-prob goes to the label it predicts; a sequence's last row has none to give.
     return logps.roll(1, -1) if shift else logps
@@ -128,7 +127,7 @@ def token_logps(
 
 def _run(
     hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions
-) -> tuple[Layout, Plan, tuple[Tensor, ...]]:
+) -> tuple[Plan, tuple[Tensor, ...]]:
     head = head if isinstance(head, LMHead) else LMHead(head)
     _check(hidden, head, labels, options.sequence_ids)
     ignore_index = options.ignore_index
@@ -149,14 +148,15 @@ def _run(
     count = _count(labelled, options.num_labels)
 
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
-    engine = choose_engine(options.engine, hidden.device)
+    engines = choose_engines(options.engine, hidden.device, math.dtype)
     # What `local` would need: it decides between that path and `recompute`.
-    cost = tile_cost(math, head.weight.dtype, hidden.device, "local")
+    local = load_engine(engines["local"])
+    cost = local.cost(math, head.weight, "local", backward=False)
     gradients = torch.is_grad_enabled()
     parameters = (head.weight, head.bias)
     plan = make_plan(
         path=options.path,
-        engine=engine,
+        engines=engines,
         rows=labels.numel() if count < 0 else count,
         vocab=head.vocab,
         hidden_size=head.weight.shape[1],
@@ -187,7 +187,7 @@ def _run(
         plan.engine,
         plan.workspace,
     )
-    return layout, plan, outputs
+    return plan, outputs
 
 
 def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | None) -> None:

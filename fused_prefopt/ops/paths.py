@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops.head_rows import HeadRows
-from fused_prefopt.ops.torch_engine import RowStatistics
+from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile
+from fused_prefopt.ops.torch_engine import TorchEngine, product
 from fused_prefopt.ops.workspace import find, give_back, lease
+
+# Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
+# but their products with small probabilities are denormals, which a CPU multiplies 20x slower.
+_NEGLIGIBLE = 1e-18
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,9 @@ class Kept:
     Attributes:
         logsumexps: (n,).
         stash: `stash`: (n, D) d logp / d hidden. Otherwise empty.
-        maxima: `local`: (slabs, n) the running maxima that its probabilities refer to. Otherwise
-            empty.
-        ticket: `local`: (1,) finds the (n, V) tensor of exp(logit − running maximum) in the
-            workspace. Otherwise 0.
+        maxima: `local`: (parts, n) the maxima that its probabilities refer to. Otherwise empty.
+        ticket: `local`: (1,) finds the (n, V) tensor of exp(logit − maximum) in the workspace.
+            Otherwise 0.
     """
 
     logsumexps: Tensor
@@ -37,44 +41,36 @@ class Kept:
 
 def forward(head: HeadRows) -> tuple[Tensor, Kept]:
     """Log-probs of the labelled rows (n,), and what `backward` needs."""
-    path, engine = head.path, head.parts
-    vocab, hidden_size = head.weight.shape
+    engine, (vocab, hidden_size) = head.build_engine(), head.weight.shape
     slices, hidden = head.row_slices(), head.hidden_rows()
-    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.hidden.device)
-    gradient = head.new(head.rows, hidden_size).zero_() if path == "stash" else head.new(0)
-    kept, ticket = head.new(0), torch.zeros(1, dtype=torch.int64)
-    if path == "local":
-        kept, ticket = lease((head.rows, vocab), head.math.kept, head.hidden.device)
-    # A tile that is kept in the dtype it is computed in needs no buffer of its own.
-    in_place = path == "local" and head.math.kept == head.math.accumulator
-    buffer = kept if in_place else head.new(head.shape.rows, head.shape.vocab)
-    maxima = []
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
+    gradient, maxima, kept = head.new(0), head.new(0), head.new(0)
+    ticket = torch.zeros(1, dtype=torch.int64)
+    if head.path == "stash":
+        gradient = head.new(head.rows, hidden_size).zero_()
+    elif head.path == "local":
+        kept, ticket = lease(head.kept_size, head.math.kept, head.device)
+        maxima = head.new(_part(vocab - 1, engine) + 1, head.rows)
     for slab, weight, bias in head.slabs():
         for rows in slices:
-            tile = kept[rows, slab] if in_place else _tile(buffer, rows, slab)
-            engine.logits(hidden[rows], weight, bias, head.math, tile)
-            bent = path == "stash" and head.math.softcap is not None
-            slope = head.math.cap_slope(tile) if bent else None
-            targets = head.targets[rows] - slab.start
-            factor = engine.fold(tile, statistics[rows], targets, path in ("stash", "local"))
-            if path == "stash":
-                gradient[rows].mul_(factor.unsqueeze(1))
-                weights = tile if slope is None else tile.mul_(slope)
-                engine.product(weights.to(head.operand), weight, gradient[rows], accumulate=True)
-            elif path == "local" and not in_place:
-                kept[rows, slab] = tile
-        if path == "local":
-            maxima.append(statistics.maximum.clone())
-    if path == "stash":
+            tile = Tile(hidden[rows], weight, bias, head.targets[rows] - slab.start)
+            if head.path == "stash":
+                weights, sums = engine.fold_and_weigh(tile, statistics[rows], gradient[rows])
+                product(weights, weight, sums, accumulate=True)
+            elif head.path == "local":
+                highest = engine.fold_and_keep(tile, statistics[rows], kept[rows, slab])
+                maxima[_parts(slab, engine), rows] = highest
+            else:
+                engine.fold(tile, statistics[rows])
+    if head.path == "stash":
         _finish_stash(head, gradient, statistics)
-    stacked = torch.stack(maxima) if maxima else head.new(0)
-    return statistics.logps(), Kept(statistics.logsumexps(), gradient, stacked, ticket)
+    return statistics.logps(), Kept(statistics.logsumexps(), gradient, maxima, ticket)
 
 
 def _finish_stash(head: HeadRows, gradient: Tensor, statistics: RowStatistics) -> None:
     """Turn Σ_v exp(z_v − max) W_v into d logp / d hidden = W_y − Σ_v p_v W_v, in place."""
     for rows in head.row_slices():
-        target = head._cast(head.weight[head.targets[rows]]).to(gradient.dtype)
+        target = head.rounded(head.weight[head.targets[rows]]).to(gradient.dtype)
         if head.math.softcap is not None:
             target.mul_(head.math.cap_slope(statistics.target[rows]).unsqueeze(1))
         gradient[rows].div_(-statistics.sum[rows].unsqueeze(1)).add_(target).mul_(head.math.slope)
@@ -112,74 +108,103 @@ def backward(
 
     probabilities = None
     if head.path == "local":
-        size = (head.rows, head.weight.shape[0])
-        probabilities = find(kept.ticket, size, head.math.kept)
+        probabilities = find(kept.ticket, head.kept_size, head.math.kept)
         if probabilities is None:
             head = replace(head, path="recompute")
-    scale = upstream * -head.math.slope
     dhidden = head.new(head.rows, head.weight.shape[1]) if needs[0] else None
     dweight = _padded_like(head.weight, padded_vocab, head.rows) if needs[1] else None
     dbias = _padded_like(head.bias, padded_vocab, head.rows) if needs[2] else None
     # Without labelled rows no slab would be written: the gradients are the zeros they start as.
     if head.rows:
-        _sum_gradients(head, kept, probabilities, logps, scale, dhidden, dweight, dbias)
+        sums = _Sums(dhidden, dweight, dbias, *_unit_scale(head, upstream * -head.math.slope))
+        _sum_gradients(head, kept, probabilities, logps, sums)
     give_back(kept.ticket)
-    if dhidden is not None:
-        dhidden.mul_(scale.unsqueeze(1))
     return Gradients(None if dhidden is None else _spread(dhidden, head), dweight, dbias)
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Where the sums over tiles go: (n, D), (V, D), (V,) or None; the rows' scale (n,) and the
+    unit in which it is given, None for 1."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    scale: Tensor
+    unit: Tensor | None
+
+
+def _unit_scale(head: HeadRows, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    largest = scale.abs().amax()
+    scale = scale.masked_fill(scale.abs() < _NEGLIGIBLE * largest, 0.0)
+    if head.operand != torch.float16:
+        return scale, None
+    # fp16 holds nothing below 6e-8, which a row's probability times its gradient easily is.
+    unit = largest.where(largest > 0, 1.0)
+    return scale / unit, unit
+
+
 def _sum_gradients(
-    head: HeadRows,
-    kept: Kept,
-    probabilities: Tensor | None,
-    logps: Tensor,
-    scale: Tensor,
-    dhidden: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    head: HeadRows, kept: Kept, probabilities: Tensor | None, logps: Tensor, sums: _Sums
 ) -> None:
-    """Write the sums over tiles: (n, D) without its row `scale` (n,), (V, D) and (V,) with it."""
-    engine, slices = head.parts, head.row_slices()
-    hidden = head.hidden_rows() if probabilities is None else None
-    scaled = None if dweight is None else head.hidden_rows(scale)
-    buffer = head.new(head.shape.rows, head.shape.vocab)
-    for number, (slab, weight, bias) in enumerate(head.slabs()):
-        weight_sum = None if dweight is None else _accumulator(head, dweight[slab])
-        bias_sum = None if dbias is None else head.new(weight.shape[0]).zero_()
+    engine, slices, hidden = head.build_engine(), head.row_slices(), head.hidden_rows()
+    residuals = head.math.target_residual(logps, kept.logsumexps)
+    numbers = RowGradients(kept.logsumexps, residuals, sums.scale)
+    for slab, weight, bias in head.slabs():
+        wants_bias = sums.bias is not None
+        bias_sum = head.new(weight.shape[0]).zero_() if wants_bias else None
+        weight_sum = None if sums.weight is None else _accumulator(head, sums.weight[slab])
         for rows in slices:
-            tile = _tile(buffer, rows, slab)
             targets = head.targets[rows] - slab.start
-            if hidden is not None:
-                engine.logits(hidden[rows], weight, bias, head.math, tile)
-                engine.residual(tile, kept.logsumexps[rows], targets, logps[rows], head.math)
-            elif probabilities is not None:
-                engine.kept_residual(
+            if probabilities is None:
+                tile = Tile(hidden[rows], weight, bias, targets)
+                gradient = engine.gradient(tile, numbers[rows], wants_bias)
+            else:
+                gradient = engine.kept_gradient(
                     probabilities[rows, slab],
-                    kept.maxima[number, rows],
-                    kept.logsumexps[rows],
+                    kept.maxima[_parts(slab, engine), rows],
                     targets,
-                    logps[rows],
-                    head.math,
-                    tile,
+                    numbers[rows],
+                    wants_bias,
                 )
-            if bias_sum is not None:
-                bias_sum.addmv_(tile.t(), scale[rows])
-            operand = tile.to(head.operand)
-            if weight_sum is not None and scaled is not None:
-                first = rows.start == 0
-                engine.product(operand.t(), scaled[rows], weight_sum, accumulate=not first)
-            if dhidden is not None:
-                engine.product(operand, weight, dhidden[rows], accumulate=number > 0)
-        if dweight is not None and weight_sum is not None:
-            dweight[slab].copy_(weight_sum)
-        if dbias is not None and bias_sum is not None:
-            dbias[slab].copy_(bias_sum)
+            if bias_sum is not None and gradient.bias is not None:
+                bias_sum += gradient.bias
+            if weight_sum is not None:
+                later = rows.start > 0
+                product(gradient.logits.t(), hidden[rows], weight_sum, accumulate=later)
+            if sums.hidden is not None:
+                later = slab.start > 0
+                product(gradient.logits, weight, sums.hidden[rows], accumulate=later)
+        _write(sums.weight, slab, weight_sum, sums.unit)
+        _write(sums.bias, slab, bias_sum, sums.unit)
+    if sums.hidden is not None and sums.unit is not None:
+        sums.hidden.mul_(sums.unit)
 
 
 def _accumulator(head: HeadRows, slab: Tensor) -> Tensor:
-    """The slab of the gradient itself where it is as wide as an accumulator, else a buffer."""
-    return slab if slab.dtype == head.math.accumulator else head.new(*slab.shape)
+    """The slab of the gradient itself where nothing is rounded twice, else a buffer."""
+    one_product = head.rows <= head.shape.rows and slab.dtype == head.operand
+    if slab.dtype == head.math.accumulator or (one_product and slab.dtype == torch.bfloat16):
+        return slab
+    return head.new(*slab.shape)
+
+
+def _write(gradient: Tensor | None, slab: slice, total: Tensor | None, unit: Tensor | None) -> None:
+    if gradient is None or total is None:
+        return
+    if unit is not None:
+        total = total.mul_(unit)
+    if total.data_ptr() != gradient[slab].data_ptr():
+        gradient[slab].copy_(total)
+
+
+def _part(entry: int, engine: TorchEngine) -> int:
+    return entry // engine.part_width
+
+
+def _parts(slab: slice, engine: TorchEngine) -> slice:
+    """The parts of the maxima that belong to a vocabulary slab."""
+    return slice(_part(slab.start, engine), _part(slab.stop - 1, engine) + 1)
 
 
 def _padded_like(value: Tensor | None, vocab: int, rows: int) -> Tensor:
@@ -196,9 +221,3 @@ def _spread(rows: Tensor, head: HeadRows) -> Tensor:
     full = torch.zeros_like(head.hidden)
     full[head.index] = rows.to(full.dtype)
     return full
-
-
-def _tile(buffer: Tensor, rows: slice, slab: slice) -> Tensor:
-    """A contiguous (rows, slab) view of the buffer's storage."""
-    height, width = rows.stop - rows.start, slab.stop - slab.start
-    return buffer.view(-1)[: height * width].view(height, width)

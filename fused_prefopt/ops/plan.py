@@ -15,17 +15,15 @@ path        cost when
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fused_prefopt.checks import require_choice
 
+_SMALLEST_TILE = 64
 PATHS = ("evaluate", "stash", "local", "recompute")
 COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
 
-# Tiles that keep the logits in a CPU's last-level cache, and a GPU's matmul units busy.
-_TILE_ROWS = {"cpu": 1024, "cuda": 8192}
-_TILE_VOCAB = {"cpu": 2048, "cuda": 16384}
-_SMALLEST_TILE = 64
 # What `local` must be able to afford beside the probabilities it keeps.
 _FAST_TILE = 256
 
@@ -36,7 +34,7 @@ class Plan:
 
     Attributes:
         path: `evaluate`, `stash`, `local` or `recompute`.
-        engine: `torch` or `triton`.
+        engine: `torch`, `cublas` or `triton`.
         workspace: bytes that the tiles (and `local`'s probabilities) may take.
         reason: why this path, in words.
     """
@@ -62,41 +60,54 @@ class TileShape:
 
 @dataclass(frozen=True)
 class TileCost:
-    """Bytes of a tile's buffers, for each logit, hidden entry and weight entry of the tile."""
+    """Bytes of a tile's buffers, for each logit, hidden entry and weight entry of the tile.
 
-    logit: int
+    Attributes:
+        preferred: the tile shape that is large enough.
+        smallest: rows and slabs that the engine can work with.
+    """
+
+    logit: float
     hidden: int
     weight: int
+    preferred: TileShape
+    smallest: int = 1
 
     def total(self, rows: int, vocab: int, hidden_size: int) -> int:
         """Bytes of the buffers of a tile of (rows, vocab) logits."""
         logits, hidden = self.logit * rows * vocab, self.hidden * rows * hidden_size
-        return logits + hidden + self.weight * vocab * hidden_size
+        return int(logits) + hidden + self.weight * vocab * hidden_size
 
 
-def tile_shape(
-    device: str, rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost
-) -> TileShape:
-    """The largest tile, up to the device's preferred shape, whose buffers fit the budget.
+def tile_shape(rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost) -> TileShape:
+    """The largest tile, up to the preferred shape, whose buffers fit the budget.
+
+    Below the whole vocabulary its width is a power of two, so that slabs start where the parts of
+    a row's statistics do, and matmul operands are aligned.
 
     Args:
-        device: device type.
         rows: N, labelled rows.
         vocab: V, vocabulary entries.
         hidden_size: D.
         budget: bytes.
         cost: of the engine's buffers.
     """
-    tile_rows = max(1, min(rows, _TILE_ROWS.get(device, _TILE_ROWS["cuda"])))
-    tile_vocab = min(vocab, _TILE_VOCAB.get(device, _TILE_VOCAB["cuda"]))
-    while max(tile_rows, tile_vocab) > _SMALLEST_TILE:
-        if cost.total(tile_rows, tile_vocab, hidden_size) <= budget:
+    smallest = max(_SMALLEST_TILE, cost.smallest)
+    tile_rows = max(1, min(rows, cost.preferred.rows))
+    tile_vocab = min(1 << (vocab - 1).bit_length(), cost.preferred.vocab)
+    while max(tile_rows, tile_vocab) > smallest:
+        if cost.total(tile_rows, min(tile_vocab, vocab), hidden_size) <= budget:
             break
         if tile_vocab >= tile_rows:
-            tile_vocab = max(_SMALLEST_TILE, tile_vocab // 2)
+            tile_vocab = max(smallest, tile_vocab // 2)
         else:
-            tile_rows = max(_SMALLEST_TILE, tile_rows // 2)
-    return TileShape(tile_rows, tile_vocab)
+            tile_rows = max(smallest, tile_rows // 2)
+    return TileShape(tile_rows, min(tile_vocab, vocab))
+
+
+def aligned(entries: int) -> int:
+    """A row's entries, rounded up so that the next row starts where a GPU's matmul wants it."""
+    return -(-entries // 16) * 16
 
 
 def kept_bytes(rows: int, vocab: int, itemsize: int) -> int:
@@ -107,7 +118,7 @@ def kept_bytes(rows: int, vocab: int, itemsize: int) -> int:
 def make_plan(
     *,
     path: str,
-    engine: str,
+    engines: Mapping[str, str],
     rows: int,
     vocab: int,
     hidden_size: int,
@@ -121,7 +132,7 @@ def make_plan(
 
     Args:
         path: `auto` or one of `PATHS`.
-        engine: the engine that will run it.
+        engines: path → engine that would run it.
         rows: N, labelled rows (an upper bound where the count is not known).
         vocab: V, vocabulary entries.
         hidden_size: D.
@@ -147,7 +158,7 @@ def make_plan(
     )
 
     def plan(path: str, reason: str) -> Plan:
-        return Plan(path, engine, workspace, reason)
+        return Plan(path, engines[path], workspace, reason)
 
     if not (head_trains or hidden_trains):
         return plan("evaluate", "nothing needs a gradient")

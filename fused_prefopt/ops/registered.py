@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import paths
+from fused_prefopt.ops.engines import load_engine
+from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows
-from fused_prefopt.ops.torch_engine import HeadMath, matmul_precision
+from fused_prefopt.ops.torch_engine import matmul_precision
 
 
 @torch.library.custom_op("fused_prefopt::head_logps", mutates_args=())
@@ -35,8 +37,8 @@ def head_logps(
     path: str,
     engine: str,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of the labelled rows, and their sums over sequences.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of the labelled rows, their sums over sequences and the sequences' lengths.
 
     Args:
         hidden: (M, D).
@@ -54,8 +56,9 @@ def head_logps(
         path, engine, workspace: of the plan.
 
     Returns:
-        logps (M,), 0 where there is no label; sums (S,); index (n,) of the labelled rows; and what
-        is kept for the backward: logsumexps (n,), stash, maxima and ticket (see `paths.Kept`).
+        logps (M,), 0 where there is no label; sums (S,); lengths (S,) int64; index (n,) of the
+        labelled rows; and what is kept for the backward: logsumexps (n,), stash, maxima and ticket
+        (see `paths.Kept`).
     """
     labelled = targets != ignore_index
     if num_labels < 0:
@@ -64,14 +67,15 @@ def head_logps(
         index = labelled.nonzero_static(size=num_labels).squeeze(1)
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     head = _head_rows(
-        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace
+        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace, False
     )
     with _fixed_precision(hidden, dtype):
         row_logps, kept = paths.forward(head)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
-    sums = _segment_sums(row_logps, sequence_ids[index], num_sequences, sorted_ids)
-    return logps, sums, index, kept.logsumexps, kept.stash, kept.maxima, kept.ticket
+    add = load_engine(engine).sequence_sums
+    sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
+    return logps, sums, lengths, index, kept.logsumexps, kept.stash, kept.maxima, kept.ticket
 
 
 @head_logps.register_fake
@@ -93,7 +97,7 @@ def _(
     path: str,
     engine: str,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     context = torch.library.get_ctx()
     rows = context.new_dynamic_size() if num_labels < 0 else num_labels
@@ -108,7 +112,9 @@ def _(
     elif path == "local":
         maxima = empty(context.new_dynamic_size(), rows)
     ticket = torch.empty(1, dtype=torch.int64, device="cpu")
-    return empty(targets.shape[0]), empty(num_sequences), index, empty(rows), stash, maxima, ticket
+    lengths = targets.new_empty(num_sequences)
+    logps, sums = empty(targets.shape[0]), empty(num_sequences)
+    return logps, sums, lengths, index, empty(rows), stash, maxima, ticket
 
 
 @torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
@@ -148,7 +154,7 @@ def head_logps_backward(
     """
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     head = _head_rows(
-        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace
+        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace, True
     )
     upstream = torch.zeros_like(logsumexps)
     if grad_logps is not None:
@@ -188,8 +194,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, sequence_ids, *scalars = inputs
     options = scalars[-8:]  # from `vocab` on
-    logps, _, index, *kept = output
-    ctx.mark_non_differentiable(index, *kept)
+    logps, _, lengths, index, *kept = output
+    ctx.mark_non_differentiable(lengths, index, *kept)
     # Zeros for the gradient of `stash` would take as much memory as the stash.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, targets, sequence_ids, logps, index, *kept)
@@ -229,10 +235,11 @@ def _head_rows(
     path: str,
     engine: str,
     workspace: int,
+    backward: bool,
 ) -> HeadRows:
     bias = None if bias is None else bias[:vocab]
     weight = weight[:vocab]
-    return HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace)
+    return HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace, backward)
 
 
 class _fixed_precision:
@@ -249,13 +256,3 @@ class _fixed_precision:
     def __exit__(self, *error: Any) -> None:
         self._precision.__exit__(*error)
         self._autocast.__exit__(*error)
-
-
-def _segment_sums(logps: Tensor, ids: Tensor, sequences: int, sorted_ids: bool) -> Tensor:
-    """(n,) → (S,) sums in float64, rounded once; in row order, without atomics on floats."""
-    if not sorted_ids:
-        ids, order = ids.sort(stable=True)
-        logps = logps[order]
-    lengths = ids.new_zeros(sequences).scatter_add_(0, ids, torch.ones_like(ids))
-    sums = torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True)
-    return sums.to(logps.dtype)

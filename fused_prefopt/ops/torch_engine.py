@@ -1,114 +1,202 @@
 """The torch engine: what happens to one tile of logits (c rows × v vocabulary entries).
 
-The loops over tiles are in `paths`; an engine supplies `tile_cost`, `operand_dtype`, `product`,
-`logits`, `fold`, `residual` and `kept_residual`, and nothing else. Matmuls take their operands in
-`operand_dtype` and leave an accumulator (fp32, or float64 for float64 inputs) that nothing rounds
-before it is used.
+The loops over tiles are in `paths`. Matmuls take their operands in `HeadMath.operand` and leave an
+accumulator (fp32, or float64 for float64 inputs) that nothing rounds before it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.plan import TileCost
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.plan import TileCost, TileShape
+from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, TileGradient
 
-# exp(-69) is about 1e-30. Probabilities below it change no sum, but as denormals they make a CPU
-# matmul over them 20 times slower.
-_SMALLEST_EXPONENT = -69.0
-
-
-@dataclass(frozen=True)
-class HeadMath:
-    """The scalar part of an `LMHead`, and the dtype that its matmuls compute in."""
-
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-    dtype: torch.dtype
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def kept(self) -> torch.dtype:
-        """What `local` keeps its probabilities in; they meet a matmul in `dtype` anyway."""
-        return torch.bfloat16 if self.dtype == torch.bfloat16 else self.accumulator
-
-    @property
-    def slope(self) -> float:
-        """d logit / d (hidden @ weight.T + bias) where the softcap does not bend it."""
-        return self.logit_scale / self.temperature
-
-    def cap_slope(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
-        """1 − tanh² of the softcap, from the logits it has left; any shape; `out` may be those."""
-        assert self.softcap is not None
-        tanh = torch.mul(logits, self.temperature / self.softcap, out=out)
-        return tanh.square_().neg_().add_(1)
+# exp(-46) is about 1e-20. Probabilities below it change no sum, but as denormals, their own or
+# those of their product with an upstream gradient, they make a CPU matmul 20 times slower.
+_SMALLEST_EXPONENT = -46.0
+# Tiles that keep the logits in a CPU's last-level cache, and a GPU's matmul units busy.
+_PREFERRED = {"cpu": TileShape(1024, 2048)}
+_PREFERRED_ELSEWHERE = TileShape(8192, 16384)
 
 
-@dataclass(frozen=True)
-class RowStatistics:
-    """Running maximum, Σ exp(logit − maximum) and target logit of each row, all (n,)."""
+class TorchEngine:
+    """Tiles of one pass over the head, in torch operations.
 
-    maximum: Tensor
-    sum: Tensor
-    target: Tensor
+    Args:
+        math: the head's scalars.
+        shape: of the largest tile.
+        device: of hidden and weight.
 
-    @classmethod
-    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
-        # The lowest finite number, not -inf: a slab whose logits are all -inf then gives zeros.
-        lowest = torch.finfo(dtype).min
-        maximum = torch.full((rows,), lowest, dtype=dtype, device=device)
-        return cls(maximum, torch.zeros_like(maximum), torch.zeros_like(maximum))
+    Attributes:
+        part_width: vocabulary entries that share one of `fold_and_keep`'s maxima.
+        in_place: whether `kept_gradient` overwrites what was kept.
+    """
 
-    def __getitem__(self, rows: slice) -> RowStatistics:
-        return RowStatistics(self.maximum[rows], self.sum[rows], self.target[rows])
+    name: ClassVar[str] = "torch"
+    in_place: bool = False
 
-    def logps(self) -> Tensor:
-        return (self.target - self.maximum) - self.sum.log()
+    def __init__(self, math: HeadMath, shape: TileShape, device: torch.device) -> None:
+        self.math, self.shape, self.device = math, shape, device
+        self.part_width = shape.vocab
+        self._buffer: Tensor | None = None
 
-    def logsumexps(self) -> Tensor:
-        return self.maximum + self.sum.log()
+    @staticmethod
+    def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
+        """What the buffers take for a tile of a head with this weight (V, D)."""
+        operand, accumulator = math.operand(weight.device), math.accumulator
+        logit = accumulator.itemsize * (1 if math.softcap is None else 2)
+        if operand != accumulator:
+            logit += operand.itemsize
+        hidden = operand.itemsize
+        slabs = operand.itemsize if weight.dtype != operand else 0
+        # On their way to a wider operand dtype, rows and slabs pass through the dtype computed in;
+        # and oneDNN reorders a matmul's operands to it, in a buffer of up to the tile's size.
+        if math.dtype != operand:
+            logit += operand.itemsize
+            hidden += math.dtype.itemsize
+            slabs += 0 if weight.dtype == math.dtype else math.dtype.itemsize
+        if weight.dtype != accumulator and path in ("local", "recompute"):
+            slabs += accumulator.itemsize
+        preferred = _PREFERRED.get(weight.device.type, _PREFERRED_ELSEWHERE)
+        return TileCost(logit, hidden, slabs, preferred)
 
+    def fold(self, tile: Tile, statistics: RowStatistics) -> None:
+        """Fold the tile's logits into the running statistics of its rows, in place."""
+        logits = self._logits(tile, self._tile(tile.shape))
+        self._fold(logits, tile.targets, statistics)
 
-def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What matmul operands are stored in: CPU matmuls return their operands' dtype, so fp32."""
-    if device.type == "cpu" and dtype != torch.float64:
-        return torch.float32
-    return dtype
+    def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
+        """`fold`, and leave exp(logit − maximum) in `kept`, (c, v) in `HeadMath.kept`.
 
+        Returns:
+            (parts, c) the maxima, one for each `part_width` entries.
+        """
+        in_place = kept.dtype == self.math.accumulator
+        logits = self._logits(tile, kept if in_place else self._tile(tile.shape))
+        self._fold(logits, tile.targets, statistics)
+        if not in_place:
+            kept.copy_(logits)
+        return statistics.maximum.unsqueeze(0)
 
-def tile_cost(math: HeadMath, weight: torch.dtype, device: torch.device, path: str) -> TileCost:
-    """What this engine's buffers take for a tile of a head whose weight has dtype `weight`."""
-    operand, accumulator = operand_dtype(math.dtype, device), math.accumulator
-    logit = accumulator.itemsize * (1 if math.softcap is None else 2)
-    if operand != accumulator:
-        logit += operand.itemsize
-    # `recompute` holds the rows twice in its backward: for the logits, and scaled for the weight.
-    hidden = operand.itemsize * (2 if path == "recompute" else 1)
-    slabs = operand.itemsize if weight != operand else 0
-    # On their way to a wider operand dtype, rows and slabs pass through the dtype computed in; and
-    # oneDNN reorders a matmul's operands to it, in a buffer of up to the tile's size.
-    if math.dtype != operand:
-        logit += operand.itemsize
-        hidden += math.dtype.itemsize
-        slabs += 0 if weight == math.dtype else math.dtype.itemsize
-    if weight != accumulator and path in ("local", "recompute"):
-        slabs += accumulator.itemsize
-    return TileCost(logit, hidden, slabs)
+    def fold_and_weigh(
+        self, tile: Tile, statistics: RowStatistics, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`fold`, and rescale `gradient` (c, D), summed with the old maxima, to the new ones.
+
+        Returns:
+            exp(logit − maximum) · slope, (c, v) in the operand dtype, valid until the next call,
+            and the gradient.
+        """
+        logits = self._logits(tile, self._tile(tile.shape))
+        slope = None if self.math.softcap is None else self.math.cap_slope(logits)
+        factor = self._fold(logits, tile.targets, statistics)
+        gradient.mul_(factor.unsqueeze(1))
+        weights = logits if slope is None else logits.mul_(slope)
+        return weights.to(self.math.operand(self.device)), gradient
+
+    def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
+        """The gradient of a tile's logits; with its sums over the rows if `bias`."""
+        logits = self._logits(tile, self._tile(tile.shape))
+        slope = None if self.math.softcap is None else self.math.cap_slope(logits)
+        _exp_below(logits, rows.logsumexps)
+        if slope is not None:
+            logits.mul_(slope)
+        return self._finish(logits, tile.targets, rows, bias)
+
+    def kept_gradient(
+        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients, bias: bool
+    ) -> TileGradient:
+        """The same from what `fold_and_keep` has left.
+
+        Args:
+            kept: (c, v).
+            maxima: (parts, c).
+            targets: (c,) target index within the tile.
+        """
+        out = self._tile((kept.shape[0], kept.shape[1]))
+        torch.mul(kept, (maxima[0] - rows.logsumexps).exp_().unsqueeze(1), out=out)
+        if self.math.softcap is not None:
+            # Where `kept` has underflowed to 0, 0 times the slope of its log, -inf, would be NaN.
+            logits = kept.to(out.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
+            logits.add_(maxima[0].unsqueeze(1))
+            out.mul_(self.math.cap_slope(logits, out=logits))
+        return self._finish(out, targets, rows, bias)
+
+    @staticmethod
+    def sequence_sums(
+        values: Tensor, ids: Tensor, num_sequences: int, sorted_ids: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Sums in float64, rounded once, and counts (S,); in row order, no atomics on floats.
+
+        Args:
+            values: (n,).
+            ids: (n,) int64 in [0, S).
+            num_sequences: S.
+            sorted_ids: the ids never fall from one row to the next.
+        """
+        if not sorted_ids:
+            ids, order = ids.sort(stable=True)
+            values = values[order]
+        lengths = ids.new_zeros(num_sequences).scatter_add_(0, ids, torch.ones_like(ids))
+        sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
+        return sums.to(values.dtype), lengths
+
+    def _tile(self, shape: tuple[int, int]) -> Tensor:
+        """A contiguous tile in the one buffer of accumulators."""
+        if self._buffer is None:
+            size = self.shape.rows * self.shape.vocab
+            self._buffer = torch.empty(size, dtype=self.math.accumulator, device=self.device)
+        return self._buffer[: shape[0] * shape[1]].view(shape)
+
+    def _logits(self, tile: Tile, out: Tensor) -> Tensor:
+        alpha = self.math.alpha
+        if tile.bias is not None:
+            out.copy_(tile.bias).mul_(alpha)
+        product(tile.hidden, tile.weight.t(), out, alpha=alpha, accumulate=tile.bias is not None)
+        if self.math.ceiling is not None:
+            out.tanh_().mul_(self.math.ceiling)
+        return out
+
+    @staticmethod
+    def _fold(logits: Tensor, targets: Tensor, statistics: RowStatistics) -> Tensor:
+        """Leave exp(logit − maximum) in the tile; return exp(old maximum − new maximum)."""
+        inside, column = _locate(targets, logits.shape[1])
+        found = logits.gather(1, column).squeeze(1)
+        statistics.target.copy_(found.where(inside, statistics.target))
+        maximum = torch.maximum(statistics.maximum, logits.amax(1))
+        factor = (statistics.maximum - maximum).exp_()
+        _exp_below(logits, maximum)
+        statistics.sum.mul_(factor).add_(logits.sum(1))
+        statistics.maximum.copy_(maximum)
+        return factor
+
+    def _finish(
+        self, tile: Tensor, targets: Tensor, rows: RowGradients, bias: bool
+    ) -> TileGradient:
+        inside, column = _locate(targets, tile.shape[1])
+        others = tile.gather(1, column).squeeze(1)
+        tile.scatter_(1, column, rows.residuals.where(inside, others).unsqueeze(1))
+        tile.mul_(rows.scale.unsqueeze(1))
+        sums = tile.sum(0) if bias else None
+        return TileGradient(tile.to(self.math.operand(self.device)), sums)
 
 
 def matmul_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Let CPU matmuls of bf16 values held in fp32 use bf16 instructions: the operands are exact,
-    the sums and the result stay fp32."""
+    """Products that round once: fp32 sums of exact products, whatever is set outside.
+
+    On CPU, matmuls of bf16 values held in fp32 may use bf16 instructions: the operands are exact,
+    the sums and the result stay fp32. On CUDA, sums of fp16 and bf16 products stay fp32.
+    """
     if device.type == "cpu" and dtype == torch.bfloat16:
         return _bf16_products()
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return _full_sums()
     return nullcontext()
 
 
@@ -126,99 +214,31 @@ def _bf16_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@contextmanager
+def _full_sums() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = (
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+    )
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before[0]
+        matmul.allow_bf16_reduced_precision_reduction = before[1]
+
+
 def product(
     left: Tensor, right: Tensor, out: Tensor, *, alpha: float = 1.0, accumulate: bool = False
 ) -> Tensor:
-    """``out = [out +] alpha * left @ right``, summed in `out`'s dtype: (a, b) @ (b, c) → (a, c)."""
+    """``out = [out +] alpha * left @ right``, summed in fp32 at least: (a, b) @ (b, c) → (a, c)."""
     if left.dtype == out.dtype:
         return torch.addmm(out, left, right, beta=float(accumulate), alpha=alpha, out=out)
     return torch.addmm(
         out, left, right, beta=float(accumulate), alpha=alpha, out_dtype=out.dtype, out=out
     )
-
-
-def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, math: HeadMath, out: Tensor
-) -> None:
-    """Logits of one tile into `out`: hidden (c, D), weight (v, D), bias (v,), out (c, v)."""
-    alpha = math.slope if math.softcap is None else math.logit_scale / math.softcap
-    if bias is not None:
-        out.copy_(bias).mul_(alpha)
-    product(hidden, weight.t(), out, alpha=alpha, accumulate=bias is not None)
-    if math.softcap is not None:
-        out.tanh_().mul_(math.softcap / math.temperature)
-
-
-def fold(tile: Tensor, statistics: RowStatistics, targets: Tensor, keep: bool) -> Tensor:
-    """Fold a tile of logits into the running statistics.
-
-    Args:
-        tile: (c, v) logits.
-        statistics: of the c rows, updated in place.
-        targets: (c,) target index within the tile; outside [0, v) where the target is elsewhere.
-        keep: leave exp(logit − new maximum) in the tile; else its contents are lost.
-
-    Returns:
-        (c,) factor exp(old maximum − new maximum), for what was summed up with the old maximum.
-    """
-    inside, column = _locate(targets, tile.shape[1])
-    found = tile.gather(1, column).squeeze(1)
-    statistics.target.copy_(found.where(inside, statistics.target))
-    maximum = torch.maximum(statistics.maximum, tile.amax(1))
-    factor = (statistics.maximum - maximum).exp_()
-    _exp_below(tile, maximum)
-    statistics.sum.mul_(factor).add_(tile.sum(1))
-    statistics.maximum.copy_(maximum)
-    return factor
-
-
-def residual(
-    tile: Tensor, logsumexps: Tensor, targets: Tensor, logps: Tensor, math: HeadMath
-) -> None:
-    """Overwrite a tile of logits by softmax − one-hot, times the softcap's slope.
-
-    Args:
-        tile: (c, v) logits.
-        logsumexps: (c,) of the whole rows.
-        targets: (c,) target index within the tile; outside [0, v) where the target is elsewhere.
-        logps: (c,) log-probs of the targets.
-    """
-    slope = None if math.softcap is None else math.cap_slope(tile)
-    _exp_below(tile, logsumexps)
-    if slope is not None:
-        tile.mul_(slope)
-    _set_targets(tile, targets, target_residual(logps, logsumexps, math))
-
-
-def kept_residual(
-    kept: Tensor,
-    maximum: Tensor,
-    logsumexps: Tensor,
-    targets: Tensor,
-    logps: Tensor,
-    math: HeadMath,
-    out: Tensor,
-) -> None:
-    """The same residual from a tile that `fold` left as exp(logit − maximum), into `out`.
-
-    Args:
-        kept: (c, v) in `math.kept`, not changed.
-        maximum: (c,) the running maxima of `fold` after this tile.
-        logsumexps, targets, logps: (c,) as in `residual`.
-    """
-    torch.mul(kept, (maximum - logsumexps).exp_().unsqueeze(1), out=out)
-    if math.softcap is not None:
-        # Where `kept` has underflowed to 0 its log is -inf, and 0 times that slope would be NaN.
-        logits = kept.to(out.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
-        logits.add_(maximum.unsqueeze(1))
-        out.mul_(math.cap_slope(logits, out=logits))
-    _set_targets(out, targets, target_residual(logps, logsumexps, math))
-
-
-def target_residual(logps: Tensor, logsumexps: Tensor, math: HeadMath) -> Tensor:
-    """(c,) residual of the targets, (p − 1) · slope, from their fp32 log-probs."""
-    value = logps.expm1()
-    return value if math.softcap is None else value * math.cap_slope(logps + logsumexps)
 
 
 def _exp_below(tile: Tensor, ceiling: Tensor) -> None:
@@ -231,9 +251,3 @@ def _exp_below(tile: Tensor, ceiling: Tensor) -> None:
 def _locate(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
     inside = (targets >= 0) & (targets < width)
     return inside, targets.clamp(0, width - 1).unsqueeze(1)
-
-
-def _set_targets(tile: Tensor, targets: Tensor, values: Tensor) -> None:
-    inside, column = _locate(targets, tile.shape[1])
-    others = tile.gather(1, column).squeeze(1)
-    tile.scatter_(1, column, values.where(inside, others).unsqueeze(1))

@@ -1,44 +1,117 @@
-"""The Triton engine: the torch engine's matmuls, with one kernel for each pass over a tile."""
+"""The Triton engine: the head's matmul inside the kernels, so that no logits reach memory."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
-from fused_prefopt.kernels.logits_gradient import residual_rows
-from fused_prefopt.kernels.row_statistics import fold_rows
-from fused_prefopt.ops.torch_engine import (
-    HeadMath,
-    RowStatistics,
-    kept_residual,
-    logits,
-    operand_dtype,
-    product,
-    target_residual,
-    tile_cost,
-)
+from fused_prefopt.kernels.architectures import Block
+from fused_prefopt.kernels.fold_logits import Partials, fold_logits
+from fused_prefopt.kernels.logits_gradient import logits_gradient
+from fused_prefopt.kernels.merge_partials import merge_partials
+from fused_prefopt.kernels.recompute_gradient import recompute_gradient
+from fused_prefopt.kernels.rescale import rescale_rows
+from fused_prefopt.ops.cublas_engine import CublasEngine
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.plan import TileCost, TileShape
+from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, TileGradient
+from fused_prefopt.ops.tuning import Tuning, tuning_of
+
+_ANY = 1 << 30
 
 
-def fold(tile: Tensor, statistics: RowStatistics, targets: Tensor, keep: bool) -> Tensor:
-    """As `torch_engine.fold`, in one launch."""
-    return fold_rows(
-        tile, targets, statistics.maximum, statistics.sum, statistics.target, keep=keep
-    )
+class TritonEngine(CublasEngine):
+    """Forward and recomputation in one kernel a tile; the gradients' matmuls are the library's."""
 
+    name: ClassVar[str] = "triton"
 
-def residual(
-    tile: Tensor, logsumexps: Tensor, targets: Tensor, logps: Tensor, math: HeadMath
-) -> None:
-    """As `torch_engine.residual`, in one launch."""
-    inverse_cap = None if math.softcap is None else math.temperature / math.softcap
-    residual_rows(tile, targets, logsumexps, target_residual(logps, logsumexps, math), inverse_cap)
+    def __init__(self, math: HeadMath, shape: TileShape, device: torch.device) -> None:
+        super().__init__(math, shape, device)
+        self._tuning: Tuning = tuning_of(device)
+        self.part_width = self._block("kept").vocab
 
+    @staticmethod
+    def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
+        """Partial statistics of the forward, the gradient's slab of the backward."""
+        cost = CublasEngine.cost(math, weight, path, backward)
+        operand = math.operand(weight.device)
+        block = tuning_of(weight.device).block("kept", operand, rich=True)
+        partials = 2 * math.accumulator.itemsize / block.vocab
+        if not backward:
+            logit = partials + (operand.itemsize if path == "stash" else 0)
+        elif path == "recompute":
+            logit = operand.itemsize + math.accumulator.itemsize / block.rows
+        else:
+            logit = 0.0 if math.kept == operand else float(operand.itemsize)
+        wide = not backward and path != "stash"
+        preferred = TileShape(_ANY, _ANY if wide else 16384)
+        slabs = cost.weight + (0 if weight.stride(1) == 1 else operand.itemsize)
+        # A slab below a program's width would split the parts that `local` keeps the maxima of.
+        return TileCost(logit, cost.hidden, slabs, preferred, block.vocab)
 
-__all__ = [
-    "fold",
-    "kept_residual",
-    "logits",
-    "operand_dtype",
-    "product",
-    "residual",
-    "tile_cost",
-]
+    def fold(self, tile: Tile, statistics: RowStatistics) -> None:
+        partials = self._partials(tile, statistics, "fold", None)
+        merge_partials(partials, statistics.maximum, statistics.sum)
+
+    def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
+        partials = self._partials(tile, statistics, "kept", kept)
+        merge_partials(partials, statistics.maximum, statistics.sum)
+        return partials.maximum
+
+    def fold_and_weigh(
+        self, tile: Tile, statistics: RowStatistics, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights = self._operand(tile.shape)
+        partials = self._partials(tile, statistics, "kept", weights)
+        factor = merge_partials(partials, statistics.maximum, statistics.sum)
+        logits_gradient(
+            weights,
+            statistics.maximum,
+            weights,
+            ceiling=self.math.ceiling,
+            maxima=partials.maximum,
+            part_width=self.part_width,
+        )
+        rescale_rows(gradient, factor)
+        return weights, gradient
+
+    def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
+        out = self._operand(tile.shape)
+        sums = recompute_gradient(
+            tile.hidden,
+            tile.weight.contiguous(),
+            tile.bias,
+            rows.logsumexps,
+            tile.targets,
+            rows.residuals,
+            rows.scale,
+            out,
+            alpha=self.math.alpha,
+            ceiling=self.math.ceiling,
+            block=self._block("gradient", rich=bias),
+            descriptors=self._tuning.descriptors,
+            sums=bias,
+        )
+        return TileGradient(out, sums)
+
+    def _partials(
+        self, tile: Tile, statistics: RowStatistics, kernel: str, kept: Tensor | None
+    ) -> Partials:
+        return fold_logits(
+            tile.hidden,
+            tile.weight.contiguous(),
+            tile.bias,
+            tile.targets,
+            statistics.target,
+            alpha=self.math.alpha,
+            ceiling=self.math.ceiling,
+            block=self._block(kernel),
+            descriptors=self._tuning.descriptors,
+            kept=kept,
+        )
+
+    def _block(self, kernel: str, rich: bool = False) -> Block:
+        rich = rich or kernel == "kept" or self.math.ceiling is not None
+        return self._tuning.block(kernel, self.math.operand(self.device), rich)

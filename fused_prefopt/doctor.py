@@ -1,0 +1,112 @@
+"""What this machine offers, what the op would do on it, and whether its numbers are right."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from fused_prefopt.ops import sequence_logps
+from fused_prefopt.ops.engines import ENGINES, MISSING_TRITON, choose_engines
+from fused_prefopt.ops.plan import PATHS
+
+# Of fp32 log-probs with logits up to 30, in nats; of fp32 gradients, relative.
+_LOGPS, _GRADIENTS = 2e-5, 1e-5
+
+
+def examine(device: str | None = None) -> Iterator[tuple[str, str, bool]]:
+    """Findings in reading order: (what, finding, whether it is well).
+
+    Args:
+        device: of the op; the GPU if there is one, by default.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", True
+    yield "torch", torch.__version__, True
+    wanted = place.type == "cuda"
+    yield "triton", MISSING_TRITON or _version("triton"), MISSING_TRITON is None or not wanted
+    yield "device", _describe(place), True
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for engine, paths in _grouped(choose_engines("auto", place, dtype)).items():
+            yield f"auto, {_short(dtype)}", f"{engine} for {', '.join(paths)}", True
+    yield "why", _why(place), True
+    for engine in ENGINES:
+        yield from _self_check(engine, place)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _describe(place: torch.device) -> str:
+    if place.type != "cuda":
+        return f"{place.type}, {torch.get_num_threads()} threads"
+    found = torch.cuda.get_device_properties(place)
+    gigabytes = found.total_memory / 2**30
+    return f"{found.name}, sm_{found.major}{found.minor}, {gigabytes:.0f} GiB"
+
+
+def _grouped(engines: dict[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for path in PATHS:
+        groups.setdefault(engines[path], []).append(path)
+    return groups
+
+
+def _why(place: torch.device) -> str:
+    if place.type != "cuda":
+        return "Triton kernels need a GPU (or TRITON_INTERPRET=1 and an engine that is asked for)"
+    if MISSING_TRITON is not None:
+        return MISSING_TRITON
+    return "the fastest engine of each path on this architecture (kernels/architectures.py)"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _self_check(engine: str, place: torch.device) -> Iterator[tuple[str, str, bool]]:
+    """Log-probs and gradients of a small fp32 head against eager float64, on every path."""
+    try:
+        chosen = choose_engines(engine, place, torch.float32)["local"]
+    except ValueError as error:
+        yield f"check {engine}", f"not run: {error}", True
+        return
+    if chosen != engine:
+        yield f"check {engine}", f"not run: the {chosen} engine stands in for it", True
+        return
+    for path in PATHS:
+        values, gradients = _errors(engine, path, place)
+        well = values <= _LOGPS and gradients <= _GRADIENTS
+        finding = f"log-probs within {values:.1e} nat, gradients {gradients:.1e}"
+        yield f"check {engine}, {path}", finding, well
+
+
+def _errors(engine: str, path: str, place: torch.device) -> tuple[float, float]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 11, 32, generator=generator).to(place)
+    weight = (torch.randn(101, 32, generator=generator) * 1.5).to(place)
+    labels = torch.randint(0, 101, (3, 11), generator=generator).to(place)
+    trained = {"evaluate": (), "stash": (hidden,)}.get(path, (hidden, weight))
+    for tensor in trained:
+        tensor.requires_grad_()
+    out = sequence_logps(hidden, weight, labels, path=path, engine=engine)
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
+    logps = (exact_hidden[:, :-1] @ exact_weight.t()).log_softmax(-1)
+    truth = logps.gather(2, labels[:, 1:, None]).sum((1, 2))
+    values = (out.sums.double() - truth).abs().max().item()
+    if not trained:
+        return values, 0.0
+    out.sums.sum().backward()
+    truth.sum().backward()
+    pairs = zip((hidden, weight), (exact_hidden, exact_weight), strict=True)
+    errors = [
+        ((ours.grad - exact.grad).norm() / exact.grad.norm()).item()
+        for ours, exact in pairs
+        if ours.grad is not None and exact.grad is not None
+    ]
+    return values, max(errors)

@@ -1,0 +1,86 @@
+"""What an engine is handed: a tile of the head, the rows' numbers, and where its results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows × a vocabulary slab, before their product.
+
+    Attributes:
+        hidden: (c, D) in the operand dtype.
+        weight: (v, D) in the operand dtype.
+        bias: (v,) or None.
+        targets: (c,) int64 target index within the slab; outside [0, v) where it is elsewhere.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(c, v)."""
+        return self.targets.shape[0], self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Running maximum, Σ exp(logit − maximum) and target logit of each row, all (n,)."""
+
+    maximum: Tensor
+    sum: Tensor
+    target: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
+        # The lowest finite number, not -inf: a slab whose logits are all -inf then gives zeros.
+        lowest = torch.finfo(dtype).min
+        maximum = torch.full((rows,), lowest, dtype=dtype, device=device)
+        return cls(maximum, torch.zeros_like(maximum), torch.zeros_like(maximum))
+
+    def __getitem__(self, rows: slice) -> RowStatistics:
+        return RowStatistics(self.maximum[rows], self.sum[rows], self.target[rows])
+
+    def logps(self) -> Tensor:
+        return (self.target - self.maximum) - self.sum.log()
+
+    def logsumexps(self) -> Tensor:
+        return self.maximum + self.sum.log()
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """What each row's gradient is made of, all (n,).
+
+    Attributes:
+        logsumexps: of the whole rows.
+        residuals: (p − 1) · slope of the targets.
+        scale: factor on the row's softmax − one-hot.
+    """
+
+    logsumexps: Tensor
+    residuals: Tensor
+    scale: Tensor
+
+    def __getitem__(self, rows: slice) -> RowGradients:
+        return RowGradients(self.logsumexps[rows], self.residuals[rows], self.scale[rows])
+
+
+@dataclass(frozen=True)
+class TileGradient:
+    """scale · (softmax − one-hot) · slope of a tile.
+
+    Attributes:
+        logits: (c, v) in the operand dtype; valid until the engine's next call.
+        bias: (v,) its sums over the rows, or None where they are not wanted.
+    """
+
+    logits: Tensor
+    bias: Tensor | None

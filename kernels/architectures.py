@@ -1,0 +1,111 @@
+"""Tile shapes and engine choices for each GPU architecture: data, no code.
+
+A shape is chosen here, not at run time, so that a first call costs no search and two machines of
+one kind give the same bits. `fused_prefopt.ops.tuning` can search instead, where it is asked to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one program of a matmul kernel works.
+
+    Attributes:
+        rows: hidden rows of its logits tile.
+        vocab: vocabulary entries of its logits tile.
+        depth: hidden entries loaded at a time.
+        group: programs that follow each other down the rows before the vocabulary advances: they
+            share a slab of the weight in the L2 cache.
+        warps: of 32 threads.
+        stages: of the loads' pipeline.
+    """
+
+    rows: int
+    vocab: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A compute capability and what is chosen for it.
+
+    Attributes:
+        name: "sm_80".
+        capability: (8, 0).
+        shared: bytes of shared memory that one program may take.
+        descriptors: matmul kernels load their tiles through tensor descriptors (TMA).
+        plain: shape of matmul kernels on fp16 and bf16 that only fold their tile.
+        rich: the same where more happens to the tile (a softcap, a gradient, a store), which takes
+            registers.
+        single: shape on fp32, which is multiplied without tensor cores, exactly.
+        engines: path → the engine that `auto` takes.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    shared: int
+    descriptors: bool
+    plain: Block
+    rich: Block
+    single: Block
+    engines: dict[str, str]
+
+    def block(self, itemsize: int, rich: bool) -> Block:
+        """The shape for operands of `itemsize` bytes."""
+        if itemsize != 2:
+            return self.single
+        return self.rich if rich else self.plain
+
+
+_SINGLE = Block(rows=64, vocab=64, depth=32, group=8, warps=4, stages=2)
+# The widest tile that compiles without a spill, and one that leaves room for an epilogue.
+_WIDE = Block(rows=128, vocab=256, depth=64, group=8, warps=8, stages=3)
+_SQUARE = Block(rows=128, vocab=128, depth=64, group=8, warps=8, stages=3)
+# Predicted, not measured: chunked cuBLAS reaches about 80 % of an A100's and an H100's peak in
+# public figures, a fused Triton forward about 67 %.
+_CUBLAS = dict.fromkeys(("evaluate", "stash", "local", "recompute"), "cublas")
+
+ARCHITECTURES = (
+    Architecture("sm_80", (8, 0), 163 * 1024, False, _WIDE, _SQUARE, _SINGLE, _CUBLAS),
+    Architecture("sm_89", (8, 9), 99 * 1024, False, _SQUARE, _SQUARE, _SINGLE, _CUBLAS),
+    Architecture("sm_90", (9, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _CUBLAS),
+    Architecture("sm_100", (10, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _CUBLAS),
+)
+
+# What `autotune` tries; a shape that does not fit a GPU drops out by itself.
+CANDIDATES = tuple(
+    Block(rows, vocab, depth, group, warps, stages)
+    for rows, vocab, depth, warps in (
+        (64, 128, 64, 4),
+        (128, 128, 32, 8),
+        (128, 128, 64, 8),
+        (128, 256, 32, 8),
+        (128, 256, 64, 8),
+        (256, 128, 32, 8),
+        (256, 128, 64, 8),
+    )
+    for stages in (3, 4)
+    for group in (8, 16)
+)
+
+
+def architecture(capability: tuple[int, int]) -> Architecture:
+    """What is chosen for a compute capability: the newest architecture that is not newer.
+
+    Args:
+        capability: (major, minor), as `torch.cuda.get_device_capability` returns.
+
+    Raises:
+        ValueError: the device is older than every architecture here.
+    """
+    known = [entry for entry in ARCHITECTURES if entry.capability <= capability]
+    if not known:
+        oldest = ARCHITECTURES[0].name
+        raise ValueError(f"capability: got {capability}, wanted at least {oldest}")
+    return known[-1]

@@ -1,0 +1,144 @@
+"""The op on the Triton engines, in the interpreter on CPU; `test_kernels.py` runs this file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from truth import (
+    SMALLEST,
+    TRANSFORMS,
+    assert_gradients,
+    computed,
+    largest_error,
+    leaves_of,
+    make_case,
+    needs_of,
+    true_result,
+)
+
+from fused_prefopt import PreferenceLoss, sequence_logps
+from fused_prefopt.ops.plan import PATHS
+
+ENGINES = ["cublas", "triton"]
+# Log-probs absolute in nats, gradients relative (Frobenius), against float64.
+TOLERANCE = {
+    torch.float32: (1e-5, 3e-6),
+    torch.float16: (1e-5, 1e-3),
+    torch.bfloat16: (1e-5, 8e-3),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_engines_match_float64(engine, path, transform, dtype):
+    case = make_case(3, 13, 24, 101, dtype=dtype, **TRANSFORMS[transform])
+    needs = needs_of(path)
+    truth = true_result(case, needs=needs)
+    got = computed(case, needs=needs, path=path, engine=engine)
+    values, gradients = TOLERANCE[dtype]
+    assert largest_error(got.tokens, truth.tokens) <= values
+    if path != "evaluate":
+        assert_gradients(got, truth, gradients)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 3, 2), (5, 7, 11, 257), (2, 70, 33, 64)])
+def test_ragged_shapes_in_many_tiles(engine, path, shape):
+    case = make_case(*shape)
+    needs = (needs_of(path)[0], needs_of(path)[1], False)
+    # `local` does not cut its workspace: it must fit.
+    megabytes = {} if path == "local" else {"workspace_mb": SMALLEST}
+    truth = true_result(case, needs=needs)
+    got = computed(case, needs=needs, path=path, engine=engine, **megabytes)
+    assert largest_error(got.tokens, truth.tokens) <= 1e-5
+    if path != "evaluate":
+        assert_gradients(got, truth, 3e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_labelled(engine, path):
+    case = make_case(3, 5, bias=True)
+    case = replace(case, labels=torch.full_like(case.labels, -100))
+    got = computed(case, needs=needs_of(path), path=path, engine=engine)
+    assert torch.equal(got.sums, torch.zeros(3))
+    for grad in got.grads:
+        assert grad is None or torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", ["stash", "local", "recompute"])
+def test_two_runs_and_a_second_backward_agree_to_the_bit(engine, path):
+    def run() -> list[list[torch.Tensor]]:
+        case = leaves_of(make_case(3, 13, 24, 101), needs_of(path))
+        out = sequence_logps(case.hidden, case.head, case.labels, path=path, engine=engine)
+        leaves = [t for t in (case.hidden, case.weight) if t.requires_grad]
+        loss = out.sums.square().sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        return [
+            [out.sums.detach(), *first],
+            [out.sums.detach(), *torch.autograd.grad(loss, leaves)],
+        ]
+
+    (one, again), (other, _) = run(), run()
+    for left, right, kept in zip(one, other, again, strict=True):
+        assert torch.equal(left, right) and torch.equal(left, kept)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["dpo", "simpo", "alpha-dpo", "gamma-dpo", "gamma-simpo", "dro"])
+def test_the_whole_loss_path_equals_the_torch_engine(engine, name):
+    results = []
+    for choice in ("torch", engine):
+        case = leaves_of(make_case(6, 9, 16, 53, largest=9.0), (True, True, False))
+        loss_fn = PreferenceLoss(name, engine=choice)
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(6, generator=generator)
+
+        steps = []
+        for _ in range(3):
+            result = loss_fn(
+                case.hidden,
+                case.head,
+                case.labels,
+                reference=draw() - 20,
+                rewards=draw(),
+                prompt=draw() - 9,
+                prompt_reference=draw() - 9,
+                groups=torch.tensor([0, 0, 1, 1, 1, 2]),
+            )
+            gradients = torch.autograd.grad(result.loss, (case.hidden, case.weight))
+            steps += [result.loss.detach(), result.losses.detach(), result.rewards, *gradients]
+            steps += [result.metrics[key] for key in sorted(result.metrics)]
+        results.append(steps)
+    for ours, wanted in zip(*results, strict=True):
+        scale = max(1.0, wanted.abs().max().item())
+        assert (ours - wanted).abs().max() <= 2e-5 * scale
+
+
+def test_an_engine_without_contiguous_operands_is_right():
+    case = make_case(2, 6, 16, 40)
+    strided = replace(
+        case,
+        hidden=case.hidden.transpose(0, 1).contiguous().transpose(0, 1),
+        weight=case.weight.t().contiguous().t(),
+    )
+    truth = true_result(case, needs=(True, True, False))
+    for engine in ENGINES:
+        got = computed(strided, needs=(True, True, False), path="recompute", engine=engine)
+        assert largest_error(got.tokens, truth.tokens) <= 1e-5
+        assert_gradients(got, truth, 3e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_float64_is_refused(engine):
+    case = make_case(dtype=torch.float64)
+    with pytest.raises(ValueError, match="computes in fp32 at most, got float64"):
+        sequence_logps(case.hidden, case.head, case.labels, engine=engine)

@@ -1,0 +1,89 @@
+"""The links: hand-worked values, limits and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from loss_cases import vector
+
+from fused_prefopt.losses import Hinge, Logistic, Robust, Squared, UnbiasedRobust
+
+LINKS = [
+    Logistic(),
+    Logistic(label_smoothing=0.2),
+    Robust(epsilon=0.1),
+    UnbiasedRobust(epsilon=0.2),
+    Hinge(delta=0.5),
+    Squared(),
+]
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def test_robust_by_hand():
+    # m = 2, γ = 0.5: x = 1.5, y = −2.5.
+    found = Robust(epsilon=0.1)(vector(2.0), vector(0.5))
+    assert found.item() == pytest.approx(0.9 * softplus(-1.5) + 0.1 * softplus(2.5), rel=1e-14)
+
+
+def test_unbiased_robust_by_hand():
+    found = UnbiasedRobust(epsilon=0.2)(vector(2.0), vector(0.5))
+    wanted = (0.8 * softplus(-1.5) - 0.2 * softplus(2.5)) / 0.6
+    assert found.item() == pytest.approx(wanted, rel=1e-14)
+
+
+def test_hinge_by_hand():
+    margins, targets = vector(2.0, 0.5, 1.25, -3.0), vector(0.25, 0.25, 0.25, 0.0)
+    assert Hinge()(margins, targets).tolist() == [0.0, 0.75, 0.0, 4.0]
+    assert Hinge(delta=2.0)(margins, targets).tolist() == [0.25, 1.75, 1.0, 5.0]
+
+
+def test_squared_by_hand():
+    assert Squared()(vector(2.0, -1.0), vector(0.5, 0.5)).tolist() == [2.25, 2.25]
+
+
+def test_robust_without_a_target_is_the_smoothed_logistic():
+    margins, none = torch.linspace(-9, 9, 13, dtype=torch.float64), vector(*[0.0] * 13)
+    for epsilon in (0.0, 0.1, 0.5):
+        wanted = Logistic(label_smoothing=epsilon)(margins, none)
+        torch.testing.assert_close(Robust(epsilon=epsilon)(margins, none), wanted)
+
+
+def test_unbiased_robust_is_unbiased():
+    # Labels flip with probability ε: m turns into −m. Without a target the mean is the clean loss.
+    margins, none = torch.linspace(-9, 9, 13, dtype=torch.float64), vector(*[0.0] * 13)
+    link = UnbiasedRobust(epsilon=0.3)
+    mean = 0.7 * link(margins, none) + 0.3 * link(-margins, none)
+    torch.testing.assert_close(mean, Logistic()(margins, none))
+
+
+@pytest.mark.parametrize("link", LINKS, ids=repr)
+def test_gradients_towards_both_margins(link):
+    margins = vector(-6.0, -0.3, 0.2, 4.0).requires_grad_()
+    targets = vector(0.5, 1.5, -0.25, 2.0).requires_grad_()
+    assert torch.autograd.gradcheck(link, (margins, targets))
+
+
+@pytest.mark.parametrize("link", LINKS, ids=repr)
+def test_large_margins_stay_finite(link):
+    margins = vector(-1e4, 1e4).requires_grad_()
+    losses = link(margins, vector(1.0, 1.0))
+    losses.sum().backward()
+    assert losses.isfinite().all() and margins.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Robust(epsilon=0.6), "epsilon: got 0.6, wanted a finite number >= 0 and <= 0.5"),
+        (lambda: UnbiasedRobust(epsilon=0.5), "epsilon: got 0.5, .* and < 0.5"),
+        (lambda: Hinge(delta=math.inf), "delta: got inf"),
+    ],
+)
+def test_hyperparameters_are_checked(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
