@@ -59,7 +59,7 @@ def _fold_logits(
         ceiling=CEILING if bent else None,
         kept=s.new(N, V) if kept else None,
         details=details,
-        **s.tiles(rich=bent or kept or details),
+        **s.tiles(rich=bent or kept or details or depth == ODD_DEPTH),
     )
 
 
@@ -74,7 +74,7 @@ def _recompute_gradient(s: Setting, *, depth: int = D, bent: bool = False) -> No
         alpha=1.0,
         ceiling=CEILING if bent else None,
         sums=bent,
-        **s.tiles(rich=True),
+        **s.tiles(rich=bent or depth == ODD_DEPTH),
     )
 
 

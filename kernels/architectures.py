@@ -41,8 +41,8 @@ class Architecture:
         shared: bytes of shared memory that one program may take.
         descriptors: matmul kernels load their tiles through tensor descriptors (TMA).
         plain: shape of matmul kernels on fp16 and bf16 that only fold their tile.
-        rich: the same where more happens to the tile (a softcap, a gradient, a store), which takes
-            registers.
+        rich: the same where registers go to more than that: a softcap, sums of a gradient, stored
+            exponentials, loads of rows that are not whole 16 bytes.
         single: shape on fp32, which is multiplied without tensor cores, exactly.
         engines: path → the engine that `auto` takes.
     """

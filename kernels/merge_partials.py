@@ -118,7 +118,7 @@ def merge_partials(
             rows,
             offset,
             HAS_DETAILS=details is not None,
-            PARTS=64,
+            PARTS=32,
             ROWS=block,
             num_warps=4,
             # A row's largest part must get the weight exp(0) = 1 exactly.

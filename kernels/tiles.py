@@ -104,7 +104,8 @@ def tile_operands(
 ) -> tuple[object, object, bool]:
     """Hidden and weight as the kernels take them, and whether they are descriptors.
 
-    Descriptors need addresses and row strides of whole 16 bytes; other operands go by pointer.
+    Descriptors need addresses and row strides of whole 16 bytes; other operands go by pointer. So
+    does fp32: without tensor cores its products need the registers that descriptors take.
 
     Args:
         hidden: (c, D), last dimension contiguous.
@@ -132,7 +133,7 @@ def tile_operands(
         value.data_ptr() % 16 == 0 and value.stride(0) * value.itemsize % 16 == 0
         for value in (hidden, weight)
     )
-    if not (descriptors and aligned):
+    if not (descriptors and aligned and hidden.itemsize == 2):
         return hidden, weight, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 

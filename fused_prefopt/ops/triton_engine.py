@@ -30,7 +30,7 @@ class TritonEngine(CublasEngine):
     def __init__(self, math: HeadMath, shape: TileShape, device: torch.device) -> None:
         super().__init__(math, shape, device)
         self._tuning: Tuning = tuning_of(device)
-        self.part_width = self._block("kept").vocab
+        self.part_width = self._tuning.block("kept", math.operand(device), rich=True).vocab
 
     @staticmethod
     def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
@@ -90,7 +90,7 @@ class TritonEngine(CublasEngine):
             out,
             alpha=self.math.alpha,
             ceiling=self.math.ceiling,
-            block=self._block("gradient", rich=bias),
+            block=self._block("gradient", tile, rich=bias),
             descriptors=self._tuning.descriptors,
             sums=bias,
         )
@@ -107,11 +107,13 @@ class TritonEngine(CublasEngine):
             statistics.target,
             alpha=self.math.alpha,
             ceiling=self.math.ceiling,
-            block=self._block(kernel),
+            block=self._block(kernel, tile, rich=kernel == "kept"),
             descriptors=self._tuning.descriptors,
             kept=kept,
         )
 
-    def _block(self, kernel: str, rich: bool = False) -> Block:
-        rich = rich or kernel == "kept" or self.math.ceiling is not None
-        return self._tuning.block(kernel, self.math.operand(self.device), rich)
+    def _block(self, kernel: str, tile: Tile, rich: bool) -> Block:
+        # Loads of rows that are not whole 16 bytes take registers too.
+        unaligned = tile.hidden.shape[1] * tile.hidden.itemsize % 16 > 0
+        rich = rich or unaligned or self.math.ceiling is not None
+        return self._tuning.block(kernel, tile.hidden.dtype, rich)
