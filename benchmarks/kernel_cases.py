@@ -14,11 +14,12 @@ from benchmarks.kernel_targets import STATISTICS, Case, Setting
 from benchmarks.loss_cases import LOSS_CASES
 from fused_prefopt.kernels.fold_logits import Partials, fold_logits
 from fused_prefopt.kernels.logits_gradient import logits_gradient
-from fused_prefopt.kernels.merge_partials import Details, merge_partials
+from fused_prefopt.kernels.merge_partials import merge_partials
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
+from fused_prefopt.ops.tile import Details
 
 # Labelled rows, seldom a multiple of anything; vocabulary and hidden size of Llama-3; a hidden size
 # whose rows are not whole 16 bytes; the width of a slab of logits; sequences.

@@ -1,9 +1,15 @@
 """Preference-optimisation losses fused with the LM head: no logits in memory."""
 
 from fused_prefopt.losses import available_losses
-from fused_prefopt.ops import Plan, release_workspace, sequence_logps, token_logps
+from fused_prefopt.ops import (
+    Plan,
+    release_workspace,
+    sequence_logps,
+    token_logps,
+    token_statistics,
+)
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import LMHead, LogpBatch, LossOutput, SequenceLogps
+from fused_prefopt.types import LMHead, LogpBatch, LossOutput, SequenceLogps, TokenStatistics
 
 __all__ = [
     "LMHead",
@@ -12,9 +18,11 @@ __all__ = [
     "Plan",
     "PreferenceLoss",
     "SequenceLogps",
+    "TokenStatistics",
     "available_losses",
     "release_workspace",
     "sequence_logps",
     "token_logps",
+    "token_statistics",
 ]
 __version__ = "0.1.0"

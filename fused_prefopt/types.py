@@ -1,4 +1,4 @@
-"""The four things that travel through the package, as frozen dataclasses."""
+"""The things that travel through the package, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -110,6 +110,25 @@ class SequenceLogps:
     def means(self) -> Tensor:
         """(S,) log-probability per labelled token, in nats; 0 for an empty sequence."""
         return self.sums / self.lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What the model thinks at each labelled token, all in the shape of the labels.
+
+    Entry t is about the distribution that predicts labels[t]; 0 where there is no label.
+
+    Attributes:
+        logps: fp32 log-probability of the label, in nats.
+        entropies: fp32 entropy of the distribution, in nats.
+        mean_logits: fp32 mean of the logits over the vocabulary.
+        correct: bool, whether the label is the most likely token.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    mean_logits: Tensor
+    correct: Tensor
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
@@ -70,13 +70,15 @@ def _merge_partials_kernel(
         tl.store(best + row, winner, mask=inside)
 
 
-@dataclass(frozen=True)
-class Details:
+class Details(Protocol):
     """Running statistics beyond the log-sum-exp, all (c,): see `Partials`; `best` is int32."""
 
-    weighted: Tensor
-    logit_sum: Tensor
-    best: Tensor
+    @property
+    def weighted(self) -> Tensor: ...
+    @property
+    def logit_sum(self) -> Tensor: ...
+    @property
+    def best(self) -> Tensor: ...
 
 
 def merge_partials(

@@ -18,7 +18,7 @@ from truth import (
     true_result,
 )
 
-from fused_prefopt import PreferenceLoss, sequence_logps
+from fused_prefopt import PreferenceLoss, sequence_logps, token_statistics
 from fused_prefopt.ops.plan import PATHS
 
 ENGINES = ["cublas", "triton"]
@@ -142,3 +142,13 @@ def test_float64_is_refused(engine):
     case = make_case(dtype=torch.float64)
     with pytest.raises(ValueError, match="computes in fp32 at most, got float64"):
         sequence_logps(case.hidden, case.head, case.labels, engine=engine)
+
+
+@pytest.mark.parametrize("transform", ["plain", "all"])
+def test_token_statistics_equal_the_torch_engines(transform):
+    case = make_case(3, 13, 24, 101, **TRANSFORMS[transform])
+    ours = token_statistics(case.hidden, case.head, case.labels, engine="triton")
+    wanted = token_statistics(case.hidden, case.head, case.labels, engine="torch")
+    assert torch.equal(ours.correct, wanted.correct)
+    for name in ("logps", "entropies", "mean_logits"):
+        torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)

@@ -15,11 +15,12 @@ from torch import Tensor
 from fused_prefopt.kernels.architectures import Block
 from fused_prefopt.kernels.fold_logits import fold_logits
 from fused_prefopt.kernels.logits_gradient import logits_gradient
-from fused_prefopt.kernels.merge_partials import Details, merge_partials
+from fused_prefopt.kernels.merge_partials import merge_partials
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
+from fused_prefopt.ops.tile import Details
 
 LOWEST = torch.finfo(torch.float32).min
 # Absolute for log-sum-exps of logits up to 30, relative (Frobenius) for gradients.

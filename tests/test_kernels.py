@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted on CPU, and compiled ahead of time for GPUs."""
+"""The Triton kernels and engines, interpreted on CPU."""
 
 from __future__ import annotations
 

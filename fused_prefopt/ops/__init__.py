@@ -3,6 +3,14 @@
 from fused_prefopt.ops.engines import takes_kernels
 from fused_prefopt.ops.logps import sequence_logps, token_logps
 from fused_prefopt.ops.plan import Plan
+from fused_prefopt.ops.token_statistics import token_statistics
 from fused_prefopt.ops.workspace import release_workspace
 
-__all__ = ["Plan", "release_workspace", "sequence_logps", "takes_kernels", "token_logps"]
+__all__ = [
+    "Plan",
+    "release_workspace",
+    "sequence_logps",
+    "takes_kernels",
+    "token_logps",
+    "token_statistics",
+]

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_device, require_floating, require_integer, require_shape
-from fused_prefopt.ops.engines import choose_engines, load_engine
-from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.layout import packed_layout, padded_layout, require
+from fused_prefopt.ops.call import LogpOptions, read_call
+from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.plan import Plan, make_plan
 from fused_prefopt.ops.registered import head_logps
 from fused_prefopt.types import LMHead, SequenceLogps
-
-
-@dataclass(frozen=True)
-class LogpOptions:
-    """The options of `sequence_logps`, which documents them."""
-
-    shift: bool = True
-    sequence_ids: Tensor | None = None
-    num_sequences: int | None = None
-    num_labels: int | None = None
-    ignore_index: int = -100
-    workspace_mb: float = 256
-    path: str = "auto"
-    engine: str = "auto"
 
 
 def sequence_logps(
@@ -128,46 +110,25 @@ def token_logps(
 def _run(
     hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
-    head = head if isinstance(head, LMHead) else LMHead(head)
-    _check(hidden, head, labels, options.sequence_ids)
-    ignore_index = options.ignore_index
-    if hidden.dim() == 3:
-        layout = padded_layout(labels, shift=options.shift, ignore_index=ignore_index)
-    else:
-        assert options.sequence_ids is not None
-        layout = packed_layout(
-            labels,
-            options.sequence_ids,
-            options.num_sequences,
-            shift=options.shift,
-            ignore_index=ignore_index,
-        )
-    labelled = layout.targets != ignore_index
-    in_vocab = (layout.targets >= 0) & (layout.targets < head.vocab)
-    require((in_vocab | ~labelled).all(), f"labels: got a label outside [0, {head.vocab})")
-    count = _count(labelled, options.num_labels)
-
-    math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
-    engines = choose_engines(options.engine, hidden.device, math.dtype)
+    call = read_call(hidden, head, labels, options)
+    head, math, layout = call.head, call.math, call.layout
     # What `local` would need: it decides between that path and `recompute`.
-    local = load_engine(engines["local"])
-    cost = local.cost(math, head.weight, "local", backward=False)
+    local = load_engine(call.engines["local"])
     gradients = torch.is_grad_enabled()
     parameters = (head.weight, head.bias)
     plan = make_plan(
         path=options.path,
-        engines=engines,
-        rows=labels.numel() if count < 0 else count,
+        engines=call.engines,
+        rows=labels.numel() if call.count < 0 else call.count,
         vocab=head.vocab,
         hidden_size=head.weight.shape[1],
         workspace_mb=options.workspace_mb,
         itemsize=math.kept.itemsize,
-        cost=cost,
+        cost=local.cost(math, head.weight, "local", backward=False),
         head_trains=gradients and any(p is not None and p.requires_grad for p in parameters),
         hidden_trains=gradients and hidden.requires_grad,
     )
-    tensors: tuple[Tensor | None, ...]
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias)
+    tensors: tuple[Tensor | None, ...] = (call.hidden, head.weight, head.bias)
     if plan.path == "evaluate":
         tensors = tuple(None if value is None else value.detach() for value in tensors)
     outputs = head_logps(
@@ -176,8 +137,8 @@ def _run(
         layout.sequence_ids,
         layout.num_sequences,
         layout.sorted,
-        ignore_index,
-        count,
+        options.ignore_index,
+        call.count,
         head.vocab,
         math.softcap,
         math.logit_scale,
@@ -188,37 +149,3 @@ def _run(
         plan.workspace,
     )
     return plan, outputs
-
-
-def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | None) -> None:
-    require_floating("hidden", hidden)
-    require_integer("labels", labels)
-    hidden_size = head.weight.shape[1]
-    if hidden.dim() == 3:
-        require_shape("hidden", hidden, ("S", "T", hidden_size))
-        if sequence_ids is not None:
-            raise ValueError("sequence_ids: only the packed layout, hidden (N, D), takes them")
-    else:
-        require_shape("hidden", hidden, ("N", hidden_size))
-        if sequence_ids is None:
-            raise ValueError("sequence_ids: got None, wanted (N,) with packed hidden (N, D)")
-    require_shape("labels", labels, hidden.shape[:-1])
-    require_device("labels", labels, hidden.device)
-    require_device("weight", head.weight, hidden.device)
-
-
-def _count(labelled: Tensor, num_labels: int | None) -> int:
-    """Labelled rows, or -1 where a compiler traces and they cannot be counted."""
-    if num_labels is not None:
-        message = f"num_labels: got {num_labels}, which is not the number of labelled rows"
-        require(labelled.sum() == num_labels, message)
-        return num_labels
-    return -1 if torch.compiler.is_compiling() else int(labelled.sum())
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on (float64 is left alone, as autocast does), else hidden's."""
-    kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype

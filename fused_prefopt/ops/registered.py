@@ -69,7 +69,7 @@ def head_logps(
     head = _head_rows(
         hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace, False
     )
-    with _fixed_precision(hidden, dtype):
+    with fixed_precision(hidden, dtype):
         row_logps, kept = paths.forward(head)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
@@ -163,7 +163,7 @@ def head_logps_backward(
         upstream += grad_sums[sequence_ids[index]]
     kept = paths.Kept(logsumexps, stash, maxima, ticket)
     needs = (needs_hidden, needs_weight, needs_bias)
-    with _fixed_precision(hidden, dtype):
+    with fixed_precision(hidden, dtype):
         grads = paths.backward(head, kept, logps[index], upstream, weight.shape[0], needs)
     empty = hidden.new_empty(0)
     return (
@@ -242,7 +242,7 @@ def _head_rows(
     return HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace, backward)
 
 
-class _fixed_precision:
+class fixed_precision:
     """Autocast off (the op has chosen its dtype) and the CPU matmul precision of that dtype."""
 
     def __init__(self, hidden: Tensor, dtype: torch.dtype) -> None:

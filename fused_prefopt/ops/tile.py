@@ -56,6 +56,30 @@ class RowStatistics:
 
 
 @dataclass(frozen=True)
+class Details:
+    """What else a forward may keep of each row's logits, all (n,).
+
+    Attributes:
+        weighted: running Σ (logit − maximum) exp(logit − maximum).
+        logit_sum: running Σ logit.
+        best: int32 vocabulary index of the largest logit, the first of several.
+    """
+
+    weighted: Tensor
+    logit_sum: Tensor
+    best: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> Details:
+        weighted = torch.zeros(rows, dtype=dtype, device=device)
+        best = torch.zeros(rows, dtype=torch.int32, device=device)
+        return cls(weighted, torch.zeros_like(weighted), best)
+
+    def __getitem__(self, rows: slice) -> Details:
+        return Details(self.weighted[rows], self.logit_sum[rows], self.best[rows])
+
+
+@dataclass(frozen=True)
 class RowGradients:
     """What each row's gradient is made of, all (n,).
 

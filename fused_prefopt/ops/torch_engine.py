@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import TileCost, TileShape
-from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, TileGradient
+from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, TileGradient
 
 # exp(-46) is about 1e-20. Probabilities below it change no sum, but as denormals, their own or
 # those of their product with an upstream gradient, they make a CPU matmul 20 times slower.
@@ -63,6 +63,8 @@ class TorchEngine:
             slabs += 0 if weight.dtype == math.dtype else math.dtype.itemsize
         if weight.dtype != accumulator and path in ("local", "recompute"):
             slabs += accumulator.itemsize
+        if path == "details":
+            logit += accumulator.itemsize  # of the logarithms
         preferred = _PREFERRED.get(weight.device.type, _PREFERRED_ELSEWHERE)
         return TileCost(logit, hidden, slabs, preferred)
 
@@ -70,6 +72,21 @@ class TorchEngine:
         """Fold the tile's logits into the running statistics of its rows, in place."""
         logits = self._logits(tile, self._tile(tile.shape))
         self._fold(logits, tile.targets, statistics)
+
+    def fold_details(
+        self, tile: Tile, statistics: RowStatistics, details: Details, offset: int
+    ) -> None:
+        """`fold`, and the same for the details; `offset` is where the slab starts."""
+        logits = self._logits(tile, self._tile(tile.shape))
+        before, sums = statistics.maximum.clone(), statistics.sum.clone()
+        highest, best = logits.max(1)
+        details.logit_sum.add_(logits.sum(1))
+        details.best.copy_(torch.where(highest > before, best + offset, details.best))
+        factor = self._fold(logits, tile.targets, statistics)
+        # Σ (z − old maximum) e^… becomes Σ (z − new maximum) e^…; with nothing summed yet, 0.
+        moved = (details.weighted + sums * (before - statistics.maximum)) * factor
+        terms = logits.log().clamp_(min=_SMALLEST_EXPONENT).mul_(logits).sum(1)
+        details.weighted.copy_(moved.where(sums > 0, 0.0) + terms)
 
     def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
         """`fold`, and leave exp(logit − maximum) in `kept`, (c, v) in `HeadMath.kept`.
@@ -105,8 +122,8 @@ class TorchEngine:
         logits = self._logits(tile, self._tile(tile.shape))
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
         _exp_below(logits, rows.logsumexps)
-        if slope is not None:
-            logits.mul_(slope)
+        scale = rows.scale.unsqueeze(1)
+        logits.mul_(scale if slope is None else slope.mul_(scale))
         return self._finish(logits, tile.targets, rows, bias)
 
     def kept_gradient(
@@ -120,7 +137,8 @@ class TorchEngine:
             targets: (c,) target index within the tile.
         """
         out = self._tile((kept.shape[0], kept.shape[1]))
-        torch.mul(kept, (maxima[0] - rows.logsumexps).exp_().unsqueeze(1), out=out)
+        factor = (maxima[0] - rows.logsumexps).exp_().mul_(rows.scale)
+        torch.mul(kept, factor.unsqueeze(1), out=out)
         if self.math.softcap is not None:
             # Where `kept` has underflowed to 0, 0 times the slope of its log, -inf, would be NaN.
             logits = kept.to(out.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
@@ -181,8 +199,8 @@ class TorchEngine:
     ) -> TileGradient:
         inside, column = _locate(targets, tile.shape[1])
         others = tile.gather(1, column).squeeze(1)
-        tile.scatter_(1, column, rows.residuals.where(inside, others).unsqueeze(1))
-        tile.mul_(rows.scale.unsqueeze(1))
+        own = rows.residuals * rows.scale
+        tile.scatter_(1, column, own.where(inside, others).unsqueeze(1))
         sums = tile.sum(0) if bias else None
         return TileGradient(tile.to(self.math.operand(self.device)), sums)
 

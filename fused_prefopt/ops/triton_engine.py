@@ -16,7 +16,7 @@ from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.ops.cublas_engine import CublasEngine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import TileCost, TileShape
-from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, TileGradient
+from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, TileGradient
 from fused_prefopt.ops.tuning import Tuning, tuning_of
 
 _ANY = 1 << 30
@@ -39,7 +39,9 @@ class TritonEngine(CublasEngine):
         operand = math.operand(weight.device)
         block = tuning_of(weight.device).block("kept", operand, rich=True)
         partials = 2 * math.accumulator.itemsize / block.vocab
-        if not backward:
+        if path == "details":
+            logit = 2.5 * partials
+        elif not backward:
             logit = partials + (operand.itemsize if path == "stash" else 0)
         elif path == "recompute":
             logit = operand.itemsize + math.accumulator.itemsize / block.rows
@@ -54,6 +56,12 @@ class TritonEngine(CublasEngine):
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
         partials = self._partials(tile, statistics, "fold", None)
         merge_partials(partials, statistics.maximum, statistics.sum)
+
+    def fold_details(
+        self, tile: Tile, statistics: RowStatistics, details: Details, offset: int
+    ) -> None:
+        partials = self._partials(tile, statistics, "details", None)
+        merge_partials(partials, statistics.maximum, statistics.sum, details, offset)
 
     def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
         partials = self._partials(tile, statistics, "kept", kept)
@@ -107,9 +115,10 @@ class TritonEngine(CublasEngine):
             statistics.target,
             alpha=self.math.alpha,
             ceiling=self.math.ceiling,
-            block=self._block(kernel, tile, rich=kernel == "kept"),
+            block=self._block(kernel, tile, rich=kernel != "fold"),
             descriptors=self._tuning.descriptors,
             kept=kept,
+            details=kernel == "details",
         )
 
     def _block(self, kernel: str, tile: Tile, rich: bool) -> Block:

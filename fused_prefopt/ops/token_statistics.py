@@ -1,0 +1,86 @@
+"""What a trainer logs of each token beside its log-prob, at the cost of an evaluation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops.call import LogpOptions, read_call
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.registered import fixed_precision
+from fused_prefopt.ops.tile import Details, RowStatistics, Tile
+from fused_prefopt.types import LMHead, TokenStatistics
+
+
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    num_labels: int | None = None,
+    ignore_index: int = -100,
+    workspace_mb: float = 256,
+    engine: str = "auto",
+) -> TokenStatistics:
+    """Log-prob, entropy, mean logit and correctness of every labelled token, without gradient.
+
+    The entropy ``−Σ_v p_v log p_v`` and the others come from the one pass over the logits that
+    the log-probs need. Arguments, layout and errors are those of `token_logps`.
+    """
+    options = LogpOptions(
+        shift=shift,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        num_labels=num_labels,
+        ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
+        engine=engine,
+    )
+    call = read_call(hidden, head, labels, options)
+    head, vocab = call.head, call.head.vocab
+    index = (call.layout.targets != ignore_index).nonzero_static(size=call.count).squeeze(1)
+    # The matmul is inside the only kernel that has these sums.
+    chosen = "torch" if call.engines["evaluate"] == "torch" else "triton"
+    rows = HeadRows(
+        call.hidden,
+        head.weight[:vocab],
+        None if head.bias is None else head.bias[:vocab],
+        index,
+        call.layout.targets[index],
+        call.math,
+        "details",
+        chosen,
+        int(workspace_mb * 2**20),
+        backward=False,
+    )
+    with fixed_precision(call.hidden, call.math.dtype):
+        statistics, details = _fold(rows)
+
+    def dense(values: Tensor) -> Tensor:
+        everywhere = values.new_zeros(call.layout.targets.shape)
+        everywhere[index] = values
+        everywhere = everywhere.view(labels.shape)
+        return everywhere.roll(1, -1) if shift else everywhere
+
+    entropies = statistics.sum.log() - details.weighted / statistics.sum
+    return TokenStatistics(
+        dense(statistics.logps()),
+        dense(entropies),
+        dense(details.logit_sum / vocab),
+        dense(details.best == rows.targets),
+    )
+
+
+def _fold(head: HeadRows) -> tuple[RowStatistics, Details]:
+    engine, hidden = head.build_engine(), head.hidden_rows()
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
+    details = Details.empty(head.rows, head.math.accumulator, head.device)
+    for slab, weight, bias in head.slabs():
+        for rows in head.row_slices():
+            tile = Tile(hidden[rows], weight, bias, head.targets[rows] - slab.start)
+            engine.fold_details(tile, statistics[rows], details[rows], slab.start)
+    return statistics, details
