@@ -25,12 +25,13 @@ from benchmarks.roofline import (  # noqa: E402
     ENGINES,
     PATHS,
     TILE_CASES,
+    FusedTile,
     bare_matmul,
+    fused_tiles,
     library,
     multiply,
     occupancy,
     predict,
-    residents,
     slabs,
     steps,
     waves,
@@ -42,11 +43,12 @@ TOY = Machine("toy", "toy", "sm_80", 1e12, 0.5, 0.25, 1e9, 4, 164 * 1024)
 FAST_MEMORY = replace(TOY, bandwidth=1e15)
 # 256 labelled rows, V 512, D 64: one slab, 2 × 2 tiles of 128 × 256.
 SHAPE = Shape("toy", 1, 512, 64, 512)
+TILES = dict.fromkeys(TILE_CASES, FusedTile(rows=128, vocab=256, group=8, resident=1))
 ROW = {
     "case": "fold logits",
     "kernel": "_fold_logits_kernel",
     "dtype": "bf16",
-    "configuration": "HAS_BIAS=False HAS_CAP=True ROWS=128",
+    "configuration": "HAS_BIAS=False HAS_CAP=True ROWS=128 VOCAB=64 GROUP=4",
     "status": "ok",
     "warps": 8,
     "stages": 3,
@@ -60,7 +62,7 @@ ROW = {
 
 
 def seconds(machine: Machine, path: str, engine: str) -> float:
-    return predict(machine, SHAPE, path, engine).ms / 1e3
+    return predict(machine, SHAPE, path, engine, TILES).ms / 1e3
 
 
 def test_a_started_wave_is_a_whole_one() -> None:
@@ -103,17 +105,24 @@ def test_evaluate_is_a_matmul_and_a_pass_over_its_logits() -> None:
     # Operands 2 · (256 + 512) · 64 bytes, logits 4 · 256 · 512: the memory binds, and reads once.
     assert seconds(TOY, "evaluate", "cublas") == pytest.approx((98_304 + 524_288 + 524_288) / 1e9)
     assert bare_matmul(TOY, SHAPE) == pytest.approx((98_304 + 262_144) / 1e9)
-    found = predict(TOY, SHAPE, "evaluate", "cublas")
+    found = predict(TOY, SHAPE, "evaluate", "cublas", {})
     assert found.in_p == pytest.approx(1_146_880 / 360_448)
     assert (found.bound, found.memory_share) == ("memory", 1.0)
 
 
 def test_evaluate_without_logits_in_memory() -> None:
-    # sm_80's plain tile is 128 wide in rows; partials are 8 bytes a row and part, merged once.
-    parts = -(-512 // TOY.block(rich=False).vocab)
-    wanted = (98_304 + 2 * 8 * 256 * parts) / 1e9
+    # Operands once, as there is one group; two parts of 8 bytes a row, written and merged.
     slow = replace(TOY, peak=1e18)
-    assert seconds(slow, "evaluate", "triton") == pytest.approx(wanted)
+    partials = 8 * 256 * 2
+    assert seconds(slow, "evaluate", "triton") == pytest.approx((98_304 + 2 * partials) / 1e9)
+    # Groups of one tile: the second row tile reads the weight again.
+    tiles = {**TILES, "fold": replace(TILES["fold"], group=1)}
+    found = predict(slow, SHAPE, "evaluate", "triton", tiles)
+    assert found.ms == pytest.approx((98_304 + 2 * 512 * 64 + 2 * partials) / 1e6)
+    # Two programs share a processor: 2 × 2 tiles then fill half of the one wave, which is as long.
+    tiles = {**TILES, "fold": replace(TILES["fold"], resident=2)}
+    once = predict(FAST_MEMORY, SHAPE, "evaluate", "triton", TILES).ms
+    assert predict(FAST_MEMORY, SHAPE, "evaluate", "triton", tiles).ms == pytest.approx(2 * once)
 
 
 def test_matmuls_alone_are_the_designs_costs() -> None:
@@ -121,7 +130,7 @@ def test_matmuls_alone_are_the_designs_costs() -> None:
     machine = replace(FAST_MEMORY, fused=0.5)
     shape = Shape("even", 1, 1024, 512, 4096)
     for engine in ENGINES:
-        costs = [predict(machine, shape, path, engine).in_p for path in PATHS]
+        costs = [predict(machine, shape, path, engine, TILES).in_p for path in PATHS]
         assert costs == pytest.approx([1, 2, 3, 4], rel=1e-3)
 
 
@@ -129,7 +138,7 @@ def test_passes_of_each_path_in_bytes() -> None:
     entries = 256 * 512
 
     def passes(path: str, engine: str) -> list[tuple[str, float]]:
-        found = steps(TOY, SHAPE, path, engine, (1, 1))
+        found = steps(TOY, SHAPE, path, engine, TILES)
         return [(step.name, step.memory * 1e9) for step in found if step.arithmetic == 0]
 
     def named(*wanted: tuple[str, int]) -> list[tuple[str, object]]:
@@ -143,11 +152,12 @@ def test_passes_of_each_path_in_bytes() -> None:
     assert passes("local", "triton")[1:] == named(("convert", 4))
 
 
-def test_residents_need_their_kernels() -> None:
-    rows = [{**ROW, "case": case} for case in TILE_CASES]
-    assert residents({"sm_80": {"rows": rows}}, TOY) == (2, 2)
-    with pytest.raises(ValueError, match="sm_80: got"):
-        residents({"sm_80": {"rows": rows[:1]}}, TOY)
+def test_tiles_are_those_of_the_compiled_kernels() -> None:
+    rows = [{**ROW, "case": case} for case in TILE_CASES.values()]
+    wanted = dict.fromkeys(TILE_CASES, FusedTile(128, 64, 4, 2))
+    assert fused_tiles({"sm_80": {"rows": rows}}, TOY) == wanted
+    with pytest.raises(ValueError, match="sm_80: got no compiled kernel for recompute gradient"):
+        fused_tiles({"sm_80": {"rows": rows[:2]}}, TOY)
 
 
 def test_machines_are_within_their_datasheets() -> None:
@@ -162,6 +172,7 @@ def test_dtypes_that_take_the_same_share_a_line() -> None:
     lines = usage_table(rows).splitlines()[2:]
     assert lines[0] == (
         "| fold logits | `_fold_logits_kernel` | bf16, fp16 | 8 warps, 3 stages; HAS_CAP ROWS=128"
+        " VOCAB=64 GROUP=4"
         " | 128 | 0 | 0 | 64.0 | 64 HMMA |  |"
     )
     assert "| fp32 |" in lines[1] and len(lines) == 2
@@ -183,10 +194,10 @@ def test_measurements_stand_beside_predictions() -> None:
     results = {"head": {"section": "head", "rows": [row]}, "other": {"section": "sweep"}}
     assert measurement(results, shape, "stash", "triton") is row
     assert measurement(results, shape, "stash", "cublas") is None
-    table = prediction_table(MACHINES[1], (1, 1), results)
+    table = prediction_table(MACHINES[1], TILES, results)
     (line,) = [line for line in table.splitlines() if "123.46" in line]
     assert line.startswith("| llama-3 | stash | triton |") and line.endswith("| 123.46 | 2.50 |")
-    assert "measured" not in prediction_table(MACHINES[1], (1, 1), {})
+    assert "measured" not in prediction_table(MACHINES[1], TILES, {})
 
 
 def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
