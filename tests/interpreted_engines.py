@@ -15,10 +15,14 @@ from truth import (
     leaves_of,
     make_case,
     needs_of,
+    relative,
     true_result,
+    upstream_of,
 )
 
-from fused_prefopt import PreferenceLoss, sequence_logps, token_statistics
+from fused_prefopt import PreferenceLoss, sequence_logps, token_logps, token_statistics
+from fused_prefopt.ops import cublas_engine, paths
+from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import PATHS
 
 ENGINES = ["cublas", "triton"]
@@ -152,3 +156,62 @@ def test_token_statistics_equal_the_torch_engines(transform):
     assert torch.equal(ours.correct, wanted.correct)
     for name in ("logps", "entropies", "mean_logits"):
         torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Operands in the dtype computed in, library products of them, and kept values in place."""
+
+    def product(left, right, out, *, alpha=1.0, accumulate=False):
+        assert left.dtype == right.dtype
+        total = alpha * (left.double() @ right.double())
+        return out.copy_(out.double() + total if accumulate else total)
+
+    for module in (paths, cublas_engine):
+        monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
+    first = cublas_engine.CublasEngine.__init__
+
+    def in_place(engine, math, shape, device):
+        first(engine, math, shape, device)
+        engine.in_place = math.kept == math.dtype
+
+    monkeypatch.setattr(cublas_engine.CublasEngine, "__init__", in_place)
+
+
+# The interpreter multiplies no bf16 tiles.
+GPU_CASES = [("cublas", torch.bfloat16), ("cublas", torch.float16), ("triton", torch.float16)]
+
+
+@pytest.mark.parametrize(("engine", "dtype"), GPU_CASES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_narrow_operands(engine, dtype, path, transform, scale):
+    case = make_case(3, 13, 24, 101, dtype=dtype, **TRANSFORMS[transform])
+    needs = needs_of(path)
+    truth = true_result(case, needs=needs)
+    # Master weights in fp32, as under autocast: their gradients can show what fp16 cannot.
+    wide = replace(case, weight=case.weight.float(), hidden=case.hidden)
+    wide = leaves_of(wide, needs)
+    out = sequence_logps(wide.hidden, wide.head, wide.labels, path=path, engine=engine)
+    tokens = token_logps(wide.hidden, wide.head, wide.labels, path=path, engine=engine)
+    assert largest_error(tokens, truth.tokens) <= 1e-5
+    if path == "evaluate":
+        return
+    of_sums, of_tokens = upstream_of(case)
+    loss = (out.sums.double() * of_sums).sum() + (tokens.double() * of_tokens).sum()
+    (loss * scale).backward()
+    if needs[1]:
+        assert relative(wide.weight.grad / scale, truth.grads[1]) <= TOLERANCE[dtype][1]
+    if scale == 1.0:
+        assert relative(wide.hidden.grad, truth.grads[0]) <= TOLERANCE[dtype][1]
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_bf16_gradient_of_the_weight_is_rounded_once():
+    case = make_case(3, 40, 24, 101, dtype=torch.bfloat16)
+    truth = true_result(case, needs=(True, True, False))
+    got = computed(case, needs=(True, True, False), path="recompute", engine="cublas")
+    assert_gradients(got, truth, 8e-3)
