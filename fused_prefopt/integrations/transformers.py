@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -22,6 +22,7 @@ from fused_prefopt.integrations.causal_lm import (
     lm_head_of,
     unwrapped,
 )
+from fused_prefopt.integrations.loss_state import KeepsLossState
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LossOutput
 
@@ -36,7 +37,6 @@ _FIELDS = (
     "groups",
     "sequence_kl",
 )
-_LOSS_STATE = "preference_loss.pt"
 
 
 def preference_outputs(
@@ -96,7 +96,9 @@ class Attachment:
         del self._model.forward
 
     def pop_metrics(self, mode: str) -> dict[str, float]:
-        """Means of the metrics since the last call, and forget them.
+        """Means of the metrics over the steps since the last call and all ranks; forgets them.
+
+        Every rank must make the call.
 
         Args:
             mode: "train" or "eval".
@@ -117,9 +119,16 @@ class _Means:
         self._count += 1
 
     def pop(self) -> dict[str, float]:
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        own = {name: float(total) for name, total in self._sums.items()}, self._count
         self._sums, self._count = {}, 0
-        return means
+        ranks = [own]
+        if dist.is_available() and dist.is_initialized():
+            # As objects: a rank without a batch has no names to agree on.
+            ranks = [own] * dist.get_world_size()
+            dist.all_gather_object(ranks, own)
+        count = max(1, sum(steps for _, steps in ranks))
+        names = dict.fromkeys(name for sums, _ in ranks for name in sums)
+        return {name: sum(sums.get(name, 0.0) for sums, _ in ranks) / count for name in names}
 
 
 def attach(model: nn.Module, loss_fn: PreferenceLoss) -> Attachment:
@@ -140,7 +149,7 @@ def attach(model: nn.Module, loss_fn: PreferenceLoss) -> Attachment:
     return Attachment(model, loss_fn)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(KeepsLossState, Trainer):
     """`transformers.Trainer` with a preference loss attached to its model.
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
@@ -172,15 +181,3 @@ class PreferenceTrainer(Trainer):
         prefix = "eval_" if in_eval else ""
         logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
         super().log(logs, *args, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            state = self.attachment.loss_fn.state_dict()
-            torch.save(state, Path(output_dir) / _LOSS_STATE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / _LOSS_STATE).is_file():
-            state = torch.load(Path(checkpoint) / _LOSS_STATE, weights_only=True)
-            self.attachment.loss_fn.load_state_dict(state)
