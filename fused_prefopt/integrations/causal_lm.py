@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fused_prefopt.types import LMHead
+from fused_prefopt.types import LMHead, LossOutput
 
 # Config attribute → what it does to the logits. Models name the same thing differently.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -59,6 +60,40 @@ def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return backbone_of(model)(**inputs, use_cache=False).last_hidden_state
 
 
+def through_head(
+    model: nn.Module, hidden: Tensor, run: Callable[[Tensor, LMHead], LossOutput]
+) -> LossOutput:
+    """``run(hidden, head)`` from inside the forward of the model's own output embedding.
+
+    Engines that shard the head (FSDP2 with the head as a unit of its own, ZeRO-3) gather its
+    weight, and average its gradient, in hooks around that forward.
+
+    Args:
+        model: causal language model.
+        hidden: last hidden states.
+        run: takes the hidden states and the head; its `loss` is what the hooks see.
+
+    Raises:
+        ValueError: `lm_head_of` does.
+    """
+    module = _output_embedding(model)
+    results: list[LossOutput] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        results.append(run(hidden, lm_head_of(model)))
+        return results[0].loss
+
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        loss = module(hidden)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+    return replace(results[0], loss=loss)
+
+
 def lm_head_of(model: nn.Module) -> LMHead:
     """The head of a Hugging Face causal language model, PEFT-wrapped ones too.
 
@@ -70,11 +105,7 @@ def lm_head_of(model: nn.Module) -> LMHead:
             describe it (an adapter on the head, a quantised weight, a layer before the head).
     """
     model = unwrapped(model)
-    getter = getattr(model, "get_output_embeddings", None)
-    module = getter() if getter is not None else None
-    if module is None:
-        raise ValueError(f"model: {type(model).__name__} has no output embedding to read")
-    module = _trained_copy(module)
+    module = _trained_copy(_output_embedding(model))
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     extra = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or extra:
@@ -99,6 +130,15 @@ def lm_head_of(model: nn.Module) -> LMHead:
     vocab = next(filter(None, (getattr(config, name, None) for name in _VOCABS)), None)
     padded = vocab is not None and vocab < weight.shape[0]
     return LMHead(weight, bias, softcap, scale, valid_vocab=vocab if padded else None)
+
+
+def _output_embedding(model: nn.Module) -> nn.Module:
+    model = unwrapped(model)
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"model: {type(model).__name__} has no output embedding to read")
+    return module
 
 
 def _trained_copy(module: nn.Module) -> nn.Module:

@@ -20,11 +20,12 @@ from fused_prefopt.integrations.causal_lm import (
     backbone_of,
     last_hidden,
     lm_head_of,
+    through_head,
     unwrapped,
 )
 from fused_prefopt.integrations.loss_state import KeepsLossState
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import LossOutput
+from fused_prefopt.types import LMHead, LossOutput
 
 # A batch that carries this key is a preference batch; any other goes the model's own way.
 PREFERENCE_KEY = "completion_mask"
@@ -64,7 +65,11 @@ def preference_outputs(
         prompt_labels = None if prompt_labels is None else prompt_labels[0]
         extras["sequence_ids"] = batch["sequence_ids"][0]
         extras["num_sequences"] = batch["num_sequences"]
-    return loss_fn(hidden, lm_head_of(model), labels, prompt_labels=prompt_labels, **extras)
+
+    def run(hidden: Tensor, head: LMHead) -> LossOutput:
+        return loss_fn(hidden, head, labels, prompt_labels=prompt_labels, **extras)
+
+    return through_head(model, hidden, run)
 
 
 class Attachment:
