@@ -26,6 +26,13 @@ VARIANTS = [(name, {}) for name in REGISTERED] + [
     ("alpha-dpo", {"normalize": False, "stop_gradient": False}),
     ("alpha-dpo", {"implicit_reference": "sequence_kl"}),
     ("gamma-dpo", {"solver": "exact"}),
+    ("robust-dpo", {"unbiased": True}),
+    ("robust-simpo", {"unbiased": True, "gamma": 0.5}),
+    ("ipo", {"length_normalized": True}),
+    ("cpo", {"nll": "sum"}),
+    ("cpo", {"nll": "sequence_mean"}),
+    ("odpo", {"offset": "identity"}),
+    ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
 ]
 
 
@@ -127,7 +134,8 @@ def test_nan_stays_in_its_pair(name):
     poisoned = clean.policy.detach().clone()
     poisoned[bad] = math.nan
     dirty = dataclasses.replace(clean, policy=poisoned)
-    parts = {field: getattr(clean, field)[keep] for field in FIELDS if field not in ("kl",)}
+    parts = {field: getattr(clean, field)[keep] for field in FIELDS if field != "kl"}
+    parts["kl"] = clean.kl
     loss = find(name).build()
     first, second = loss.statistics(), loss.statistics()
     got, wanted = compute(loss, dirty, first), compute(loss, LogpBatch(**parts), second)

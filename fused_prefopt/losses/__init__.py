@@ -1,6 +1,6 @@
 """Losses: pure functions of per-sequence log-probs, composed from rewards, margins and links."""
 
-from fused_prefopt.losses import presets
+from fused_prefopt.losses import baselines, presets
 from fused_prefopt.losses.gaps import gap_of
 from fused_prefopt.losses.links import (
     Hinge,
@@ -8,6 +8,7 @@ from fused_prefopt.losses.links import (
     Robust,
     Squared,
     UnbiasedRobust,
+    Weighted,
     hinge,
     logistic,
     robust,
@@ -21,13 +22,25 @@ from fused_prefopt.losses.margins import (
     Normalisation,
 )
 from fused_prefopt.losses.needs import check_needs
+from fused_prefopt.losses.offsets import LengthMargin, OffsetMargin, ScoreMargin, SequenceKlMargin
 from fused_prefopt.losses.pairwise import PairwiseLoss
-from fused_prefopt.losses.pointwise import DirectRewardLoss
+from fused_prefopt.losses.pointwise import BinaryFeedbackLoss, DirectRewardLoss
 from fused_prefopt.losses.registry import LossInfo, available_losses, find, register
-from fused_prefopt.losses.rewards import LogRatio, MeanLogp, SumLogp
+from fused_prefopt.losses.regularisers import Calibration, ChosenNll
+from fused_prefopt.losses.rewards import LogOdds, LogRatio, MeanLogp, MeanLogRatio, SumLogp
 from fused_prefopt.losses.solver import exact_margins, mirror_margins
 
 __all__ = [
+    "Weighted",
+    "SequenceKlMargin",
+    "ScoreMargin",
+    "OffsetMargin",
+    "MeanLogRatio",
+    "LogOdds",
+    "LengthMargin",
+    "ChosenNll",
+    "Calibration",
+    "BinaryFeedbackLoss",
     "AdaptiveMargin",
     "ConstantMargin",
     "DirectRewardLoss",
@@ -44,6 +57,7 @@ __all__ = [
     "SumLogp",
     "UnbiasedRobust",
     "available_losses",
+    "baselines",
     "check_needs",
     "exact_margins",
     "find",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from fused_prefopt.checks import require_number
+from fused_prefopt.losses.protocol import Link
 
 
 def logistic(
@@ -196,3 +197,26 @@ class Squared:
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
         return squared(reward_margins, target_margins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted:
+    """A link times a constant.
+
+    Args:
+        weight: λ >= 0.
+        link: what is weighted.
+
+    Raises:
+        ValueError: `weight` is out of range.
+    """
+
+    weight: float
+    link: Link = Logistic()
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight, low=0)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        return self.weight * self.link(reward_margins, target_margins)

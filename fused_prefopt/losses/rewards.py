@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_number
@@ -75,3 +76,44 @@ class SumLogp(_Scaled):
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
         return self.beta * batch.policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanLogRatio(_Scaled):
+    """The log-ratio per token as reward: ``r = β (L − L_ref) / max(1, |y|)``.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+
+    Raises:
+        ValueError: `beta` is out of range.
+
+    Source: IPO as TRL reads it, with average log-probs.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        return self.beta * per_token(batch.policy - needed(batch, "reference"), batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOdds:
+    """ORPO's reward: the log-odds of the mean token, ``L̄ − log(1 − e^L̄)``, finite as L̄ → 0.
+
+    Source: ORPO (Hong et al. 2024), eq. 4.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        means = per_token(batch.policy, batch)
+        means = means.clamp(max=-torch.finfo(means.dtype).tiny)
+        # log(1 − e^x): each form is exact where the other cancels.
+        near_zero = means > -0.693
+        close = torch.where(near_zero, means, -1.0)
+        far = torch.where(near_zero, -1.0, means)
+        log1mexp = torch.where(near_zero, (-close.expm1()).log(), (-far.exp()).log1p())
+        return means - log1mexp

@@ -1,0 +1,179 @@
+"""The methods that the papers compare with, as compositions."""
+
+from __future__ import annotations
+
+from fused_prefopt.losses.links import Hinge, Robust, Squared, UnbiasedRobust, Weighted
+from fused_prefopt.losses.margins import ConstantMargin
+from fused_prefopt.losses.offsets import LengthMargin, OffsetMargin, ScoreMargin, SequenceKlMargin
+from fused_prefopt.losses.pairwise import PairwiseLoss
+from fused_prefopt.losses.pointwise import BinaryFeedbackLoss
+from fused_prefopt.losses.protocol import Reward
+from fused_prefopt.losses.registry import register
+from fused_prefopt.losses.regularisers import Calibration, ChosenNll
+from fused_prefopt.losses.rewards import LogOdds, LogRatio, MeanLogp, MeanLogRatio, SumLogp
+
+
+def _robust(reward: Reward, epsilon: float, gamma: float, unbiased: bool) -> PairwiseLoss:
+    link = UnbiasedRobust(epsilon=epsilon) if unbiased else Robust(epsilon=epsilon)
+    return PairwiseLoss(reward, ConstantMargin(gamma=gamma), link)
+
+
+@register("robust-dpo", aliases=("rdpo",), paper="Chowdhury et al. 2024 (arXiv:2403.00409), eq. 11")
+def robust_dpo(
+    *, beta: float = 0.1, epsilon: float = 0.1, gamma: float = 0.0, unbiased: bool = False
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m−γ) − ε log σ(−m−γ)``, or its unbiased form, ``m = β(Δ_w − Δ_l)``.
+
+    Args:
+        beta: β > 0, reward per nat.
+        epsilon: probability that a label is flipped.
+        gamma: γ, target margin in units of reward.
+        unbiased: ``[−(1−ε) log σ(m−γ) + ε log σ(−m−γ)] / (1−2ε)`` instead.
+    """
+    return _robust(LogRatio(beta=beta), epsilon, gamma, unbiased)
+
+
+@register(
+    "robust-simpo", aliases=("rsimpo",), paper="Chowdhury et al. 2024 on SimPO, as in γ-PO Table 4"
+)
+def robust_simpo(
+    *, beta: float = 2.5, epsilon: float = 0.1, gamma: float = 0.0, unbiased: bool = False
+) -> PairwiseLoss:
+    """The same with SimPO's reward, ``m = β(L̄_w − L̄_l)``.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        epsilon: probability that a label is flipped.
+        gamma: γ, target margin in units of reward.
+        unbiased: the unbiased form.
+    """
+    return _robust(MeanLogp(beta=beta), epsilon, gamma, unbiased)
+
+
+@register("ipo", paper="Azar et al. 2023 (arXiv:2310.12036), eq. 17")
+def ipo(*, tau: float = 0.1, length_normalized: bool = False) -> PairwiseLoss:
+    """``(Δ_w − Δ_l − 1/(2τ))²``.
+
+    Args:
+        tau: τ > 0, strength of the KL regularisation.
+        length_normalized: log-ratios per token, as TRL reads it.
+    """
+    reward = MeanLogRatio(beta=1.0) if length_normalized else LogRatio(beta=1.0)
+    return PairwiseLoss(reward, ConstantMargin(gamma=1 / (2 * tau)), Squared())
+
+
+@register("cpo", paper="Xu et al. 2024 (arXiv:2401.08417), eq. 8")
+def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") -> PairwiseLoss:
+    """``−log σ(β(L_w − L_l)) + λ·NLL_w``.
+
+    Args:
+        beta: β > 0, reward per nat.
+        nll_weight: λ >= 0.
+        nll: "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" over the batch (TRL's).
+    """
+    term = ChosenNll(weight=nll_weight, reduction=nll)
+    return PairwiseLoss(SumLogp(beta=beta), regularisers=(term,))
+
+
+@register("orpo", paper="Hong et al. 2024 (arXiv:2403.07691), eq. 6–7")
+def orpo(*, weight: float = 0.1) -> PairwiseLoss:
+    """``−L̄_w − λ log σ(log-odds of L̄_w − log-odds of L̄_l)``.
+
+    Args:
+        weight: λ >= 0.
+    """
+    nll = ChosenNll(reduction="sequence_mean")
+    return PairwiseLoss(LogOdds(), link=Weighted(weight=weight), regularisers=(nll,))
+
+
+@register("length-dpo", aliases=("r-dpo",), paper="Park et al. 2024 (arXiv:2403.19159), eq. 9")
+def length_dpo(*, beta: float = 0.1, alpha: float = 0.05) -> PairwiseLoss:
+    """``−log σ(m − α(|y_w| − |y_l|))``, ``m = β(Δ_w − Δ_l)``.
+
+    Args:
+        beta: β > 0, reward per nat.
+        alpha: α, reward per token of length.
+    """
+    return PairwiseLoss(LogRatio(beta=beta), LengthMargin(alpha=alpha))
+
+
+@register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425), eq. 3")
+def slic_hf(*, delta: float = 1.0, nll_weight: float = 0.1) -> PairwiseLoss:
+    """``max(0, δ − (L_w − L_l)) − λ L_w``.
+
+    Args:
+        delta: δ, margin in nats.
+        nll_weight: λ >= 0.
+    """
+    nll = ChosenNll(weight=nll_weight)
+    return PairwiseLoss(SumLogp(beta=1.0), link=Hinge(delta=delta), regularisers=(nll,))
+
+
+@register("odpo", paper="Amini et al. 2024 (arXiv:2402.10571), eq. 9")
+def odpo(*, beta: float = 0.1, alpha: float = 1.0, offset: str = "log") -> PairwiseLoss:
+    """``−log σ(m − α f(s_w − s_l))``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
+
+    Args:
+        beta: β > 0, reward per nat.
+        alpha: α, strength of the offset.
+        offset: f, "log" or "identity" of the difference, at least 1e-6.
+    """
+    return PairwiseLoss(LogRatio(beta=beta), OffsetMargin(alpha=alpha, offset=offset))
+
+
+@register(
+    "reward-distillation", aliases=("rpo",), paper="Fisch et al. 2024 (arXiv:2405.19316), eq. 7"
+)
+def reward_distillation(*, beta: float = 0.1) -> PairwiseLoss:
+    """``((s_w − s_l) − m)²``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
+
+    Args:
+        beta: β > 0, reward per nat.
+    """
+    return PairwiseLoss(LogRatio(beta=beta), ScoreMargin(), Squared())
+
+
+@register("cal-dpo", paper="Xiao et al. 2024 (arXiv:2412.14516), eq. 11")
+def cal_dpo(*, beta: float = 0.1) -> PairwiseLoss:
+    """``−log σ(Δ_w − Δ_l) + (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))²``.
+
+    Args:
+        beta: β > 0; the log-ratios are drawn to ±1/(2β).
+    """
+    return PairwiseLoss(LogRatio(beta=1.0), regularisers=(Calibration(beta=beta),))
+
+
+@register("tdpo1", paper="Zeng et al. 2024 (arXiv:2404.11999), eq. 15")
+def tdpo1(*, beta: float = 0.1) -> PairwiseLoss:
+    """``−log σ(m − β(K_l − K_w))``, K the `sequence_kl`.
+
+    Args:
+        beta: β > 0, reward per nat.
+    """
+    return PairwiseLoss(LogRatio(beta=beta), SequenceKlMargin(scale=beta))
+
+
+@register("tdpo2", paper="Zeng et al. 2024 (arXiv:2404.11999), eq. 17")
+def tdpo2(*, beta: float = 0.1, alpha: float = 0.5) -> PairwiseLoss:
+    """``−log σ(m − αβ(K_l − sg K_w))``, K the `sequence_kl`.
+
+    Args:
+        beta: β > 0, reward per nat.
+        alpha: α, weight of the divergence.
+    """
+    margin = SequenceKlMargin(scale=alpha * beta, stop_chosen=True)
+    return PairwiseLoss(LogRatio(beta=beta), margin)
+
+
+@register("kto", paper="Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8")
+def kto(
+    *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> BinaryFeedbackLoss:
+    """``λ_D (1 − σ(βΔ − z))`` or ``λ_U (1 − σ(z − βΔ))``, ``z = sg max(0, β·kl)``, point-wise.
+
+    Args:
+        beta: β > 0, reward per nat.
+        desirable_weight: λ_D >= 0.
+        undesirable_weight: λ_U >= 0.
+    """
+    return BinaryFeedbackLoss(LogRatio(beta=beta), desirable_weight, undesirable_weight)

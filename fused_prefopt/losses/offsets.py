@@ -1,0 +1,124 @@
+"""Target margins that come with the data: lengths, scores, divergences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fused_prefopt.checks import require_choice, require_number
+from fused_prefopt.losses.needs import halves, needed
+from fused_prefopt.types import LogpBatch
+
+_SMALLEST_DIFFERENCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataMargin:
+    """A margin of the pair itself, without a history."""
+
+    def statistics(self) -> None:
+        """None: it needs no history."""
+        return None
+
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) the reward margins, detached."""
+        return reward_margins.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthMargin(_DataMargin):
+    """R-DPO's ``α (|y_w| − |y_l|)``: a longer chosen completion must win by more.
+
+    Args:
+        alpha: α, reward per token.
+
+    Raises:
+        ValueError: `alpha` is not a finite number.
+
+    Source: R-DPO (Park et al. 2024), eq. 9.
+    """
+
+    alpha: float
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        require_number("alpha", self.alpha)
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
+        """(P,) target margins."""
+        chosen, rejected = halves(batch.lengths.to(reward_margins.dtype))
+        return self.alpha * (chosen - rejected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreMargin(_DataMargin):
+    """The difference of the completions' scores, ``s_w − s_l``.
+
+    Source: reward distillation (Fisch et al. 2024), eq. 7.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"rewards"})
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
+        """(P,) target margins."""
+        chosen, rejected = halves(needed(batch, "rewards"))
+        return (chosen - rejected).to(reward_margins.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffsetMargin(_DataMargin):
+    """ODPO's ``α f(s_w − s_l)`` with the difference at least 1e-6.
+
+    Args:
+        alpha: α, strength of the offset.
+        offset: f, "log" or "identity".
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: ODPO (Amini et al. 2024), eq. 9.
+    """
+
+    alpha: float = 1.0
+    offset: str = "log"
+    needs: ClassVar[frozenset[str]] = frozenset({"rewards"})
+
+    def __post_init__(self) -> None:
+        require_number("alpha", self.alpha)
+        require_choice("offset", self.offset, ("log", "identity"))
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
+        """(P,) target margins."""
+        chosen, rejected = halves(needed(batch, "rewards").to(reward_margins.dtype))
+        difference = (chosen - rejected).clamp(min=_SMALLEST_DIFFERENCE)
+        return self.alpha * (difference.log() if self.offset == "log" else difference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceKlMargin(_DataMargin):
+    """TDPO's ``scale (K_l − K_w)``, K the summed token-level KL of a completion.
+
+    Args:
+        scale: β for TDPO1, αβ for TDPO2.
+        stop_chosen: K_w is a constant (TDPO2).
+
+    Raises:
+        ValueError: `scale` is not a finite number.
+
+    Source: TDPO (Zeng et al. 2024), eq. 15 and 17.
+    """
+
+    scale: float
+    stop_chosen: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"sequence_kl"})
+
+    def __post_init__(self) -> None:
+        require_number("scale", self.scale)
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
+        """(P,) target margins, differentiable where `sequence_kl` is."""
+        chosen, rejected = halves(needed(batch, "sequence_kl"))
+        chosen = chosen.detach() if self.stop_chosen else chosen
+        return (self.scale * (rejected - chosen)).to(reward_margins.dtype)
