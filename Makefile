@@ -31,6 +31,17 @@ bench: $(VENV)/installed
 report: $(VENV)/installed
 	$(RUN) -m benchmarks report
 
+# Every peer and labelled share, and what the losses themselves take (about six minutes)
+bench-grid: $(VENV)/installed
+	$(RUN) -m benchmarks grid
+	$(RUN) -m benchmarks methods
+
+# The whole grid on the first GPU, in less than nine minutes
+bench-gpu: $(VENV)/installed
+	$(RUN) -m benchmarks gpu
+
+.PHONY: bench-grid bench-gpu
+
 $(VENV)/installed: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip

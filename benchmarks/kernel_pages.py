@@ -10,7 +10,15 @@ from typing import Any
 from benchmarks.kernel_results import KERNELS, load_kernels
 from benchmarks.machines import ASSUMPTIONS, MACHINES, Machine
 from benchmarks.results import RESULTS, ROOT, Row, load
-from benchmarks.roofline import ENGINES, PATHS, TILE_CASES, bare_matmul, predict, residents
+from benchmarks.roofline import (
+    ENGINES,
+    PATHS,
+    TILE_CASES,
+    FusedTile,
+    bare_matmul,
+    fused_tiles,
+    predict,
+)
 from benchmarks.shapes import HEADS, Shape
 from benchmarks.tables import _table
 
@@ -64,11 +72,11 @@ def page_text(kernels: Path, results: Path) -> str:
     counted = ", ".join(map(str, sorted(rows)))
     parts.append(_PREDICTED.format(rows=counted, assumptions=ASSUMPTIONS))
     for machine in MACHINES:
-        resident = residents(contents, machine)
+        fused = fused_tiles(contents, machine)
         folder = results / machine.folder
         measured = load(folder) if folder.exists() else {}
-        parts += [f"### {machine.name}", _units(machine, resident)]
-        parts.append(prediction_table(machine, resident, measured))
+        parts += [f"### {machine.name}", _units(machine, fused)]
+        parts.append(prediction_table(machine, fused, measured))
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,7 +114,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def prediction_table(
-    machine: Machine, resident: tuple[int, int], measured: Mapping[str, Any]
+    machine: Machine, fused: Mapping[str, FusedTile], measured: Mapping[str, Any]
 ) -> str:
     """A line for each head, path and engine; measurements beside them where there are any."""
     header = ["head", "path", "engine", "bound by", "in memory", "ms", "P"]
@@ -114,7 +122,7 @@ def prediction_table(
         header += ["measured ms", "measured P"]
     lines = []
     for shape, path, engine in product(HEADS.values(), PATHS, ENGINES):
-        found = predict(machine, shape, path, engine, resident)
+        found = predict(machine, shape, path, engine, fused)
         share = f"{found.memory_share:.0%}"
         line = [shape.name, path, engine, found.bound, share]
         line += [f"{found.ms:.2f}", f"{found.in_p:.2f}"]
@@ -130,7 +138,7 @@ def measurement(
 ) -> Mapping[str, Any] | None:
     """The measured row of "ours: path, engine" on a head, or None."""
     for content in results.values():
-        for row in content["rows"] if content["section"] == "head" else ():
+        for row in content["rows"] if content["section"] in ("head", "grid") else ():
             named = row["candidate"] == f"ours: {path}, {engine}"
             same = (row["shape"], row["labelled_rows"]) == (shape.name, shape.labelled_rows)
             if named and same and row["dtype"] == "bf16" and row["status"] == "ok":
@@ -144,13 +152,14 @@ def _origin(content: Mapping[str, Any]) -> str:
     return f"Triton {content['triton']}; {gate}; {limit}."
 
 
-def _units(machine: Machine, resident: tuple[int, int]) -> str:
+def _units(machine: Machine, fused: Mapping[str, FusedTile]) -> str:
     """P of each head in ms, and how many fused programs share a multiprocessor."""
     units = ", ".join(f"{x.name} {1e3 * bare_matmul(machine, x):.2f} ms" for x in HEADS.values())
-    counts = ", ".join(
-        f"{count} of {case}" for case, count in zip(TILE_CASES, resident, strict=True)
+    tiles = ", ".join(
+        f"{tile.resident} of {TILE_CASES[kind]} ({tile.rows} × {tile.vocab})"
+        for kind, tile in fused.items()
     )
-    return f"Predicted P: {units}. Programs that share a multiprocessor: {counts}."
+    return f"Predicted P: {units}. Programs (tiles) that share a multiprocessor: {tiles}."
 
 
 def _short(configuration: str) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_prefopt.kernels.architectures import ARCHITECTURES, Block
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -34,11 +32,6 @@ class Machine:
     shared: int
     registers: int = 65_536
     threads: int = 2048
-
-    def block(self, rich: bool) -> Block:
-        """Tile of the fused kernels in bf16."""
-        entry = next(entry for entry in ARCHITECTURES if entry.name == self.target)
-        return entry.block(2, rich)
 
 
 MACHINES = (

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil
 import torch
 
 from benchmarks.accuracy import failure
@@ -52,7 +51,10 @@ class Memory:
 def peak_memory(candidate: Candidate, shape: Shape, dtype: str, device: str = "cpu") -> Memory:
     """Measure one candidate; it is skipped where its logits would not fit the free memory."""
     if device == "cuda":
-        return _on_cuda(candidate, make_problem(shape, DTYPES[dtype], device))
+        return cuda_memory(candidate, make_problem(shape, DTYPES[dtype], device))
+    # Only here: on CUDA the allocator is asked, and a GPU machine may lack it.
+    import psutil
+
     needed = candidate.logits_copies * 4 * shape.rows * shape.vocab
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
@@ -94,7 +96,8 @@ def _in_child(sender: Connection, name: str, shape: Shape, dtype: str, threads: 
         sender.send(Memory(extra, problem.gradient_bytes, "ok"))
 
 
-def _on_cuda(candidate: Candidate, problem: Problem) -> Memory:
+def cuda_memory(candidate: Candidate, problem: Problem) -> Memory:
+    """By the allocator, after a step that has compiled and loaded what there is."""
     try:
         step(candidate, problem)
         problem.clear()
@@ -112,6 +115,8 @@ def _on_cuda(candidate: Candidate, problem: Problem) -> Memory:
 
 def _start_peak() -> int:
     """Set the peak back to what is resident now, where the system can, and return the latter."""
+    import psutil
+
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:

@@ -1,25 +1,23 @@
-"""Who is measured: our paths and their peers, each as one forward and backward of the same DPO.
+"""Who is measured: our paths and their peers, each as one forward and backward of the same loss.
 
-The loss is DPO without a reference model (its log-probs are zeros): a reference enters as two
-constants, and Liger's fused loss takes none that are known already.
+The loss is DPO, but for peers that fuse another one with their head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import liger
+from benchmarks.objectives import dpo
 from benchmarks.shapes import IGNORE_INDEX, Problem
 from fused_prefopt import LMHead, sequence_logps
-
-# Small enough that no pair of the random batches saturates the sigmoid.
-BETA = 0.02
 
 # Fields of a candidate: which gradients a step asks for.
 NOTHING, HIDDEN, HEAD = "nothing", "hidden", "hidden and head"
@@ -38,6 +36,7 @@ class Candidate:
         logits_copies: fp32 (S * T, V) tensors that are alive at its peak; 0 where it builds none.
         ours: whether it is `fused_prefopt`.
         compiles: whether its first step on a shape compiles code.
+        objective: the loss, a name of `OBJECTIVES`.
     """
 
     name: str
@@ -46,48 +45,70 @@ class Candidate:
     logits_copies: float = 0.0
     ours: bool = False
     compiles: bool = False
-
-
-def dpo(sums: Tensor) -> Tensor:
-    """Mean of ``−log σ(β (chosen − rejected))`` over the pairs, from sums (S,)."""
-    chosen, rejected = sums.chunk(2)
-    return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+    objective: str = "dpo"
 
 
 def step(candidate: Candidate, problem: Problem) -> Tensor:
     """One forward, and a backward where the candidate trains something; returns the sums (S,)."""
+    sums, loss = forward(candidate, problem)
+    if candidate.trains != NOTHING:
+        loss.backward()
+    return sums.detach()
+
+
+def forward(candidate: Candidate, problem: Problem) -> tuple[Tensor, Tensor]:
+    """A forward that a backward may follow: the sums and the loss."""
     problem.clear()
     problem.hidden.requires_grad_(candidate.trains != NOTHING)
     problem.weight.requires_grad_(candidate.trains == HEAD)
     with torch.set_grad_enabled(candidate.trains != NOTHING):
-        sums, loss = candidate.forward(problem)
-        if candidate.trains != NOTHING:
-            loss.backward()
-    return sums.detach()
+        return candidate.forward(problem)
 
 
-def _ours(path: str, problem: Problem) -> tuple[Tensor, Tensor]:
+def ours(path: str, problem: Problem, **options: Any) -> tuple[Tensor, Tensor]:
+    """`sequence_logps` on a path, with its other options."""
     head = LMHead(problem.weight, softcap=problem.shape.softcap)
-    out = sequence_logps(problem.hidden, head, problem.labels, path=path)
+    out = sequence_logps(problem.hidden, head, problem.labels, path=path, **options)
     return out.sums, dpo(out.sums)
 
 
 def _eager(problem: Problem) -> tuple[Tensor, Tensor]:
     """As Hugging Face models and losses compute it: the logits of every row, then fp32."""
-    logits = (problem.hidden @ problem.weight.t())[:, :-1].float()
-    logps = _capped(logits, problem).log_softmax(-1)
-    targets = problem.labels[:, 1:]
+    sums = _eager_sums(problem.hidden, problem.weight, problem.labels, problem.shape.softcap)
+    return sums, dpo(sums)
+
+
+def _eager_single(problem: Problem) -> tuple[Tensor, Tensor]:
+    """With fp32 logits, from operands in fp32."""
+    operands = problem.hidden.float(), problem.weight.float()
+    sums = _eager_sums(*operands, problem.labels, problem.shape.softcap)
+    return sums, dpo(sums)
+
+
+def _eager_compiled(problem: Problem) -> tuple[Tensor, Tensor]:
+    sums = _compiled()(problem.hidden, problem.weight, problem.labels, problem.shape.softcap)
+    return sums, dpo(sums)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_eager_sums, dynamic=False)
+
+
+def _eager_sums(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None) -> Tensor:
+    logits = (hidden @ weight.t())[:, :-1].float()
+    logps = _capped(logits, cap).log_softmax(-1)
+    targets = labels[:, 1:]
     mask = targets != IGNORE_INDEX
     picked = logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    sums = (picked * mask).sum(-1)
-    return sums, dpo(sums)
+    return (picked * mask).sum(-1)
 
 
 def _eager_labelled(problem: Problem) -> tuple[Tensor, Tensor]:
     """The same on the labelled rows only."""
     mask = problem.targets != IGNORE_INDEX
     logits = (problem.hidden[mask] @ problem.weight.t()).float()
-    logps = _capped(logits, problem).log_softmax(-1)
+    logps = _capped(logits, problem.shape.softcap).log_softmax(-1)
     return _scored(logps.gather(-1, problem.targets[mask].unsqueeze(-1)).squeeze(-1), mask)
 
 
@@ -113,18 +134,12 @@ def _trl(problem: Problem) -> tuple[Tensor, Tensor]:
     return _scored(logps, mask)
 
 
-def _liger(problem: Problem) -> tuple[Tensor, Tensor]:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    _require_no_softcap(problem)
-    loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
-    loss, (chosen, rejected, *_) = loss_of(problem.weight, problem.hidden, problem.targets)
-    return torch.cat([chosen, rejected]), loss
-
-
-def _cut_cross_entropy(problem: Problem) -> tuple[Tensor, Tensor]:
+def _cut_cross_entropy(problem: Problem, **options: Any) -> tuple[Tensor, Tensor]:
     """Its Triton kernels need CUDA; elsewhere it offers its own compiled PyTorch."""
     from cut_cross_entropy import linear_cross_entropy
+
+    if options and not problem.hidden.is_cuda:
+        raise NotImplementedError("filters its gradient on CUDA only")
 
     losses = linear_cross_entropy(
         problem.hidden,
@@ -134,6 +149,7 @@ def _cut_cross_entropy(problem: Problem) -> tuple[Tensor, Tensor]:
         softcap=problem.shape.softcap,
         reduction="none",
         impl="cce" if problem.hidden.is_cuda else "torch_compile",
+        **options,
     )
     sums = -losses.float().sum(-1)
     return sums, dpo(sums)
@@ -143,7 +159,7 @@ def _torch_linear_cross_entropy(problem: Problem) -> tuple[Tensor, Tensor]:
     # Looked up by name: torch has both from 2.13 on, older ones fail here and are reported so.
     fused: Any = getattr(functional, "linear_cross_entropy")  # noqa: B009
     options: Any = getattr(torch.nn, "LinearCrossEntropyOptions")  # noqa: B009
-    _require_no_softcap(problem)
+    problem.require_no_softcap()
     mask = problem.targets != IGNORE_INDEX
     losses = fused(
         problem.hidden[mask],
@@ -161,32 +177,40 @@ def _scored(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return sums, dpo(sums)
 
 
-def _capped(logits: Tensor, problem: Problem) -> Tensor:
-    cap = problem.shape.softcap
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _require_no_softcap(problem: Problem) -> None:
-    if problem.shape.softcap is not None:
-        raise NotImplementedError("has no softcap")
-
-
 _ALL = (
-    Candidate("ours: evaluate", partial(_ours, "evaluate"), NOTHING, ours=True),
-    Candidate("ours: stash", partial(_ours, "stash"), HIDDEN, ours=True),
-    Candidate("ours: local", partial(_ours, "local"), HEAD, ours=True),
-    Candidate("ours: recompute", partial(_ours, "recompute"), HEAD, ours=True),
-    Candidate("ours: auto", partial(_ours, "auto"), HEAD, ours=True),
+    Candidate("ours: evaluate", partial(ours, "evaluate"), NOTHING, ours=True),
+    Candidate("ours: stash", partial(ours, "stash"), HIDDEN, ours=True),
+    Candidate("ours: local", partial(ours, "local"), HEAD, ours=True),
+    Candidate("ours: recompute", partial(ours, "recompute"), HEAD, ours=True),
+    Candidate("ours: auto", partial(ours, "auto"), HEAD, ours=True),
     Candidate("TRL: no gradient", _trl, NOTHING),
     Candidate("TRL: frozen head", _trl, HIDDEN),
     Candidate("TRL", _trl),
-    Candidate("Liger", _liger, compiles=True),
+    Candidate("Liger", partial(liger.chunked, "dpo"), compiles=True),
+    Candidate("Liger: per token", liger.per_token),
     Candidate("cut-cross-entropy", _cut_cross_entropy, compiles=True),
+    Candidate(
+        "cut-cross-entropy: full gradient",
+        partial(_cut_cross_entropy, filter_eps=None),
+        compiles=True,
+    ),
     Candidate("torch linear_cross_entropy", _torch_linear_cross_entropy),
+    Candidate("eager, compiled", _eager_compiled, logits_copies=4.0, compiles=True),
+    Candidate("eager, fp32 logits", _eager_single, logits_copies=4.0),
     Candidate("eager, labelled rows", _eager_labelled, logits_copies=2.0),
     Candidate("eager", _eager, logits_copies=4.0),
+    *(
+        Candidate(f"Liger: {name}", partial(liger.chunked, name), compiles=True, objective=name)
+        for name in ("simpo", "cpo", "orpo", "kto")
+    ),
 )
 CANDIDATES = {candidate.name: candidate for candidate in _ALL}
+# Peers that fuse a loss other than DPO.
+OTHER_LOSSES = tuple(c.name for c in _ALL if c.objective != "dpo")
 # On one shape the automatic choice is one of our paths, so only the sweep measures it.
-ON_ONE_SHAPE = tuple(name for name in CANDIDATES if name != "ours: auto")
+ON_ONE_SHAPE = tuple(c for c in CANDIDATES if c != "ours: auto" and c not in OTHER_LOSSES)
 IN_SWEEP = ("ours: auto", "ours: recompute", "TRL", "eager")

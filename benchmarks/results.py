@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 ROOT = Path(__file__).parent
@@ -21,6 +20,7 @@ RESULTS = ROOT / "results"
 Row = dict[str, Any]
 
 _LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cross-entropy")
+_KEY = ("candidate", "shape", "dtype", "sequences", "length", "labelled_rows")
 _NUMBER = (int, float, type(None))
 _SHAPE_FIELDS: dict[str, tuple[type, ...]] = {
     "candidate": (str,),
@@ -59,6 +59,26 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "sweep": {**_SHAPE_FIELDS, "axis": (str,)},
 }
+_SPREAD = (list, type(None))
+FIELDS["grid"] = {
+    **{name: kinds for name, kinds in FIELDS["head"].items() if not name.startswith("reused_")},
+    "objective": (str,),
+    "forward_ms": _NUMBER,
+    "forward_in_p": _NUMBER,
+    "forward_in_p_quartiles": _SPREAD,
+    "flops": _NUMBER,
+    "bytes": _NUMBER,
+}
+FIELDS["method"] = {
+    **{name: _SHAPE_FIELDS[name] for name in (*_KEY, "status")},
+    "pairs": (int,),
+    "stateful": (bool,),
+    "engine": (str,),
+    "ms": (float,),
+    "ms_quartiles": (list,),
+    "step_ms": (float,),
+    "share": (float,),
+}
 
 
 @dataclass
@@ -72,7 +92,7 @@ class Results:
 
     def put(self, row: Row) -> None:
         """Add a row, or replace the one of the same candidate, shape and dtype; then write."""
-        self.rows = [other for other in self.rows if _key(other) != _key(row)] + [row]
+        self.rows = [other for other in self.rows if row_key(other) != row_key(row)] + [row]
         self.save()
 
     def save(self) -> None:
@@ -130,7 +150,7 @@ def machine() -> dict[str, str | int]:
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "memory_gib": round(_memory_bytes() / 2**30),
         "system": platform.system(),
     }
     if torch.cuda.is_available():
@@ -163,6 +183,14 @@ def commit() -> str:
         return "uncommitted"
 
 
+def _memory_bytes() -> int:
+    try:
+        import psutil
+    except ImportError:  # A machine lent for its GPU may have no more than torch.
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().total
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if os.path.exists(info):
@@ -172,5 +200,6 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _key(row: Row) -> tuple[str, ...]:
-    return row["candidate"], row["shape"], row["dtype"]
+def row_key(row: Row) -> tuple[Any, ...]:
+    """What a row is about: two rows of one section with the same key replace each other."""
+    return tuple(row[name] for name in _KEY)

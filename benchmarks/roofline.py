@@ -19,8 +19,12 @@ from benchmarks.shapes import _LARGEST_OUTPUT, Shape
 WORKSPACE, WIDEST = 256 * 2**20, 16384
 PATHS = ("evaluate", "stash", "local", "recompute")
 ENGINES = ("cublas", "triton")
-# The cases that stand for the fused kernels that only fold their tile, and that also store it.
-TILE_CASES = ("fold logits", "recompute gradient")
+# What a fused kernel does to its tile → the case that stands for it.
+TILE_CASES = {
+    "fold": "fold logits",
+    "keep": "fold logits, kept",
+    "gradient": "recompute gradient",
+}
 _HALF, _SINGLE, _PARTIAL = 2, 4, 8
 
 
@@ -60,6 +64,17 @@ class Prediction:
     @property
     def bound(self) -> str:
         return "memory" if self.memory_share > 0.5 else "matmul"
+
+
+@dataclass(frozen=True)
+class FusedTile:
+    """How a fused kernel is compiled: the size of its tile, the row tiles of a group, and the
+    programs that one multiprocessor runs at once."""
+
+    rows: int
+    vocab: int
+    group: int
+    resident: int
 
 
 def waves(tiles: int, slots: int) -> int:
@@ -123,7 +138,7 @@ class _Sizes:
     n: int
     d: int
     v: int
-    resident: tuple[int, int]
+    fused: Mapping[str, FusedTile]
 
     def passed(self, name: str, size: float) -> Step:
         return Step(name, 0.0, size / self.machine.bandwidth)
@@ -133,21 +148,28 @@ class _Sizes:
         size = (self.n, self.v, self.d)
         return library(self.machine, "logits", size, operands + itemsize * self.n * self.v)
 
-    def tiles(self, written: int) -> Step:
-        """Logits by the fused kernel, of which `written` bytes an entry reach the memory."""
-        block = self.machine.block(rich=written > 0)
-        groups = ceil(self.n / (block.rows * block.group))
-        partials = _PARTIAL * self.n * ceil(self.v / block.vocab)
-        traffic = _HALF * (self.n + groups * self.v) * self.d + written * self.n * self.v + partials
+    def tiles(self, kind: str) -> Step:
+        """Logits by the fused kernel; all but a mere fold writes a bf16 for each of them."""
+        tile = self.fused[kind]
+        groups = ceil(self.n / (tile.rows * tile.group))
+        written = 0 if kind == "fold" else _HALF * self.n * self.v
+        if kind != "gradient":
+            written += self._partials(kind)
         return multiply(
             self.machine,
             "tiles",
             (self.n, self.v, self.d),
-            (block.rows, block.vocab),
+            (tile.rows, tile.vocab),
             share=self.machine.fused,
-            resident=self.resident[written > 0],
-            traffic=traffic,
+            resident=tile.resident,
+            traffic=_HALF * (self.n + groups * self.v) * self.d + written,
         )
+
+    def merge(self, kind: str) -> Step:
+        return self.passed("merge partials", self._partials(kind))
+
+    def _partials(self, kind: str) -> int:
+        return _PARTIAL * self.n * ceil(self.v / self.fused[kind].vocab)
 
     def hidden_product(self) -> Step:
         """(n, v) times the weight, added to an fp32 (n, d)."""
@@ -160,10 +182,6 @@ class _Sizes:
         return library(
             self.machine, "d weight", (self.v, self.d, self.n), read + _HALF * self.v * self.d
         )
-
-    def merge(self, rich: bool) -> Step:
-        parts = ceil(self.v / self.machine.block(rich).vocab)
-        return self.passed("merge partials", _PARTIAL * self.n * parts)
 
     def gradients(self) -> list[Step]:
         return [self.weight_product(), self.hidden_product()]
@@ -184,15 +202,15 @@ class _Sizes:
 
     def triton(self, path: str) -> tuple[list[Step], list[Step]]:
         """Forward and backward: logits never in memory, bf16 only where a matmul reads it."""
-        fold = [self.tiles(0), self.merge(rich=False)]
-        fold_and_keep = [self.tiles(_HALF), self.merge(rich=True)]
+        fold = [self.tiles("fold"), self.merge("fold")]
+        fold_and_keep = [self.tiles("keep"), self.merge("keep")]
         if path == "evaluate":
             return fold, []
         if path == "stash":
             return [*fold_and_keep, self.convert(), self.hidden_product()], []
         if path == "local":
             return fold_and_keep, [self.convert(), *self.gradients()]
-        return fold, [self.tiles(_HALF), *self.gradients()]
+        return fold, [self.tiles("gradient"), *self.gradients()]
 
     def convert(self) -> Step:
         """Kept exponentials become the next matmul's operand, in place."""
@@ -209,7 +227,7 @@ def bare_matmul(machine: Machine, shape: Shape) -> float:
     """Seconds of P: bf16 hidden @ weight.T into an existing bf16 output."""
     n = shape.labelled_rows
     widths = slabs(shape.vocab, _LARGEST_OUTPUT // (_HALF * n))
-    sizes = (_Sizes(machine, n, shape.hidden_size, v, (1, 1)) for v in widths)
+    sizes = (_Sizes(machine, n, shape.hidden_size, v, {}) for v in widths)
     return sum(size.logits(_HALF).seconds for size in sizes)
 
 
@@ -226,40 +244,47 @@ def slab_widths(engine: str, path: str, n: int, vocab: int) -> tuple[int, int]:
 
 
 def steps(
-    machine: Machine, shape: Shape, path: str, engine: str, resident: tuple[int, int]
+    machine: Machine, shape: Shape, path: str, engine: str, fused: Mapping[str, FusedTile]
 ) -> list[Step]:
     """Every step of a forward and its backward, slab after slab."""
     n = shape.labelled_rows
     found = []
     for direction, width in enumerate(slab_widths(engine, path, n, shape.vocab)):
         for v in slabs(shape.vocab, width):
-            sizes = _Sizes(machine, n, shape.hidden_size, v, resident)
+            sizes = _Sizes(machine, n, shape.hidden_size, v, fused)
             both = sizes.cublas(path) if engine == "cublas" else sizes.triton(path)
             found += both[direction]
     return found
 
 
 def predict(
-    machine: Machine, shape: Shape, path: str, engine: str, resident: tuple[int, int] = (1, 1)
+    machine: Machine, shape: Shape, path: str, engine: str, fused: Mapping[str, FusedTile]
 ) -> Prediction:
-    """Time of a path; `resident` as `residents` gives it."""
-    taken = steps(machine, shape, path, engine, resident)
+    """Time of a path, with the tiles that `fused_tiles` gives."""
+    taken = steps(machine, shape, path, engine, fused)
     total = sum(step.seconds for step in taken)
     memory = sum(step.seconds for step in taken if step.memory > step.arithmetic)
     return Prediction(1e3 * total, total / bare_matmul(machine, shape), memory / total)
 
 
-def residents(kernels: Mapping[str, Any], machine: Machine) -> tuple[int, int]:
-    """Programs of each of `TILE_CASES` that one multiprocessor runs at once.
+def fused_tiles(kernels: Mapping[str, Any], machine: Machine) -> dict[str, FusedTile]:
+    """The kernels of `TILE_CASES` in bf16, as compiled for a machine.
 
     Raises:
         ValueError: a case is not among the compiled kernels.
     """
-    found = {
-        row["case"]: occupancy(row, machine)
+    rows = {
+        row["case"]: row
         for row in kernels.get(machine.target, {"rows": []})["rows"]
-        if row["dtype"] == "bf16" and row["status"] == "ok" and row["case"] in TILE_CASES
+        if row["dtype"] == "bf16" and row["status"] == "ok"
     }
-    if len(found) < len(TILE_CASES) or 0 in found.values():
-        raise ValueError(f"{machine.target}: got {found}, wanted programs of each of {TILE_CASES}")
-    return found[TILE_CASES[0]], found[TILE_CASES[1]]
+    missing = sorted(set(TILE_CASES.values()) - rows.keys())
+    if missing:
+        raise ValueError(f"{machine.target}: got no compiled kernel for {', '.join(missing)}")
+    return {kind: _fused_tile(rows[case], machine) for kind, case in TILE_CASES.items()}
+
+
+def _fused_tile(row: Mapping[str, Any], machine: Machine) -> FusedTile:
+    named = dict(word.split("=") for word in row["configuration"].split())
+    rows, vocab, group = (int(named[name]) for name in ("ROWS", "VOCAB", "GROUP"))
+    return FusedTile(rows, vocab, group, max(1, occupancy(row, machine)))

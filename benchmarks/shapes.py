@@ -88,6 +88,20 @@ class Problem:
         return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
     @property
+    def lengths(self) -> Tensor:
+        """(S,) labelled tokens of each sequence."""
+        return (self.targets != IGNORE_INDEX).sum(1)
+
+    def require_no_softcap(self) -> None:
+        """For candidates that have none.
+
+        Raises:
+            NotImplementedError: the head has a softcap.
+        """
+        if self.shape.softcap is not None:
+            raise NotImplementedError("has no softcap")
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that exist now."""
         leaves = (self.hidden.grad, self.weight.grad)

@@ -91,10 +91,10 @@ def measure_head(
     for name in ON_ONE_SHAPE:
         accuracy = assess(CANDIDATES[name], problem, truth)
         rows[name] = {
-            **_about(CANDIDATES[name], shape, dtype),
+            **about(CANDIDATES[name], shape, dtype),
             **dict.fromkeys(("extra_bytes", "gradient_bytes")),
-            **_figures(None, ""),
-            **_figures(None, "reused_"),
+            **figures(None, ""),
+            **figures(None, "reused_"),
             "memory_status": "not measured",
             **asdict(accuracy),
         }
@@ -110,7 +110,7 @@ def measure_head(
         timings = rounds(steps, unit, count, "cpu", _SECONDS_OF_ROUNDS)
         for number, timed in enumerate(timings, 1):
             for name in right:
-                rows[name].update(_figures(timed[name], prefix))
+                rows[name].update(figures(timed[name], prefix))
                 results.put(rows[name])
             local = timed["ours: local"].in_p
             say(f"{dtype}: {prefix}round {number} of {count}: ours: local {local:.2f} P")
@@ -135,12 +135,13 @@ def sweep_memory(
         for shape in shapes:
             for name in IN_SWEEP:
                 memory = peak_memory(CANDIDATES[name], shape, "fp32")
-                about = _about(CANDIDATES[name], shape, "fp32")
-                results.put({**about, "axis": axis, "status": memory.status, **_bytes(memory)})
+                known = about(CANDIDATES[name], shape, "fp32")
+                results.put({**known, "axis": axis, "status": memory.status, **_bytes(memory)})
                 say(f"sweep: {shape.name}: {name}: {_mib(memory)}")
 
 
-def _about(candidate: Candidate, shape: Shape, dtype: str) -> Row:
+def about(candidate: Candidate, shape: Shape, dtype: str) -> Row:
+    """What a row is about."""
     return {
         "candidate": candidate.name,
         "shape": shape.name,
@@ -154,7 +155,8 @@ def _about(candidate: Candidate, shape: Shape, dtype: str) -> Row:
     }
 
 
-def _figures(timing: Timing | None, prefix: str) -> Row:
+def figures(timing: Timing | None, prefix: str) -> Row:
+    """The fields of a timing, or empty ones."""
     names = ("rounds", "ms", "p_ms", "in_p", "in_p_quartiles")
     values: tuple[Any, ...] = (0, None, None, None, None)
     if timing is not None:

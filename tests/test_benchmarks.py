@@ -16,13 +16,14 @@ pytest.importorskip("psutil")
 from benchmarks import accuracy, memory, suite, tables  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.claims import claims_of  # noqa: E402
+from benchmarks.objectives import OBJECTIVES, dpo  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
     CANDIDATES,
     HEAD,
     NOTHING,
     ON_ONE_SHAPE,
+    OTHER_LOSSES,
     Candidate,
-    dpo,
 )
 from benchmarks.report import END, START, check_report, filled, write_report  # noqa: E402
 from benchmarks.results import Results, check, load  # noqa: E402
@@ -81,7 +82,7 @@ def test_truth_is_eager_float64(shape: Shape) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [TINY, CAPPED], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("name", [name for name in CANDIDATES if name not in OTHER_LOSSES])
 def test_candidate_is_right_or_says_why_not(name: str, shape: Shape, dtype: str) -> None:
     candidate = CANDIDATES[name]
     problem = make_problem(shape, DTYPES[dtype])
@@ -95,6 +96,43 @@ def test_candidate_is_right_or_says_why_not(name: str, shape: Shape, dtype: str)
     assert (found.dweight_error is None) == (candidate.trains != HEAD)
     for error in (found.dhidden_error, found.dweight_error):
         assert error is None or error < (1e-5 if dtype == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OTHER_LOSSES)
+def test_peer_with_another_loss_is_right(name: str, dtype: str) -> None:
+    pytest.importorskip("liger_kernel")
+    problem = make_problem(TINY, DTYPES[dtype])
+    truth = accuracy.truth_of(problem, CANDIDATES[name].objective)
+    with torch.compiler.set_stance("force_eager"):
+        found = accuracy.assess(CANDIDATES[name], problem, truth)
+    assert found.status == "ok"
+    assert found.dweight_error is not None and found.dweight_error < 5e-2
+
+
+def test_a_peer_with_the_wrong_loss_is_named() -> None:
+    problem = make_problem(TINY, torch.float32)
+    found = accuracy.assess(CANDIDATES["eager"], problem, accuracy.truth_of(problem, "simpo"))
+    assert found.status.startswith("wrong: hidden's gradient off by")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_those_of_the_papers(name: str) -> None:
+    sums = torch.tensor([-6.0, -2.0], dtype=torch.float64)
+    lengths = torch.tensor([3, 4])
+
+    def logistic(x: float) -> float:
+        return math.log1p(math.exp(-x))
+
+    odds = [mean - math.log1p(-math.exp(mean)) for mean in (-2.0, -0.5)]
+    wanted = {
+        "dpo": logistic(0.02 * -4),
+        "simpo": logistic(2.0 * -1.5 - 0.5),
+        "cpo": logistic(0.02 * -4) + 2.0,
+        "orpo": 0.02 * logistic(odds[0] - odds[1]) + 2.0,
+        "kto": 1 - (1 / (1 + math.exp(0.012)) + 1 / (1 + math.exp(-0.004))) / 2,
+    }
+    assert OBJECTIVES[name](sums, lengths).item() == pytest.approx(wanted[name], rel=1e-12)
 
 
 def test_wrong_and_missing_peers_are_named() -> None:

@@ -1,0 +1,234 @@
+"""docs/benchmarks.md, from the results on disk and from what is counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.counts import WORKSPACE
+from benchmarks.counts import __doc__ as counted
+from benchmarks.kernel_results import KERNELS, load_kernels
+from benchmarks.longest import CAPACITIES, COMPARED, longest
+from benchmarks.machines import MACHINES
+from benchmarks.method_cost import GOAL, PAIRS
+from benchmarks.results import RESULTS, ROOT, Row, load
+from benchmarks.roofline import fused_tiles
+from benchmarks.shapes import HEADS
+from benchmarks.tables import _number, _table, origin
+
+PAGE = ROOT.parent / "docs" / "benchmarks.md"
+_INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m benchmarks report` from `benchmarks/results`; edit nothing here.
+
+P is the time of one bare matmul `hidden @ weight.T` over the labelled rows, into an existing
+output, measured right before each candidate. Times are medians, brackets hold their quartiles.
+Every candidate is compared with float64 before it is timed, on the loss that it computes: who is
+wrong, missing or fails is named with the reason instead. A first step and a first forward come
+before the timing, so that nothing is compiled or touched for the first time in it. *Forward* is a
+forward that a backward may follow."""
+_METHODS = """\
+## What the loss itself takes
+
+Loss and statistics of {pairs} pairs, forward and backward, as a share of the step of the op
+(`local`, {shape} shape, fp32, torch engine, one run). The goal is {goal:.2%}."""
+_LONGEST = """\
+## The longest context whose head fits
+
+**By the memory model, not measured**: tokens of each sequence of one pair, half of them labelled,
+bf16. Weight, hidden states, both gradients (no weight gradient for `stash`, whose head is frozen)
+and the extra bytes of the model above; no backbone, whose activations end most contexts first. The
+workspace is {workspace} MiB; `local` keeps its probabilities beside it."""
+_COUNTED = """\
+## What is counted
+
+{counted}"""
+
+
+def write_benchmarks(page: Path = PAGE, results: Path = RESULTS, kernels: Path = KERNELS) -> None:
+    """Write the page and its pictures."""
+    from benchmarks.grid_pictures import draw_rooflines, draw_rows, draw_shares
+
+    page.parent.mkdir(parents=True, exist_ok=True)
+    grids = _grids(results)
+    if "shares" in grids["cpu"]:
+        draw_shares(grids["cpu"]["shares"]["rows"], results / "cpu" / "shares.png")
+    compiled = load_kernels(kernels)
+    measured: dict[str, list[Row]] = {}
+    for machine in MACHINES:
+        llama = [row for row in _rows(grids[machine.folder]) if _on_rows(row)]
+        measured[machine.name] = [row for row in llama if _same(row)]
+        if llama:
+            draw_rows(llama, results / machine.folder / "rows.png")
+    tiles = {machine.name: fused_tiles(compiled, machine) for machine in MACHINES}
+    draw_rooflines(tiles, measured, page.parent / "roofline.png")
+    page.write_text(page_text(results, page), encoding="utf-8")
+
+
+def check_benchmarks(page: Path = PAGE, results: Path = RESULTS) -> bool:
+    """Whether the page shows exactly what the results say, and its pictures exist."""
+    if not page.exists() or page.read_text(encoding="utf-8") != page_text(results, page):
+        return False
+    return all((page.parent / name).exists() for name in pictures(results, page))
+
+
+def pictures(results: Path, page: Path) -> list[str]:
+    """Those that the page shows, as seen from it."""
+    grids, found = _grids(results), ["roofline.png"]
+    if "shares" in grids["cpu"]:
+        found.append(_seen(results / "cpu" / "shares.png", page))
+    for machine in MACHINES:
+        if any(_on_rows(row) for row in _rows(grids[machine.folder])):
+            found.append(_seen(results / machine.folder / "rows.png", page))
+    return found
+
+
+def page_text(results: Path, page: Path = PAGE) -> str:
+    """The page that results on disk give."""
+    grids, shown = _grids(results), pictures(results, page)
+    parts = [_INTRODUCTION]
+    titles = {"peers": "Every peer", "shares": "Labelled shares, head training and frozen"}
+    for name, title in titles.items():
+        if name in grids["cpu"]:
+            content = grids["cpu"][name]
+            parts += [f"## {title}, CPU", "Measured on " + origin(content)]
+            parts.append(grid_table(content["rows"]))
+            parts += [f"![{title}]({path})" for path in shown if path.endswith(f"{name}.png")]
+    for machine in MACHINES:
+        for content in grids[machine.folder].values():
+            parts += [f"## {machine.name}", "Measured on " + origin(content)]
+            parts.append(grid_table(content["rows"]))
+        parts += [
+            f"![Rows]({path})" for path in shown if path.endswith(f"{machine.folder}/rows.png")
+        ]
+    if "methods" in grids["cpu"]:
+        content = grids["cpu"]["methods"]
+        shape = content["rows"][0]["shape"]
+        parts.append(_METHODS.format(pairs=PAIRS, shape=shape, goal=GOAL))
+        parts += ["Measured on " + origin(content), method_table(content["rows"])]
+    parts.append(_COUNTED.format(counted=(counted or "").strip()))
+    parts += [_LONGEST.format(workspace=WORKSPACE // 2**20), longest_table(), _roofline()]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid_table(rows: Sequence[Row]) -> str:
+    """A line for each row, in the order in which they were measured."""
+    header = (
+        "candidate",
+        "loss",
+        "shape",
+        "dtype",
+        "gradients",
+        "labelled rows",
+        "forward, P",
+        "P",
+        "ms",
+        "extra MiB",
+        "log-prob error (nats)",
+        "gradient error",
+        "GFLOP",
+        "GB moved",
+    )
+    return _table(header, [_grid_line(row) for row in rows], left=5)
+
+
+def _grid_line(row: Row) -> list[str]:
+    shape = f"{row['shape']}, {row['sequences']} × {row['length']}"
+    about = [row["candidate"], row["objective"], shape, row["dtype"], row["trains"]]
+    about.append(str(row["labelled_rows"]))
+    if row["status"] != "ok":
+        return [*about, row["status"], *[""] * 7]
+    errors = [row[name] for name in ("dhidden_error", "dweight_error") if row[name] is not None]
+    extra = row["extra_bytes"]
+    return [
+        *about,
+        _number(row["forward_in_p"], ".2f"),
+        _spread(row),
+        _number(row["ms"], ".1f"),
+        row["memory_status"] if extra is None else f"{max(extra, 0) / 2**20:.0f}",
+        _number(row["logp_error"], ".1e"),
+        _number(max(errors, default=None), ".1e"),
+        _number(row["flops"] and row["flops"] / 1e9, ".0f"),
+        _number(row["bytes"] and row["bytes"] / 1e9, ".2f"),
+    ]
+
+
+def _spread(row: Row) -> str:
+    if row["in_p"] is None:
+        return ""
+    low, high = row["in_p_quartiles"]
+    return f"{row['in_p']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def method_table(rows: Sequence[Row]) -> str:
+    """A line for each loss."""
+    header = ("loss", "keeps a statistic", "ms", "of a step of ms", "share", "within the goal")
+    lines = [
+        [
+            row["candidate"],
+            "yes" if row["stateful"] else "no",
+            f"{row['ms']:.3f} [{row['ms_quartiles'][0]:.3f}, {row['ms_quartiles'][1]:.3f}]",
+            f"{row['step_ms']:.0f}",
+            f"{row['share']:.3%}",
+            "yes" if row["share"] <= GOAL else "no",
+        ]
+        for row in rows
+    ]
+    return _table(header, lines, left=2)
+
+
+def longest_table() -> str:
+    """Tokens of a sequence, for each candidate, head and capacity."""
+    header = ["candidate", *(f"{head}, {size}" for head in HEADS for size in CAPACITIES)]
+    lines = [
+        [
+            name,
+            *(
+                f"{longest(name, head, size):,}"
+                for head in HEADS.values()
+                for size in CAPACITIES.values()
+            ),
+        ]
+        for name in COMPARED
+    ]
+    return _table(header, lines, left=1)
+
+
+def _roofline() -> str:
+    return (
+        "## Roofline\n\n**Hollow marks are predictions** (see kernels.md for their assumptions),"
+        " full marks measurements, on Llama-3's head in bf16. What was not measured on a machine"
+        " is a prediction.\n\n![Roofline](roofline.png)"
+    )
+
+
+def _grids(results: Path) -> dict[str, Mapping[str, Any]]:
+    """Folder → name → content, for the CPU and each GPU; empty where nothing was measured."""
+    folders = ("cpu", *(machine.folder for machine in MACHINES))
+    contents = {name: load(results / name) for name in folders}
+    kept = ("grid", "method")
+    return {
+        name: {key: value for key, value in files.items() if value["section"] in kept}
+        for name, files in contents.items()
+    }
+
+
+def _rows(files: Mapping[str, Any]) -> list[Row]:
+    return [row for content in files.values() for row in content["rows"]]
+
+
+def _on_rows(row: Row) -> bool:
+    """Whether a row belongs to the sweep over rows: Llama-3's head, half labelled, bf16."""
+    half = 2 * row["labelled_rows"] == row["sequences"] * row["length"]
+    return row["shape"] == "llama-3" and row["dtype"] == "bf16" and half
+
+
+def _same(row: Row) -> bool:
+    return row["labelled_rows"] == HEADS["llama-3"].labelled_rows
+
+
+def _seen(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()

@@ -1,0 +1,153 @@
+"""The pictures of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.counts import count
+from benchmarks.machines import MACHINES, Machine
+from benchmarks.pictures import _FAINT, _LINES, _OURS, _STYLE, _save, _thousands, pyplot
+from benchmarks.results import Row
+from benchmarks.roofline import ENGINES, PATHS, FusedTile, predict
+from benchmarks.shapes import HEADS
+
+_PATH_MARKERS = dict(zip(PATHS, "osD^", strict=True))
+_ENGINE_COLOURS = dict(zip(ENGINES, (_OURS, "#d1782f"), strict=True))
+_COMPARED = ("ours: local", "ours: recompute", "TRL")
+
+
+def draw_shares(rows: Sequence[Row], path: Path) -> None:
+    """Speedup over eager, and time in P with its quartiles, over the share of labelled tokens."""
+    panels: dict[str, Callable[[Row, Row], tuple[float, ...]]] = {
+        "times as fast as eager": lambda row, eager: (eager["ms"] / row["ms"],),
+        "time of a step, in P": lambda row, _: (row["in_p"], *row["in_p_quartiles"]),
+    }
+    _draw_lines(rows, path, "labelled tokens", _share, "{:.0%}".format, panels)
+
+
+def draw_rows(rows: Sequence[Row], path: Path) -> None:
+    """Time in P with its quartiles over the labelled rows."""
+    panels: dict[str, Callable[[Row, Row], tuple[float, ...]]] = {
+        "time of a step, in P": lambda row, _: (row["in_p"], *row["in_p_quartiles"]),
+    }
+    _draw_lines(
+        rows,
+        path,
+        "labelled rows",
+        lambda row: row["labelled_rows"],
+        lambda tick: _thousands(int(tick)),
+        panels,
+    )
+
+
+def draw_rooflines(
+    fused: Mapping[str, Mapping[str, FusedTile]],
+    measured: Mapping[str, Sequence[Row]],
+    path: Path,
+) -> None:
+    """FLOP/s over FLOPs per byte on Llama-3's head: predictions hollow, measurements full.
+
+    Args:
+        fused: machine → its compiled tiles.
+        measured: machine → rows of its grid, in bf16 on the same shape.
+    """
+    shape = HEADS["llama-3"]
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(9.5, 4.0), sharey=True)
+        for panel, machine in zip(axes, MACHINES, strict=True):
+            _draw_roof(panel, machine)
+            for name, engine in product(PATHS, ENGINES):
+                seconds = predict(machine, shape, name, engine, fused[machine.name]).ms / 1e3
+                _point(panel, name, engine, seconds, full=False)
+            for row in measured.get(machine.name, ()):
+                name, _, engine = row["candidate"].removeprefix("ours: ").partition(", ")
+                if name in PATHS and engine in ENGINES and row["status"] == "ok":
+                    _point(panel, name, engine, row["ms"] / 1e3, full=True)
+        axes[0].set_ylabel("TFLOP/s")
+        for name, engine in product(PATHS, ENGINES):
+            style = {"color": _ENGINE_COLOURS[engine], "marker": _PATH_MARKERS[name]}
+            axes[0].plot([], [], linestyle="", label=f"{name}, {engine}", **style)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
+        _save(figure, path, top=0.86)
+
+
+def _draw_roof(panel: Any, machine: Machine) -> None:
+    ridge = machine.peak / machine.bandwidth
+    ends = [ridge / 10, ridge, ridge * 100]
+    panel.plot(ends, [min(machine.peak, x * machine.bandwidth) / 1e12 for x in ends], color="#444")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_title(machine.name)
+    panel.set_xlabel("FLOPs per byte moved")
+    panel.grid(color=_FAINT)
+
+
+def _point(panel: Any, path: str, engine: str, seconds: float, *, full: bool) -> None:
+    counts = count(f"ours: {path}", HEADS["llama-3"], 2)
+    assert counts is not None
+    colour = _ENGINE_COLOURS[engine]
+    panel.plot(
+        [counts.intensity],
+        [counts.flops / seconds / 1e12],
+        marker=_PATH_MARKERS[path],
+        color=colour,
+        markerfacecolor=colour if full else "none",
+    )
+
+
+def _draw_lines(
+    rows: Sequence[Row],
+    path: Path,
+    label: str,
+    place: Callable[[Row], float],
+    shown: Callable[[float], str],
+    panels: Mapping[str, Callable[[Row, Row], tuple[float, ...]]],
+) -> None:
+    good = [row for row in rows if row["status"] == "ok" and row["in_p"] is not None]
+    eager = {place(row): row for row in good if row["candidate"] == "eager"}
+    with pyplot.rc_context(_STYLE):
+        width = 4.8 * len(panels)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 3.8), squeeze=False)
+        for panel, (title, value) in zip(axes[0], panels.items(), strict=True):
+            for name in _compared(good):
+                mine = sorted((row for row in good if row["candidate"] == name), key=place)
+                mine = [row for row in mine if place(row) in eager or not eager]
+                places = [place(row) for row in mine]
+                values = [value(row, eager.get(place(row), row)) for row in mine]
+                colour, line, marker = _LINES.get(name, _LINES[_alias(name)])
+                style = {"color": colour, "linestyle": line, "marker": marker, "label": name}
+                middle = [entry[0] for entry in values]
+                spread = None
+                if values and len(values[0]) == 3:
+                    spread = [
+                        [max(0.0, entry[0] - entry[1]) for entry in values],
+                        [max(0.0, entry[2] - entry[0]) for entry in values],
+                    ]
+                panel.errorbar(places, middle, yerr=spread, capsize=3, markersize=4, **style)
+                panel.set_xticks(places, [shown(tick) for tick in places])
+            panel.set_xlabel(label)
+            panel.set_ylabel(title)
+            panel.set_ylim(bottom=0)
+            panel.grid(color=_FAINT)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+        _save(figure, path, top=0.92)
+
+
+def _compared(rows: Sequence[Row]) -> list[str]:
+    """Ours that train the head, and TRL, in the order in which they stand."""
+    names = dict.fromkeys(row["candidate"] for row in rows)
+    return [name for name in names if name.split(",")[0] in _COMPARED and "torch" not in name]
+
+
+def _alias(name: str) -> str:
+    """Whose line a path of ours is drawn with."""
+    return "ours: auto" if name.startswith("ours: local") else "ours: recompute"
+
+
+def _share(row: Row) -> float:
+    return row["labelled_rows"] / (row["sequences"] * row["length"])
