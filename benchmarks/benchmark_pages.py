@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from benchmarks.method_cost import GOAL, PAIRS
 from benchmarks.results import RESULTS, ROOT, Row, load
 from benchmarks.roofline import fused_tiles
 from benchmarks.shapes import HEADS
-from benchmarks.tables import _number, _table, origin
+from benchmarks.tables import _number, _table, origin, sweep_table
 
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 _INTRODUCTION = """\
@@ -86,6 +87,12 @@ def pictures(results: Path, page: Path) -> list[str]:
     return found
 
 
+_SWEEP = """## Memory over the vocabulary and the length, CPU
+
+Extra peak MiB of a forward and backward in fp32, D 256, half of the tokens labelled, beyond the
+inputs and the two gradients."""
+
+
 def page_text(results: Path, page: Path = PAGE) -> str:
     """The page that results on disk give."""
     grids, shown = _grids(results), pictures(results, page)
@@ -97,6 +104,10 @@ def page_text(results: Path, page: Path = PAGE) -> str:
             parts += [f"## {title}, CPU", "Measured on " + origin(content)]
             parts.append(grid_table(content["rows"]))
             parts += [f"![{title}]({path})" for path in shown if path.endswith(f"{name}.png")]
+    sweep = results / "cpu" / "sweep.json"
+    if sweep.is_file():
+        content = json.loads(sweep.read_text(encoding="utf-8"))
+        parts += [_SWEEP, "Measured on " + origin(content), sweep_table(content["rows"])]
     for machine in MACHINES:
         for content in grids[machine.folder].values():
             parts += [f"## {machine.name}", "Measured on " + origin(content)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS, ROOT, load
-from benchmarks.tables import head_table, origin, sweep_table
+from benchmarks.tables import head_table, origin
 
 README = ROOT.parent / "README.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -60,8 +60,7 @@ def block(results: Mapping[str, Any], folder: str) -> str:
     sweep = results["sweep"]["rows"]
     size = f"{sweep[0]['dtype']}, D {sweep[0]['hidden_size']}, half of the tokens labelled"
     parts += [
-        f"**Extra peak MiB, beyond the inputs and the two gradients ({size})**",
-        sweep_table(sweep),
+        f"Extra peak memory, beyond the inputs and the two gradients ({size}):",
         f"![Extra peak memory]({folder}/sweep.png)",
         "Measured on " + origin(results["head-fp32"]),
     ]
