@@ -1,6 +1,6 @@
 """Preference-optimisation losses fused with the LM head: no logits in memory."""
 
-from fused_prefopt.losses import available_losses
+from fused_prefopt.losses import available_losses, bradley_terry_loss, preset
 from fused_prefopt.ops import (
     Plan,
     release_workspace,
@@ -20,6 +20,8 @@ __all__ = [
     "SequenceLogps",
     "TokenStatistics",
     "available_losses",
+    "bradley_terry_loss",
+    "preset",
     "release_workspace",
     "sequence_logps",
     "token_logps",

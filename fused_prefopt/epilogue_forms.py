@@ -25,6 +25,7 @@ from fused_prefopt.losses import (
     UnbiasedRobust,
     gap_of,
 )
+from fused_prefopt.losses.metrics import mean
 from fused_prefopt.statistics import (
     BatchMoments,
     DatasetMoments,
@@ -76,7 +77,7 @@ class PairState:
 def pair_form(loss: PairwiseLoss) -> PairForm | None:
     """The loss without its statistic, or None where a part of it is unknown to the kernel."""
     reward, link, margin = _REWARDS.get(type(loss.reward)), _link(loss.link), _margin(loss.margin)
-    if reward is None or link is None or margin is None or loss.regularisers:
+    if reward is None or link is None or margin is None or _has_more_parts(loss):
         return None
     beta: float = loss.reward.beta  # type: ignore[attr-defined]
     reference, per_token = reward
@@ -90,6 +91,11 @@ def pair_form(loss: PairwiseLoss) -> PairForm | None:
         beta=beta,
         **margin,
     )
+
+
+def _has_more_parts(loss: PairwiseLoss) -> bool:
+    scaled = loss.scale is not None or loss.weighting is not None
+    return scaled or bool(loss.regularisers) or loss.reduction is not mean
 
 
 def _margin(margin: Any) -> dict[str, Any] | None:

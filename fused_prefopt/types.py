@@ -148,6 +148,8 @@ class LogpBatch:
         prompt_reference: (S,) the same under the reference model.
         groups: (S,) integer, equal for the completions of one prompt.
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
+        collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
+            optional.
 
     Raises:
         ValueError: a field's shape, dtype or device does not fit `policy`.
@@ -163,6 +165,7 @@ class LogpBatch:
     prompt_reference: Tensor | None = None
     groups: Tensor | None = None
     sequence_kl: Tensor | None = None
+    collision: Tensor | None = None
 
     def __post_init__(self) -> None:
         require_shape("policy", self.policy, ("S",))

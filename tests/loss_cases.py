@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from fused_prefopt.losses import PairwiseLoss
 from fused_prefopt.types import LogpBatch, LossOutput
 
 
@@ -32,6 +33,7 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         prompt_reference=-draw(10).abs(),
         groups=torch.arange(size) // 3,
         sequence_kl=draw(2).abs(),
+        collision=-draw(10).abs(),
     )
 
 
@@ -51,3 +53,36 @@ class GivenMargin:
 
     def __call__(self, batch, reward_margins, summary=None):
         return self.values
+
+    def statistics(self):
+        return None
+
+    def observe(self, batch, reward_margins):
+        return reward_margins
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenFactors:
+    """Scales or weights from outside, as `GivenMargin`."""
+
+    values: torch.Tensor
+
+    def __call__(self, *_):
+        return self.values
+
+
+def held(loss, batch: LogpBatch, summary=None):
+    """The loss with its stopped parts as constants: what finite differences should see."""
+    if not isinstance(loss, PairwiseLoss):
+        return loss
+    margins, scale, weighting = loss.margin, loss.scale, loss.weighting
+    joint = summary if isinstance(summary, tuple) else (summary, None)
+    chosen, rejected = loss.reward(batch).detach().chunk(2)
+    targets = margins(batch, chosen - rejected, joint[0])
+    if not targets.requires_grad:
+        margins = GivenMargin(targets)
+    if scale is not None:
+        scale = GivenFactors(scale(chosen - rejected, joint[1]))
+    if weighting is not None:
+        weighting = GivenFactors(weighting(batch))
+    return dataclasses.replace(loss, margin=margins, scale=scale, weighting=weighting)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from loss_cases import GivenMargin, compute, random_batch
+from loss_cases import compute, held, random_batch
 
 from fused_prefopt.losses import available_losses, find
 from fused_prefopt.types import LogpBatch
@@ -33,6 +33,12 @@ VARIANTS = [(name, {}) for name in REGISTERED] + [
     ("cpo", {"nll": "sequence_mean"}),
     ("odpo", {"offset": "identity"}),
     ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
+    ("beta-dpo", {"level": "batch", "gamma": 0.3}),
+    ("aot", {"label_smoothing": 0.2}),
+    ("sft", {"nll": "sequence_mean"}),
+    ("f-dpo", {"divergence": "forward_kl"}),
+    ("f-dpo", {"divergence": "alpha_divergence"}),
+    ("alpha-po", {"alpha": -0.5}),
 ]
 
 
@@ -42,11 +48,8 @@ def test_gradcheck(name, options):
     batch = random_batch()
     statistics = loss.statistics()
     summary = None if statistics is None else statistics(loss.observe(batch))
-    stopped = loss
-    if loss.pairwise and options.get("stop_gradient", True):
-        # Finite differences would see through a stopped gradient: hold the margins.
-        margins = loss(batch, summary).target_margins
-        stopped = dataclasses.replace(loss, margin=GivenMargin(margins))
+    # Finite differences would see through a stopped gradient: hold what is stopped.
+    stopped = held(loss, batch, summary)
 
     def value(policy: torch.Tensor) -> torch.Tensor:
         return stopped(dataclasses.replace(batch, policy=policy), summary).loss
@@ -89,6 +92,44 @@ def test_inputs_are_left_alone_and_runs_are_equal(name):
     assert torch.equal(first.losses, second.losses)
     for field in FIELDS:
         assert torch.equal(getattr(batch, field), getattr(untouched, field))
+
+
+EXTREMES = [
+    (0.0, -3.0, -2.0, 0.0),
+    (-1e-12, -3.0, -2.0, -1e-12),
+    (-1e4, -3.0, -2.0, -1e4),
+    (-1e-12, -1e4, -1e4, -1e-12),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logps", EXTREMES, ids=str)
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_extreme_log_probs_stay_finite(name, options, logps, dtype):
+    policy = torch.tensor(logps, dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([0 if logp == 0 else 3 for logp in logps])
+    batch = dataclasses.replace(random_batch(4, dtype=dtype), policy=policy, lengths=lengths)
+    result = compute(find(name).build(**options), batch)
+    assert result.losses.isfinite().all() and result.loss.isfinite()
+    (gradient,) = torch.autograd.grad(result.loss, policy)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_two_empty_completions_are_a_pair(name, options):
+    zeros = torch.zeros(2, dtype=torch.float64)
+    batch = dataclasses.replace(
+        random_batch(2),
+        policy=zeros.clone().requires_grad_(),
+        lengths=torch.zeros(2, dtype=torch.int64),
+        reference=zeros,
+        sequence_kl=zeros,
+        collision=zeros,
+    )
+    result = compute(find(name).build(**options), batch)
+    assert result.loss.isfinite() and result.rewards.isfinite().all()
+    (gradient,) = torch.autograd.grad(result.loss, batch.policy)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["simpo", "alpha-dpo", "gamma-simpo"])
@@ -154,6 +195,26 @@ def test_nan_stays_in_its_pair(name):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_statistics_see_no_graph(name):
     assert not find(name).build().observe(random_batch()).requires_grad
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_accumulated_gradients_are_the_sum_of_the_micro_batches(name):
+    loss = find(name).build()
+    micro = [random_batch(4, seed=seed) for seed in range(3)]
+    apart, together = loss.statistics(), loss.statistics()
+    wanted = []
+    for batch in micro:
+        result = compute(loss, batch, apart)
+        wanted.append(torch.autograd.grad(result.loss, batch.policy)[0])
+    # All forwards before the first backward: later updates must not reach into earlier graphs.
+    results = [compute(loss, batch, together) for batch in micro]
+    sum(result.loss for result in results).backward()
+    for batch, gradient in zip(micro, wanted, strict=True):
+        torch.testing.assert_close(batch.policy.grad, gradient, rtol=1e-14, atol=0)
+    for key, value in apart.state_dict().items():
+        torch.testing.assert_close(
+            value, together.state_dict()[key], rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in STATEFUL if name in PAIRWISE])

@@ -8,7 +8,17 @@ import pytest
 import torch
 from loss_cases import vector
 
-from fused_prefopt.losses import Hinge, Logistic, Robust, Squared, UnbiasedRobust
+from fused_prefopt.losses import (
+    Blended,
+    Exact,
+    Hinge,
+    Indifferent,
+    Logistic,
+    Robust,
+    Squared,
+    UnbiasedRobust,
+    Weighted,
+)
 
 LINKS = [
     Logistic(),
@@ -17,6 +27,9 @@ LINKS = [
     UnbiasedRobust(epsilon=0.2),
     Hinge(delta=0.5),
     Squared(),
+    Exact(label_smoothing=0.1),
+    Blended(temperature=0.5),
+    Weighted(weight=0.3, link=Robust(epsilon=0.2)),
 ]
 
 
@@ -68,6 +81,31 @@ def test_gradients_towards_both_margins(link):
     assert torch.autograd.gradcheck(link, (margins, targets))
 
 
+def test_exact_is_least_where_the_policy_says_what_the_label_says():
+    link, at = Exact(label_smoothing=0.2), math.log(0.8 / 0.2)
+    margins = vector(at - 0.1, at, at + 0.1).requires_grad_()
+    losses = link(margins, torch.zeros_like(margins))
+    losses.sum().backward()
+    assert losses[1].item() == pytest.approx(0.0, abs=1e-15)
+    assert losses[0] > 0 < losses[2]
+    assert margins.grad[0] < 0 < margins.grad[2]
+    assert margins.grad[1].item() == pytest.approx(0.0, abs=1e-15)
+
+
+def test_blended_is_logistic_for_pairs_far_off_and_exponential_for_right_ones():
+    margins, none = vector(-9.0, 9.0), vector(0.0, 0.0)
+    found = Blended()(margins, none).tolist()
+    assert found == pytest.approx([softplus(9.0), math.exp(-9.0)], rel=1e-12)
+
+
+def test_indifferent_is_nothing():
+    margins = vector(-1e4, 0.0, 3.0).requires_grad_()
+    losses = Indifferent()(margins, vector(1.0, 1.0, 1.0))
+    losses.sum().backward()
+    assert losses.tolist() == margins.grad.tolist() == [0.0] * 3
+    assert Indifferent()(vector(math.nan), vector(0.0)).isnan().all()
+
+
 @pytest.mark.parametrize("link", LINKS, ids=repr)
 def test_large_margins_stay_finite(link):
     margins = vector(-1e4, 1e4).requires_grad_()
@@ -82,6 +120,9 @@ def test_large_margins_stay_finite(link):
         (lambda: Robust(epsilon=0.6), "epsilon: got 0.6, wanted a finite number >= 0 and <= 0.5"),
         (lambda: UnbiasedRobust(epsilon=0.5), "epsilon: got 0.5, .* and < 0.5"),
         (lambda: Hinge(delta=math.inf), "delta: got inf"),
+        (lambda: Exact(label_smoothing=0.0), "label_smoothing: got 0.0, .* > 0"),
+        (lambda: Blended(temperature=0.0), "temperature: got 0.0"),
+        (lambda: Weighted(weight=-1.0), "weight: got -1.0"),
     ],
 )
 def test_hyperparameters_are_checked(build, message):

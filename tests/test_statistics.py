@@ -11,8 +11,10 @@ import torch
 from fused_prefopt.statistics import (
     BatchMoments,
     DatasetMoments,
+    JointStatistic,
     MarginQueue,
     ReferenceMoments,
+    RunningLevel,
     RunningMoments,
 )
 
@@ -23,6 +25,7 @@ STATISTICS = {
     "dataset": lambda: DatasetMoments(0.5, 2.0),
     "queue": lambda: MarginQueue(queue_size=16, sample_size=8, seed=3),
     "no queue": lambda: MarginQueue(queue_size=0),
+    "level": lambda: RunningLevel(0.9),
 }
 each_statistic = pytest.mark.parametrize("make", STATISTICS.values(), ids=STATISTICS.keys())
 
@@ -102,6 +105,48 @@ def test_eval_before_training_uses_the_batch(kind):
     summary = moments(vector(1.0, 3.0))
     assert (summary.mean.item(), summary.std.item()) == (2.0, 1.0)
     assert_state(moments, before)
+
+
+def test_level_by_hand():
+    level = RunningLevel(0.9)
+    first = level(vector(1.0, 3.0))
+    assert (first.batch.item(), first.average.item()) == (2.0, pytest.approx(2.0))
+    second = level(vector(5.0))
+    assert second.batch.item() == 5.0
+    assert second.average.item() == pytest.approx((0.09 * 2.0 + 0.1 * 5.0) / 0.19)
+    nothing = level(vector(math.nan))
+    assert nothing.batch.item() == nothing.average.item() == second.average.item()
+
+
+def test_joint_passes_each_row_on_and_fails_as_one(monkeypatch):
+    joint = JointStatistic(MarginQueue(queue_size=4, sample_size=4), RunningLevel(0.9))
+    alone = RunningLevel(0.9)
+    for values in stream(6):
+        pool, level = joint(torch.stack([values, -values]))
+        assert torch.equal(pool.margins[: values.shape[0]], values)
+        assert_equal(level, alone(-values))
+    dirty = vector(1.0, math.nan)
+    joint(torch.stack([dirty, dirty]))
+    assert joint.nonfinite.item() == 1
+    before = snapshot(joint)
+
+    def fail(*_):
+        raise RuntimeError("link down")
+
+    monkeypatch.setattr("fused_prefopt.statistics.moments.sum_over_ranks", fail)
+    with pytest.raises(RuntimeError, match="link down"):
+        joint(vector(1.0, 2.0).expand(2, 2))
+    assert_state(joint, before)
+    joint.eval()(vector(1.0, 2.0).expand(2, 2))
+    assert_state(joint, before)
+    restored = JointStatistic(MarginQueue(queue_size=4, sample_size=4), RunningLevel(0.9))
+    restored.load_state_dict(before)
+    monkeypatch.undo()
+    joint.train()
+    for values in stream(6, seed=1):
+        pair = values.expand(2, -1)
+        for one, other in zip(joint(pair), restored(pair), strict=True):
+            assert_equal(one, other)
 
 
 def test_queue_by_hand():
@@ -202,6 +247,17 @@ def test_nonfinite_values_are_skipped_and_counted(make):
         torch.testing.assert_close(dirty.margins, clean.margins, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("make", STATISTICS.values(), ids=STATISTICS.keys())
+def test_steps_between_evaluations_are_those_without(make):
+    plain, interrupted = make(), make()
+    for values, other in zip(stream(20), stream(20, seed=1), strict=True):
+        interrupted.eval()
+        interrupted(other)
+        interrupted.train()
+        assert_equal(plain(values), interrupted(values))
+    assert_state(interrupted, snapshot(plain))
+
+
 @pytest.mark.parametrize("kind", [RunningMoments, ReferenceMoments])
 def test_batch_of_nan_alone_leaves_moments(kind):
     moments = kind()
@@ -260,6 +316,7 @@ def test_summary_does_not_change_later(make):
         (lambda: RunningMoments(1.0), "momentum"),
         (lambda: DatasetMoments(0.0, 0.0), "std"),
         (lambda: DatasetMoments(math.nan, 1.0), "mean"),
+        (lambda: RunningLevel(-0.1), "momentum"),
         (lambda: MarginQueue(queue_size=-1), "queue_size"),
         (lambda: MarginQueue(sample_size=0), "sample_size"),
     ],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from fused_prefopt.checks import require_number
+from fused_prefopt.losses.feedback import BinaryFeedbackLoss
 from fused_prefopt.losses.links import Hinge, Robust, Squared, UnbiasedRobust, Weighted
 from fused_prefopt.losses.margins import ConstantMargin
 from fused_prefopt.losses.offsets import LengthMargin, OffsetMargin, ScoreMargin, SequenceKlMargin
 from fused_prefopt.losses.pairwise import PairwiseLoss
-from fused_prefopt.losses.pointwise import BinaryFeedbackLoss
 from fused_prefopt.losses.protocol import Reward
 from fused_prefopt.losses.registry import register
 from fused_prefopt.losses.regularisers import Calibration, ChosenNll
 from fused_prefopt.losses.rewards import LogOdds, LogRatio, MeanLogp, MeanLogRatio, SumLogp
+from fused_prefopt.losses.scaling import DynamicScale
 
 
 def _robust(reward: Reward, epsilon: float, gamma: float, unbiased: bool) -> PairwiseLoss:
@@ -58,6 +60,7 @@ def ipo(*, tau: float = 0.1, length_normalized: bool = False) -> PairwiseLoss:
         tau: τ > 0, strength of the KL regularisation.
         length_normalized: log-ratios per token, as TRL reads it.
     """
+    require_number("tau", tau, low=0, above=True)
     reward = MeanLogRatio(beta=1.0) if length_normalized else LogRatio(beta=1.0)
     return PairwiseLoss(reward, ConstantMargin(gamma=1 / (2 * tau)), Squared())
 
@@ -71,7 +74,7 @@ def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") 
         nll_weight: λ >= 0.
         nll: "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" over the batch (TRL's).
     """
-    term = ChosenNll(weight=nll_weight, reduction=nll)
+    term = ChosenNll(weight=nll_weight, nll=nll)
     return PairwiseLoss(SumLogp(beta=beta), regularisers=(term,))
 
 
@@ -82,7 +85,7 @@ def orpo(*, weight: float = 0.1) -> PairwiseLoss:
     Args:
         weight: λ >= 0.
     """
-    nll = ChosenNll(reduction="sequence_mean")
+    nll = ChosenNll(nll="sequence_mean")
     return PairwiseLoss(LogOdds(), link=Weighted(weight=weight), regularisers=(nll,))
 
 
@@ -161,6 +164,7 @@ def tdpo2(*, beta: float = 0.1, alpha: float = 0.5) -> PairwiseLoss:
         beta: β > 0, reward per nat.
         alpha: α, weight of the divergence.
     """
+    require_number("alpha", alpha)
     margin = SequenceKlMargin(scale=alpha * beta, stop_chosen=True)
     return PairwiseLoss(LogRatio(beta=beta), margin)
 
@@ -171,9 +175,55 @@ def kto(
 ) -> BinaryFeedbackLoss:
     """``λ_D (1 − σ(βΔ − z))`` or ``λ_U (1 − σ(z − βΔ))``, ``z = sg max(0, β·kl)``, point-wise.
 
+    Without `kl` the mean of βΔ over the batch stands for β·kl.
+
     Args:
         beta: β > 0, reward per nat.
         desirable_weight: λ_D >= 0.
         undesirable_weight: λ_U >= 0.
     """
     return BinaryFeedbackLoss(LogRatio(beta=beta), desirable_weight, undesirable_weight)
+
+
+@register("beta-dpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6")
+def beta_dpo(
+    *,
+    beta: float = 0.1,
+    gamma: float = 0.0,
+    alpha: float = 0.1,
+    momentum: float = 0.9,
+    level: str = "pair",
+) -> PairwiseLoss:
+    """``−log σ(ρ(m − γ))``, ``ρ = sg max(1e-3, 1 + α(M − M₀))``, ``m = β(Δ_w − Δ_l)``.
+
+    Args:
+        beta: β > 0, reward per nat.
+        gamma: γ, target margin in units of reward.
+        alpha: α >= 0; 0 is DPO.
+        momentum: of M₀, the running mean of m.
+        level: M is m of the pair ("pair") or its mean over the batch ("batch").
+    """
+    scale = DynamicScale(alpha=alpha, momentum=momentum, level=level)
+    return PairwiseLoss(LogRatio(beta=beta), ConstantMargin(gamma=gamma), scale=scale)
+
+
+@register("beta-simpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6, on SimPO")
+def beta_simpo(
+    *,
+    beta: float = 2.5,
+    gamma: float = 0.0,
+    alpha: float = 0.1,
+    momentum: float = 0.9,
+    level: str = "pair",
+) -> PairwiseLoss:
+    """The same with SimPO's reward, ``m = β(L̄_w − L̄_l)``.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ, target margin in units of reward.
+        alpha: α >= 0; 0 is SimPO.
+        momentum: of M₀, the running mean of m.
+        level: M is m of the pair ("pair") or its mean over the batch ("batch").
+    """
+    scale = DynamicScale(alpha=alpha, momentum=momentum, level=level)
+    return PairwiseLoss(MeanLogp(beta=beta), ConstantMargin(gamma=gamma), scale=scale)

@@ -63,6 +63,32 @@ def pairwise_metrics(
 
 
 @torch.no_grad()
+def feedback_metrics(
+    batch: LogpBatch, rewards: Tensor, desirable: Tensor, losses: Tensor
+) -> dict[str, Tensor]:
+    """What TRL's KTO trainer logs of judged completions, beside `pointwise_metrics`.
+
+    Args:
+        batch: the completions.
+        rewards: (S,) implicit rewards.
+        desirable: (S,) bool.
+        losses: (S,) losses.
+
+    Returns:
+        Means over the desirable completions, `rewards/chosen` and `logps/chosen`, over the others,
+        `rewards/rejected` and `logps/rejected` (sums, nats), each 0 without any, and
+        `rewards/margins`, the difference of the rewards; and those of `pointwise_metrics`.
+    """
+    metrics = pointwise_metrics(batch, rewards, losses)
+    for name, members in (("chosen", desirable), ("rejected", desirable.logical_not())):
+        count = members.sum().clamp(min=1)
+        metrics[f"rewards/{name}"] = rewards.where(members, 0.0).sum() / count
+        metrics[f"logps/{name}"] = batch.policy.where(members, 0.0).sum() / count
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+@torch.no_grad()
 def pointwise_metrics(batch: LogpBatch, rewards: Tensor, losses: Tensor) -> dict[str, Tensor]:
     """The same for single completions.
 

@@ -97,6 +97,31 @@ class OffsetMargin(_DataMargin):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DropMargin(_DataMargin):
+    """DPO-Positive's ``scale · max(0, L_ref,w − L_w)``: a chosen completion must not become rarer.
+
+    Args:
+        scale: >= 0, reward per nat of drop.
+
+    Raises:
+        ValueError: `scale` is out of range.
+
+    Source: DPO-Positive (Pal et al. 2024, arXiv:2402.13228).
+    """
+
+    scale: float
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __post_init__(self) -> None:
+        require_number("scale", self.scale, low=0)
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
+        """(P,) target margins, differentiable."""
+        chosen, _ = halves(needed(batch, "reference") - batch.policy)
+        return self.scale * chosen.relu()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SequenceKlMargin(_DataMargin):
     """TDPO's ``scale (K_l − K_w)``, K the summed token-level KL of a completion.
 

@@ -1,4 +1,4 @@
-"""Point-wise losses: every completion has a target of its own."""
+"""Point-wise losses with a score: every completion has a target of its own."""
 
 from __future__ import annotations
 
@@ -96,74 +96,3 @@ class DirectRewardLoss:
         metrics = pointwise_metrics(batch, rewards, losses)
         metrics["log_z/mean"] = mean(log_z)
         return LossOutput(loss=loss, losses=losses, metrics=metrics, rewards=rewards)
-
-
-def _finite_mean(values: Tensor) -> Tensor:
-    """Mean of the finite values, 0 without any: a NaN stays in its own completion."""
-    finite = values.isfinite()
-    return values.where(finite, 0.0).sum() / finite.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class BinaryFeedbackLoss:
-    """KTO: desirable completions are to beat the KL of the policy, undesirable ones to stay below.
-
-    ``λ_D (1 − σ(βΔ − z))`` and ``λ_U (1 − σ(z − βΔ))`` with ``z = sg max(0, β·kl)``; without `kl`
-    the batch's mean of βΔ stands for β·kl. Mean over the completions.
-
-    Args:
-        reward: β and the log-ratio.
-        desirable_weight: λ_D >= 0.
-        undesirable_weight: λ_U >= 0.
-
-    Raises:
-        ValueError: a weight is out of range.
-
-    Source: KTO (Ethayarajh et al. 2024), eq. 8.
-    """
-
-    reward: LogRatio
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    pairwise: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"reference", "desirable"})
-
-    def __post_init__(self) -> None:
-        require_number("desirable_weight", self.desirable_weight, low=0)
-        require_number("undesirable_weight", self.undesirable_weight, low=0)
-
-    def statistics(self) -> None:
-        """None: the KL comes with the batch."""
-        return None
-
-    def observe(self, batch: LogpBatch) -> None:
-        """None: there is no statistic."""
-        return None
-
-    def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
-        """The loss of a batch of judged completions.
-
-        Args:
-            batch: with `reference` and `desirable`, and `kl` where it is known.
-            summary: not used.
-
-        Returns:
-            Mean loss, (S,) losses, metrics (with `kl`) and (S,) rewards βΔ.
-
-        Raises:
-            ValueError: a needed field is missing.
-        """
-        rewards = self.reward(batch)
-        estimate = _finite_mean(rewards) if batch.kl is None else self.reward.beta * batch.kl
-        level = estimate.detach().to(rewards.dtype).clamp(min=0)
-        desirable = needed(batch, "desirable").bool()
-        # 1 − σ(x) = σ(−x), which keeps its digits where x is large.
-        losses = torch.where(
-            desirable,
-            self.desirable_weight * (level - rewards).sigmoid(),
-            self.undesirable_weight * (rewards - level).sigmoid(),
-        )
-        rewards = rewards.detach()
-        metrics = pointwise_metrics(batch, rewards, losses)
-        metrics["kl"] = level / self.reward.beta
-        return LossOutput(loss=mean(losses), losses=losses, metrics=metrics, rewards=rewards)

@@ -45,6 +45,23 @@ class Link(Protocol):
         """(P,) losses of the pairs; robust links need the two margins apart."""
 
 
+class Scale(Protocol):
+    """How sharply each pair is judged: a factor on its reward and target margin."""
+
+    def statistics(self) -> Statistic:
+        """A fresh statistic of the reward margins."""
+
+    def __call__(self, reward_margins: Tensor, summary: Any) -> Tensor:
+        """(P,) detached positive factors; `summary` is what the statistic returned."""
+
+
+class Weighting(Protocol):
+    """How much each pair counts: a factor on its loss, before the regularisers."""
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) detached factors."""
+
+
 class Regulariser(Protocol):
     """A term added to every pair's loss."""
 

@@ -18,7 +18,7 @@ class ChosenNll:
 
     Args:
         weight: λ >= 0.
-        reduction: "sum" −L_w, "sequence_mean" −L_w/|y_w|, or "token_mean", the mean over all
+        nll: "sum" −L_w, "sequence_mean" −L_w/|y_w|, or "token_mean", the mean over all
             chosen tokens of the batch, the same term for every pair.
 
     Raises:
@@ -28,19 +28,19 @@ class ChosenNll:
     """
 
     weight: float = 1.0
-    reduction: str = "sum"
+    nll: str = "sum"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight, low=0)
-        require_choice("reduction", self.reduction, ("sum", "sequence_mean", "token_mean"))
+        require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean"))
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(P,) terms."""
-        if self.reduction == "sequence_mean":
+        if self.nll == "sequence_mean":
             return -self.weight * halves(per_token(batch.policy, batch))[0]
         chosen = halves(batch.policy)[0]
-        if self.reduction == "sum":
+        if self.nll == "sum":
             return -self.weight * chosen
         # A NaN stays in its own pair, whose other terms carry it.
         finite = chosen.isfinite()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_number
-from fused_prefopt.losses.needs import needed, per_token
+from fused_prefopt.losses.needs import halves, needed, per_token
+from fused_prefopt.losses.protocol import Reward
 from fused_prefopt.types import LogpBatch
 
 
@@ -117,3 +118,34 @@ class LogOdds:
         far = torch.where(near_zero, -1.0, means)
         log1mexp = torch.where(near_zero, (-close.expm1()).log(), (-far.exp()).log1p())
         return means - log1mexp
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedShare:
+    """Another reward, of which the rejected completions keep a share: ``r_w`` and ``λ r_l``.
+
+    Args:
+        reward: what is shared.
+        share: 0 < λ <= 1; below 1 the rejected half weighs less, and the chosen falls less.
+
+    Raises:
+        ValueError: `share` is out of range.
+
+    Source: DPO-Shift (Yang et al. 2025, arXiv:2502.07599), f(λ) the share.
+    """
+
+    reward: Reward
+    share: float
+
+    def __post_init__(self) -> None:
+        require_number("share", self.share, low=0, high=1, above=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The shared reward's."""
+        return self.reward.needs
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        chosen, rejected = halves(self.reward(batch))
+        return torch.cat([chosen, self.share * rejected])

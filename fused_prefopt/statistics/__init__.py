@@ -1,6 +1,8 @@
 """The only state of the package: what a loss remembers of earlier batches."""
 
 from fused_prefopt.statistics.base import Statistic
+from fused_prefopt.statistics.joint import JointStatistic
+from fused_prefopt.statistics.level import RewardLevel, RunningLevel
 from fused_prefopt.statistics.margin_queue import MarginPool, MarginQueue
 from fused_prefopt.statistics.moments import (
     BatchMoments,
@@ -13,10 +15,13 @@ from fused_prefopt.statistics.moments import (
 __all__ = [
     "BatchMoments",
     "DatasetMoments",
+    "JointStatistic",
     "MarginPool",
     "MarginQueue",
     "Moments",
     "ReferenceMoments",
+    "RewardLevel",
+    "RunningLevel",
     "RunningMoments",
     "Statistic",
 ]

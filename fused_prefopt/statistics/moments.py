@@ -32,7 +32,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class _BatchSums:
+class BatchSums:
     """0-d float64 sums over the finite values of a batch, and how many were not finite."""
 
     count: Tensor
@@ -59,10 +59,10 @@ def _moments(mean: Tensor, mean_square: Tensor) -> Moments:
     return Moments(mean, std.clamp(min=STD_FLOOR))
 
 
-class _BatchStatistic(Statistic):
+class BatchStatistic(Statistic):
     """A statistic that sees a batch through its sums."""
 
-    def _sums(self, observed: Tensor) -> _BatchSums:
+    def _sums(self, observed: Tensor) -> BatchSums:
         values = observed.detach().to(torch.float64)
         finite = values.isfinite()
         values = values.where(finite, 0.0)
@@ -71,10 +71,10 @@ class _BatchStatistic(Statistic):
         )
         if self.training:
             sums = sum_over_ranks(sums, self.process_group)
-        return _BatchSums(*sums.unbind())
+        return BatchSums(*sums.unbind())
 
 
-class RunningMoments(_BatchStatistic):
+class RunningMoments(BatchStatistic):
     """Bias-corrected exponential averages of E[x] and E[x²], the current batch included.
 
     ``m₁ ← ρ m₁ + (1−ρ) E[x]``, ``m₂ ← ρ m₂ + (1−ρ) E[x²]``, ``w ← ρ w + (1−ρ)``, then
@@ -128,7 +128,7 @@ class RunningMoments(_BatchStatistic):
             self.nonfinite.add_(batch.nonfinite.to(torch.int64))
         return moments
 
-    def _features(self, batch: _BatchSums) -> tuple[Tensor, Tensor]:
+    def _features(self, batch: BatchSums) -> tuple[Tensor, Tensor]:
         """(2,) the batch quantities that are averaged, and whether the batch defines them."""
         return torch.stack([batch.mean, batch.mean_square]), batch.count >= 1
 
@@ -147,14 +147,14 @@ class ReferenceMoments(RunningMoments):
         momentum: ρ, weight of the past.
     """
 
-    def _features(self, batch: _BatchSums) -> tuple[Tensor, Tensor]:
+    def _features(self, batch: BatchSums) -> tuple[Tensor, Tensor]:
         return torch.stack([batch.mean, batch.unbiased_std]), batch.count >= 2
 
     def _read(self, average: Tensor, weight: Tensor) -> Moments:
         return Moments(average[0], average[1].clamp(min=STD_FLOOR))
 
 
-class BatchMoments(_BatchStatistic):
+class BatchMoments(BatchStatistic):
     """Mean and population std of the current batch alone: nothing is remembered."""
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class BatchMoments(_BatchStatistic):
         return _moments(batch.mean, batch.mean_square)
 
 
-class DatasetMoments(_BatchStatistic):
+class DatasetMoments(BatchStatistic):
     """Given moments, measured over the training set beforehand (α-DPO eq. 11 read literally).
 
     Args:
