@@ -6,8 +6,32 @@ import dataclasses
 
 import torch
 
-from fused_prefopt.losses import PairwiseLoss
+from fused_prefopt.losses import PairwiseLoss, available_losses
 from fused_prefopt.types import LogpBatch, LossOutput
+
+# Options beyond the defaults that have a gradient of their own.
+VARIANTS = [(name, {}) for name in available_losses()] + [
+    ("dpo", {"label_smoothing": 0.2}),
+    ("simpo", {"label_smoothing": 0.2}),
+    ("alpha-dpo", {"stop_gradient": False}),
+    ("alpha-dpo", {"normalize": False, "length_normalized": False, "beta": 0.1}),
+    ("alpha-dpo", {"normalize": False, "stop_gradient": False}),
+    ("alpha-dpo", {"implicit_reference": "sequence_kl"}),
+    ("gamma-dpo", {"solver": "exact"}),
+    ("robust-dpo", {"unbiased": True}),
+    ("robust-simpo", {"unbiased": True, "gamma": 0.5}),
+    ("ipo", {"length_normalized": True}),
+    ("cpo", {"nll": "sum"}),
+    ("cpo", {"nll": "sequence_mean"}),
+    ("odpo", {"offset": "identity"}),
+    ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
+    ("beta-dpo", {"level": "batch", "gamma": 0.3}),
+    ("aot", {"label_smoothing": 0.2}),
+    ("sft", {"nll": "sequence_mean"}),
+    ("f-dpo", {"divergence": "forward_kl"}),
+    ("f-dpo", {"divergence": "alpha_divergence"}),
+    ("alpha-po", {"alpha": -0.5}),
+]
 
 
 def vector(*values: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from loss_cases import compute, held, random_batch
+from loss_cases import VARIANTS, compute, held, random_batch
 
 from fused_prefopt.losses import available_losses, find
 from fused_prefopt.types import LogpBatch
@@ -17,29 +17,6 @@ FIELDS = tuple(field.name for field in dataclasses.fields(LogpBatch))
 REGISTERED = available_losses()
 PAIRWISE = [name for name, info in REGISTERED.items() if info.pairwise]
 STATEFUL = [name for name, info in REGISTERED.items() if info.stateful]
-# Options beyond the defaults that have a gradient of their own.
-VARIANTS = [(name, {}) for name in REGISTERED] + [
-    ("dpo", {"label_smoothing": 0.2}),
-    ("simpo", {"label_smoothing": 0.2}),
-    ("alpha-dpo", {"stop_gradient": False}),
-    ("alpha-dpo", {"normalize": False, "length_normalized": False, "beta": 0.1}),
-    ("alpha-dpo", {"normalize": False, "stop_gradient": False}),
-    ("alpha-dpo", {"implicit_reference": "sequence_kl"}),
-    ("gamma-dpo", {"solver": "exact"}),
-    ("robust-dpo", {"unbiased": True}),
-    ("robust-simpo", {"unbiased": True, "gamma": 0.5}),
-    ("ipo", {"length_normalized": True}),
-    ("cpo", {"nll": "sum"}),
-    ("cpo", {"nll": "sequence_mean"}),
-    ("odpo", {"offset": "identity"}),
-    ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
-    ("beta-dpo", {"level": "batch", "gamma": 0.3}),
-    ("aot", {"label_smoothing": 0.2}),
-    ("sft", {"nll": "sequence_mean"}),
-    ("f-dpo", {"divergence": "forward_kl"}),
-    ("f-dpo", {"divergence": "alpha_divergence"}),
-    ("alpha-po", {"alpha": -0.5}),
-]
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)

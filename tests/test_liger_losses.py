@@ -140,3 +140,10 @@ def test_liger_ignores_the_label_smoothing_of_dpo():
     )
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
     assert abs(mixed - found) > 1e-3
+
+
+def test_liger_has_no_ipo():
+    with pytest.raises((NotImplementedError, ValueError)):
+        liger("DPO", *problem(), use_ref_model=False, loss_type="ipo")
+    call = {"reference": torch.zeros(S)}
+    assert ours("ipo", *problem(), call=call, length_normalized=True).isfinite()

@@ -158,6 +158,23 @@ def test_gradients_are_those_of_the_held_loss(parts):
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda part: type(part).__name__)
+def test_regularisers_add_to_any_loss(reward):
+    terms = (
+        ChosenNll(weight=0.3, nll="token_mean"),
+        ChosenNll(weight=0.1, nll="sequence_mean"),
+        Calibration(beta=0.5),
+    )
+    for margin, scale, weighting in itertools.product(MARGINS[:5], SCALES, WEIGHTINGS):
+        plain = composed(reward, margin, scale, Robust(epsilon=0.1), weighting)
+        loss = dataclasses.replace(plain, regularisers=terms)
+        result = compute(loss, SMALL)
+        wanted = compute(plain, SMALL).losses + sum(term(SMALL) for term in terms)
+        torch.testing.assert_close(result.losses, wanted, rtol=1e-12, atol=1e-12)
+        (gradient,) = torch.autograd.grad(result.loss, SMALL.policy)
+        assert gradient.isfinite().all()
+
+
 def same(first: PairwiseLoss, second: PairwiseLoss, rtol: float = 1e-12) -> None:
     results = [compute(loss, SMALL) for loss in (first, second)]
     torch.testing.assert_close(results[0].losses, results[1].losses, rtol=rtol, atol=1e-12)
