@@ -38,8 +38,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def run_epilogue(loss: Loss, statistics: Statistic | None, batch: LogpBatch) -> LossOutput | None:
     """The loss of a batch and the update of its statistic, in one launch.
 
-    Covered are `PairwiseLoss` of any reward, margin and link of this package, without
-    regularisers and not with the exact solver, and `DirectRewardLoss`, on fp32 log-probs of at
+    Covered are `PairwiseLoss` of the parts that `epilogue_forms` names, without scale, weighting
+    and regularisers and not with the exact solver, and `DirectRewardLoss`, on fp32 log-probs of at
     most 4096 pairs.
 
     Args:
