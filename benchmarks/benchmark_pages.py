@@ -17,7 +17,7 @@ from benchmarks.method_cost import GOAL, PAIRS
 from benchmarks.results import RESULTS, ROOT, Row, load
 from benchmarks.roofline import fused_tiles
 from benchmarks.shapes import HEADS
-from benchmarks.tables import _number, _table, origin, sweep_table
+from benchmarks.tables import number, origin, sweep_table, table
 
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 _INTRODUCTION = """\
@@ -143,7 +143,7 @@ def grid_table(rows: Sequence[Row]) -> str:
         "GFLOP",
         "GB moved",
     )
-    return _table(header, [_grid_line(row) for row in rows], left=5)
+    return table(header, [_grid_line(row) for row in rows], left=5)
 
 
 def _grid_line(row: Row) -> list[str]:
@@ -156,14 +156,14 @@ def _grid_line(row: Row) -> list[str]:
     extra = row["extra_bytes"]
     return [
         *about,
-        _number(row["forward_in_p"], ".2f"),
+        number(row["forward_in_p"], ".2f"),
         _spread(row),
-        _number(row["ms"], ".1f"),
+        number(row["ms"], ".1f"),
         row["memory_status"] if extra is None else f"{max(extra, 0) / 2**20:.0f}",
-        _number(row["logp_error"], ".1e"),
-        _number(max(errors, default=None), ".1e"),
-        _number(row["flops"] and row["flops"] / 1e9, ".0f"),
-        _number(row["bytes"] and row["bytes"] / 1e9, ".2f"),
+        number(row["logp_error"], ".1e"),
+        number(max(errors, default=None), ".1e"),
+        number(row["flops"] and row["flops"] / 1e9, ".0f"),
+        number(row["bytes"] and row["bytes"] / 1e9, ".2f"),
     ]
 
 
@@ -188,7 +188,7 @@ def method_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return _table(header, lines, left=2)
+    return table(header, lines, left=2)
 
 
 def longest_table() -> str:
@@ -205,7 +205,7 @@ def longest_table() -> str:
         ]
         for name in COMPARED
     ]
-    return _table(header, lines, left=1)
+    return table(header, lines, left=1)
 
 
 def _roofline() -> str:

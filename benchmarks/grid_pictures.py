@@ -9,13 +9,13 @@ from typing import Any
 
 from benchmarks.counts import count
 from benchmarks.machines import MACHINES, Machine
-from benchmarks.pictures import _FAINT, _LINES, _OURS, _STYLE, _save, _thousands, pyplot
+from benchmarks.pictures import FAINT, LINES, OURS, STYLE, pyplot, save, thousands
 from benchmarks.results import Row
 from benchmarks.roofline import ENGINES, PATHS, FusedTile, predict
 from benchmarks.shapes import HEADS
 
 _PATH_MARKERS = dict(zip(PATHS, "osD^", strict=True))
-_ENGINE_COLOURS = dict(zip(ENGINES, (_OURS, "#d1782f"), strict=True))
+_ENGINE_COLOURS = dict(zip(ENGINES, (OURS, "#d1782f"), strict=True))
 _COMPARED = ("ours: local", "ours: recompute", "TRL")
 
 
@@ -38,7 +38,7 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
         path,
         "labelled rows",
         lambda row: row["labelled_rows"],
-        lambda tick: _thousands(int(tick)),
+        lambda tick: thousands(int(tick)),
         panels,
     )
 
@@ -55,7 +55,7 @@ def draw_rooflines(
         measured: machine → rows of its grid, in bf16 on the same shape.
     """
     shape = HEADS["llama-3"]
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(9.5, 4.0), sharey=True)
         for panel, machine in zip(axes, MACHINES, strict=True):
             _draw_roof(panel, machine)
@@ -72,7 +72,7 @@ def draw_rooflines(
             axes[0].plot([], [], linestyle="", label=f"{name}, {engine}", **style)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
-        _save(figure, path, top=0.86)
+        save(figure, path, top=0.86)
 
 
 def _draw_roof(panel: Any, machine: Machine) -> None:
@@ -83,7 +83,7 @@ def _draw_roof(panel: Any, machine: Machine) -> None:
     panel.set_yscale("log")
     panel.set_title(machine.name)
     panel.set_xlabel("FLOPs per byte moved")
-    panel.grid(color=_FAINT)
+    panel.grid(color=FAINT)
 
 
 def _point(panel: Any, path: str, engine: str, seconds: float, *, full: bool) -> None:
@@ -109,7 +109,7 @@ def _draw_lines(
 ) -> None:
     good = [row for row in rows if row["status"] == "ok" and row["in_p"] is not None]
     eager = {place(row): row for row in good if row["candidate"] == "eager"}
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         width = 4.8 * len(panels)
         figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 3.8), squeeze=False)
         for panel, (title, value) in zip(axes[0], panels.items(), strict=True):
@@ -118,7 +118,7 @@ def _draw_lines(
                 mine = [row for row in mine if place(row) in eager or not eager]
                 places = [place(row) for row in mine]
                 values = [value(row, eager.get(place(row), row)) for row in mine]
-                colour, line, marker = _LINES.get(name, _LINES[_alias(name)])
+                colour, line, marker = LINES.get(name, LINES[_alias(name)])
                 style = {"color": colour, "linestyle": line, "marker": marker, "label": name}
                 middle = [entry[0] for entry in values]
                 spread = None
@@ -132,10 +132,10 @@ def _draw_lines(
             panel.set_xlabel(label)
             panel.set_ylabel(title)
             panel.set_ylim(bottom=0)
-            panel.grid(color=_FAINT)
+            panel.grid(color=FAINT)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
-        _save(figure, path, top=0.92)
+        save(figure, path, top=0.92)
 
 
 def _compared(rows: Sequence[Row]) -> list[str]:

@@ -20,7 +20,7 @@ from benchmarks.roofline import (
     predict,
 )
 from benchmarks.shapes import HEADS, Shape
-from benchmarks.tables import _table
+from benchmarks.tables import table
 
 PAGE = ROOT.parent / "docs" / "kernels.md"
 _INTRODUCTION = """\
@@ -98,7 +98,7 @@ def usage_table(rows: Sequence[Row]) -> str:
     for row in rows:
         dtypes.setdefault(_cells(row), []).append(row["dtype"])
     lines = [[*key[:2], ", ".join(names), *key[2:]] for key, names in dtypes.items()]
-    return _table(header, lines, left=4)
+    return table(header, lines, left=4)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -130,7 +130,7 @@ def prediction_table(
             row = measurement(measured, shape, path, engine)
             line += ["", ""] if row is None else [f"{row['ms']:.2f}", f"{row['in_p']:.2f}"]
         lines.append(line)
-    return _table(header, lines, left=4)
+    return table(header, lines, left=4)
 
 
 def measurement(

@@ -14,14 +14,14 @@ from matplotlib import pyplot, ticker  # noqa: E402
 from benchmarks.peers import CANDIDATES, IN_SWEEP  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
 
-_OURS, _PEER, _FAINT = "#0b6e99", "#9aa5ad", "#d7dce0"
-_LINES = {
-    "ours: auto": (_OURS, "-", "o"),
+OURS, _PEER, FAINT = "#0b6e99", "#9aa5ad", "#d7dce0"
+LINES = {
+    "ours: auto": (OURS, "-", "o"),
     "ours: recompute": ("#56b4d3", "--", "s"),
     "TRL": ("#d1782f", "-", "^"),
     "eager": ("#6b6b6b", "-", "D"),
 }
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,7 +35,7 @@ _STYLE = {
 def draw_all(results: Mapping[str, Any], folder: Path) -> None:
     """Draw time.png, error.png and sweep.png into the folder."""
     heads = {name: results[f"head-{name}"]["rows"] for name in ("fp32", "bf16")}
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         draw_time(heads, folder / "time.png")
         draw_error(heads, folder / "error.png")
         draw_sweep(results["sweep"]["rows"], folder / "sweep.png")
@@ -48,7 +48,7 @@ def draw_time(heads: Mapping[str, Sequence[Row]], path: Path) -> None:
         rows = _in_order(rows)
         names = [row["candidate"] for row in rows]
         values = [row["in_p"] or 0.0 for row in rows]
-        colours = [_OURS if CANDIDATES[row["candidate"]].ours else _PEER for row in rows]
+        colours = [OURS if CANDIDATES[row["candidate"]].ours else _PEER for row in rows]
         panel.barh(names, values, color=colours, height=0.7)
         for place, row in enumerate(rows):
             text = "no figure" if row["in_p"] is None else f"{row['in_p']:.1f}"
@@ -59,10 +59,10 @@ def draw_time(heads: Mapping[str, Sequence[Row]], path: Path) -> None:
         panel.set_xlabel("time of a step, in P")
         panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         panel.set_xlim(0, max(values, default=1.0) * 1.12 or 1.0)
-        panel.grid(axis="x", color=_FAINT)
+        panel.grid(axis="x", color=FAINT)
         panel.tick_params(axis="y", length=0)
     panels[0].invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_error(heads: Mapping[str, Sequence[Row]], path: Path) -> None:
@@ -81,7 +81,7 @@ def draw_error(heads: Mapping[str, Sequence[Row]], path: Path) -> None:
             panel.scatter(
                 [row[field] for _, row in found],
                 [place for place, _ in found],
-                c=[_OURS if CANDIDATES[row["candidate"]].ours else _PEER for _, row in found],
+                c=[OURS if CANDIDATES[row["candidate"]].ours else _PEER for _, row in found],
                 marker=markers[dtype],
                 s=28,
             )
@@ -90,11 +90,11 @@ def draw_error(heads: Mapping[str, Sequence[Row]], path: Path) -> None:
         panel.set_xlabel(title)
         panel.set_yticks(range(len(rows)), [row["candidate"] for row in rows])
         panel.tick_params(axis="y", length=0)
-        panel.grid(color=_FAINT)
+        panel.grid(color=FAINT)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=2, frameon=False)
-    _save(figure, path, top=0.94)
+    save(figure, path, top=0.94)
 
 
 def draw_sweep(rows: Sequence[Row], path: Path) -> None:
@@ -106,7 +106,7 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
         for name in IN_SWEEP:
             mine = [row for row in rows if row["axis"] == axis and row["candidate"] == name]
             mine = [row for row in mine if row["extra_bytes"] is not None]
-            colour, line, marker = _LINES[name]
+            colour, line, marker = LINES[name]
             panel.plot(
                 [row[axis] for row in mine],
                 [max(row["extra_bytes"] / 2**20, 1.0) for row in mine],
@@ -118,14 +118,14 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
             )
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        panel.set_xticks(ticks, [_thousands(tick) for tick in ticks])
+        panel.set_xticks(ticks, [thousands(tick) for tick in ticks])
         panel.minorticks_off()
         panel.set_xlabel(title)
-        panel.grid(color=_FAINT)
+        panel.grid(color=FAINT)
     panels[0].set_ylabel("extra peak memory, MiB")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
-    _save(figure, path, top=0.93)
+    save(figure, path, top=0.93)
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
@@ -133,11 +133,11 @@ def _in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: known.index(row["candidate"]))
 
 
-def _thousands(value: int) -> str:
+def thousands(value: int) -> str:
     return f"{value // 1000}k" if value % 1000 == 0 else str(value)
 
 
-def _save(figure: Any, path: Path, top: float = 1.0) -> None:
+def save(figure: Any, path: Path, top: float = 1.0) -> None:
     figure.tight_layout(rect=(0, 0, 1, top))
     # No software version in the file: the same figures give the same bytes.
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 from benchmarks.machines import Machine
-from benchmarks.shapes import _LARGEST_OUTPUT, Shape
+from benchmarks.shapes import LARGEST_OUTPUT, Shape
 
 # Bytes of the workspace, and the most vocabulary entries of a slab.
 WORKSPACE, WIDEST = 256 * 2**20, 16384
@@ -226,7 +226,7 @@ def slabs(vocab: int, width: int) -> Iterator[int]:
 def bare_matmul(machine: Machine, shape: Shape) -> float:
     """Seconds of P: bf16 hidden @ weight.T into an existing bf16 output."""
     n = shape.labelled_rows
-    widths = slabs(shape.vocab, _LARGEST_OUTPUT // (_HALF * n))
+    widths = slabs(shape.vocab, LARGEST_OUTPUT // (_HALF * n))
     sizes = (_Sizes(machine, n, shape.hidden_size, v, {}) for v in widths)
     return sum(size.logits(_HALF).seconds for size in sizes)
 

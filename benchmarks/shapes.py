@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SPREAD = 3.0
 _LIFT = 14.0
 # The (rows, vocabulary) output of the bare matmul is cut into slabs of at most this many bytes.
-_LARGEST_OUTPUT = 2**31
+LARGEST_OUTPUT = 2**31
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def bare_matmul(problem: Problem) -> Callable[[], None]:
     """The step that takes 1 P: the labelled rows times the weight, into an existing output."""
     hidden = problem.hidden.detach()[problem.targets != IGNORE_INDEX]
     weight = problem.weight.detach()
-    width = max(1, _LARGEST_OUTPUT // max(1, hidden.shape[0] * hidden.element_size()))
+    width = max(1, LARGEST_OUTPUT // max(1, hidden.shape[0] * hidden.element_size()))
     slabs = weight.split(width)
     outputs = [hidden.new_empty(hidden.shape[0], size) for size in {len(slab) for slab in slabs}]
     by_width = {output.shape[1]: output for output in outputs}

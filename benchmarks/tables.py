@@ -38,15 +38,15 @@ def head_table(rows: Sequence[Row]) -> str:
             [
                 name,
                 gradients,
-                _number(row["ms"], ".0f"),
-                _number(row["in_p"], ".2f"),
-                _number(row["reused_in_p"], ".2f"),
+                number(row["ms"], ".0f"),
+                number(row["in_p"], ".2f"),
+                number(row["reused_in_p"], ".2f"),
                 _mib(row["extra_bytes"]) if ok else row["memory_status"],
-                _number(row["logp_error"], ".1e"),
-                _number(max(known_errors, default=None), ".1e"),
+                number(row["logp_error"], ".1e"),
+                number(max(known_errors, default=None), ".1e"),
             ]
         )
-    return _table(header, lines, left=2)
+    return table(header, lines, left=2)
 
 
 def sweep_table(rows: Sequence[Row]) -> str:
@@ -66,7 +66,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
             ]
         )
     header = ("V", "S × T", *IN_SWEEP, "the two gradients")
-    return _table(header, lines, left=0)
+    return table(header, lines, left=0)
 
 
 def origin(content: Mapping[str, Any]) -> str:
@@ -92,10 +92,10 @@ def _mib(size: int | None) -> str:
     return "" if size is None else f"{max(size, 0) / _MIB:.0f}"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
     rule = ["---" if column < left else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))

@@ -161,7 +161,7 @@ def test_failure_is_one_line_without_paths() -> None:
 
 
 def test_bare_matmul_covers_the_vocabulary_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.shapes._LARGEST_OUTPUT", 40 * TINY.labelled_rows * 4)
+    monkeypatch.setattr("benchmarks.shapes.LARGEST_OUTPUT", 40 * TINY.labelled_rows * 4)
     problem = make_problem(TINY, torch.float32)
     unit = bare_matmul(problem)
     unit()

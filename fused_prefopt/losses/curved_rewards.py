@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from fused_prefopt.checks import require_number
 from fused_prefopt.losses.needs import needed, per_token
+from fused_prefopt.losses.rewards import Scaled
 from fused_prefopt.types import LogpBatch
 
 _LARGEST_EXPONENT = 80.0
@@ -36,12 +37,8 @@ def power(values: Tensor, exponent: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _RatioCurve:
-    beta: float
+class _RatioCurve(Scaled):
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
-
-    def __post_init__(self) -> None:
-        require_number("beta", self.beta, low=0, above=True)
 
     def curve(self, log_ratios: Tensor) -> Tensor:
         """(S,) f'(e^Δ) of (S,) Δ."""
@@ -114,7 +111,7 @@ class AlphaRatio(_RatioCurve):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanPower:
+class MeanPower(Scaled):
     """AlphaPO's reward: ``r = β (1 − p̄^−α)/α`` with ``log p̄ = L̄``; α → 0 is SimPO's.
 
     Args:
@@ -127,12 +124,10 @@ class MeanPower:
     Source: AlphaPO (Gupta et al. 2025, arXiv:2501.03884).
     """
 
-    beta: float
     alpha: float = 0.25
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        require_number("beta", self.beta, low=0, above=True)
+        super().__post_init__()
         require_number("alpha", self.alpha)
 
     def __call__(self, batch: LogpBatch) -> Tensor:

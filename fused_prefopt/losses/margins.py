@@ -25,7 +25,20 @@ from fused_prefopt.types import LogpBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConstantMargin:
+class StatelessMargin:
+    """What margins without a history share."""
+
+    def statistics(self) -> None:
+        """None: it needs no history."""
+        return None
+
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) the reward margins, detached."""
+        return reward_margins.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantMargin(StatelessMargin):
     """The same target margin γ for every pair; 0 is DPO's.
 
     Args:
@@ -42,14 +55,6 @@ class ConstantMargin:
 
     def __post_init__(self) -> None:
         require_number("gamma", self.gamma)
-
-    def statistics(self) -> None:
-        """None: a constant needs no history."""
-        return None
-
-    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
-        """(P,) the reward margins, detached."""
-        return reward_margins.detach()
 
     def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
         """(P,) γ for every pair."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fused_prefopt.checks import require_choice, require_number
+from fused_prefopt.losses.margins import StatelessMargin
 from fused_prefopt.losses.needs import halves, needed
 from fused_prefopt.types import LogpBatch
 
@@ -15,20 +16,7 @@ _SMALLEST_DIFFERENCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DataMargin:
-    """A margin of the pair itself, without a history."""
-
-    def statistics(self) -> None:
-        """None: it needs no history."""
-        return None
-
-    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
-        """(P,) the reward margins, detached."""
-        return reward_margins.detach()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthMargin(_DataMargin):
+class LengthMargin(StatelessMargin):
     """R-DPO's ``α (|y_w| − |y_l|)``: a longer chosen completion must win by more.
 
     Args:
@@ -53,7 +41,7 @@ class LengthMargin(_DataMargin):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreMargin(_DataMargin):
+class ScoreMargin(StatelessMargin):
     """The difference of the completions' scores, ``s_w − s_l``.
 
     Source: reward distillation (Fisch et al. 2024), eq. 7.
@@ -68,7 +56,7 @@ class ScoreMargin(_DataMargin):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsetMargin(_DataMargin):
+class OffsetMargin(StatelessMargin):
     """ODPO's ``α f(s_w − s_l)`` with the difference at least 1e-6.
 
     Args:
@@ -97,7 +85,7 @@ class OffsetMargin(_DataMargin):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DropMargin(_DataMargin):
+class DropMargin(StatelessMargin):
     """DPO-Positive's ``scale · max(0, L_ref,w − L_w)``: a chosen completion must not become rarer.
 
     Args:
@@ -122,7 +110,7 @@ class DropMargin(_DataMargin):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceKlMargin(_DataMargin):
+class SequenceKlMargin(StatelessMargin):
     """TDPO's ``scale (K_l − K_w)``, K the summed token-level KL of a completion.
 
     Args:

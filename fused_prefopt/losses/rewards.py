@@ -15,7 +15,9 @@ from fused_prefopt.types import LogpBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scaled:
+class Scaled:
+    """What rewards with a positive factor β share."""
+
     beta: float
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -24,7 +26,7 @@ class _Scaled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogRatio(_Scaled):
+class LogRatio(Scaled):
     """DPO's reward: ``r = β (L − L_ref)``.
 
     Args:
@@ -44,7 +46,7 @@ class LogRatio(_Scaled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanLogp(_Scaled):
+class MeanLogp(Scaled):
     """SimPO's reward: ``r = β L / max(1, |y|)``.
 
     Args:
@@ -62,7 +64,7 @@ class MeanLogp(_Scaled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumLogp(_Scaled):
+class SumLogp(Scaled):
     """The summed log-prob as reward: ``r = β L``.
 
     Args:
@@ -80,7 +82,7 @@ class SumLogp(_Scaled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanLogRatio(_Scaled):
+class MeanLogRatio(Scaled):
     """The log-ratio per token as reward: ``r = β (L − L_ref) / max(1, |y|)``.
 
     Args:

@@ -47,13 +47,11 @@ class CublasEngine(TorchEngine):
         self._fold_rows(tile, statistics, kept)
         return statistics.maximum.unsqueeze(0)
 
-    def fold_and_weigh(
-        self, tile: Tile, statistics: RowStatistics, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def fold_and_weigh(self, tile: Tile, statistics: RowStatistics, gradient: Tensor) -> Tensor:
         weights = self._operand(tile.shape)
         factor = self._fold_rows(tile, statistics, weights, slope=True)
         rescale_rows(gradient, factor)
-        return weights, gradient
+        return weights
 
     def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
         out = self._operand(tile.shape)

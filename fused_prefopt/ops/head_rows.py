@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,25 @@ class HeadRows:
     engine: str
     workspace: int
     backward: bool
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        index: Tensor,
+        vocab: int,
+        *rest: Any,
+    ) -> HeadRows:
+        """The rows at `index` (n,) of targets (M,), before the first `vocab` rows of the head.
+
+        Args:
+            *rest: the attributes from `math` on.
+        """
+        bias = None if bias is None else bias[:vocab]
+        return cls(hidden, weight[:vocab], bias, index, targets[index], *rest)
 
     def build_engine(self) -> TorchEngine:
         """The plan's engine, for tiles of this shape."""

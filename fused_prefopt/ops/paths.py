@@ -55,8 +55,8 @@ def forward(head: HeadRows) -> tuple[Tensor, Kept]:
         for rows in slices:
             tile = Tile(hidden[rows], weight, bias, head.targets[rows] - slab.start)
             if head.path == "stash":
-                weights, sums = engine.fold_and_weigh(tile, statistics[rows], gradient[rows])
-                product(weights, weight, sums, accumulate=True)
+                weights = engine.fold_and_weigh(tile, statistics[rows], gradient[rows])
+                product(weights, weight, gradient[rows], accumulate=True)
             elif head.path == "local":
                 highest = engine.fold_and_keep(tile, statistics[rows], kept[rows, slab])
                 maxima[_parts(slab, engine), rows] = highest

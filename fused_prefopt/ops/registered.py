@@ -66,8 +66,8 @@ def head_logps(
     else:
         index = labelled.nonzero_static(size=num_labels).squeeze(1)
     math = HeadMath(softcap, logit_scale, temperature, dtype)
-    head = _head_rows(
-        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace, False
+    head = HeadRows.of(
+        hidden, weight, bias, targets, index, vocab, math, path, engine, workspace, False
     )
     with fixed_precision(hidden, dtype):
         row_logps, kept = paths.forward(head)
@@ -153,8 +153,8 @@ def head_logps_backward(
     The others are the inputs and outputs of `head_logps`.
     """
     math = HeadMath(softcap, logit_scale, temperature, dtype)
-    head = _head_rows(
-        hidden, weight, bias, targets[index], index, vocab, math, path, engine, workspace, True
+    head = HeadRows.of(
+        hidden, weight, bias, targets, index, vocab, math, path, engine, workspace, True
     )
     upstream = torch.zeros_like(logsumexps)
     if grad_logps is not None:
@@ -222,24 +222,6 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 
 head_logps_backward.register_autograd(_no_double_backward)
-
-
-def _head_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    index: Tensor,
-    vocab: int,
-    math: HeadMath,
-    path: str,
-    engine: str,
-    workspace: int,
-    backward: bool,
-) -> HeadRows:
-    bias = None if bias is None else bias[:vocab]
-    weight = weight[:vocab]
-    return HeadRows(hidden, weight, bias, index, targets, math, path, engine, workspace, backward)
 
 
 class fixed_precision:

@@ -45,17 +45,18 @@ def token_statistics(
     index = (call.layout.targets != ignore_index).nonzero_static(size=call.count).squeeze(1)
     # The matmul is inside the only kernel that has these sums.
     chosen = "torch" if call.engines["evaluate"] == "torch" else "triton"
-    rows = HeadRows(
+    rows = HeadRows.of(
         call.hidden,
-        head.weight[:vocab],
-        None if head.bias is None else head.bias[:vocab],
+        head.weight,
+        head.bias,
+        call.layout.targets,
         index,
-        call.layout.targets[index],
+        vocab,
         call.math,
         "details",
         chosen,
         int(workspace_mb * 2**20),
-        backward=False,
+        False,
     )
     with fixed_precision(call.hidden, call.math.dtype):
         statistics, details = _fold(rows)

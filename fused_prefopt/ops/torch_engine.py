@@ -101,21 +101,18 @@ class TorchEngine:
             kept.copy_(logits)
         return statistics.maximum.unsqueeze(0)
 
-    def fold_and_weigh(
-        self, tile: Tile, statistics: RowStatistics, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def fold_and_weigh(self, tile: Tile, statistics: RowStatistics, gradient: Tensor) -> Tensor:
         """`fold`, and rescale `gradient` (c, D), summed with the old maxima, to the new ones.
 
         Returns:
-            exp(logit − maximum) · slope, (c, v) in the operand dtype, valid until the next call,
-            and the gradient.
+            exp(logit − maximum) · slope, (c, v) in the operand dtype, valid until the next call.
         """
         logits = self._logits(tile, self._tile(tile.shape))
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
         factor = self._fold(logits, tile.targets, statistics)
         gradient.mul_(factor.unsqueeze(1))
         weights = logits if slope is None else logits.mul_(slope)
-        return weights.to(self.math.operand(self.device)), gradient
+        return weights.to(self.math.operand(self.device))
 
     def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
         """The gradient of a tile's logits; with its sums over the rows if `bias`."""

@@ -68,9 +68,7 @@ class TritonEngine(CublasEngine):
         merge_partials(partials, statistics.maximum, statistics.sum)
         return partials.maximum
 
-    def fold_and_weigh(
-        self, tile: Tile, statistics: RowStatistics, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def fold_and_weigh(self, tile: Tile, statistics: RowStatistics, gradient: Tensor) -> Tensor:
         weights = self._operand(tile.shape)
         partials = self._partials(tile, statistics, "kept", weights)
         factor = merge_partials(partials, statistics.maximum, statistics.sum)
@@ -83,7 +81,7 @@ class TritonEngine(CublasEngine):
             part_width=self.part_width,
         )
         rescale_rows(gradient, factor)
-        return weights, gradient
+        return weights
 
     def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
         out = self._operand(tile.shape)
