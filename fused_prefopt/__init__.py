@@ -9,12 +9,20 @@ from fused_prefopt.ops import (
     token_statistics,
 )
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import LMHead, LogpBatch, LossOutput, SequenceLogps, TokenStatistics
+from fused_prefopt.types import (
+    LMHead,
+    LogpBatch,
+    LossOutput,
+    LowRank,
+    SequenceLogps,
+    TokenStatistics,
+)
 
 __all__ = [
     "LMHead",
     "LogpBatch",
     "LossOutput",
+    "LowRank",
     "Plan",
     "PreferenceLoss",
     "SequenceLogps",

@@ -20,6 +20,42 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A low-rank term of a head (LoRA, Hu et al. 2022, eq. 3), trained beside its frozen weight.
+
+    It adds ``scaling * dropout(hidden) @ a.T @ b.T`` to ``hidden @ weight.T``.
+
+    Args:
+        a: (r, D) down projection.
+        b: (V, r) up projection.
+        scaling: factor on the term (alpha / r, or alpha / sqrt(r) with rank stabilisation).
+        dropout: probability with which an entry of hidden is dropped before `a`.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_shape("a", self.a, ("r", "D"))
+        require_shape("b", self.b, ("V", self.a.shape[0]))
+        require_floating("a", self.a)
+        require_floating("b", self.b)
+        require_device("b", self.b, self.a.device)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}, wanted a number in [0, 1)")
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., D) → (..., r): what `b` takes, scaled."""
+        hidden = torch.nn.functional.dropout(hidden.to(self.a.dtype), self.dropout)
+        return self.scaling * torch.nn.functional.linear(hidden, self.a)
+
+
+@dataclass(frozen=True)
 class LMHead:
     """A language-model head: everything between the last hidden state and the log-softmax.
 
@@ -27,13 +63,16 @@ class LMHead:
     `valid_vocab` rows of `weight`, where ``cap(z) = softcap * tanh(z / softcap)``.
 
     Args:
-        weight: (V, D) output embedding.
-        bias: (V,) added to the logits, or None.
+        weight: (V, D) output embedding. A `DTensor` that is sharded over its rows (tensor
+            parallelism) stays sharded: each rank passes the same hidden states and labels, meets
+            its own rows, and the ranks exchange three numbers a labelled row.
+        bias: (V,) added to the logits, or None. Sharded as the weight is.
         softcap: bound of the logits (Gemma 2's `final_logit_softcapping`), or None.
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         temperature: the capped logits are divided by it.
         valid_vocab: rows of `weight` from this index on are padding: they take part in no
             log-softmax and get zero gradient. None means all V rows are real.
+        low_rank: terms added to ``hidden @ weight.T``; they meet the op as r more columns.
 
     Raises:
         ValueError: a shape, dtype or number is out of its range.
@@ -45,6 +84,7 @@ class LMHead:
     logit_scale: float = 1.0
     temperature: float = 1.0
     valid_vocab: int | None = None
+    low_rank: tuple[LowRank, ...] = ()
 
     def __post_init__(self) -> None:
         require_shape("weight", self.weight, ("V", "D"))
@@ -60,6 +100,10 @@ class LMHead:
         rows = self.weight.shape[0]
         if self.valid_vocab is not None and not 0 < self.valid_vocab <= rows:
             raise ValueError(f"valid_vocab: got {self.valid_vocab}, wanted None or 1..{rows}")
+        for term in self.low_rank:
+            require_shape("a", term.a, ("r", self.weight.shape[1]))
+            require_shape("b", term.b, (rows, "r"))
+            require_device("b", term.b, self.weight.device)
 
     @property
     def vocab(self) -> int:
@@ -70,6 +114,8 @@ class LMHead:
         """Eager logits (..., vocab) of hidden (..., D): what the op never builds."""
         bias = None if self.bias is None else self.bias[: self.vocab]
         logits = torch.nn.functional.linear(hidden, self.weight[: self.vocab], bias)
+        for term in self.low_rank:
+            logits = logits + (term.project(hidden) @ term.b[: self.vocab].t()).to(logits.dtype)
         logits = logits * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)

@@ -20,7 +20,14 @@ from truth import (
     upstream_of,
 )
 
-from fused_prefopt import PreferenceLoss, sequence_logps, token_logps, token_statistics
+from fused_prefopt import (
+    LMHead,
+    LowRank,
+    PreferenceLoss,
+    sequence_logps,
+    token_logps,
+    token_statistics,
+)
 from fused_prefopt.ops import cublas_engine, paths
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import PATHS
@@ -215,3 +222,20 @@ def test_a_bf16_gradient_of_the_weight_is_rounded_once():
     truth = true_result(case, needs=(True, True, False))
     got = computed(case, needs=(True, True, False), path="recompute", engine="cublas")
     assert_gradients(got, truth, 8e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+def test_low_rank_terms_equal_the_torch_engines(engine, path):
+    case = leaves_of(make_case(3, 13, 24, 101, **TRANSFORMS["all"]), needs_of(path))
+    trained = path in ("local", "recompute")
+    a, b = (torch.randn(size).requires_grad_(trained) for size in ((5, 24), (101, 5)))
+    head = LMHead(case.weight, case.bias, **case.options, low_rank=(LowRank(a, b, 0.2),))
+    results = []
+    for name in (engine, "torch"):
+        out = sequence_logps(case.hidden, head, case.labels, path=path, engine=name)
+        leaves = [t for t in (case.hidden, case.weight, case.bias, a, b) if t.requires_grad]
+        grads = torch.autograd.grad(out.sums.sum(), leaves) if leaves else ()
+        results.append((out.sums.detach(), *grads))
+    for ours, wanted in zip(*results, strict=True):
+        assert relative(ours, wanted) <= 3e-6

@@ -212,9 +212,13 @@ def test_inference_mode():
     assert torch.equal(got.sums, wanted.sums) and got.plan.path == "evaluate"
 
 
-def op_arguments(case, path, counted, workspace):
+def op_arguments(case, path, counted, workspace, rank=0):
     """Arguments of `head_logps`, rows without a shift, ids unsorted."""
     rows = case.labels.numel()
+    low = (None, None)
+    if rank:
+        shapes = ((rows, rank), (case.weight.shape[0], rank))
+        low = tuple(torch.randn(shape, dtype=case.hidden.dtype) for shape in shapes)
     ids = torch.arange(rows) % 3
     count = int((case.labels != -100).sum()) if counted else -1
     options = case.options
@@ -223,6 +227,7 @@ def op_arguments(case, path, counted, workspace):
         case.hidden.reshape(rows, -1),
         case.weight,
         case.bias,
+        *low,
         case.labels.flatten(),
         ids,
         3,
@@ -236,6 +241,8 @@ def op_arguments(case, path, counted, workspace):
         path,
         "torch",
         workspace,
+        "",
+        0,
     )
 
 
@@ -265,18 +272,19 @@ def test_opcheck(path, transform, view, counted):
 
 
 @pytest.mark.parametrize(("path", "transform", "view", "counted"), OP_CASES[1:])
-def test_opcheck_of_the_backward(path, transform, view, counted):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_opcheck_of_the_backward(path, transform, view, counted, rank):
     case = make_case(2, 5, 4, 70, **TRANSFORMS[transform])
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
-    given = op_arguments(case, path, counted, 2**20)
+    given = op_arguments(case, path, counted, 2**20, rank)
     logps, sums, _, *saved = head_logps(*given)
-    hidden, weight, bias, targets, ids = given[:5]
-    arguments = (torch.ones_like(logps), torch.ones_like(sums), hidden, weight, bias, targets, ids)
-    needs = needs_of(path)[:2] + (needs_of(path)[2] and bias is not None,)
+    arguments = (torch.ones_like(logps), torch.ones_like(sums), *given[:7])
+    needs = [*needs_of(path)[:2], needs_of(path)[2] and case.bias is not None]
+    needs += [rank > 0, rank > 0 and path != "stash"]
     torch.library.opcheck(
         head_logps_backward,
-        (*arguments, logps, *saved, *given[9:], *needs),
+        (*arguments, logps, *saved, *given[11:], needs),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -285,10 +293,10 @@ def test_one_call_of_the_op_sums_the_gradients_of_both_its_outputs():
     case = leaves_of(make_case(2, 5, 4, 9, dtype=torch.float64), (True, True, False))
     given = op_arguments(case, "recompute", False, int(SMALLEST) + 1)
     logps, sums, *_ = head_logps(*given)
-    assert torch.equal(sums, torch.stack([logps[given[4] == s].sum() for s in range(3)]))
+    assert torch.equal(sums, torch.stack([logps[given[6] == s].sum() for s in range(3)]))
     leaves = (case.hidden, case.weight)
     of_logps, of_sums = torch.randn_like(logps), torch.randn_like(sums)
     both = torch.autograd.grad((logps, sums), leaves, (of_logps, of_sums), retain_graph=True)
-    one = torch.autograd.grad(logps, leaves, of_logps + of_sums[given[4]])
+    one = torch.autograd.grad(logps, leaves, of_logps + of_sums[given[6]])
     for ours, wanted in zip(both, one, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)

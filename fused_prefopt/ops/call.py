@@ -10,7 +10,9 @@ from torch import Tensor
 from fused_prefopt.checks import require_device, require_floating, require_integer, require_shape
 from fused_prefopt.ops.engines import choose_engines
 from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout, require
+from fused_prefopt.ops.vocab_shard import VocabShard, local_part
 from fused_prefopt.types import LMHead
 
 
@@ -33,16 +35,18 @@ class Call:
     """What a call asks for.
 
     Attributes:
-        head: the LM head.
-        hidden: (M, D) all rows.
+        tensors: of the head, on this rank.
+        vocab: rows of them that are no padding.
+        shard: where they stand in the vocabulary.
         layout: where each row's target is.
         count: labelled rows, or -1 where a compiler traces and they cannot be counted.
         math: the head's scalars and the dtype to compute in.
         engines: path → engine.
     """
 
-    head: LMHead
-    hidden: Tensor
+    tensors: HeadTensors
+    vocab: int
+    shard: VocabShard
     layout: Layout
     count: int
     math: HeadMath
@@ -52,6 +56,8 @@ class Call:
 def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions) -> Call:
     """Check the arguments and lay out the rows; raises what `sequence_logps` documents."""
     head = head if isinstance(head, LMHead) else LMHead(head)
+    vocab = head.vocab
+    head, shard = local_part(head)
     _check(hidden, head, labels, options.sequence_ids)
     ignore_index = options.ignore_index
     if hidden.dim() == 3:
@@ -66,12 +72,25 @@ def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: Lo
             ignore_index=ignore_index,
         )
     labelled = layout.targets != ignore_index
-    in_vocab = (layout.targets >= 0) & (layout.targets < head.vocab)
-    require((in_vocab | ~labelled).all(), f"labels: got a label outside [0, {head.vocab})")
+    in_vocab = (layout.targets >= 0) & (layout.targets < vocab)
+    require((in_vocab | ~labelled).all(), f"labels: got a label outside [0, {vocab})")
+    shard.require_same(layout.targets)
     count = _count(labelled, options.num_labels)
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
     engines = choose_engines(options.engine, hidden.device, math.dtype)
-    return Call(head, hidden.reshape(-1, hidden.shape[-1]), layout, count, math, engines)
+    return Call(_tensors(hidden, head), head.vocab, shard, layout, count, math, engines)
+
+
+def _tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if not head.low_rank:
+        return HeadTensors(rows, head.weight, head.bias)
+    # Before rows are flattened and chosen: dropout draws as it would without this package.
+    low = [term.project(hidden).flatten(0, -2) for term in head.low_rank]
+    weights = [term.b for term in head.low_rank]
+    if len(low) > 1:
+        low, weights = [torch.cat(low, 1)], [torch.cat(weights, 1)]
+    return HeadTensors(rows, head.weight, head.bias, low[0], weights[0])
 
 
 def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,40 @@ from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import TileShape, aligned, kept_bytes, tile_shape
 from fused_prefopt.ops.torch_engine import TorchEngine
+from fused_prefopt.ops.vocab_shard import VocabShard
+
+
+class HeadTensors(NamedTuple):
+    """What the products ``hidden @ weight.T + low_hidden @ low_weight.T + bias`` are made of.
+
+    Attributes:
+        hidden: (M, D) all rows.
+        weight: (V, D).
+        bias: (V,) or None.
+        low_hidden: (M, r) all rows, after the down projection of a low-rank term, or None.
+        low_weight: (V, r) its up projection, or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    low_hidden: Tensor | None = None
+    low_weight: Tensor | None = None
+
+    def detached(self) -> HeadTensors:
+        """The same without gradients."""
+
+        def detach(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.detach()
+
+        others = (detach(value) for value in self[2:])
+        return HeadTensors(self.hidden.detach(), self.weight.detach(), *others)
+
+    def first(self, vocab: int) -> HeadTensors:
+        """The same with the first `vocab` rows of the vocabulary."""
+        bias = None if self.bias is None else self.bias[:vocab]
+        low_weight = None if self.low_weight is None else self.low_weight[:vocab]
+        return self._replace(weight=self.weight[:vocab], bias=bias, low_weight=low_weight)
 
 
 @dataclass(frozen=True)
@@ -21,21 +55,19 @@ class HeadRows:
     """Everything one pass over the head needs.
 
     Attributes:
-        hidden: (M, D) all rows.
-        weight: (V, D), padded vocabulary rows cut off.
-        bias: (V,) or None.
+        tensors: of the head, padded vocabulary rows cut off.
         index: (n,) the labelled rows.
-        targets: (n,) their target tokens.
+        targets: (n,) their target tokens, counted from the shard's first row.
+        shard: which rows of the head these are.
         math: the head's scalars.
         path, engine, workspace: of the plan.
         backward: whether the pass is a backward.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    tensors: HeadTensors
     index: Tensor
     targets: Tensor
+    shard: VocabShard
     math: HeadMath
     path: str
     engine: str
@@ -45,12 +77,11 @@ class HeadRows:
     @classmethod
     def of(
         cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        tensors: HeadTensors,
         targets: Tensor,
         index: Tensor,
         vocab: int,
+        shard: VocabShard,
         *rest: Any,
     ) -> HeadRows:
         """The rows at `index` (n,) of targets (M,), before the first `vocab` rows of the head.
@@ -58,27 +89,45 @@ class HeadRows:
         Args:
             *rest: the attributes from `math` on.
         """
-        bias = None if bias is None else bias[:vocab]
-        return cls(hidden, weight[:vocab], bias, index, targets[index], *rest)
+        return cls(tensors.first(vocab), index, targets[index] - shard.first, shard, *rest)
 
     def build_engine(self) -> TorchEngine:
         """The plan's engine, for tiles of this shape."""
-        return load_engine(self.engine)(self.math, self.shape, self.hidden.device)
+        return load_engine(self.engine)(self.math, self.shape, self.device)
 
     @property
     def rows(self) -> int:
         return self.index.shape[0]
 
     @property
+    def vocab(self) -> int:
+        return self.tensors.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank term, 0 without one."""
+        low = self.tensors.low_weight
+        return 0 if low is None else low.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """D + r, what the products are summed over."""
+        return self.tensors.weight.shape[1] + self.rank
+
+    @property
     def device(self) -> torch.device:
-        return self.hidden.device
+        return self.tensors.hidden.device
 
     @cached_property
     def tiling(self) -> tuple[TileShape, bool]:
         """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
-        vocab, hidden_size = self.weight.shape
+        vocab, hidden_size = self.vocab, self.hidden_size
         engine = load_engine(self.engine)
-        cost = engine.cost(self.math, self.weight, self.path, self.backward)
+        cost = engine.cost(self.math, self.tensors.weight, self.path, self.backward)
+        if self.rank:
+            # A slab of both weights, and its gradient before it is parted.
+            both = self.operand.itemsize + self.math.accumulator.itemsize
+            cost = replace(cost, weight=cost.weight + both)
         budget = self.workspace
         if self.path == "local":
             budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
@@ -98,8 +147,7 @@ class HeadRows:
     @property
     def kept_size(self) -> tuple[int, int]:
         """(n, V or a little more) of what `local` keeps."""
-        vocab = self.weight.shape[0]
-        return self.rows, vocab if self.device.type == "cpu" else aligned(vocab)
+        return self.rows, self.vocab if self.device.type == "cpu" else aligned(self.vocab)
 
     @property
     def operand(self) -> torch.dtype:
@@ -110,9 +158,16 @@ class HeadRows:
 
     def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
-        for slab in _slices(self.weight.shape[0], self.shape.vocab):
-            weight = self.rounded(self.weight[slab]).to(self.operand)
-            yield slab, weight, None if self.bias is None else self.rounded(self.bias[slab])
+        bias = self.tensors.bias
+        for slab in _slices(self.vocab, self.shape.vocab):
+            weight = self.weight_rows(slab).to(self.operand)
+            yield slab, weight, None if bias is None else self.rounded(bias[slab])
+
+    def weight_rows(self, rows: slice | Tensor) -> Tensor:
+        """(v, D + r) rows of the weight and of the low-rank term's, rounded."""
+        low = self.tensors.low_weight
+        weight = self.rounded(self.tensors.weight[rows])
+        return weight if low is None else torch.cat((weight, self.rounded(low[rows])), 1)
 
     def hidden_rows(self) -> _HiddenRows:
         """Labelled rows of `hidden` in the operand dtype, slice by slice."""
@@ -138,8 +193,11 @@ class _HiddenRows:
         return self._gather(rows) if self._all is None else self._all[rows]
 
     def _gather(self, rows: slice) -> Tensor:
-        head = self._head
-        return head.rounded(head.hidden[head.index[rows]]).to(head.operand)
+        head, index = self._head, self._head.index[rows]
+        hidden, low = head.rounded(head.tensors.hidden[index]), head.tensors.low_hidden
+        if low is not None:
+            hidden = torch.cat((hidden, head.rounded(low[index])), 1)
+        return hidden.to(head.operand)
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

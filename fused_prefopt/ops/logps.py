@@ -111,26 +111,27 @@ def _run(
     hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
     call = read_call(hidden, head, labels, options)
-    head, math, layout = call.head, call.math, call.layout
+    tensors, math, layout = call.tensors, call.math, call.layout
     # What `local` would need: it decides between that path and `recompute`.
     local = load_engine(call.engines["local"])
     gradients = torch.is_grad_enabled()
-    parameters = (head.weight, head.bias)
+    parameters = (tensors.weight, tensors.bias, tensors.low_weight)
+    inputs = (tensors.hidden, tensors.low_hidden)
+    width = sum(value.shape[1] for value in inputs if value is not None)
     plan = make_plan(
         path=options.path,
         engines=call.engines,
         rows=labels.numel() if call.count < 0 else call.count,
-        vocab=head.vocab,
-        hidden_size=head.weight.shape[1],
+        vocab=call.vocab,
+        hidden_size=width,
         workspace_mb=options.workspace_mb,
         itemsize=math.kept.itemsize,
-        cost=local.cost(math, head.weight, "local", backward=False),
+        cost=local.cost(math, tensors.weight, "local", backward=False),
         head_trains=gradients and any(p is not None and p.requires_grad for p in parameters),
-        hidden_trains=gradients and hidden.requires_grad,
+        hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
     )
-    tensors: tuple[Tensor | None, ...] = (call.hidden, head.weight, head.bias)
     if plan.path == "evaluate":
-        tensors = tuple(None if value is None else value.detach() for value in tensors)
+        tensors = tensors.detached()
     outputs = head_logps(
         *tensors,
         layout.targets,
@@ -139,7 +140,7 @@ def _run(
         layout.sorted,
         options.ignore_index,
         call.count,
-        head.vocab,
+        call.vocab,
         math.softcap,
         math.logit_scale,
         math.temperature,
@@ -147,5 +148,7 @@ def _run(
         plan.path,
         plan.engine,
         plan.workspace,
+        call.shard.group,
+        call.shard.first,
     )
     return plan, outputs

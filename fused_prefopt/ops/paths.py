@@ -7,6 +7,7 @@ is written once, in the weight's own dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +42,15 @@ class Kept:
 
 def forward(head: HeadRows) -> tuple[Tensor, Kept]:
     """Log-probs of the labelled rows (n,), and what `backward` needs."""
-    engine, (vocab, hidden_size) = head.build_engine(), head.weight.shape
-    slices, hidden = head.row_slices(), head.hidden_rows()
+    engine, slices, hidden = head.build_engine(), head.row_slices(), head.hidden_rows()
     statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
     gradient, maxima, kept = head.new(0), head.new(0), head.new(0)
     ticket = torch.zeros(1, dtype=torch.int64)
     if head.path == "stash":
-        gradient = head.new(head.rows, hidden_size).zero_()
+        gradient = head.new(head.rows, head.hidden_size).zero_()
     elif head.path == "local":
         kept, ticket = lease(head.kept_size, head.math.kept, head.device)
-        maxima = head.new(_part(vocab - 1, engine) + 1, head.rows)
+        maxima = head.new(_part(head.vocab - 1, engine) + 1, head.rows)
     for slab, weight, bias in head.slabs():
         for rows in slices:
             tile = Tile(hidden[rows], weight, bias, head.targets[rows] - slab.start)
@@ -62,36 +62,62 @@ def forward(head: HeadRows) -> tuple[Tensor, Kept]:
                 maxima[_parts(slab, engine), rows] = highest
             else:
                 engine.fold(tile, statistics[rows])
+    merged = head.shard.merge(statistics)
     if head.path == "stash":
-        _finish_stash(head, gradient, statistics)
-    return statistics.logps(), Kept(statistics.logsumexps(), gradient, maxima, ticket)
+        shares = (statistics.maximum - merged.maximum).exp_() / merged.sum
+        _finish_stash(head, gradient, shares, merged.target)
+        head.shard.add(gradient)
+    return merged.logps(), Kept(merged.logsumexps(), gradient, maxima, ticket)
 
 
-def _finish_stash(head: HeadRows, gradient: Tensor, statistics: RowStatistics) -> None:
-    """Turn Σ_v exp(z_v − max) W_v into d logp / d hidden = W_y − Σ_v p_v W_v, in place."""
+def _finish_stash(head: HeadRows, gradient: Tensor, shares: Tensor, target_logits: Tensor) -> None:
+    """Turn Σ_v exp(z_v − max) W_v into d logp / d hidden = W_y − Σ_v p_v W_v, in place.
+
+    Args:
+        gradient: (n, D + r).
+        shares: (n,) exp(max − logsumexp).
+        target_logits: (n,).
+    """
     for rows in head.row_slices():
-        target = head.rounded(head.weight[head.targets[rows]]).to(gradient.dtype)
+        targets = head.targets[rows]
+        factor = ((targets >= 0) & (targets < head.vocab)).to(gradient.dtype)
+        target = head.weight_rows(targets.clamp(0, head.vocab - 1)).to(gradient.dtype)
         if head.math.softcap is not None:
-            target.mul_(head.math.cap_slope(statistics.target[rows]).unsqueeze(1))
-        gradient[rows].div_(-statistics.sum[rows].unsqueeze(1)).add_(target).mul_(head.math.slope)
+            factor.mul_(head.math.cap_slope(target_logits[rows]))
+        target.mul_(factor.unsqueeze(1))
+        gradient[rows].mul_(-shares[rows].unsqueeze(1)).add_(target).mul_(head.math.slope)
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients in their tensors' own dtypes: hidden (M, D), weight (V, D), bias (V,), or None."""
+class Gradients(NamedTuple):
+    """Gradients of `HeadTensors`, each in its tensor's shape and dtype, or None."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    low_hidden: Tensor | None = None
+    low_weight: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which of `HeadTensors` need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low_hidden: bool
+    low_weight: bool
+
+    @property
+    def rows(self) -> bool:
+        return self.hidden or self.low_hidden
+
+    def columns(self, hidden_size: int) -> slice:
+        """Of the D + r columns of hidden, those whose weights need a gradient."""
+        return slice(0 if self.weight else hidden_size, None if self.low_weight else hidden_size)
 
 
 def backward(
-    head: HeadRows,
-    kept: Kept,
-    logps: Tensor,
-    upstream: Tensor,
-    padded_vocab: int,
-    needs: tuple[bool, bool, bool],
+    head: HeadRows, kept: Kept, logps: Tensor, upstream: Tensor, padded_vocab: int, needs: Needs
 ) -> Gradients:
     """Gradients of ``(upstream * logps).sum()``.
 
@@ -100,38 +126,78 @@ def backward(
         logps: (n,) log-probs of the labelled rows.
         upstream: (n,) d loss / d logp.
         padded_vocab: rows of the weight with its padding.
-        needs: whether hidden, weight and bias need a gradient.
+        needs: which gradients are wanted.
     """
     if head.path == "stash":
-        dhidden = kept.stash * upstream.unsqueeze(1) if needs[0] else None
-        return Gradients(None if dhidden is None else _spread(dhidden, head), None, None)
+        dhidden = kept.stash * upstream.unsqueeze(1) if needs.rows else None
+        return _spread(dhidden, head, needs)
 
     probabilities = None
     if head.path == "local":
         probabilities = find(kept.ticket, head.kept_size, head.math.kept)
         if probabilities is None:
             head = replace(head, path="recompute")
-    dhidden = head.new(head.rows, head.weight.shape[1]) if needs[0] else None
-    dweight = _padded_like(head.weight, padded_vocab, head.rows) if needs[1] else None
-    dbias = _padded_like(head.bias, padded_vocab, head.rows) if needs[2] else None
+    tensors = head.tensors
+    dhidden = head.new(head.rows, head.hidden_size) if needs.rows else None
+    dweight = _padded_like(tensors.weight, padded_vocab, head.rows) if needs.weight else None
+    dbias = _padded_like(tensors.bias, padded_vocab, head.rows) if needs.bias else None
+    dlow = _padded_like(tensors.low_weight, padded_vocab, head.rows) if needs.low_weight else None
     # Without labelled rows no slab would be written: the gradients are the zeros they start as.
     if head.rows:
-        sums = _Sums(dhidden, dweight, dbias, *_unit_scale(head, upstream * -head.math.slope))
+        columns = needs.columns(tensors.weight.shape[1])
+        scale = _unit_scale(head, upstream * -head.math.slope)
+        sums = _Sums(dhidden, columns, dweight, dlow, dbias, *scale)
         _sum_gradients(head, kept, probabilities, logps, sums)
+        if dhidden is not None:
+            head.shard.add(dhidden)
     give_back(kept.ticket)
-    return Gradients(None if dhidden is None else _spread(dhidden, head), dweight, dbias)
+    return _spread(dhidden, head, needs)._replace(weight=dweight, bias=dbias, low_weight=dlow)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Where the sums over tiles go: (n, D), (V, D), (V,) or None; the rows' scale (n,) and the
-    unit in which it is given, None for 1."""
+    """Where the sums over tiles go.
+
+    Attributes:
+        hidden: (n, D + r) or None.
+        columns: of hidden, those whose weights are wanted.
+        weight, low_weight, bias: (V, D), (V, r), (V,) or None.
+        scale: (n,) of the rows.
+        unit: in which `scale` is given, None for 1.
+    """
 
     hidden: Tensor | None
+    columns: slice
     weight: Tensor | None
+    low_weight: Tensor | None
     bias: Tensor | None
     scale: Tensor
     unit: Tensor | None
+
+    def buffer(self, head: HeadRows, slab: slice) -> Tensor | None:
+        """Where a slab of the weights' gradients is summed: in the gradient itself where nothing
+        is rounded twice, else (v, columns) beside it."""
+        if self.weight is None and self.low_weight is None:
+            return None
+        only = self.weight if self.low_weight is None else None
+        if only is not None:
+            one_product = head.rows <= head.shape.rows and only.dtype == head.operand
+            if only.dtype == head.math.accumulator or (
+                one_product and only.dtype == torch.bfloat16
+            ):
+                return only[slab]
+        return head.new(slab.stop - slab.start, len(range(head.hidden_size)[self.columns]))
+
+    def write(self, slab: slice, weights: Tensor | None, bias: Tensor | None) -> None:
+        """Put a slab's finished sums, (v, columns) and (v,), where they belong."""
+        for total in (weights, bias):
+            if total is not None and self.unit is not None:
+                total.mul_(self.unit)
+        if weights is not None:
+            width = 0 if self.weight is None else self.weight.shape[1]
+            _write(self.weight, slab, weights[:, :width])
+            _write(self.low_weight, slab, weights[:, width:])
+        _write(self.bias, slab, bias)
 
 
 def _unit_scale(head: HeadRows, scale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -153,7 +219,7 @@ def _sum_gradients(
     for slab, weight, bias in head.slabs():
         wants_bias = sums.bias is not None
         bias_sum = head.new(weight.shape[0]).zero_() if wants_bias else None
-        weight_sum = None if sums.weight is None else _accumulator(head, sums.weight[slab])
+        weight_sum = sums.buffer(head, slab)
         for rows in slices:
             targets = head.targets[rows] - slab.start
             if probabilities is None:
@@ -170,30 +236,19 @@ def _sum_gradients(
             if bias_sum is not None and gradient.bias is not None:
                 bias_sum += gradient.bias
             if weight_sum is not None:
-                later = rows.start > 0
-                product(gradient.logits.t(), hidden[rows], weight_sum, accumulate=later)
+                later, columns = rows.start > 0, hidden[rows][:, sums.columns]
+                product(gradient.logits.t(), columns, weight_sum, accumulate=later)
             if sums.hidden is not None:
                 later = slab.start > 0
                 product(gradient.logits, weight, sums.hidden[rows], accumulate=later)
-        _write(sums.weight, slab, weight_sum, sums.unit)
-        _write(sums.bias, slab, bias_sum, sums.unit)
+        sums.write(slab, weight_sum, bias_sum)
     if sums.hidden is not None and sums.unit is not None:
         sums.hidden.mul_(sums.unit)
 
 
-def _accumulator(head: HeadRows, slab: Tensor) -> Tensor:
-    """The slab of the gradient itself where nothing is rounded twice, else a buffer."""
-    one_product = head.rows <= head.shape.rows and slab.dtype == head.operand
-    if slab.dtype == head.math.accumulator or (one_product and slab.dtype == torch.bfloat16):
-        return slab
-    return head.new(*slab.shape)
-
-
-def _write(gradient: Tensor | None, slab: slice, total: Tensor | None, unit: Tensor | None) -> None:
+def _write(gradient: Tensor | None, slab: slice, total: Tensor | None) -> None:
     if gradient is None or total is None:
         return
-    if unit is not None:
-        total = total.mul_(unit)
     if total.data_ptr() != gradient[slab].data_ptr():
         gradient[slab].copy_(total)
 
@@ -216,8 +271,22 @@ def _padded_like(value: Tensor | None, vocab: int, rows: int) -> Tensor:
     return gradient
 
 
-def _spread(rows: Tensor, head: HeadRows) -> Tensor:
-    """(n, D) gradient of the labelled rows → (M, D), zero elsewhere, in hidden's dtype."""
-    full = torch.zeros_like(head.hidden)
-    full[head.index] = rows.to(full.dtype)
-    return full
+def _spread(rows: Tensor | None, head: HeadRows, needs: Needs) -> Gradients:
+    """(n, D + r) gradient of the labelled rows → (M, D) and (M, r), zero elsewhere."""
+
+    def spread(whole: Tensor, part: Tensor) -> Tensor:
+        full = torch.zeros_like(whole)
+        full[head.index] = part.to(full.dtype)
+        return full
+
+    if rows is None:
+        return Gradients()
+    hidden, low = head.tensors.hidden, head.tensors.low_hidden
+    return Gradients(
+        hidden=spread(hidden, rows[:, : hidden.shape[1]]) if needs.hidden else None,
+        low_hidden=(
+            spread(low, rows[:, hidden.shape[1] :])
+            if needs.low_hidden and low is not None
+            else None
+        ),
+    )

@@ -6,6 +6,7 @@ for the backward, stays inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from fused_prefopt.ops import paths
 from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.torch_engine import matmul_precision
+from fused_prefopt.ops.vocab_shard import VocabShard
 
 
 @torch.library.custom_op("fused_prefopt::head_logps", mutates_args=())
@@ -23,6 +25,8 @@ def head_logps(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     targets: Tensor,
     sequence_ids: Tensor,
     num_sequences: int,
@@ -37,6 +41,8 @@ def head_logps(
     path: str,
     engine: str,
     workspace: int,
+    group: str,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the labelled rows, their sums over sequences and the sequences' lengths.
 
@@ -44,6 +50,7 @@ def head_logps(
         hidden: (M, D).
         weight: (V, D).
         bias: (V,) or None.
+        low_hidden, low_weight: (M, r) and (V, r) of a low-rank term, or None.
         targets: (M,) int64, `ignore_index` where a row has no label.
         sequence_ids: (M,) int64 in [0, S).
         num_sequences: S.
@@ -54,6 +61,8 @@ def head_logps(
         softcap, logit_scale, temperature: of the head.
         dtype: what the matmuls compute in.
         path, engine, workspace: of the plan.
+        group: the process group whose ranks share the head's rows; empty for a whole head.
+        first: vocabulary index of this rank's first row.
 
     Returns:
         logps (M,), 0 where there is no label; sums (S,); lengths (S,) int64; index (n,) of the
@@ -66,9 +75,11 @@ def head_logps(
     else:
         index = labelled.nonzero_static(size=num_labels).squeeze(1)
     math = HeadMath(softcap, logit_scale, temperature, dtype)
-    head = HeadRows.of(
-        hidden, weight, bias, targets, index, vocab, math, path, engine, workspace, False
+    tensors, shard = (
+        HeadTensors(hidden, weight, bias, low_hidden, low_weight),
+        VocabShard(group, first),
     )
+    head = HeadRows.of(tensors, targets, index, vocab, shard, math, path, engine, workspace, False)
     with fixed_precision(hidden, dtype):
         row_logps, kept = paths.forward(head)
     logps = row_logps.new_zeros(targets.shape)
@@ -83,6 +94,8 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     targets: Tensor,
     sequence_ids: Tensor,
     num_sequences: int,
@@ -97,6 +110,8 @@ def _(
     path: str,
     engine: str,
     workspace: int,
+    group: str,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     context = torch.library.get_ctx()
@@ -108,7 +123,7 @@ def _(
     index = targets.new_empty(rows)
     stash, maxima = empty(0), empty(0)
     if path == "stash":
-        stash = empty(rows, hidden.shape[1])
+        stash = empty(rows, hidden.shape[1] + (0 if low_hidden is None else low_hidden.shape[1]))
     elif path == "local":
         maxima = empty(context.new_dynamic_size(), rows)
     ticket = torch.empty(1, dtype=torch.int64, device="cpu")
@@ -124,6 +139,8 @@ def head_logps_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
     targets: Tensor,
     sequence_ids: Tensor,
     logps: Tensor,
@@ -140,75 +157,80 @@ def head_logps_backward(
     path: str,
     engine: str,
     workspace: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to hidden, weight and bias; empty where none is needed.
+    group: str,
+    first: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to the tensors of the head; empty where none is needed.
 
     Args:
         grad_logps: (M,) d loss / d logps, None for zeros.
         grad_sums: (S,) d loss / d sums, None for zeros.
+        needs: of the five tensors of `HeadTensors`, those that need a gradient.
 
     The others are the inputs and outputs of `head_logps`.
     """
     math = HeadMath(softcap, logit_scale, temperature, dtype)
-    head = HeadRows.of(
-        hidden, weight, bias, targets, index, vocab, math, path, engine, workspace, True
+    tensors, shard = (
+        HeadTensors(hidden, weight, bias, low_hidden, low_weight),
+        VocabShard(group, first),
     )
+    head = HeadRows.of(tensors, targets, index, vocab, shard, math, path, engine, workspace, True)
     upstream = torch.zeros_like(logsumexps)
     if grad_logps is not None:
         upstream += grad_logps[index]
     if grad_sums is not None:
         upstream += grad_sums[sequence_ids[index]]
     kept = paths.Kept(logsumexps, stash, maxima, ticket)
-    needs = (needs_hidden, needs_weight, needs_bias)
     with fixed_precision(hidden, dtype):
-        grads = paths.backward(head, kept, logps[index], upstream, weight.shape[0], needs)
-    empty = hidden.new_empty(0)
-    return (
-        empty if grads.hidden is None else grads.hidden,
-        empty.clone() if grads.weight is None else grads.weight,
-        empty.clone() if grads.bias is None else grads.bias,
-    )
+        grads = paths.backward(
+            head, kept, logps[index], upstream, weight.shape[0], paths.Needs(*needs)
+        )
+    found = [hidden.new_empty(0) if grad is None else grad for grad in grads]
+    return found[0], found[1], found[2], found[3], found[4]
 
 
 @head_logps_backward.register_fake
 def _(
-    grad_logps: Tensor | None,
-    grad_sums: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
-    # The head's gradients are contiguous, whatever the strides of weight and bias.
+    grad_logps: Tensor | None, grad_sums: Tensor | None, hidden: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    weight, bias, low_hidden, low_weight = rest[:4]
+    wanted = dict(zip(paths.Needs._fields, rest[-1], strict=True))
+
+    def empty(name: str, value: Tensor | None) -> Tensor:
+        if value is None or not wanted[name]:
+            return hidden.new_empty(0)
+        # The weights' gradients are contiguous, whatever the strides of the weights.
+        rows = name in ("hidden", "low_hidden")
+        return torch.empty_like(value) if rows else value.new_empty(value.shape)
+
     return (
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        weight.new_empty(weight.shape) if needs_weight else hidden.new_empty(0),
-        bias.new_empty(bias.shape) if needs_bias and bias is not None else hidden.new_empty(0),
+        empty("hidden", hidden),
+        empty("weight", weight),
+        empty("bias", bias),
+        empty("low_hidden", low_hidden),
+        empty("low_weight", low_weight),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, sequence_ids, *scalars = inputs
-    options = scalars[-8:]  # from `vocab` on
+    *tensors, targets, sequence_ids = inputs[:7]
+    options = inputs[-10:]  # from `vocab` on
     logps, _, lengths, index, *kept = output
     ctx.mark_non_differentiable(lengths, index, *kept)
     # Zeros for the gradient of `stash` would take as much memory as the stash.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, sequence_ids, logps, index, *kept)
+    ctx.save_for_backward(*tensors, targets, sequence_ids, logps, index, *kept)
     ctx.options = options
 
 
 def _backward(
     ctx: Any, grad_logps: Tensor | None, grad_sums: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad[:3]
-    grads = head_logps_backward(grad_logps, grad_sums, *ctx.saved_tensors, *ctx.options, *needs)
+    needs = ctx.needs_input_grad[:5]
+    grads = head_logps_backward(grad_logps, grad_sums, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 14)
+    return (*wanted, *(None,) * 16)
 
 
 head_logps.register_autograd(_backward, setup_context=_setup_context)

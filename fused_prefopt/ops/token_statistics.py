@@ -41,24 +41,24 @@ def token_statistics(
         engine=engine,
     )
     call = read_call(hidden, head, labels, options)
-    head, vocab = call.head, call.head.vocab
+    if call.shard.group:
+        raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
     index = (call.layout.targets != ignore_index).nonzero_static(size=call.count).squeeze(1)
     # The matmul is inside the only kernel that has these sums.
     chosen = "torch" if call.engines["evaluate"] == "torch" else "triton"
     rows = HeadRows.of(
-        call.hidden,
-        head.weight,
-        head.bias,
+        call.tensors,
         call.layout.targets,
         index,
-        vocab,
+        call.vocab,
+        call.shard,
         call.math,
         "details",
         chosen,
         int(workspace_mb * 2**20),
         False,
     )
-    with fixed_precision(call.hidden, call.math.dtype):
+    with fixed_precision(hidden, call.math.dtype):
         statistics, details = _fold(rows)
 
     def dense(values: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def token_statistics(
     return TokenStatistics(
         dense(statistics.logps()),
         dense(entropies),
-        dense(details.logit_sum / vocab),
+        dense(details.logit_sum / call.vocab),
         dense(details.best == rows.targets),
     )
 
