@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.data.columns import require_columns
+from fused_prefopt.data.shared_prompt import shared_layout
 
 Feature = Mapping[str, Any]
 POINT_COLUMNS = {
@@ -38,14 +39,7 @@ class _Collator:
 
     def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
         """Lay out prompt + completion of every feature, for one completion column after another."""
-        sequences = []
-        for column in completions:
-            for index, feature in enumerate(features):
-                prompt = torch.as_tensor(feature["prompt_ids"], dtype=torch.int64)
-                completion = torch.as_tensor(feature[column], dtype=torch.int64)
-                if completion.numel() == 0:
-                    raise ValueError(f"{column}: feature {index} is empty, wanted at least 1 token")
-                sequences.append((prompt, completion))
+        sequences = _sequences(features, completions)
         return self._packed(sequences) if self.padding_free else self._padded(sequences)
 
     def _padded(self, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -89,10 +83,28 @@ class PairCollator(_Collator):
         pad_token_id: fills the padded positions of `input_ids`.
         padding_free: pack all sequences into one row instead of padding them.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
+        shared_prompt: lay a pair out in one row with its prompt once, which the backbone then
+            computes once. For models whose attention is `eager` or `sdpa`, under
+            `integrations.transformers`; an (L, L) mask a pair is built.
 
     Raises:
-        ValueError: `pad_token_id` is None, or `pad_to_multiple_of` comes with `padding_free`.
+        ValueError: `pad_token_id` is None, or `padding_free` comes with `pad_to_multiple_of` or
+            `shared_prompt`.
     """
+
+    shared_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.padding_free and self.shared_prompt:
+            raise ValueError("shared_prompt: got True with padding_free, wanted one of them")
+
+    def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
+        if not self.shared_prompt:
+            return super()._layout(features, completions)
+        sequences, pairs = _sequences(features, completions), len(features)
+        triples = [(*sequences[pair], sequences[pairs + pair][1]) for pair in range(pairs)]
+        return shared_layout(triples, self.pad_token_id, self.pad_to_multiple_of or 1)
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Make a batch of B pairs: sequences 0..B−1 are chosen, B..2B−1 rejected.
@@ -106,6 +118,7 @@ class PairCollator(_Collator):
             Packed: `input_ids`, `position_ids` (restarting at each sequence), `completion_mask`,
             `sequence_ids`, (1, N) int64, and `num_sequences` = 2B, a Python int: device placement
             leaves it alone and reading it never waits for the device.
+            Shared prompts: what `data.shared_prompt.shared_layout` returns.
             If the features have them: `rewards` (2B,) and `ref_chosen_logps`,
             `ref_rejected_logps` (B,), float32. Never `labels`: transformers' Trainer would
             rescale the loss by them; see `labels_of`.
@@ -189,6 +202,21 @@ def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tens
     if "attention_mask" in batch:
         hidden = hidden | (batch["attention_mask"] == 0)
     return batch["input_ids"].masked_fill(hidden, ignore_index)
+
+
+def _sequences(
+    features: Sequence[Feature], completions: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """(prompt, completion) of every feature, for one completion column after another."""
+    sequences = []
+    for column in completions:
+        for index, feature in enumerate(features):
+            prompt = torch.as_tensor(feature["prompt_ids"], dtype=torch.int64)
+            completion = torch.as_tensor(feature[column], dtype=torch.int64)
+            if completion.numel() == 0:
+                raise ValueError(f"{column}: feature {index} is empty, wanted at least 1 token")
+            sequences.append((prompt, completion))
+    return sequences
 
 
 def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> None:

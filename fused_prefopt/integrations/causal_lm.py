@@ -116,7 +116,7 @@ def lm_head_of(model: nn.Module) -> LMHead:
         )
     if not weight.is_floating_point():
         raise ValueError(f"model: its head's weight is {weight.dtype}, wanted a floating dtype")
-    config = _text_config(model)
+    config = text_config(model)
     kind = getattr(config, "model_type", None)
     if kind in _LAYERS_BEFORE_HEAD:
         raise ValueError(f"model: a {kind} transforms its hidden state before its output embedding")
@@ -153,7 +153,8 @@ def _trained_copy(module: nn.Module) -> nn.Module:
     return module.get_submodule("original_module")
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
+    """Config of the language model, which a multimodal model keeps inside its own."""
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"model: {type(model).__name__} has no config to read its head from")

@@ -24,6 +24,7 @@ from fused_prefopt.integrations.causal_lm import (
     unwrapped,
 )
 from fused_prefopt.integrations.loss_state import KeepsLossState
+from fused_prefopt.integrations.shared_prompt import shared_hidden
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LMHead, LossOutput
 
@@ -54,12 +55,18 @@ def preference_outputs(
     Raises:
         ValueError: the loss needs a field that the batch does not have.
     """
-    hidden = last_hidden(model, batch)
+    shared = "segments" in batch
+    hidden = shared_hidden(model, batch) if shared else last_hidden(model, batch)
     labels, extras = labels_of(batch), {name: batch.get(name) for name in _FIELDS}
     if "ref_chosen_logps" in batch:
         halves = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
         extras["reference"] = torch.cat(halves)
     prompt_labels = prompt_labels_of(batch) if "prompt" in loss_fn.loss.needs else None
+    if shared:
+        if prompt_labels is not None:
+            raise ValueError(f"shared_prompt: {loss_fn.name} needs the prompt of each sequence")
+        labels, sequences = batch["targets"], 2 * batch["input_ids"].shape[0]
+        extras |= {"sequence_ids": batch["target_sequences"], "num_sequences": sequences}
     if "sequence_ids" in batch:
         hidden, labels = hidden[0], labels[0]
         prompt_labels = None if prompt_labels is None else prompt_labels[0]
@@ -67,7 +74,9 @@ def preference_outputs(
         extras["num_sequences"] = batch["num_sequences"]
 
     def run(hidden: Tensor, head: LMHead) -> LossOutput:
-        return loss_fn(hidden, head, labels, prompt_labels=prompt_labels, **extras)
+        return loss_fn(
+            hidden, head, labels, shift=not shared, prompt_labels=prompt_labels, **extras
+        )
 
     return through_head(model, hidden, run)
 
