@@ -30,6 +30,7 @@ class PreferenceLoss(nn.Module):
         path: of the op; `auto`, `evaluate`, `stash`, `local` or `recompute`.
         engine: of the op; `auto`, `torch`, `cublas` or `triton`. With the last two, which `auto`
             takes on a GPU, the loss is one kernel too, where there is one for its composition.
+        drop_mass: of the op; probability that a row's gradient may leave out.
         **hyperparameters: of the loss.
 
     Raises:
@@ -44,6 +45,7 @@ class PreferenceLoss(nn.Module):
         workspace_mb: float = 256,
         path: str = "auto",
         engine: str = "auto",
+        drop_mass: float = 0.0,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class PreferenceLoss(nn.Module):
             "workspace_mb": workspace_mb,
             "path": path,
             "engine": engine,
+            "drop_mass": drop_mass,
         }
 
     def forward(

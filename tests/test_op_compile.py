@@ -212,7 +212,7 @@ def test_inference_mode():
     assert torch.equal(got.sums, wanted.sums) and got.plan.path == "evaluate"
 
 
-def op_arguments(case, path, counted, workspace, rank=0):
+def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0):
     """Arguments of `head_logps`, rows without a shift, ids unsorted."""
     rows = case.labels.numel()
     low = (None, None)
@@ -243,6 +243,7 @@ def op_arguments(case, path, counted, workspace, rank=0):
         workspace,
         "",
         0,
+        drop_mass if path in ("local", "recompute") else 0.0,
     )
 
 
@@ -272,12 +273,12 @@ def test_opcheck(path, transform, view, counted):
 
 
 @pytest.mark.parametrize(("path", "transform", "view", "counted"), OP_CASES[1:])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_opcheck_of_the_backward(path, transform, view, counted, rank):
+@pytest.mark.parametrize(("rank", "drop_mass"), [(0, 0.0), (2, 0.0), (0, 0.01)])
+def test_opcheck_of_the_backward(path, transform, view, counted, rank, drop_mass):
     case = make_case(2, 5, 4, 70, **TRANSFORMS[transform])
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
-    given = op_arguments(case, path, counted, 2**20, rank)
+    given = op_arguments(case, path, counted, 2**20, rank, drop_mass)
     logps, sums, _, *saved = head_logps(*given)
     arguments = (torch.ones_like(logps), torch.ones_like(sums), *given[:7])
     needs = [*needs_of(path)[:2], needs_of(path)[2] and case.bias is not None]

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_device, require_floating, require_integer, require_shape
+from fused_prefopt.checks import (
+    require_device,
+    require_floating,
+    require_integer,
+    require_number,
+    require_shape,
+)
 from fused_prefopt.ops.engines import choose_engines
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
@@ -28,6 +34,7 @@ class LogpOptions:
     workspace_mb: float = 256
     path: str = "auto"
     engine: str = "auto"
+    drop_mass: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Call:
 
 def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions) -> Call:
     """Check the arguments and lay out the rows; raises what `sequence_logps` documents."""
+    require_number("drop_mass", options.drop_mass, low=0, high=1, below=True)
     head = head if isinstance(head, LMHead) else LMHead(head)
     vocab = head.vocab
     head, shard = local_part(head)

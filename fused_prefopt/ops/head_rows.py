@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_prefopt.ops import dropped_mass
 from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import TileShape, aligned, kept_bytes, tile_shape
@@ -62,6 +63,7 @@ class HeadRows:
         math: the head's scalars.
         path, engine, workspace: of the plan.
         backward: whether the pass is a backward.
+        drop_mass: probability that a row's gradient may leave out.
     """
 
     tensors: HeadTensors
@@ -73,6 +75,7 @@ class HeadRows:
     engine: str
     workspace: int
     backward: bool
+    drop_mass: float = 0.0
 
     @classmethod
     def of(
@@ -128,6 +131,9 @@ class HeadRows:
             # A slab of both weights, and its gradient before it is parted.
             both = self.operand.itemsize + self.math.accumulator.itemsize
             cost = replace(cost, weight=cost.weight + both)
+        if self.drop_mass:
+            narrow = min(cost.preferred.vocab, dropped_mass.PART)
+            cost = replace(cost, preferred=replace(cost.preferred, vocab=narrow))
         budget = self.workspace
         if self.path == "local":
             budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
@@ -189,10 +195,10 @@ class _HiddenRows:
         if head.tiling[1]:
             self._all = self._gather(slice(None))
 
-    def __getitem__(self, rows: slice) -> Tensor:
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
         return self._gather(rows) if self._all is None else self._all[rows]
 
-    def _gather(self, rows: slice) -> Tensor:
+    def _gather(self, rows: slice | Tensor) -> Tensor:
         head, index = self._head, self._head.index[rows]
         hidden, low = head.rounded(head.tensors.hidden[index]), head.tensors.low_hidden
         if low is not None:

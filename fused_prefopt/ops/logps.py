@@ -25,6 +25,7 @@ def sequence_logps(
     workspace_mb: float = 256,
     path: str = "auto",
     engine: str = "auto",
+    drop_mass: float = 0.0,
 ) -> SequenceLogps:
     """Summed log-probabilities of the labelled tokens of each sequence.
 
@@ -48,6 +49,10 @@ def sequence_logps(
         engine: `auto`, `torch`, `cublas` (the library's matmuls, Triton kernels for the rest) or
             `triton` (matmuls inside the kernels). The last two take CUDA tensors, or CPU tensors
             under TRITON_INTERPRET=1; without Triton they are `torch`, with a warning.
+        drop_mass: ε, probability in [0, 1) that the gradient of a row may leave out. The backward
+            skips the least likely parts of the vocabulary up to it and renormalises the rest, so
+            ``‖Δ d logits‖₁ <= 2ε |d loss / d logp|`` in every row (see `ops.dropped_mass`). The
+            log-probs stay exact, and so does the gradient with 0 and on the path `stash`.
 
     Returns:
         sums (S,) fp32, lengths (S,) int64, means (S,), and the plan that was followed. Float64
@@ -66,6 +71,7 @@ def sequence_logps(
         workspace_mb=workspace_mb,
         path=path,
         engine=engine,
+        drop_mass=drop_mass,
     )
     plan, outputs = _run(hidden, head, labels, options)
     return SequenceLogps(outputs[1], outputs[2], plan)
@@ -84,6 +90,7 @@ def token_logps(
     workspace_mb: float = 256,
     path: str = "auto",
     engine: str = "auto",
+    drop_mass: float = 0.0,
 ) -> Tensor:
     """Log-probability of every labelled token, in the shape of `labels`, in nats.
 
@@ -100,6 +107,7 @@ def token_logps(
         workspace_mb=workspace_mb,
         path=path,
         engine=engine,
+        drop_mass=drop_mass,
     )
     _, outputs = _run(hidden, head, labels, options)
     logps = outputs[0].view(labels.shape)
@@ -129,6 +137,7 @@ def _run(
         cost=local.cost(math, tensors.weight, "local", backward=False),
         head_trains=gradients and any(p is not None and p.requires_grad for p in parameters),
         hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
+        drops_mass=options.drop_mass > 0,
     )
     if plan.path == "evaluate":
         tensors = tensors.detached()
@@ -150,5 +159,6 @@ def _run(
         plan.workspace,
         call.shard.group,
         call.shard.first,
+        options.drop_mass if plan.path in ("local", "recompute") else 0.0,
     )
     return plan, outputs

@@ -6,12 +6,14 @@ is written once, in the weight's own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_prefopt.ops import dropped_mass
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile
 from fused_prefopt.ops.torch_engine import TorchEngine, product
@@ -32,42 +34,52 @@ class Kept:
         maxima: `local`: (parts, n) the maxima that its probabilities refer to. Otherwise empty.
         ticket: `local`: (1,) finds the (n, V) tensor of exp(logit − maximum) in the workspace.
             Otherwise 0.
+        masses: with `drop_mass`: (parts, n) logsumexps of each part of the vocabulary. Otherwise
+            empty.
     """
 
     logsumexps: Tensor
     stash: Tensor
     maxima: Tensor
     ticket: Tensor
+    masses: Tensor
 
 
 def forward(head: HeadRows) -> tuple[Tensor, Kept]:
     """Log-probs of the labelled rows (n,), and what `backward` needs."""
     engine, slices, hidden = head.build_engine(), head.row_slices(), head.hidden_rows()
     statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
-    gradient, maxima, kept = head.new(0), head.new(0), head.new(0)
+    gradient, maxima, kept, masses = head.new(0), head.new(0), head.new(0), head.new(0)
     ticket = torch.zeros(1, dtype=torch.int64)
     if head.path == "stash":
         gradient = head.new(head.rows, head.hidden_size).zero_()
     elif head.path == "local":
         kept, ticket = lease(head.kept_size, head.math.kept, head.device)
         maxima = head.new(_part(head.vocab - 1, engine) + 1, head.rows)
+    if head.drop_mass:
+        masses = dropped_mass.no_mass(head.vocab, statistics)
     for slab, weight, bias in head.slabs():
         for rows in slices:
             tile = Tile(hidden[rows], weight, bias, head.targets[rows] - slab.start)
+            own = dropped_mass.fresh(statistics[rows]) if head.drop_mass else statistics[rows]
             if head.path == "stash":
-                weights = engine.fold_and_weigh(tile, statistics[rows], gradient[rows])
+                weights = engine.fold_and_weigh(tile, own, gradient[rows])
                 product(weights, weight, gradient[rows], accumulate=True)
             elif head.path == "local":
-                highest = engine.fold_and_keep(tile, statistics[rows], kept[rows, slab])
-                maxima[_parts(slab, engine), rows] = highest
+                maxima[_parts(slab, engine), rows] = engine.fold_and_keep(
+                    tile, own, kept[rows, slab]
+                )
             else:
-                engine.fold(tile, statistics[rows])
+                engine.fold(tile, own)
+            if head.drop_mass:
+                dropped_mass.add_mass(masses[slab.start // dropped_mass.PART, rows], own)
+                statistics[rows].merge(own)
     merged = head.shard.merge(statistics)
     if head.path == "stash":
         shares = (statistics.maximum - merged.maximum).exp_() / merged.sum
         _finish_stash(head, gradient, shares, merged.target)
         head.shard.add(gradient)
-    return merged.logps(), Kept(merged.logsumexps(), gradient, maxima, ticket)
+    return merged.logps(), Kept(merged.logsumexps(), gradient, maxima, ticket, masses)
 
 
 def _finish_stash(head: HeadRows, gradient: Tensor, shares: Tensor, target_logits: Tensor) -> None:
@@ -213,14 +225,28 @@ def _unit_scale(head: HeadRows, scale: Tensor) -> tuple[Tensor, Tensor | None]:
 def _sum_gradients(
     head: HeadRows, kept: Kept, probabilities: Tensor | None, logps: Tensor, sums: _Sums
 ) -> None:
-    engine, slices, hidden = head.build_engine(), head.row_slices(), head.hidden_rows()
-    residuals = head.math.target_residual(logps, kept.logsumexps)
-    numbers = RowGradients(kept.logsumexps, residuals, sums.scale)
+    engine, hidden = head.build_engine(), head.hidden_rows()
+    parts, logsumexps = None, kept.logsumexps
+    if head.drop_mass:
+        budget = head.drop_mass / head.shard.size
+        parts, dropped = dropped_mass.choose_parts(kept.masses, logsumexps, head.targets, budget)
+        # The exact gradient of the log-prob among what is kept: it still sums to zero.
+        remaining = torch.log1p(-head.shard.add(dropped))
+        logps, logsumexps = logps - remaining, logsumexps + remaining
+        if sums.hidden is not None:
+            sums.hidden.zero_()
+    residuals = head.math.target_residual(logps, logsumexps)
+    numbers = RowGradients(logsumexps, residuals, sums.scale)
     for slab, weight, bias in head.slabs():
         wants_bias = sums.bias is not None
         bias_sum = head.new(weight.shape[0]).zero_() if wants_bias else None
         weight_sum = sums.buffer(head, slab)
-        for rows in slices:
+        slices: Sequence[slice | Tensor] = head.row_slices()
+        if parts is not None:
+            slices = parts.rows(slab, head.shape.rows)
+        if weight_sum is not None and not slices:
+            weight_sum.zero_()
+        for number, rows in enumerate(slices):
             targets = head.targets[rows] - slab.start
             if probabilities is None:
                 tile = Tile(hidden[rows], weight, bias, targets)
@@ -236,11 +262,13 @@ def _sum_gradients(
             if bias_sum is not None and gradient.bias is not None:
                 bias_sum += gradient.bias
             if weight_sum is not None:
-                later, columns = rows.start > 0, hidden[rows][:, sums.columns]
-                product(gradient.logits.t(), columns, weight_sum, accumulate=later)
+                columns = hidden[rows][:, sums.columns]
+                product(gradient.logits.t(), columns, weight_sum, accumulate=number > 0)
             if sums.hidden is not None:
-                later = slab.start > 0
-                product(gradient.logits, weight, sums.hidden[rows], accumulate=later)
+                later = parts is not None or slab.start > 0
+                total = product(gradient.logits, weight, sums.hidden[rows], accumulate=later)
+                if parts is not None:
+                    sums.hidden[rows] = total
         sums.write(slab, weight_sum, bias_sum)
     if sums.hidden is not None and sums.unit is not None:
         sums.hidden.mul_(sums.unit)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops import paths
+from fused_prefopt.ops import dropped_mass, paths
 from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
@@ -43,7 +43,8 @@ def head_logps(
     workspace: int,
     group: str,
     first: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    drop_mass: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the labelled rows, their sums over sequences and the sequences' lengths.
 
     Args:
@@ -63,11 +64,13 @@ def head_logps(
         path, engine, workspace: of the plan.
         group: the process group whose ranks share the head's rows; empty for a whole head.
         first: vocabulary index of this rank's first row.
+        drop_mass: probability that the gradient of a row may leave out; 0 but for `local` and
+            `recompute`.
 
     Returns:
         logps (M,), 0 where there is no label; sums (S,); lengths (S,) int64; index (n,) of the
-        labelled rows; and what is kept for the backward: logsumexps (n,), stash, maxima and ticket
-        (see `paths.Kept`).
+        labelled rows; and what is kept for the backward: logsumexps (n,), stash, maxima, ticket and
+        masses (see `paths.Kept`).
     """
     labelled = targets != ignore_index
     if num_labels < 0:
@@ -79,14 +82,26 @@ def head_logps(
         HeadTensors(hidden, weight, bias, low_hidden, low_weight),
         VocabShard(group, first),
     )
-    head = HeadRows.of(tensors, targets, index, vocab, shard, math, path, engine, workspace, False)
+    head = HeadRows.of(
+        tensors, targets, index, vocab, shard, math, path, engine, workspace, False, drop_mass
+    )
     with fixed_precision(hidden, dtype):
         row_logps, kept = paths.forward(head)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
     add = load_engine(engine).sequence_sums
     sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
-    return logps, sums, lengths, index, kept.logsumexps, kept.stash, kept.maxima, kept.ticket
+    return (
+        logps,
+        sums,
+        lengths,
+        index,
+        kept.logsumexps,
+        kept.stash,
+        kept.maxima,
+        kept.ticket,
+        kept.masses,
+    )
 
 
 @head_logps.register_fake
@@ -112,7 +127,8 @@ def _(
     workspace: int,
     group: str,
     first: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    drop_mass: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     context = torch.library.get_ctx()
     rows = context.new_dynamic_size() if num_labels < 0 else num_labels
@@ -126,10 +142,11 @@ def _(
         stash = empty(rows, hidden.shape[1] + (0 if low_hidden is None else low_hidden.shape[1]))
     elif path == "local":
         maxima = empty(context.new_dynamic_size(), rows)
+    masses = empty(-(-vocab // dropped_mass.PART), rows) if drop_mass else empty(0)
     ticket = torch.empty(1, dtype=torch.int64, device="cpu")
     lengths = targets.new_empty(num_sequences)
     logps, sums = empty(targets.shape[0]), empty(num_sequences)
-    return logps, sums, lengths, index, empty(rows), stash, maxima, ticket
+    return logps, sums, lengths, index, empty(rows), stash, maxima, ticket, masses
 
 
 @torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
@@ -149,6 +166,7 @@ def head_logps_backward(
     stash: Tensor,
     maxima: Tensor,
     ticket: Tensor,
+    masses: Tensor,
     vocab: int,
     softcap: float | None,
     logit_scale: float,
@@ -159,6 +177,7 @@ def head_logps_backward(
     workspace: int,
     group: str,
     first: int,
+    drop_mass: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients with respect to the tensors of the head; empty where none is needed.
@@ -175,13 +194,15 @@ def head_logps_backward(
         HeadTensors(hidden, weight, bias, low_hidden, low_weight),
         VocabShard(group, first),
     )
-    head = HeadRows.of(tensors, targets, index, vocab, shard, math, path, engine, workspace, True)
+    head = HeadRows.of(
+        tensors, targets, index, vocab, shard, math, path, engine, workspace, True, drop_mass
+    )
     upstream = torch.zeros_like(logsumexps)
     if grad_logps is not None:
         upstream += grad_logps[index]
     if grad_sums is not None:
         upstream += grad_sums[sequence_ids[index]]
-    kept = paths.Kept(logsumexps, stash, maxima, ticket)
+    kept = paths.Kept(logsumexps, stash, maxima, ticket, masses)
     with fixed_precision(hidden, dtype):
         grads = paths.backward(
             head, kept, logps[index], upstream, weight.shape[0], paths.Needs(*needs)
@@ -215,7 +236,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, targets, sequence_ids = inputs[:7]
-    options = inputs[-10:]  # from `vocab` on
+    options = inputs[-11:]  # from `vocab` on
     logps, _, lengths, index, *kept = output
     ctx.mark_non_differentiable(lengths, index, *kept)
     # Zeros for the gradient of `stash` would take as much memory as the stash.
@@ -230,7 +251,7 @@ def _backward(
     needs = ctx.needs_input_grad[:5]
     grads = head_logps_backward(grad_logps, grad_sums, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 16)
+    return (*wanted, *(None,) * 17)
 
 
 head_logps.register_autograd(_backward, setup_context=_setup_context)

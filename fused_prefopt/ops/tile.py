@@ -48,6 +48,14 @@ class RowStatistics:
     def __getitem__(self, rows: slice) -> RowStatistics:
         return RowStatistics(self.maximum[rows], self.sum[rows], self.target[rows])
 
+    def merge(self, other: RowStatistics) -> None:
+        """Add the statistics of other entries, in place; one of the two targets is 0."""
+        maximum = torch.maximum(self.maximum, other.maximum)
+        self.sum.mul_((self.maximum - maximum).exp_())
+        self.sum.add_(other.sum * (other.maximum - maximum).exp_())
+        self.maximum.copy_(maximum)
+        self.target.add_(other.target)
+
     def logps(self) -> Tensor:
         return (self.target - self.maximum) - self.sum.log()
 
@@ -93,7 +101,7 @@ class RowGradients:
     residuals: Tensor
     scale: Tensor
 
-    def __getitem__(self, rows: slice) -> RowGradients:
+    def __getitem__(self, rows: slice | Tensor) -> RowGradients:
         return RowGradients(self.logsumexps[rows], self.residuals[rows], self.scale[rows])
 
 

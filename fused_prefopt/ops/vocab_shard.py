@@ -24,14 +24,18 @@ class VocabShard:
     group: str = ""
     first: int = 0
 
+    @property
+    def size(self) -> int:
+        """Ranks that share the head."""
+        return dist.get_world_size(self._resolve()) if self.group else 1
+
     def merge(self, statistics: RowStatistics) -> RowStatistics:
         """Statistics of whole rows from those of every rank's part, the same bits everywhere."""
         if not self.group:
             return statistics
         own = torch.stack((statistics.maximum, statistics.sum, statistics.target))
-        group = self._resolve()
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own, group=group)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self._resolve())
         maxima, sums, targets = torch.stack(parts, 1)
         maximum = maxima.amax(0)
         # A target is 0 on every rank but the one that holds its row.
@@ -49,9 +53,8 @@ class VocabShard:
             return
         places = torch.arange(1, targets.shape[0] + 1, device=targets.device)
         own = torch.stack((places.sum(), (targets * places).sum()))
-        group = self._resolve()
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own, group=group)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self._resolve())
         if not all(bool((part == own).all()) for part in parts):
             raise ValueError(
                 "labels: they differ between the ranks that share the head's rows. Tensor-parallel"
