@@ -173,13 +173,6 @@ def test_lora_on_the_body_leaves_the_head_frozen_and_plans_stash():
         assert_same_logps(model)
 
 
-@pytest.mark.parametrize("target", ["lm_head", "all-linear and lm_head"])
-def test_lora_on_the_head_is_an_error_not_a_wrong_value(target):
-    targets = ["lm_head"] if target == "lm_head" else ["q_proj", "lm_head"]
-    with pytest.raises(ValueError, match="its head is a .*weight and bias alone do not describe"):
-        LMHead.of(lora(tiny("llama"), target_modules=targets))
-
-
 @pytest.mark.parametrize("name", ["llama", "cohere", "phi"])
 def test_modules_to_save_trains_its_copy_of_the_head(name):
     base = tiny(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_prefopt.types import LMHead, LossOutput
+from fused_prefopt.types import LMHead, LossOutput, LowRank
 
 # Config attribute → what it does to the logits. Models name the same thing differently.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -102,10 +102,11 @@ def lm_head_of(model: nn.Module) -> LMHead:
 
     Raises:
         ValueError: there is no output embedding, or a plain ``hidden @ weight.T + bias`` does not
-            describe it (an adapter on the head, a quantised weight, a layer before the head).
+            describe it (an adapter other than LoRA on the head, a quantised weight, a layer before
+            the head).
     """
     model = unwrapped(model)
-    module = _trained_copy(_output_embedding(model))
+    module, low_rank = _low_rank(_trained_copy(_output_embedding(model)))
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     extra = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or extra:
@@ -129,7 +130,8 @@ def lm_head_of(model: nn.Module) -> LMHead:
     softcap = next(filter(None, (_number(config, name) for name in _SOFTCAPS)), None)
     vocab = next(filter(None, (getattr(config, name, None) for name in _VOCABS)), None)
     padded = vocab is not None and vocab < weight.shape[0]
-    return LMHead(weight, bias, softcap, scale, valid_vocab=vocab if padded else None)
+    valid = vocab if padded else None
+    return LMHead(weight, bias, softcap, scale, valid_vocab=valid, low_rank=low_rank)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module:
@@ -151,6 +153,28 @@ def _trained_copy(module: nn.Module) -> nn.Module:
         return copies[active[0]]
     # Adapters are off, or the active one keeps no copy of the head.
     return module.get_submodule("original_module")
+
+
+def _low_rank(module: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
+    """The layer below PEFT's LoRA on the head, and the terms of the active adapters."""
+    if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+        return module, ()
+    layer: Any = module
+    if layer.merged or layer.disable_adapters:
+        if layer.merged and layer.disable_adapters:
+            raise ValueError("model: an adapter is merged into its head, call `unmerge_adapter()`")
+        return layer.base_layer, ()
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return layer.base_layer, tuple(_term(layer, name) for name in active)
+
+
+def _term(layer: Any, name: str) -> LowRank:
+    """One adapter's term of a LoRA layer."""
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if name in layer.lora_variant or up.bias is not None:
+        raise ValueError(f"model: the adapter {name!r} on its head is not plain LoRA without bias")
+    probability = getattr(dropout, "p", 0.0) if dropout.training else 0.0
+    return LowRank(down.weight, up.weight, layer.scaling[name], probability)
 
 
 def text_config(model: nn.Module) -> Any:
