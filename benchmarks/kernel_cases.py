@@ -38,7 +38,8 @@ def _partials(s: Setting, details: bool) -> Partials:
     if not details:
         return found
     best = s.new(*size, dtype=torch.int32)
-    return replace(found, weighted=s.floats(*size), logit_sum=s.floats(*size), best=best)
+    weighted, squares, logit_sum = (s.floats(*size) for _ in range(3))
+    return replace(found, weighted=weighted, squares=squares, logit_sum=logit_sum, best=best)
 
 
 def _fold_logits(
@@ -111,7 +112,10 @@ def _logits_gradient(s: Setting, *, bent: bool = False, kept: bool = False) -> N
 
 
 def _merge_partials(s: Setting, *, details: bool = False) -> None:
-    extra = Details(s.floats(N), s.floats(N), s.new(N, dtype=torch.int32)) if details else None
+    extra = None
+    if details:
+        sums = (s.floats(N) for _ in range(3))
+        extra = Details(*sums, s.new(N, dtype=torch.int32))
     merge_partials(_partials(s, details), s.floats(N), s.floats(N), extra)
 
 

@@ -167,12 +167,15 @@ class TokenStatistics:
     Attributes:
         logps: fp32 log-probability of the label, in nats.
         entropies: fp32 entropy of the distribution, in nats.
+        collisions: fp32 ``log Σ_v p_v²``, in nats: how likely two draws are to be the same token
+            (the weights of WPO, Zhou et al. 2024).
         mean_logits: fp32 mean of the logits over the vocabulary.
         correct: bool, whether the label is the most likely token.
     """
 
     logps: Tensor
     entropies: Tensor
+    collisions: Tensor
     mean_logits: Tensor
     correct: Tensor
 

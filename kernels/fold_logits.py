@@ -24,6 +24,7 @@ def _fold_logits_kernel(
     target_logit,  # (rows,)
     kept,  # (rows, vocab)
     weighted,  # (parts, rows)
+    squares,  # (parts, rows)
     logit_sum,  # (parts, rows)
     best,  # (parts, rows)
     rows,
@@ -101,6 +102,7 @@ def _fold_logits_kernel(
         # Where the exponential is 0 its logarithm may be -inf, and their product NaN.
         terms = tl.where(exponentials > 0, below * exponentials, 0.0)
         tl.store(weighted + partial, tl.sum(terms, 1), mask=inside)
+        tl.store(squares + partial, tl.sum(exponentials * exponentials, 1), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Partials:
         total: (parts, c) fp32 Σ exp(logit − maximum).
         width: entries of a part; the last may be cut.
         weighted: (parts, c) fp32 Σ (logit − maximum) exp(logit − maximum), or None.
+        squares: (parts, c) fp32 Σ exp(logit − maximum)², or None.
         logit_sum: (parts, c) fp32 Σ logit, or None.
         best: (parts, c) int32 index of the largest logit, the first of several, or None.
     """
@@ -120,6 +123,7 @@ class Partials:
     total: Tensor
     width: int
     weighted: Tensor | None = None
+    squares: Tensor | None = None
     logit_sum: Tensor | None = None
     best: Tensor | None = None
 
@@ -173,9 +177,9 @@ def fold_logits(
 
     partials = Partials(empty(), empty(), block.vocab)
     if details:
-        partials = Partials(
-            partials.maximum, partials.total, block.vocab, empty(), empty(), empty(torch.int32)
-        )
+        sums = empty(), empty(), empty()
+        best = empty(torch.int32)
+        partials = Partials(partials.maximum, partials.total, block.vocab, *sums, best)
     if rows:
         _fold_logits_kernel[(triton.cdiv(rows, block.rows) * parts,)](
             left,
@@ -187,6 +191,7 @@ def fold_logits(
             target_logit,
             kept,
             partials.weighted,
+            partials.squares,
             partials.logit_sum,
             partials.best,
             rows,

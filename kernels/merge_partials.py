@@ -17,11 +17,13 @@ def _merge_partials_kernel(
     part_maximum,  # (parts, rows)
     part_total,  # (parts, rows)
     part_weighted,  # (parts, rows)
+    part_squares,  # (parts, rows)
     part_logit_sum,  # (parts, rows)
     part_best,  # (parts, rows)
     maximum,  # (rows,)
     total,  # (rows,)
     weighted,  # (rows,)
+    squares,  # (rows,)
     logit_sum,  # (rows,)
     best,  # (rows,)
     factor,  # (rows,)
@@ -38,6 +40,7 @@ def _merge_partials_kernel(
     highest, sums = old, tl.load(total + row, mask=inside, other=0.0)
     if HAS_DETAILS:
         terms = tl.load(weighted + row, mask=inside, other=0.0)
+        squared = tl.load(squares + row, mask=inside, other=0.0)
         logits = tl.load(logit_sum + row, mask=inside, other=0.0)
         winner = tl.load(best + row, mask=inside, other=0)
     for start in range(0, parts, PARTS):
@@ -54,6 +57,8 @@ def _merge_partials_kernel(
             new = tl.load(part_weighted + entry, mask=there, other=0.0)
             new = tl.where(shares > 0, shares * (new + (theirs - above[None, :]) * added), 0.0)
             terms = moved + tl.sum(new, 0)
+            new = tl.load(part_squares + entry, mask=there, other=0.0)
+            squared = squared * shrink * shrink + tl.sum(new * shares * shares, 0)
             logits += tl.sum(tl.load(part_logit_sum + entry, mask=there, other=0.0), 0)
             place = tl.argmax(theirs, 0)
             first = tl.load(part_best + entry, mask=there, other=0)
@@ -66,6 +71,7 @@ def _merge_partials_kernel(
     tl.store(total + row, sums, mask=inside)
     if HAS_DETAILS:
         tl.store(weighted + row, terms, mask=inside)
+        tl.store(squares + row, squared, mask=inside)
         tl.store(logit_sum + row, logits, mask=inside)
         tl.store(best + row, winner, mask=inside)
 
@@ -75,6 +81,8 @@ class Details(Protocol):
 
     @property
     def weighted(self) -> Tensor: ...
+    @property
+    def squares(self) -> Tensor: ...
     @property
     def logit_sum(self) -> Tensor: ...
     @property
@@ -108,11 +116,13 @@ def merge_partials(
             partials.maximum,
             partials.total,
             partials.weighted,
+            partials.squares,
             partials.logit_sum,
             partials.best,
             maximum,
             total,
             None if details is None else details.weighted,
+            None if details is None else details.squares,
             None if details is None else details.logit_sum,
             None if details is None else details.best,
             factor,

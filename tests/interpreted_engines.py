@@ -161,7 +161,7 @@ def test_token_statistics_equal_the_torch_engines(transform):
     ours = token_statistics(case.hidden, case.head, case.labels, engine="triton")
     wanted = token_statistics(case.hidden, case.head, case.labels, engine="torch")
     assert torch.equal(ours.correct, wanted.correct)
-    for name in ("logps", "entropies", "mean_logits"):
+    for name in ("logps", "entropies", "collisions", "mean_logits"):
         torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
 
 

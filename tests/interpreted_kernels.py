@@ -136,7 +136,7 @@ def test_entropy_mean_and_best_of_the_fused_forward(shape):
     given = problem(shape, torch.float32, bias=True, transform=(1.0, 30.0))
     rows, vocab, _ = shape
     maximum, total, target_logit = statistics(rows)
-    details = Details(torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.int32))
+    details = Details.empty(rows, torch.float32, torch.device("cpu"))
     cut = (vocab + 1) // 2
     for slab in (slice(0, cut), slice(cut, vocab)):
         if slab.start == slab.stop:
@@ -156,6 +156,9 @@ def test_entropy_mean_and_best_of_the_fused_forward(shape):
     entropy = total.log() - details.weighted / total
     wanted = -(given.logits.softmax(1) * given.logits.log_softmax(1)).sum(1)
     torch.testing.assert_close(entropy.double(), wanted, rtol=1e-5, atol=1e-5)
+    collision = (details.squares.log() - 2 * total.log()).double()
+    likely = given.logits.log_softmax(1)
+    torch.testing.assert_close(collision, (2 * likely).logsumexp(1), rtol=1e-5, atol=1e-5)
     mean = details.logit_sum.double() / vocab
     torch.testing.assert_close(mean, given.logits.mean(1), rtol=1e-5, atol=1e-5)
     assert torch.equal(details.best.long(), given.logits.argmax(1))

@@ -160,7 +160,7 @@ def test_token_statistics(dtype):
     case = on_device(make_case(3, 40, 64, 1003, dtype=dtype, softcap=30.0, bias=True))
     ours = statistics_of(case.hidden, case.head, case.labels, engine="triton")
     wanted = statistics_of(case.double().hidden, case.double().head, case.labels)
-    for name in ("logps", "entropies", "mean_logits"):
+    for name in ("logps", "entropies", "collisions", "mean_logits"):
         got, truth = getattr(ours, name).double(), getattr(wanted, name)
         torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
     assert (ours.correct == wanted.correct).double().mean() >= 0.999  # ties may fall either way

@@ -1,4 +1,4 @@
-"""Entropy, mean logit and correctness of tokens against eager float64."""
+"""Entropy, collision, mean logit and correctness of tokens against eager float64."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def test_against_float64(dtype, transform, workspace_mb):
     torch.testing.assert_close(got.logps.double(), aligned(logps, case.labels), **tolerance)
     entropies = expected(case, -(logps.exp() * logps).sum(-1))
     torch.testing.assert_close(got.entropies.double(), entropies, **tolerance)
+    collisions = expected(case, (2 * logps).logsumexp(-1))
+    torch.testing.assert_close(got.collisions.double(), collisions, **tolerance)
     means = expected(case, logits.mean(-1))
     torch.testing.assert_close(got.mean_logits.double(), means, **tolerance)
     best = expected(case, logits.argmax(-1) + 1) - 1

@@ -69,11 +69,13 @@ class Details:
 
     Attributes:
         weighted: running Σ (logit − maximum) exp(logit − maximum).
+        squares: running Σ exp(logit − maximum)².
         logit_sum: running Σ logit.
         best: int32 vocabulary index of the largest logit, the first of several.
     """
 
     weighted: Tensor
+    squares: Tensor
     logit_sum: Tensor
     best: Tensor
 
@@ -81,10 +83,12 @@ class Details:
     def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> Details:
         weighted = torch.zeros(rows, dtype=dtype, device=device)
         best = torch.zeros(rows, dtype=torch.int32, device=device)
-        return cls(weighted, torch.zeros_like(weighted), best)
+        return cls(weighted, torch.zeros_like(weighted), torch.zeros_like(weighted), best)
 
     def __getitem__(self, rows: slice) -> Details:
-        return Details(self.weighted[rows], self.logit_sum[rows], self.best[rows])
+        return Details(
+            self.weighted[rows], self.squares[rows], self.logit_sum[rows], self.best[rows]
+        )
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ def token_statistics(
     workspace_mb: float = 256,
     engine: str = "auto",
 ) -> TokenStatistics:
-    """Log-prob, entropy, mean logit and correctness of every labelled token, without gradient.
+    """Log-prob, entropy, collision, mean logit and correctness of every labelled token.
 
-    The entropy ``−Σ_v p_v log p_v`` and the others come from the one pass over the logits that
-    the log-probs need. Arguments, layout and errors are those of `token_logps`.
+    Without gradient. The entropy ``−Σ_v p_v log p_v``, the collision ``log Σ_v p_v²`` and the
+    others come from the one pass over the logits that the log-probs need. Arguments, layout and
+    errors are those of `token_logps`.
     """
     options = LogpOptions(
         shift=shift,
@@ -71,6 +72,7 @@ def token_statistics(
     return TokenStatistics(
         dense(statistics.logps()),
         dense(entropies),
+        dense(details.squares.log() - 2 * statistics.sum.log()),
         dense(details.logit_sum / call.vocab),
         dense(details.best == rows.targets),
     )

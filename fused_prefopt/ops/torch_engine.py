@@ -85,6 +85,7 @@ class TorchEngine:
         factor = self._fold(logits, tile.targets, statistics)
         # Σ (z − old maximum) e^… becomes Σ (z − new maximum) e^…; with nothing summed yet, 0.
         moved = (details.weighted + sums * (before - statistics.maximum)) * factor
+        details.squares.mul_(factor.square()).add_(torch.linalg.vecdot(logits, logits))
         terms = logits.log().clamp_(min=_SMALLEST_EXPONENT).mul_(logits).sum(1)
         details.weighted.copy_(moved.where(sums > 0, 0.0) + terms)
 
