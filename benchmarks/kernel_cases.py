@@ -95,7 +95,9 @@ def _fold_rows(s: Setting, *, bent: bool = False, kept: bool = False) -> None:
     )
 
 
-def _logits_gradient(s: Setting, *, bent: bool = False, kept: bool = False) -> None:
+def _logits_gradient(
+    s: Setting, *, bent: bool = False, kept: bool = False, entropy: bool = False
+) -> None:
     """`kept`: from exponentials, in place."""
     source = s.new(N, SLAB) if kept else s.floats(N, SLAB)
     logits_gradient(
@@ -107,6 +109,8 @@ def _logits_gradient(s: Setting, *, bent: bool = False, kept: bool = False) -> N
         ceiling=CEILING if bent else None,
         maxima=s.floats(SLAB // 128, N) if kept else None,
         part_width=128 if kept else 0,
+        entropies=s.floats(N) if entropy else None,
+        entropy_scale=s.floats(N) if entropy else None,
         sums=bent,
     )
 
@@ -114,8 +118,8 @@ def _logits_gradient(s: Setting, *, bent: bool = False, kept: bool = False) -> N
 def _merge_partials(s: Setting, *, details: bool = False) -> None:
     extra = None
     if details:
-        sums = (s.floats(N) for _ in range(3))
-        extra = Details(*sums, s.new(N, dtype=torch.int32))
+        best = s.new(N, dtype=torch.int32)
+        extra = Details(s.floats(N), s.floats(N), s.floats(N), best)
     merge_partials(_partials(s, details), s.floats(N), s.floats(N), extra)
 
 
@@ -141,6 +145,9 @@ CASES = {
     "fold rows, kept, bias and softcap": Case(lambda s: _fold_rows(s, bent=True, kept=True)),
     "logits gradient": Case(_logits_gradient),
     "logits gradient, bias and softcap": Case(lambda s: _logits_gradient(s, bent=True)),
+    "logits gradient, entropy, bias and softcap": Case(
+        lambda s: _logits_gradient(s, bent=True, entropy=True)
+    ),
     "logits gradient, kept": Case(lambda s: _logits_gradient(s, kept=True)),
     "logits gradient, kept, softcap": Case(lambda s: _logits_gradient(s, bent=True, kept=True)),
     "merge partials": Case(_merge_partials, STATISTICS),

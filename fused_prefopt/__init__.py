@@ -1,13 +1,20 @@
 """Preference-optimisation losses fused with the LM head: no logits in memory."""
 
-from fused_prefopt.losses import available_losses, bradley_terry_loss, preset
+from fused_prefopt.losses import (
+    available_losses,
+    bradley_terry_loss,
+    preset,
+    published_settings,
+)
 from fused_prefopt.ops import (
     Plan,
     release_workspace,
     sequence_logps,
     token_logps,
+    token_policy,
     token_statistics,
 )
+from fused_prefopt.ops.shared_lengths import shared_and_tail_logps
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import (
     LMHead,
@@ -15,6 +22,7 @@ from fused_prefopt.types import (
     LossOutput,
     LowRank,
     SequenceLogps,
+    TokenPolicy,
     TokenStatistics,
 )
 
@@ -26,13 +34,17 @@ __all__ = [
     "Plan",
     "PreferenceLoss",
     "SequenceLogps",
+    "TokenPolicy",
     "TokenStatistics",
     "available_losses",
     "bradley_terry_loss",
     "preset",
+    "published_settings",
     "release_workspace",
     "sequence_logps",
+    "shared_and_tail_logps",
     "token_logps",
+    "token_policy",
     "token_statistics",
 ]
 __version__ = "0.1.0"

@@ -159,6 +159,21 @@ class SequenceLogps:
 
 
 @dataclass(frozen=True)
+class TokenPolicy:
+    """What a policy gives each labelled token, both in the shape of the labels, differentiable.
+
+    Entry t is about the distribution that predicts labels[t]; 0 where there is no label.
+
+    Attributes:
+        logps: fp32 log-probability of the label, in nats.
+        entropies: fp32 entropy of the distribution, in nats.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+
+
+@dataclass(frozen=True)
 class TokenStatistics:
     """What the model thinks at each labelled token, all in the shape of the labels.
 

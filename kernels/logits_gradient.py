@@ -45,6 +45,8 @@ def _logits_gradient_kernel(
     logsumexps,  # (c,)
     residuals,  # (c,)
     scale,  # (c,)
+    entropies,  # (c,)
+    entropy_scale,  # (c,)
     maxima,  # (parts, c)
     out,  # (c, v)
     column_sums,  # (row blocks, v)
@@ -60,6 +62,7 @@ def _logits_gradient_kernel(
     HAS_CAP: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     HAS_MAXIMA: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -97,6 +100,14 @@ def _logits_gradient_kernel(
         HAS_CAP,
         HAS_TARGETS,
     )
+    if HAS_ENTROPY:
+        entropy = tl.load(entropies + row, mask=inside, other=0.0)
+        factor = tl.load(entropy_scale + row, mask=inside, other=0.0)
+        if HAS_CAP:
+            probabilities *= cap_slope(logits, ceiling)
+        # The floor: 0 times the logarithm of an underflowed p would be NaN.
+        logps = tl.maximum(logits - logsumexp[:, None], -46.0)
+        gradient += factor[:, None] * probabilities * (logps + entropy[:, None])
     stored = gradient.to(out.dtype.element_ty)
     tl.store(out + far * out_stride + columns[None, :], stored, mask=there)
     if HAS_SUMS:
@@ -118,9 +129,13 @@ def logits_gradient(
     ceiling: float | None = None,
     maxima: Tensor | None = None,
     part_width: int = 0,
+    entropies: Tensor | None = None,
+    entropy_scale: Tensor | None = None,
     sums: bool = False,
 ) -> Tensor | None:
     """``scale · (softmax − one-hot) · slope`` of a slab, into `out`, which may be the source.
+
+    With entropies H, ``entropy_scale · p · (log p + H) · slope`` is added.
 
     Args:
         source: (c, v) products of a matmul; or, with `maxima`, exp(logit − the part's maximum).
@@ -135,6 +150,8 @@ def logits_gradient(
         ceiling: bound of the logits, or None.
         maxima: (parts, c) fp32, where the source holds exponentials.
         part_width: vocabulary entries of a part: at least v, or a multiple of 64.
+        entropies: (c,) fp32 H of the whole rows, or None.
+        entropy_scale: (c,) fp32, given with them.
         sums: whether the gradient's sums over rows are wanted.
 
     Returns:
@@ -164,6 +181,8 @@ def logits_gradient(
             logsumexps,
             residuals,
             scale,
+            entropies,
+            entropy_scale,
             maxima,
             out,
             column_sums,
@@ -179,6 +198,7 @@ def logits_gradient(
             HAS_CAP=ceiling is not None,
             HAS_TARGETS=targets is not None,
             HAS_MAXIMA=maxima is not None,
+            HAS_ENTROPY=entropies is not None,
             HAS_SUMS=sums,
             ROWS=height,
             COLUMNS=block,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from policies import policies
 from truth import (
     SMALLEST,
     TRANSFORMS,
@@ -28,7 +29,7 @@ from fused_prefopt import (
     token_logps,
     token_statistics,
 )
-from fused_prefopt.ops import cublas_engine, paths
+from fused_prefopt.ops import cublas_engine, forward, gradient_sums
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import PATHS
 
@@ -54,6 +55,19 @@ def test_engines_match_float64(engine, path, transform, dtype):
     assert largest_error(got.tokens, truth.tokens) <= values
     if path != "evaluate":
         assert_gradients(got, truth, gradients)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("workspace_mb", [256, SMALLEST])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_policies_match_float64(engine, workspace_mb, transform, dtype):
+    case = make_case(3, 13, 24, 101, dtype=dtype, largest=12.0, **TRANSFORMS[transform])
+    got, truth = policies(case, needs_of("recompute"), engine=engine, workspace_mb=workspace_mb)
+    values, gradients = TOLERANCE[dtype]
+    assert largest_error(got.sums, truth.sums) <= values
+    assert largest_error(got.tokens, truth.tokens) <= values
+    assert_gradients(got, truth, gradients)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -174,7 +188,7 @@ def as_on_a_gpu(monkeypatch):
         total = alpha * (left.double() @ right.double())
         return out.copy_(out.double() + total if accumulate else total)
 
-    for module in (paths, cublas_engine):
+    for module in (forward, gradient_sums, cublas_engine):
         monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
     first = cublas_engine.CublasEngine.__init__

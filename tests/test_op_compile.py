@@ -22,7 +22,8 @@ from truth import (
 )
 
 from fused_prefopt import LMHead, sequence_logps, token_logps
-from fused_prefopt.ops.registered import head_logps, head_logps_backward
+from fused_prefopt.ops.registered import head_logps
+from fused_prefopt.ops.registered_backward import head_logps_backward
 
 # (path, whether the number of labels is given)
 COMPILED = [("stash", False), ("local", False), ("local", True), ("recompute", True)]
@@ -212,7 +213,7 @@ def test_inference_mode():
     assert torch.equal(got.sums, wanted.sums) and got.plan.path == "evaluate"
 
 
-def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0):
+def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=False):
     """Arguments of `head_logps`, rows without a shift, ids unsorted."""
     rows = case.labels.numel()
     low = (None, None)
@@ -244,22 +245,24 @@ def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0):
         "",
         0,
         drop_mass if path in ("local", "recompute") else 0.0,
+        entropy,
     )
 
 
 OP_CASES = [
-    ("evaluate", "plain", "contiguous", False),
-    ("stash", "softcap", "contiguous", True),
-    ("stash", "plain", "contiguous", False),
-    ("local", "all", "contiguous", True),
-    ("local", "plain", "transposed", False),
-    ("recompute", "all", "contiguous", False),
-    ("recompute", "bias", "transposed", True),
+    ("evaluate", "plain", "contiguous", False, False),
+    ("stash", "softcap", "contiguous", True, False),
+    ("stash", "plain", "contiguous", False, False),
+    ("local", "all", "contiguous", True, False),
+    ("local", "plain", "transposed", False, False),
+    ("recompute", "all", "contiguous", False, False),
+    ("recompute", "bias", "transposed", True, False),
+    ("recompute", "all", "contiguous", True, True),
 ]
 
 
-@pytest.mark.parametrize(("path", "transform", "view", "counted"), OP_CASES)
-def test_opcheck(path, transform, view, counted):
+@pytest.mark.parametrize(("path", "transform", "view", "counted", "entropy"), OP_CASES)
+def test_opcheck(path, transform, view, counted, entropy):
     case = make_case(2, 5, 4, 70, dtype=torch.float64, **TRANSFORMS[transform])
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
@@ -269,23 +272,25 @@ def test_opcheck(path, transform, view, counted):
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     if path != "local":
         utils += ("test_aot_dispatch_dynamic",)
-    torch.library.opcheck(head_logps, op_arguments(case, path, counted, 2**20), test_utils=utils)
+    given = op_arguments(case, path, counted, 2**20, entropy=entropy)
+    torch.library.opcheck(head_logps, given, test_utils=utils)
 
 
-@pytest.mark.parametrize(("path", "transform", "view", "counted"), OP_CASES[1:])
+@pytest.mark.parametrize(("path", "transform", "view", "counted", "entropy"), OP_CASES[1:])
 @pytest.mark.parametrize(("rank", "drop_mass"), [(0, 0.0), (2, 0.0), (0, 0.01)])
-def test_opcheck_of_the_backward(path, transform, view, counted, rank, drop_mass):
+def test_opcheck_of_the_backward(path, transform, view, counted, entropy, rank, drop_mass):
     case = make_case(2, 5, 4, 70, **TRANSFORMS[transform])
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
-    given = op_arguments(case, path, counted, 2**20, rank, drop_mass)
-    logps, sums, _, *saved = head_logps(*given)
-    arguments = (torch.ones_like(logps), torch.ones_like(sums), *given[:7])
+    drop_mass = 0.0 if entropy else drop_mass
+    given = op_arguments(case, path, counted, 2**20, rank, drop_mass, entropy)
+    logps, sums, _, entropies, *saved = head_logps(*given)
+    upstream = (torch.ones_like(logps), torch.ones_like(sums), torch.ones_like(entropies))
     needs = [*needs_of(path)[:2], needs_of(path)[2] and case.bias is not None]
     needs += [rank > 0, rank > 0 and path != "stash"]
     torch.library.opcheck(
         head_logps_backward,
-        (*arguments, logps, *saved, *given[11:], needs),
+        (*upstream, *given[:7], logps, entropies, *saved, *given[11:], needs),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

@@ -101,11 +101,13 @@ def test_only_the_gradients_that_are_needed(path, needs):
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )
 def test_gradients_that_are_not_needed_are_not_computed(needs, monkeypatch):
-    from fused_prefopt.ops import paths
+    from fused_prefopt.ops import registered_backward
 
     seen = []
-    whole = paths.backward
-    monkeypatch.setattr(paths, "backward", lambda *args: seen.append(whole(*args)) or seen[-1])
+    whole = registered_backward.backward
+    monkeypatch.setattr(
+        registered_backward, "backward", lambda *args: seen.append(whole(*args)) or seen[-1]
+    )
     case = leaves_of(make_case(bias=True), needs)
     sequence_logps(case.hidden, case.head, case.labels, path="recompute").sums.sum().backward()
     (grads,) = seen

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from policies import moved
 from truth import SMALLEST, TRANSFORMS, aligned, make_case, true_logits
 
 from fused_prefopt import token_logps, token_statistics
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float64: 1e-12}
-
-
-def expected(case, values):
-    """(S, T) of each row, at the label that it predicts, 0 elsewhere."""
-    moved = torch.zeros_like(values)
-    moved[:, 1:] = values[:, :-1]
-    labelled = case.labels != -100
-    labelled[:, 0] = False
-    return torch.where(labelled, moved, torch.zeros_like(moved))
 
 
 @pytest.mark.parametrize("workspace_mb", [256, SMALLEST])
@@ -34,13 +26,13 @@ def test_against_float64(dtype, transform, workspace_mb):
     logps = logits.log_softmax(-1)
     tolerance = {"rtol": 1e-5, "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(got.logps.double(), aligned(logps, case.labels), **tolerance)
-    entropies = expected(case, -(logps.exp() * logps).sum(-1))
+    entropies = moved(-(logps.exp() * logps).sum(-1), case.labels)
     torch.testing.assert_close(got.entropies.double(), entropies, **tolerance)
-    collisions = expected(case, (2 * logps).logsumexp(-1))
+    collisions = moved((2 * logps).logsumexp(-1), case.labels)
     torch.testing.assert_close(got.collisions.double(), collisions, **tolerance)
-    means = expected(case, logits.mean(-1))
+    means = moved(logits.mean(-1), case.labels)
     torch.testing.assert_close(got.mean_logits.double(), means, **tolerance)
-    best = expected(case, logits.argmax(-1) + 1) - 1
+    best = moved(logits.argmax(-1) + 1, case.labels) - 1
     assert torch.equal(got.correct, (best == case.labels) & (best >= 0))
     assert got.correct.any() and not got.correct.all()
 

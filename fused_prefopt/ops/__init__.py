@@ -1,7 +1,7 @@
 """The public op and, below it, the planner, the registered op, the paths and the engines."""
 
 from fused_prefopt.ops.engines import takes_kernels
-from fused_prefopt.ops.logps import sequence_logps, token_logps
+from fused_prefopt.ops.logps import sequence_logps, token_logps, token_policy
 from fused_prefopt.ops.plan import Plan
 from fused_prefopt.ops.token_statistics import token_statistics
 from fused_prefopt.ops.workspace import release_workspace
@@ -12,5 +12,6 @@ __all__ = [
     "sequence_logps",
     "takes_kernels",
     "token_logps",
+    "token_policy",
     "token_statistics",
 ]

@@ -35,6 +35,7 @@ class LogpOptions:
     path: str = "auto"
     engine: str = "auto"
     drop_mass: float = 0.0
+    entropy: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: Lo
     head = head if isinstance(head, LMHead) else LMHead(head)
     vocab = head.vocab
     head, shard = local_part(head)
+    if options.entropy and shard.group:
+        raise ValueError("head: entropies need a whole head, got one sharded over ranks")
     _check(hidden, head, labels, options.sequence_ids)
     ignore_index = options.ignore_index
     if hidden.dim() == 3:
@@ -86,10 +89,10 @@ def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: Lo
     count = _count(labelled, options.num_labels)
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
     engines = choose_engines(options.engine, hidden.device, math.dtype)
-    return Call(_tensors(hidden, head), head.vocab, shard, layout, count, math, engines)
+    return Call(head_tensors(hidden, head), head.vocab, shard, layout, count, math, engines)
 
 
-def _tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
+def head_tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
     rows = hidden.reshape(-1, hidden.shape[-1])
     if not head.low_rank:
         return HeadTensors(rows, head.weight, head.bias)

@@ -32,7 +32,7 @@ class CublasEngine(TorchEngine):
         """fp32 products and, where operands are narrower, the operand beside them."""
         operand = math.operand(weight.device)
         logit = float(math.accumulator.itemsize)
-        if operand != math.accumulator and path in ("stash", "recompute"):
+        if operand != math.accumulator and (backward or path in ("stash", "recompute")):
             logit += operand.itemsize
         slabs = operand.itemsize if weight.dtype != operand else 0
         if weight.dtype not in (math.accumulator, operand) or operand == torch.float16:
@@ -65,6 +65,8 @@ class CublasEngine(TorchEngine):
             bias=tile.bias,
             alpha=self.math.alpha,
             ceiling=self.math.ceiling,
+            entropies=None if rows.entropy is None else rows.entropy.entropies,
+            entropy_scale=None if rows.entropy is None else rows.entropy.scale,
             sums=bias,
         )
         return TileGradient(out, sums)

@@ -64,6 +64,7 @@ class HeadRows:
         path, engine, workspace: of the plan.
         backward: whether the pass is a backward.
         drop_mass: probability that a row's gradient may leave out.
+        entropy: whether the rows' entropies are wanted, or their gradient.
     """
 
     tensors: HeadTensors
@@ -76,6 +77,7 @@ class HeadRows:
     workspace: int
     backward: bool
     drop_mass: float = 0.0
+    entropy: bool = False
 
     @classmethod
     def of(
@@ -126,7 +128,8 @@ class HeadRows:
         """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
         vocab, hidden_size = self.vocab, self.hidden_size
         engine = load_engine(self.engine)
-        cost = engine.cost(self.math, self.tensors.weight, self.path, self.backward)
+        path = "details" if self.entropy else self.path
+        cost = engine.cost(self.math, self.tensors.weight, path, self.backward)
         if self.rank:
             # A slab of both weights, and its gradient before it is parted.
             both = self.operand.itemsize + self.math.accumulator.itemsize

@@ -9,7 +9,7 @@ from fused_prefopt.ops.call import LogpOptions, read_call
 from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.plan import Plan, make_plan
 from fused_prefopt.ops.registered import head_logps
-from fused_prefopt.types import LMHead, SequenceLogps
+from fused_prefopt.types import LMHead, SequenceLogps, TokenPolicy
 
 
 def sequence_logps(
@@ -110,9 +110,54 @@ def token_logps(
         drop_mass=drop_mass,
     )
     _, outputs = _run(hidden, head, labels, options)
-    logps = outputs[0].view(labels.shape)
-    # Each row's log-prob goes to the label it predicts; a sequence's last row has none to give.
-    return logps.roll(1, -1) if shift else logps
+    return _at_labels(outputs[0], labels, shift)
+
+
+def token_policy(
+    hidden: Tensor,
+    head: LMHead | Tensor,
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    num_labels: int | None = None,
+    ignore_index: int = -100,
+    workspace_mb: float = 256,
+    path: str = "auto",
+    engine: str = "auto",
+) -> TokenPolicy:
+    """Log-probability of every labelled token and entropy of what predicts it, both differentiable.
+
+    What policy-gradient objectives are made of: ratios from the log-probs, an entropy bonus from
+    the entropies ``H = −Σ_v p_v log p_v`` (``dH / dz_v = −p_v (log p_v + H)``). A sampling
+    temperature is the head's (`LMHead`); weights of tokens multiply what is returned, at no cost.
+    The forward takes 1P, the backward 3P, in tiles of the workspace (path `recompute`).
+
+    Arguments, layout and errors are those of `token_logps`.
+
+    Raises:
+        ValueError: in addition, the head is sharded over ranks, or another path is asked for.
+    """
+    options = LogpOptions(
+        shift=shift,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        num_labels=num_labels,
+        ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
+        path=path,
+        engine=engine,
+        entropy=True,
+    )
+    _, outputs = _run(hidden, head, labels, options)
+    return TokenPolicy(_at_labels(outputs[0], labels, shift), _at_labels(outputs[3], labels, shift))
+
+
+def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    values = values.view(labels.shape)
+    # Each row's value goes to the label it predicts; a sequence's last row has none to give.
+    return values.roll(1, -1) if shift else values
 
 
 def _run(
@@ -138,6 +183,7 @@ def _run(
         head_trains=gradients and any(p is not None and p.requires_grad for p in parameters),
         hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
         drops_mass=options.drop_mass > 0,
+        entropy=options.entropy,
     )
     if plan.path == "evaluate":
         tensors = tensors.detached()
@@ -160,5 +206,6 @@ def _run(
         call.shard.group,
         call.shard.first,
         options.drop_mass if plan.path in ("local", "recompute") else 0.0,
+        options.entropy,
     )
     return plan, outputs

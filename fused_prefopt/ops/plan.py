@@ -128,6 +128,7 @@ def make_plan(
     head_trains: bool,
     hidden_trains: bool,
     drops_mass: bool = False,
+    entropy: bool = False,
 ) -> Plan:
     """Choose the cheapest path that fits, or check the one that is asked for.
 
@@ -143,6 +144,7 @@ def make_plan(
         head_trains: weight or bias needs a gradient.
         hidden_trains: hidden needs a gradient.
         drops_mass: the backward may skip what has next to no probability.
+        entropy: the entropies are wanted too, and their gradient.
 
     Raises:
         ValueError: unknown path, or a forced path that cannot serve this call.
@@ -164,6 +166,10 @@ def make_plan(
 
     if not (head_trains or hidden_trains):
         return plan("evaluate", "nothing needs a gradient")
+    if entropy:
+        if path not in ("auto", "recompute"):
+            raise ValueError(f"path: got {path!r}, but gradients of entropies need 'recompute'")
+        return plan("recompute", "gradients of entropies need the logits")
     if path == "stash" and head_trains:
         raise ValueError("path: 'stash' forms no head gradient, but weight or bias needs one")
     if path == "local" and not fits:

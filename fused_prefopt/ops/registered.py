@@ -6,17 +6,18 @@ for the backward, stays inside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops import dropped_mass, paths
+from fused_prefopt.ops import dropped_mass
 from fused_prefopt.ops.engines import load_engine
+from fused_prefopt.ops.forward import forward
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
-from fused_prefopt.ops.torch_engine import matmul_precision
+from fused_prefopt.ops.precision import fixed_precision
+from fused_prefopt.ops.registered_backward import head_logps_backward
 from fused_prefopt.ops.vocab_shard import VocabShard
 
 
@@ -44,7 +45,8 @@ def head_logps(
     group: str,
     first: int,
     drop_mass: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of the labelled rows, their sums over sequences and the sequences' lengths.
 
     Args:
@@ -66,11 +68,12 @@ def head_logps(
         first: vocabulary index of this rank's first row.
         drop_mass: probability that the gradient of a row may leave out; 0 but for `local` and
             `recompute`.
+        entropy: the entropies are wanted; on `evaluate` and `recompute` only.
 
     Returns:
-        logps (M,), 0 where there is no label; sums (S,); lengths (S,) int64; index (n,) of the
-        labelled rows; and what is kept for the backward: logsumexps (n,), stash, maxima, ticket and
-        masses (see `paths.Kept`).
+        logps (M,), 0 where there is no label; sums (S,); lengths (S,) int64; entropies (M,), or
+        (0,) where they are not wanted; index (n,) of the labelled rows; and what is kept for the
+        backward: logsumexps (n,), stash, maxima, ticket and masses (see `forward.Kept`).
     """
     labelled = targets != ignore_index
     if num_labels < 0:
@@ -83,18 +86,34 @@ def head_logps(
         VocabShard(group, first),
     )
     head = HeadRows.of(
-        tensors, targets, index, vocab, shard, math, path, engine, workspace, False, drop_mass
+        tensors,
+        targets,
+        index,
+        vocab,
+        shard,
+        math,
+        path,
+        engine,
+        workspace,
+        False,
+        drop_mass,
+        entropy,
     )
     with fixed_precision(hidden, dtype):
-        row_logps, kept = paths.forward(head)
+        row_logps, row_entropies, kept = forward(head)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
+    entropies = row_entropies
+    if entropy:
+        entropies = torch.zeros_like(logps)
+        entropies[index] = row_entropies
     add = load_engine(engine).sequence_sums
     sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
     return (
         logps,
         sums,
         lengths,
+        entropies,
         index,
         kept.logsumexps,
         kept.stash,
@@ -128,7 +147,8 @@ def _(
     group: str,
     first: int,
     drop_mass: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     math = HeadMath(softcap, logit_scale, temperature, dtype)
     context = torch.library.get_ctx()
     rows = context.new_dynamic_size() if num_labels < 0 else num_labels
@@ -146,138 +166,34 @@ def _(
     ticket = torch.empty(1, dtype=torch.int64, device="cpu")
     lengths = targets.new_empty(num_sequences)
     logps, sums = empty(targets.shape[0]), empty(num_sequences)
-    return logps, sums, lengths, index, empty(rows), stash, maxima, ticket, masses
-
-
-@torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
-def head_logps_backward(
-    grad_logps: Tensor | None,
-    grad_sums: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    low_hidden: Tensor | None,
-    low_weight: Tensor | None,
-    targets: Tensor,
-    sequence_ids: Tensor,
-    logps: Tensor,
-    index: Tensor,
-    logsumexps: Tensor,
-    stash: Tensor,
-    maxima: Tensor,
-    ticket: Tensor,
-    masses: Tensor,
-    vocab: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    dtype: torch.dtype,
-    path: str,
-    engine: str,
-    workspace: int,
-    group: str,
-    first: int,
-    drop_mass: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients with respect to the tensors of the head; empty where none is needed.
-
-    Args:
-        grad_logps: (M,) d loss / d logps, None for zeros.
-        grad_sums: (S,) d loss / d sums, None for zeros.
-        needs: of the five tensors of `HeadTensors`, those that need a gradient.
-
-    The others are the inputs and outputs of `head_logps`.
-    """
-    math = HeadMath(softcap, logit_scale, temperature, dtype)
-    tensors, shard = (
-        HeadTensors(hidden, weight, bias, low_hidden, low_weight),
-        VocabShard(group, first),
-    )
-    head = HeadRows.of(
-        tensors, targets, index, vocab, shard, math, path, engine, workspace, True, drop_mass
-    )
-    upstream = torch.zeros_like(logsumexps)
-    if grad_logps is not None:
-        upstream += grad_logps[index]
-    if grad_sums is not None:
-        upstream += grad_sums[sequence_ids[index]]
-    kept = paths.Kept(logsumexps, stash, maxima, ticket, masses)
-    with fixed_precision(hidden, dtype):
-        grads = paths.backward(
-            head, kept, logps[index], upstream, weight.shape[0], paths.Needs(*needs)
-        )
-    found = [hidden.new_empty(0) if grad is None else grad for grad in grads]
-    return found[0], found[1], found[2], found[3], found[4]
-
-
-@head_logps_backward.register_fake
-def _(
-    grad_logps: Tensor | None, grad_sums: Tensor | None, hidden: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    weight, bias, low_hidden, low_weight = rest[:4]
-    wanted = dict(zip(paths.Needs._fields, rest[-1], strict=True))
-
-    def empty(name: str, value: Tensor | None) -> Tensor:
-        if value is None or not wanted[name]:
-            return hidden.new_empty(0)
-        # The weights' gradients are contiguous, whatever the strides of the weights.
-        rows = name in ("hidden", "low_hidden")
-        return torch.empty_like(value) if rows else value.new_empty(value.shape)
-
-    return (
-        empty("hidden", hidden),
-        empty("weight", weight),
-        empty("bias", bias),
-        empty("low_hidden", low_hidden),
-        empty("low_weight", low_weight),
-    )
+    entropies = empty(targets.shape[0] if entropy else 0)
+    return logps, sums, lengths, entropies, index, empty(rows), stash, maxima, ticket, masses
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, targets, sequence_ids = inputs[:7]
-    options = inputs[-11:]  # from `vocab` on
-    logps, _, lengths, index, *kept = output
+    options = inputs[-12:]  # from `vocab` on
+    logps, _, lengths, entropies, index, *kept = output
     ctx.mark_non_differentiable(lengths, index, *kept)
     # Zeros for the gradient of `stash` would take as much memory as the stash.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, targets, sequence_ids, logps, index, *kept)
+    ctx.save_for_backward(*tensors, targets, sequence_ids, logps, entropies, index, *kept)
     ctx.options = options
 
 
 def _backward(
-    ctx: Any, grad_logps: Tensor | None, grad_sums: Tensor | None, *_: Any
+    ctx: Any,
+    grad_logps: Tensor | None,
+    grad_sums: Tensor | None,
+    _: Any,
+    grad_entropies: Tensor | None,
+    *__: Any,
 ) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:5]
-    grads = head_logps_backward(grad_logps, grad_sums, *ctx.saved_tensors, *ctx.options, needs)
+    upstream = (grad_logps, grad_sums, grad_entropies)
+    grads = head_logps_backward(*upstream, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 17)
+    return (*wanted, *(None,) * 18)
 
 
 head_logps.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "sequence_logps and token_logps cannot be differentiated twice: their backward is computed"
-        " without logits. Use eager log-softmax where a second derivative is needed."
-    )
-
-
-head_logps_backward.register_autograd(_no_double_backward)
-
-
-class fixed_precision:
-    """Autocast off (the op has chosen its dtype) and the CPU matmul precision of that dtype."""
-
-    def __init__(self, hidden: Tensor, dtype: torch.dtype) -> None:
-        self._autocast = torch.autocast(hidden.device.type, enabled=False)
-        self._precision = matmul_precision(dtype, hidden.device)
-
-    def __enter__(self) -> None:
-        self._autocast.__enter__()
-        self._precision.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._precision.__exit__(*error)
-        self._autocast.__exit__(*error)

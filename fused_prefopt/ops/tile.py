@@ -90,6 +90,26 @@ class Details:
             self.weighted[rows], self.squares[rows], self.logit_sum[rows], self.best[rows]
         )
 
+    def entropies(self, statistics: RowStatistics) -> Tensor:
+        """(n,) −Σ p log p, in nats."""
+        return statistics.sum.log() - self.weighted / statistics.sum
+
+
+@dataclass(frozen=True)
+class EntropyGradients:
+    """What the entropies add to each row's gradient, all (n,).
+
+    Attributes:
+        entropies: H of the whole rows.
+        scale: factor on the row's p · (log p + H).
+    """
+
+    entropies: Tensor
+    scale: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> EntropyGradients:
+        return EntropyGradients(self.entropies[rows], self.scale[rows])
+
 
 @dataclass(frozen=True)
 class RowGradients:
@@ -99,19 +119,22 @@ class RowGradients:
         logsumexps: of the whole rows.
         residuals: (p − 1) · slope of the targets.
         scale: factor on the row's softmax − one-hot.
+        entropy: what entropies add, or None.
     """
 
     logsumexps: Tensor
     residuals: Tensor
     scale: Tensor
+    entropy: EntropyGradients | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> RowGradients:
-        return RowGradients(self.logsumexps[rows], self.residuals[rows], self.scale[rows])
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return RowGradients(self.logsumexps[rows], self.residuals[rows], self.scale[rows], entropy)
 
 
 @dataclass(frozen=True)
 class TileGradient:
-    """scale · (softmax − one-hot) · slope of a tile.
+    """scale · (softmax − one-hot) · slope of a tile, and what the entropies add to it.
 
     Attributes:
         logits: (c, v) in the operand dtype; valid until the engine's next call.

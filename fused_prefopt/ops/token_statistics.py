@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_prefopt.ops.call import LogpOptions, read_call
 from fused_prefopt.ops.head_rows import HeadRows
-from fused_prefopt.ops.registered import fixed_precision
+from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.tile import Details, RowStatistics, Tile
 from fused_prefopt.types import LMHead, TokenStatistics
 
@@ -68,10 +68,9 @@ def token_statistics(
         everywhere = everywhere.view(labels.shape)
         return everywhere.roll(1, -1) if shift else everywhere
 
-    entropies = statistics.sum.log() - details.weighted / statistics.sum
     return TokenStatistics(
         dense(statistics.logps()),
-        dense(entropies),
+        dense(details.entropies(statistics)),
         dense(details.squares.log() - 2 * statistics.sum.log()),
         dense(details.logit_sum / call.vocab),
         dense(details.best == rows.targets),

@@ -1,13 +1,12 @@
 """The torch engine: what happens to one tile of logits (c rows × v vocabulary entries).
 
-The loops over tiles are in `paths`. Matmuls take their operands in `HeadMath.operand` and leave an
-accumulator (fp32, or float64 for float64 inputs) that nothing rounds before it is used.
+The loops over tiles are in `forward` and `backward`. Matmuls take their operands in
+`HeadMath.operand` and leave an accumulator (fp32, or float64 for float64 inputs) that nothing
+rounds before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -46,6 +45,11 @@ class TorchEngine:
         self.part_width = shape.vocab
         self._buffer: Tensor | None = None
 
+    def parts(self, slab: slice) -> slice:
+        """The parts of `fold_and_keep`'s maxima that belong to a vocabulary slab."""
+        width = self.part_width
+        return slice(slab.start // width, (slab.stop - 1) // width + 1)
+
     @staticmethod
     def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
         """What the buffers take for a tile of a head with this weight (V, D)."""
@@ -61,7 +65,7 @@ class TorchEngine:
             logit += operand.itemsize
             hidden += math.dtype.itemsize
             slabs += 0 if weight.dtype == math.dtype else math.dtype.itemsize
-        if weight.dtype != accumulator and path in ("local", "recompute"):
+        if weight.dtype != accumulator and (backward or path in ("local", "recompute")):
             slabs += accumulator.itemsize
         if path == "details":
             logit += accumulator.itemsize  # of the logarithms
@@ -119,10 +123,20 @@ class TorchEngine:
         """The gradient of a tile's logits; with its sums over the rows if `bias`."""
         logits = self._logits(tile, self._tile(tile.shape))
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
-        _exp_below(logits, rows.logsumexps)
-        scale = rows.scale.unsqueeze(1)
-        logits.mul_(scale if slope is None else slope.mul_(scale))
-        return self._finish(logits, tile.targets, rows, bias)
+        added = None
+        if rows.entropy is not None:
+            # The floor: 0 times the logarithm of an underflowed p would be NaN.
+            added = (logits - rows.logsumexps.unsqueeze(1)).clamp_(min=_SMALLEST_EXPONENT)
+            added.add_(rows.entropy.entropies.unsqueeze(1))
+            added.mul_(rows.entropy.scale.unsqueeze(1))
+        exp_below(logits, rows.logsumexps)
+        if slope is not None:
+            logits.mul_(slope)
+        if added is not None:
+            added.mul_(logits)
+        logits.mul_(rows.scale.unsqueeze(1))
+        gradient = self._finish(logits, tile.targets, rows)
+        return self._summed(gradient if added is None else gradient.add_(added), bias)
 
     def kept_gradient(
         self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients, bias: bool
@@ -142,7 +156,7 @@ class TorchEngine:
             logits = kept.to(out.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
             logits.add_(maxima[0].unsqueeze(1))
             out.mul_(self.math.cap_slope(logits, out=logits))
-        return self._finish(out, targets, rows, bias)
+        return self._summed(self._finish(out, targets, rows), bias)
 
     @staticmethod
     def sequence_sums(
@@ -187,63 +201,22 @@ class TorchEngine:
         statistics.target.copy_(found.where(inside, statistics.target))
         maximum = torch.maximum(statistics.maximum, logits.amax(1))
         factor = (statistics.maximum - maximum).exp_()
-        _exp_below(logits, maximum)
+        exp_below(logits, maximum)
         statistics.sum.mul_(factor).add_(logits.sum(1))
         statistics.maximum.copy_(maximum)
         return factor
 
-    def _finish(
-        self, tile: Tensor, targets: Tensor, rows: RowGradients, bias: bool
-    ) -> TileGradient:
+    @staticmethod
+    def _finish(tile: Tensor, targets: Tensor, rows: RowGradients) -> Tensor:
+        """Put the targets' own gradient into the tile."""
         inside, column = _locate(targets, tile.shape[1])
         others = tile.gather(1, column).squeeze(1)
         own = rows.residuals * rows.scale
-        tile.scatter_(1, column, own.where(inside, others).unsqueeze(1))
+        return tile.scatter_(1, column, own.where(inside, others).unsqueeze(1))
+
+    def _summed(self, tile: Tensor, bias: bool) -> TileGradient:
         sums = tile.sum(0) if bias else None
         return TileGradient(tile.to(self.math.operand(self.device)), sums)
-
-
-def matmul_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-    """Products that round once: fp32 sums of exact products, whatever is set outside.
-
-    On CPU, matmuls of bf16 values held in fp32 may use bf16 instructions: the operands are exact,
-    the sums and the result stay fp32. On CUDA, sums of fp16 and bf16 products stay fp32.
-    """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return _bf16_products()
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        return _full_sums()
-    return nullcontext()
-
-
-@contextmanager
-def _bf16_products() -> Iterator[None]:
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or not hasattr(matmul, "fp32_precision"):
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@contextmanager
-def _full_sums() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = (
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-    )
-    matmul.allow_fp16_reduced_precision_reduction = False
-    matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_reduced_precision_reduction = before[0]
-        matmul.allow_bf16_reduced_precision_reduction = before[1]
 
 
 def product(
@@ -257,7 +230,8 @@ def product(
     )
 
 
-def _exp_below(tile: Tensor, ceiling: Tensor) -> None:
+def exp_below(tile: Tensor, ceiling: Tensor) -> None:
+    """exp(tile − ceiling), in place: (c, v) and (c,); no denormals on a CPU."""
     tile.sub_(ceiling.unsqueeze(1))
     if tile.device.type == "cpu":
         tile.clamp_(min=_SMALLEST_EXPONENT)

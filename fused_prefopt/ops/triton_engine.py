@@ -39,8 +39,10 @@ class TritonEngine(CublasEngine):
         operand = math.operand(weight.device)
         block = tuning_of(weight.device).block("kept", operand, rich=True)
         partials = 2 * math.accumulator.itemsize / block.vocab
-        if path == "details":
+        if path == "details" and not backward:
             logit = 2.5 * partials
+        elif path == "details":
+            logit = cost.logit
         elif not backward:
             logit = partials + (operand.itemsize if path == "stash" else 0)
         elif path == "recompute":
@@ -84,6 +86,9 @@ class TritonEngine(CublasEngine):
         return weights
 
     def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
+        if rows.entropy is not None:
+            # In the matmul's epilogue it would take more registers than there are.
+            return super().gradient(tile, rows, bias)
         out = self._operand(tile.shape)
         sums = recompute_gradient(
             tile.hidden,

@@ -1,0 +1,185 @@
+"""Where a backward over tiles sums its gradients: rows of hidden, slabs of the weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.tile import TileGradient
+from fused_prefopt.ops.torch_engine import product
+
+
+class Gradients(NamedTuple):
+    """Gradients of `HeadTensors`, each in its tensor's shape and dtype, or None."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    low_hidden: Tensor | None = None
+    low_weight: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which of `HeadTensors` need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low_hidden: bool
+    low_weight: bool
+
+    @property
+    def rows(self) -> bool:
+        return self.hidden or self.low_hidden
+
+    def columns(self, hidden_size: int) -> slice:
+        """Of the D + r columns of hidden, those whose weights need a gradient."""
+        return slice(0 if self.weight else hidden_size, None if self.low_weight else hidden_size)
+
+
+class GradientSums:
+    """Gradients of one head's tensors, summed in fp32 at least and rounded once.
+
+    The vocabulary is the outer loop: a slab of a weight's gradient is finished and written before
+    the next begins.
+
+    Args:
+        head: the labelled rows.
+        padded_vocab: rows of the weight with its padding, which gets zeros.
+        needs: which gradients are wanted.
+        unit: what the tiles' gradients are to be multiplied by, or None for 1.
+        scattered: tiles come with any rows, and not every row in every slab.
+    """
+
+    def __init__(
+        self,
+        head: HeadRows,
+        padded_vocab: int,
+        needs: Needs,
+        unit: Tensor | None = None,
+        scattered: bool = False,
+    ) -> None:
+        tensors = head.tensors
+        self._head, self._unit, self._scattered = head, unit, scattered
+        self._columns = needs.columns(tensors.weight.shape[1])
+        self._hidden = head.new(head.rows, head.hidden_size) if needs.rows else None
+        if self._hidden is not None and scattered:
+            self._hidden.zero_()
+        self._needs = needs
+
+        def padded(value: Tensor | None, wanted: bool) -> Tensor | None:
+            if value is None or not wanted:
+                return None
+            gradient = value.new_empty(padded_vocab, *value.shape[1:])
+            # Without labelled rows no slab is written.
+            gradient[value.shape[0] if head.rows else 0 :].zero_()
+            return gradient
+
+        self._weight = padded(tensors.weight, needs.weight)
+        self._bias = padded(tensors.bias, needs.bias)
+        self._low_weight = padded(tensors.low_weight, needs.low_weight)
+        self._slab, self._empty = slice(0, 0), True
+        self._slab_weight: Tensor | None = None
+        self._slab_bias: Tensor | None = None
+
+    @property
+    def wants_bias(self) -> bool:
+        """Whether tiles must come with the sums over their rows."""
+        return self._bias is not None
+
+    def begin(self, slab: slice) -> None:
+        """Start the sums of a vocabulary slab."""
+        size = slab.stop - slab.start
+        self._slab, self._empty = slab, True
+        self._slab_bias = self._head.new(size).zero_() if self.wants_bias else None
+        self._slab_weight = self._buffer(slab)
+
+    def add(
+        self, gradient: TileGradient, rows: slice | Tensor, hidden: Tensor, weight: Tensor
+    ) -> None:
+        """Add a tile of the slab.
+
+        Args:
+            gradient: of its logits (c, v).
+            rows: which rows these are: `HeadRows.row_slices` in their order, or indices (c,).
+            hidden: (c, D + r) in the operand dtype.
+            weight: (v, D + r) in the operand dtype.
+        """
+        if self._slab_bias is not None and gradient.bias is not None:
+            self._slab_bias += gradient.bias
+        if self._slab_weight is not None:
+            columns = hidden[:, self._columns]
+            product(gradient.logits.t(), columns, self._slab_weight, accumulate=not self._empty)
+        self._empty = False
+        if self._hidden is not None:
+            later = self._scattered or self._slab.start > 0
+            total = product(gradient.logits, weight, self._hidden[rows], accumulate=later)
+            if self._scattered:
+                self._hidden[rows] = total
+
+    def finish(self) -> None:
+        """Write the slab's sums, in the units that are wanted."""
+        weight, bias = self._slab_weight, self._slab_bias
+        if self._empty and weight is not None:
+            weight.zero_()
+        for total in (weight, bias):
+            if total is not None and self._unit is not None:
+                total.mul_(self._unit)
+        if weight is not None:
+            width = 0 if self._weight is None else self._weight.shape[1]
+            _write(self._weight, self._slab, weight[:, :width])
+            _write(self._low_weight, self._slab, weight[:, width:])
+        _write(self._bias, self._slab, bias)
+
+    def gradients(self) -> Gradients:
+        """All of them, each in its tensor's shape and dtype."""
+        if self._hidden is not None:
+            if self._unit is not None:
+                self._hidden.mul_(self._unit)
+            self._head.shard.add(self._hidden)
+        return of_rows(self._head, self._hidden, self._needs)._replace(
+            weight=self._weight, bias=self._bias, low_weight=self._low_weight
+        )
+
+    def _buffer(self, slab: slice) -> Tensor | None:
+        """In the gradient itself where nothing is rounded twice, else (v, columns) beside it."""
+        head = self._head
+        if self._weight is None and self._low_weight is None:
+            return None
+        only = self._weight if self._low_weight is None else None
+        if only is not None:
+            one_product = head.rows <= head.shape.rows and only.dtype == head.operand
+            if only.dtype == head.math.accumulator or (
+                one_product and only.dtype == torch.bfloat16
+            ):
+                return only[slab]
+        return head.new(slab.stop - slab.start, len(range(head.hidden_size)[self._columns]))
+
+
+def of_rows(head: HeadRows, rows: Tensor | None, needs: Needs) -> Gradients:
+    """Gradients of all rows, (M, D) and (M, r), from those of the labelled ones, (n, D + r)."""
+
+    def spread(whole: Tensor | None, part: Tensor) -> Tensor | None:
+        if whole is None:
+            return None
+        full = torch.zeros_like(whole)
+        full[head.index] = part.to(full.dtype)
+        return full
+
+    if rows is None:
+        return Gradients()
+    width = head.tensors.weight.shape[1]
+    return Gradients(
+        hidden=spread(head.tensors.hidden, rows[:, :width]) if needs.hidden else None,
+        low_hidden=spread(head.tensors.low_hidden, rows[:, width:]) if needs.low_hidden else None,
+    )
+
+
+def _write(gradient: Tensor | None, slab: slice, total: Tensor | None) -> None:
+    if gradient is None or total is None:
+        return
+    if total.data_ptr() != gradient[slab].data_ptr():
+        gradient[slab].copy_(total)

@@ -1,0 +1,69 @@
+"""What matmuls compute in while the op runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class fixed_precision:
+    """Autocast off (the op has chosen its dtype) and the CPU matmul precision of that dtype."""
+
+    def __init__(self, hidden: Tensor, dtype: torch.dtype) -> None:
+        self._autocast = torch.autocast(hidden.device.type, enabled=False)
+        self._precision = _matmul_precision(dtype, hidden.device)
+
+    def __enter__(self) -> None:
+        self._autocast.__enter__()
+        self._precision.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._precision.__exit__(*error)
+        self._autocast.__exit__(*error)
+
+
+def _matmul_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Products that round once: fp32 sums of exact products, whatever is set outside.
+
+    On CPU, matmuls of bf16 values held in fp32 may use bf16 instructions: the operands are exact,
+    the sums and the result stay fp32. On CUDA, sums of fp16 and bf16 products stay fp32.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return _bf16_products()
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return _full_sums()
+    return nullcontext()
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
+def _full_sums() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = (
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+    )
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before[0]
+        matmul.allow_bf16_reduced_precision_reduction = before[1]

@@ -1,0 +1,132 @@
+"""The registered op `fused_prefopt::head_logps_backward`: the gradients of `head_logps`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops.backward import Upstream, backward
+from fused_prefopt.ops.forward import Kept
+from fused_prefopt.ops.gradient_sums import Needs
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
+from fused_prefopt.ops.precision import fixed_precision
+from fused_prefopt.ops.vocab_shard import VocabShard
+
+
+@torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
+def head_logps_backward(
+    grad_logps: Tensor | None,
+    grad_sums: Tensor | None,
+    grad_entropies: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low_hidden: Tensor | None,
+    low_weight: Tensor | None,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    logps: Tensor,
+    entropies: Tensor,
+    index: Tensor,
+    logsumexps: Tensor,
+    stash: Tensor,
+    maxima: Tensor,
+    ticket: Tensor,
+    masses: Tensor,
+    vocab: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    dtype: torch.dtype,
+    path: str,
+    engine: str,
+    workspace: int,
+    group: str,
+    first: int,
+    drop_mass: float,
+    entropy: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to the tensors of the head; empty where none is needed.
+
+    Args:
+        grad_logps: (M,) d loss / d logps, None for zeros.
+        grad_sums: (S,) d loss / d sums, None for zeros.
+        grad_entropies: (M,) d loss / d entropies, None for zeros.
+        needs: of the five tensors of `HeadTensors`, those that need a gradient.
+
+    The others are the inputs and outputs of `head_logps`.
+    """
+    math = HeadMath(softcap, logit_scale, temperature, dtype)
+    tensors, shard = (
+        HeadTensors(hidden, weight, bias, low_hidden, low_weight),
+        VocabShard(group, first),
+    )
+    head = HeadRows.of(
+        tensors,
+        targets,
+        index,
+        vocab,
+        shard,
+        math,
+        path,
+        engine,
+        workspace,
+        True,
+        drop_mass,
+        entropy,
+    )
+    by_logps = torch.zeros_like(logsumexps)
+    if grad_logps is not None:
+        by_logps += grad_logps[index]
+    if grad_sums is not None:
+        by_logps += grad_sums[sequence_ids[index]]
+    upstream = Upstream(logps[index], by_logps)
+    if entropy and grad_entropies is not None:
+        upstream = Upstream(logps[index], by_logps, entropies[index], grad_entropies[index])
+    kept = Kept(logsumexps, stash, maxima, ticket, masses)
+    with fixed_precision(hidden, dtype):
+        grads = backward(head, kept, upstream, weight.shape[0], Needs(*needs))
+    found = [hidden.new_empty(0) if grad is None else grad for grad in grads]
+    return found[0], found[1], found[2], found[3], found[4]
+
+
+@head_logps_backward.register_fake
+def _(
+    grad_logps: Tensor | None,
+    grad_sums: Tensor | None,
+    grad_entropies: Tensor | None,
+    hidden: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    weight, bias, low_hidden, low_weight = rest[:4]
+    wanted = dict(zip(Needs._fields, rest[-1], strict=True))
+
+    def empty(name: str, value: Tensor | None) -> Tensor:
+        if value is None or not wanted[name]:
+            return hidden.new_empty(0)
+        # The weights' gradients are contiguous, whatever the strides of the weights.
+        rows = name in ("hidden", "low_hidden")
+        return torch.empty_like(value) if rows else value.new_empty(value.shape)
+
+    return (
+        empty("hidden", hidden),
+        empty("weight", weight),
+        empty("bias", bias),
+        empty("low_hidden", low_hidden),
+        empty("low_weight", low_weight),
+    )
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "sequence_logps and token_logps cannot be differentiated twice: their backward is computed"
+        " without logits. Use eager log-softmax where a second derivative is needed."
+    )
+
+
+head_logps_backward.register_autograd(_no_double_backward)
