@@ -8,7 +8,9 @@ from fused_prefopt.losses import (
 )
 from fused_prefopt.ops import (
     Plan,
+    SequenceKl,
     release_workspace,
+    sequence_kl,
     sequence_logps,
     token_logps,
     token_policy,
@@ -33,6 +35,7 @@ __all__ = [
     "LowRank",
     "Plan",
     "PreferenceLoss",
+    "SequenceKl",
     "SequenceLogps",
     "TokenPolicy",
     "TokenStatistics",
@@ -41,6 +44,7 @@ __all__ = [
     "preset",
     "published_settings",
     "release_workspace",
+    "sequence_kl",
     "sequence_logps",
     "shared_and_tail_logps",
     "token_logps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
@@ -37,9 +38,17 @@ def require_device(name: str, value: Tensor, wanted: torch.device) -> None:
 
 
 def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError, with the closest choices, unless `value` is one of them."""
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: got {value!r}{closest(value, choices)}, wanted one of {listed}")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean …?)"` with the known names closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def require_number(
@@ -81,3 +90,25 @@ def require_count(name: str, value: int, *, low: int = 0) -> None:
     """Raise ValueError unless `value` is an integer that is at least `low`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name}: got {value!r}, wanted an integer >= {low}")
+
+
+def require_tokens(name: str, ids: Tensor, vocab_size: int | None) -> None:
+    """Raise ValueError unless all token ids are at least 0 and below `vocab_size`.
+
+    Args:
+        name: of the ids, for the message.
+        ids: on CPU: on another device the check would wait for it.
+        vocab_size: rows of the input embedding; None sets no upper bound.
+
+    Raises:
+        ValueError: a token id is outside; the message has it and the bound.
+    """
+    if not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        bound = "" if vocab_size is None else f" and below the {vocab_size} of the model"
+        raise ValueError(
+            f"{name}: got token id {low if low < 0 else high}, needs ids of at least 0{bound}; is"
+            " the tokenizer another model's?"
+        )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fused_prefopt.kernels.forms import LARGEST, Link, Margin, Moments, PairForm, contracts
@@ -25,6 +23,7 @@ from fused_prefopt.losses import (
     UnbiasedRobust,
     gap_of,
 )
+from fused_prefopt.losses.gaps import Gap, SequenceKlGap
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.statistics import (
     BatchMoments,
@@ -40,12 +39,21 @@ from fused_prefopt.types import LogpBatch
 # Coefficient of L_ref beside L's, and whether the reward is per token.
 _REWARDS: dict[type, tuple[int, int]] = {LogRatio: (-1, 0), MeanLogp: (0, 1), SumLogp: (0, 0)}
 # Coefficients of L and L_ref.
-_GAPS = {
+_COEFFICIENTS = {
     "ratio": (1, -1),
     "policy": (1, 0),
     "reference": (0, 1),
     "inverse_reference": (0, -1),
 }
+_GAPS: dict[Gap | SequenceKlGap, dict[str, int]] = {
+    gap_of(name, length_normalized=per_token): {
+        "gap_policy": policy,
+        "gap_reference": reference,
+        "gap_per_token": int(per_token),
+    }
+    for name, (policy, reference) in _COEFFICIENTS.items()
+    for per_token in (False, True)
+} | {SequenceKlGap(): {"gap_kl": 1}}
 _OWN_MOMENTS: dict[type, Moments] = {
     BatchMoments: Moments.BATCH,
     RunningMoments: Moments.CORRECTED,
@@ -107,7 +115,7 @@ def _margin(margin: Any) -> dict[str, Any] | None:
         numbers = {"gamma": margin.gamma, "tau": margin.tau, "steps": margin.steps}
         return {"margin": Margin.DYNAMIC, **numbers}
     if type(margin) is AdaptiveMargin:
-        gap = _gap(margin)
+        gap = _gap(margin.gap)
         if gap is None:
             return None
         return {
@@ -120,15 +128,9 @@ def _margin(margin: Any) -> dict[str, Any] | None:
     return None
 
 
-def _gap(margin: AdaptiveMargin) -> dict[str, int] | None:
-    for name, (policy, reference) in _GAPS.items():
-        for per_token in (False, True):
-            if margin.gap == gap_of(name, length_normalized=per_token):
-                coefficients = {"gap_policy": policy, "gap_reference": reference}
-                return {**coefficients, "gap_per_token": int(per_token)}
-    if margin.gap == gap_of("sequence_kl", length_normalized=False):
-        return {"gap_kl": 1}
-    return None
+def _gap(gap: Any) -> dict[str, int] | None:
+    # By exact type: another gap may compute something else, or not even have a hash.
+    return _GAPS.get(gap) if type(gap) in (Gap, SequenceKlGap) else None
 
 
 def _link(link: Any) -> tuple[Link, float, float] | None:
@@ -190,11 +192,7 @@ def with_summary(form: PairForm, summary: Any) -> tuple[PairForm, PairState]:
 
 def gathers(statistic: Statistic | None) -> bool:
     """Whether the statistic is over several ranks: it must then see the batch itself."""
-    if statistic is None or not statistic.training:
-        return False
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return dist.get_world_size(statistic.process_group) > 1
+    return statistic is not None and statistic.gathers
 
 
 def _draws(queue: MarginQueue, pairs: int) -> int:
@@ -203,15 +201,10 @@ def _draws(queue: MarginQueue, pairs: int) -> int:
 
 def _with_queue(form: PairForm, queue: MarginQueue, pairs: int) -> tuple[PairForm, PairState]:
     """The same random numbers as the queue itself would draw, from a copy of its generator."""
-    places, draws = queue.margins.shape[0], _draws(queue, pairs)
-    generator = queue.generator.clone_state()
-    keys = torch.rand(places, generator=generator, dtype=torch.float64, device="cpu")
-    order = None
-    if draws:
-        # Sorted here, while the GPU is busy; which places are filled only the GPU knows.
-        order = keys.argsort().to(queue.margins.device, non_blocking=True)
+    draws, generator = _draws(queue, pairs), queue.generator.clone_state()
+    order = queue.order(generator)
     state = PairState(
-        order=order,
+        order=order if draws else None,
         queue=queue.margins,
         nonfinite=queue.nonfinite,
         drawn_by=generator.get_state() if queue.training else None,

@@ -9,7 +9,7 @@ import torch
 from fused_prefopt.losses import PairwiseLoss, available_losses
 from fused_prefopt.types import LogpBatch, LossOutput
 
-# Options beyond the defaults that have a gradient of their own.
+# Options beyond the defaults that have a value or a gradient of their own.
 VARIANTS = [(name, {}) for name in available_losses()] + [
     ("dpo", {"label_smoothing": 0.2}),
     ("simpo", {"label_smoothing": 0.2}),
@@ -17,7 +17,16 @@ VARIANTS = [(name, {}) for name in available_losses()] + [
     ("alpha-dpo", {"normalize": False, "length_normalized": False, "beta": 0.1}),
     ("alpha-dpo", {"normalize": False, "stop_gradient": False}),
     ("alpha-dpo", {"implicit_reference": "sequence_kl"}),
+    ("alpha-dpo", {"implicit_reference": "policy"}),
+    ("alpha-dpo", {"implicit_reference": "reference"}),
+    ("alpha-dpo", {"implicit_reference": "inverse_reference"}),
+    ("alpha-dpo", {"margin_scale": "unit"}),
+    ("alpha-dpo", {"statistics": "batch"}),
+    ("alpha-dpo", {"statistics": "reference"}),
+    ("alpha-dpo", {"statistics": "dataset", "mean": 0.1, "std": 2.0}),
     ("gamma-dpo", {"solver": "exact"}),
+    ("gamma-simpo", {"queue": False}),
+    ("gamma-simpo", {"queue_size": 8, "sample_size": 6, "steps": 5}),
     ("robust-dpo", {"unbiased": True}),
     ("robust-simpo", {"unbiased": True, "gamma": 0.5}),
     ("ipo", {"length_normalized": True}),
@@ -26,8 +35,10 @@ VARIANTS = [(name, {}) for name in available_losses()] + [
     ("odpo", {"offset": "identity"}),
     ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
     ("beta-dpo", {"level": "batch", "gamma": 0.3}),
+    ("beta-simpo", {"level": "batch", "beta": 2.5}),
     ("aot", {"label_smoothing": 0.2}),
     ("sft", {"nll": "sequence_mean"}),
+    ("sft", {"nll": "sum"}),
     ("f-dpo", {"divergence": "forward_kl"}),
     ("f-dpo", {"divergence": "alpha_divergence"}),
     ("alpha-po", {"alpha": -0.5}),

@@ -63,6 +63,19 @@ def test_extreme_log_probs_stay_finite(name, logp, dtype):
     assert gradient.isfinite().all()
 
 
+def test_orpo_of_a_certain_completion_is_the_same_in_every_dtype():
+    # An empty completion has no log-odds of its own: its mean token is certain.
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        policy = torch.tensor([-2.0, 0.0], dtype=dtype, requires_grad=True)
+        (loss,) = losses("orpo", LogpBatch(policy, torch.tensor([2, 0])))
+        (gradient,) = torch.autograd.grad(loss, policy)
+        assert gradient[1] == 0
+        found.append(loss.item())
+    odds = math.log(math.exp(-1.0) / (1 - math.exp(-1.0)))
+    assert found == pytest.approx([1.0 + 0.1 * (30 * math.log(10) - odds)] * 2, rel=1e-6)
+
+
 def test_cpo_counts_the_tokens_of_the_whole_batch():
     policy = torch.tensor([-4.0, -9.0, -5.0, -5.0]).double()
     batch = LogpBatch(policy, torch.tensor([2, 8, 3, 3]))
@@ -97,3 +110,4 @@ def test_kto_without_a_kl_takes_the_batchs_own_and_no_gradient_through_it():
 def test_aliases():
     assert find("rpo").name == "reward-distillation"
     assert find("rdpo").name == "robust-dpo" and find("r-dpo").name == "length-dpo"
+    assert find("dpop").name == "dpo-positive" and find("alphapo").name == "alpha-po"

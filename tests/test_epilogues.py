@@ -12,6 +12,7 @@ import pytest
 import torch
 from loss_cases import random_batch
 
+from fused_prefopt.epilogue_forms import pair_form
 from fused_prefopt.epilogues import run_epilogue
 from fused_prefopt.kernels.forms import LARGEST, LARGEST_GROUPED, PairForm, contracts
 from fused_prefopt.losses import (
@@ -22,7 +23,7 @@ from fused_prefopt.losses import (
     PairwiseLoss,
     gap_of,
 )
-from fused_prefopt.losses.gaps import Gap
+from fused_prefopt.losses.gaps import IMPLICIT_REFERENCES, Gap
 from fused_prefopt.statistics import RunningMoments
 
 DPO = PairwiseLoss(LogRatio(beta=0.1))
@@ -94,6 +95,29 @@ def test_what_is_not_covered_is_left_alone(loss, batch):
         torch.testing.assert_close(
             statistics.state_dict()[key], value, rtol=0, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("length_normalized", [True, False])
+@pytest.mark.parametrize("name", IMPLICIT_REFERENCES)
+def test_every_gap_of_the_paper_has_a_form_and_no_other(name, length_normalized):
+    class Other(Gap):
+        pass
+
+    gap = gap_of(name, length_normalized=length_normalized)
+    form = pair_form(adaptive(gap))
+    policy, reference, kl = {
+        "ratio": (1, -1, 0),
+        "policy": (1, 0, 0),
+        "reference": (0, 1, 0),
+        "inverse_reference": (0, -1, 0),
+        "sequence_kl": (0, 0, 1),
+    }[name]
+    per_token = int(length_normalized and not kl)
+    assert (form.gap_policy, form.gap_reference, form.gap_kl) == (policy, reference, kl)
+    assert form.gap_per_token == per_token
+    if isinstance(gap, Gap):
+        changed = Other(gap.value, gap.needs, gap.length_normalized)
+        assert pair_form(adaptive(changed)) is None
 
 
 def test_a_statistic_of_another_kind_is_not_covered():

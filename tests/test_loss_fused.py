@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from loss_cases import VARIANTS
@@ -66,3 +71,18 @@ def test_fused_equals_eager(name, options, path, trains):
             gradients = [torch.autograd.grad(result.loss, inputs) for result in (got, wanted)]
             for found, true in zip(*gradients, strict=True):
                 torch.testing.assert_close(found, true, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_loss_on_the_triton_engines_in_the_interpreter(cases):
+    pytest.importorskip("triton")
+    tests = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", cases, str(tests / "interpreted_losses.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tests.parent,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout and "skipped" not in result.stdout

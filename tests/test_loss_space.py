@@ -67,6 +67,10 @@ MARGINS = [
     DynamicMargin(gamma=0.5, tau=1.0, solver="exact", queue=False),
     AdaptiveMargin(gap=RATIO, gamma=0.5, alpha=0.1),
     AdaptiveMargin(gap=RATIO, gamma=0.5, alpha=0.1, normalisation=None, stop_gradient=False),
+    AdaptiveMargin(gap=gap_of("sequence_kl", length_normalized=True), gamma=0.5, alpha=0.1),
+    AdaptiveMargin(
+        gap=gap_of("policy", length_normalized=True), gamma=0.5, alpha=0.1, stop_gradient=False
+    ),
     LengthMargin(alpha=0.05),
     OffsetMargin(),
     ScoreMargin(),
@@ -88,6 +92,7 @@ LINKS = [
 ]
 WEIGHTINGS = [None, OnPolicyWeights()]
 SMALL = random_batch(8, seed=3)
+DIRECTION = torch.linspace(-1, 2, 8, dtype=torch.float64).sin()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -133,6 +138,33 @@ def test_the_whole_space_is_finite_and_follows_its_formula(reward, margin):
         if weighting is not None:
             wanted = weighting(batch) * wanted
         torch.testing.assert_close(result.losses, wanted, rtol=1e-12, atol=1e-12)
+        slope = (gradient * DIRECTION).sum().item()
+        assert slope == pytest.approx(steepness(loss, batch, summary), rel=1e-5, abs=1e-7), loss
+
+
+def steepness(loss: PairwiseLoss, batch, summary) -> float:
+    """Slope along `DIRECTION` of the loss with its stopped parts held, by finite differences."""
+    constant, step = held(loss, batch, summary), 1e-5
+    ends = [
+        constant(dataclasses.replace(batch, policy=batch.policy.detach() + shift), summary).loss
+        for shift in (step * DIRECTION, -step * DIRECTION)
+    ]
+    return ((ends[0] - ends[1]) / (2 * step)).item()
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=lambda part: type(part).__name__)
+def test_a_soft_minimum_of_any_losses(reward):
+    reduction = SoftMinimum(temperature=0.7)
+    for margin, scale, link in itertools.product(MARGINS, SCALES[:2], LINKS[:5]):
+        loss = dataclasses.replace(composed(reward, margin, scale, link), reduction=reduction)
+        statistics = loss.statistics()
+        summary = None if statistics is None else statistics(loss.observe(SMALL))
+        result = loss(SMALL, summary)
+        mean = (-result.losses / 0.7).exp().mean()
+        assert result.loss.item() == pytest.approx(-0.7 * mean.log().item(), rel=1e-9, abs=1e-12)
+        (gradient,) = torch.autograd.grad(result.loss, SMALL.policy)
+        slope = (gradient * DIRECTION).sum().item()
+        assert slope == pytest.approx(steepness(loss, SMALL, summary), rel=1e-5, abs=1e-7), loss
 
 
 @pytest.mark.parametrize(
@@ -205,7 +237,7 @@ def test_registered_limits():
     pairs = [
         (("alpha-dpo", {"alpha": 0.0}), ("simpo", {"beta": 10.0, "gamma": 4.0})),
         (("beta-dpo", {"alpha": 0.0}), ("dpo", {})),
-        (("beta-simpo", {"alpha": 0.0, "gamma": 1.0}), ("simpo", {})),
+        (("beta-simpo", {"alpha": 0.0, "gamma": 1.0}), ("simpo", {"beta": 0.1})),
         (("dpo-shift", {"share": 1.0}), ("dpo", {})),
         (("dpo-positive", {"penalty": 0.0, "beta": 0.1}), ("dpo", {})),
         (("alpha-po", {"alpha": 0.0}), ("simpo", {})),

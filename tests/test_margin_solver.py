@@ -23,6 +23,22 @@ def test_mirror_step_by_hand():
     assert found.tolist() == pytest.approx(wanted, rel=1e-9)
 
 
+def test_twenty_mirror_steps_by_hand():
+    # As printed, in floats; the 1e-10 shows where some margins are far below the others.
+    margins, gamma, tau = [-30.0, -2.0, 0.5, 300.0], 4.0, 0.2
+    n, rate, p = 4, min(0.5 / 0.2, 1.0), [0.25] * 4
+    for _ in range(20):
+        grads = [
+            tau * (1 + math.log(n * (q + 1e-10))) + gamma / (1 + math.exp(m - gamma * n * q))
+            for q, m in zip(p, margins, strict=True)
+        ]
+        p = [q * math.exp(-rate * grad) for q, grad in zip(p, grads, strict=True)]
+        p = [q / sum(p) for q in p]
+    assert min(p) < 1e-6
+    found = mirror_margins(vector(*margins), gamma=gamma, tau=tau, steps=20)
+    assert found.tolist() == pytest.approx([gamma * n * q for q in p], rel=1e-11)
+
+
 @pytest.mark.parametrize(("gamma", "tau"), SETTINGS)
 @pytest.mark.parametrize("size", [1, 2, 37, 256])
 def test_exact_solver_is_optimal(gamma, tau, size):

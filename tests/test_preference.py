@@ -34,6 +34,7 @@ def batch():
             "prompt_reference": -draw(S).abs() * 9,
             "groups": torch.arange(S) // 3,
             "sequence_kl": draw(S).abs(),
+            "collision": -draw(S).abs() * 9,
         },
     }
 
@@ -150,3 +151,47 @@ def test_hyperparameters_are_the_defaults_with_the_given_ones():
         "label_smoothing": 0.0,
     }
     assert "beta=0.3" in repr(fp.PreferenceLoss("dpo", beta=0.3))
+
+
+def test_a_published_setting_by_name_of_which_arguments_override_single_values():
+    loss_fn = fp.PreferenceLoss("gamma-simpo/llama-3-8b-instruct")
+    assert loss_fn.name == "gamma-simpo"
+    values = [loss_fn.hyperparameters[name] for name in ("beta", "gamma", "tau")]
+    assert values == [10.0, 4.0, 10.0]
+    assert loss_fn.loss == fp.PreferenceLoss("gamma-simpo", beta=10.0, gamma=4.0, tau=10.0).loss
+    changed = fp.PreferenceLoss("Gamma_SimPO/qwen2.5-7b-instruct", tau=1.0, path="recompute")
+    values = [changed.hyperparameters[name] for name in ("beta", "gamma", "tau")]
+    assert values == [10.0, 3.0, 1.0] and changed.loss.margin.tau == 1.0
+    assert changed.op_options["path"] == "recompute"
+
+
+@pytest.mark.parametrize("name", fp.published_settings())
+def test_every_published_setting_builds_its_loss(name):
+    setting = fp.published_settings()[name]
+    loss_fn = fp.PreferenceLoss(name)
+    assert loss_fn.name == setting.loss
+    assert setting.hyperparameters.items() <= loss_fn.hyperparameters.items()
+    assert fp.preset(name) == (setting.loss, setting.hyperparameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (
+            "gamma-simpo/llama3-8b-instruct",
+            "unknown setting 'gamma-simpo/llama3-8b-instruct' .did you mean"
+            " 'gamma-simpo/llama-3-8b-instruct'.*known: alpha-dpo/gemma-2-9b-it",
+        ),
+        ("simp", "unknown loss 'simp' .did you mean 'simpo'.*known: alpha-dpo"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_closest_ones(name, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        fp.PreferenceLoss(name)
+
+
+def test_the_process_group_is_the_statistics_too():
+    loss_fn, group = fp.PreferenceLoss("gamma-simpo"), object()
+    assert loss_fn.process_group is None
+    loss_fn.process_group = group
+    assert loss_fn.process_group is loss_fn.statistics.process_group is group

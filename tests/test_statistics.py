@@ -258,6 +258,17 @@ def test_steps_between_evaluations_are_those_without(make):
     assert_state(interrupted, snapshot(plain))
 
 
+@pytest.mark.parametrize("kind", [RunningMoments, ReferenceMoments, BatchMoments, RunningLevel])
+def test_a_value_whose_square_is_infinite_is_skipped_too(kind):
+    clean, dirty = kind(), kind()
+    clean(vector(1.0, 2.0))
+    dirty(vector(1.0, -1e200, 2.0))
+    state = snapshot(clean)
+    state["nonfinite"] += 1
+    assert_state(dirty, state)
+    assert_equal(clean(vector(3.0, 4.5)), dirty(vector(3.0, 4.5)))
+
+
 @pytest.mark.parametrize("kind", [RunningMoments, ReferenceMoments])
 def test_batch_of_nan_alone_leaves_moments(kind):
     moments = kind()

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fused_prefopt.losses import DynamicMargin, DynamicScale, MeanLogp, PairwiseLoss, find
+from fused_prefopt.losses import (
+    DynamicMargin,
+    DynamicScale,
+    MeanLogp,
+    PairwiseLoss,
+    available_losses,
+    find,
+)
 from fused_prefopt.losses.protocol import Loss
 from fused_prefopt.statistics import Statistic
 from fused_prefopt.types import LogpBatch
@@ -20,9 +27,16 @@ SPLITS = {
     3: [(3, 1, 0), (2, 1, 3), (0, 0, 3), (1, 3, 1), (1, 0, 1)],
 }
 DISTRIBUTED = {
-    "alpha-dpo": [{}, {"statistics": "batch"}, {"statistics": "reference"}],
+    "alpha-dpo": [
+        {},
+        {"statistics": "batch"},
+        {"statistics": "reference"},
+        {"statistics": "dataset", "mean": 0.1, "std": 2.0},
+    ],
+    "gamma-dpo": [{"queue_size": 16, "sample_size": 8, "solver": "exact"}],
     "gamma-simpo": [{"queue_size": 16, "sample_size": 8}, {"queue": False}],
     "beta-dpo": [{}, {"level": "batch", "alpha": 0.5}],
+    "beta-simpo": [{}],
     "kto": [{}],
 }
 JOINT = PairwiseLoss(
@@ -119,6 +133,10 @@ def assert_same(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
     assert whole.isnan().sum() <= 1
 
 
+def test_every_loss_that_remembers_is_among_them():
+    assert set(DISTRIBUTED) == {name for name, info in available_losses().items() if info.stateful}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_processes_equal_one(world, tmp_path):
@@ -166,13 +184,17 @@ def test_what_two_processes_save_one_and_three_restore(tmp_path):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], rtol=0, atol=0, equal_nan=True)
     # The queue holds what one process would have remembered.
-    whole = find("gamma-simpo").build(queue_size=16, sample_size=8)
-    statistics = whole.statistics()
-    for batch in distributed_batches(2):
-        step_losses(whole, statistics, batch)
-    queue = next(state["margins"] for state in first if "margins" in state)
-    assert queue.isfinite().sum() == 16
-    torch.testing.assert_close(queue, statistics.margins, rtol=1e-12, atol=1e-12)
+    queues = 0
+    for loss, state in zip(all_losses(), first, strict=True):
+        statistics = loss.statistics()
+        for batch in distributed_batches(2):
+            step_losses(loss, statistics, batch)
+        if state.get("margins", torch.empty(0)).numel():
+            queues += 1
+            assert state["margins"].isfinite().sum() == 16
+        for name, value in statistics.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert queues == 2
 
     mp.spawn(_restore, args=(str(tmp_path),), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]

@@ -12,12 +12,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_prefopt.losses import PairwiseLoss, find, length_desensitized, tail_labels
+from fused_prefopt.losses import (
+    PairwiseLoss,
+    bradley_terry_loss,
+    find,
+    length_desensitized,
+    tail_labels,
+)
 from fused_prefopt.types import LogpBatch
 
 pytest.importorskip("trl")
 pytest.importorskip("transformers")
-from trl import DPOTrainer  # noqa: E402
+from trl import DPOTrainer, RewardTrainer  # noqa: E402
 from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 
 S, T, PROMPT = 10, 13, 4
@@ -308,6 +314,27 @@ def test_cpo_equals_trl_with_its_token_mean():
     nll, _ = trl_pairs(data, "sft")
     theirs = cpo_losses("sigmoid", data) + 0.7 * nll
     assert_equal(data, find("cpo").build(nll_weight=0.7)(data.batch).loss, theirs)
+
+
+def test_slic_equals_trls_hinge_with_the_likelihood_of_the_chosen():
+    data = Sequences()
+    chosen = data.batch.policy.chunk(2)[0]
+    theirs = cpo_losses("hinge", data, beta=1.0) - 0.1 * chosen.mean()
+    assert_equal(data, find("slic-hf").build()(data.batch).loss, theirs)
+
+
+@pytest.mark.parametrize("margin", [None, 0.7])
+def test_bradley_terry_equals_trl(margin):
+    scores = torch.linspace(-2, 3, S, dtype=torch.float64).sin().requires_grad_()
+    trainer, model = stand_in({"logits": scores[:, None]}, center_rewards_coefficient=None)
+    inputs = {"attention_mask": torch.ones(S, T)}
+    if margin is not None:
+        inputs["margin"] = margin
+    theirs = RewardTrainer.compute_loss(trainer, model, inputs)
+    ours = bradley_terry_loss(*scores.chunk(2), margin=margin or 0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
 
 def test_alpha_po_equals_trl():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import require_shape, require_tokens
 from fused_prefopt.data.columns import require_columns
 from fused_prefopt.data.shared_prompt import shared_layout
 
@@ -20,6 +21,12 @@ POINT_COLUMNS = {
     "reference": ("reference", torch.float32),
     "prompt_reference": ("prompt_reference", torch.float32),
     "sequence_kl": ("sequence_kl", torch.float32),
+    "collision": ("collision", torch.float32),
+}
+# Columns of a pair's two completions that become one field, chosen first.
+PAIR_COLUMNS = {
+    "rewards": ("score_chosen", "score_rejected"),
+    "collision": ("collision_chosen", "collision_rejected"),
 }
 
 
@@ -30,6 +37,7 @@ class _Collator:
     pad_token_id: int
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
+    vocab_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.pad_token_id is None:
@@ -39,8 +47,24 @@ class _Collator:
 
     def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
         """Lay out prompt + completion of every feature, for one completion column after another."""
-        sequences = _sequences(features, completions)
+        sequences = self._sequences(features, completions)
         return self._packed(sequences) if self.padding_free else self._padded(sequences)
+
+    def _sequences(
+        self, features: Sequence[Feature], completions: Sequence[str]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(prompt, completion) of every feature, for one completion column after another."""
+        sequences = []
+        for column in completions:
+            for index, feature in enumerate(features):
+                prompt, completion = (
+                    _tokens(feature[name], name, index, self.vocab_size)
+                    for name in ("prompt_ids", column)
+                )
+                if completion.numel() == 0:
+                    raise ValueError(f"{column}: feature {index} is empty, wanted at least 1 token")
+                sequences.append((prompt, completion))
+        return sequences
 
     def _padded(self, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         multiple = self.pad_to_multiple_of or 1
@@ -83,6 +107,7 @@ class PairCollator(_Collator):
         pad_token_id: fills the padded positions of `input_ids`.
         padding_free: pack all sequences into one row instead of padding them.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
+        vocab_size: rows of the model's input embedding, to check token ids; None does not.
         shared_prompt: lay a pair out in one row with its prompt once, which the backbone then
             computes once. For models whose attention is `eager` or `sdpa`, under
             `integrations.transformers`; an (L, L) mask a pair is built.
@@ -102,7 +127,7 @@ class PairCollator(_Collator):
     def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
         if not self.shared_prompt:
             return super()._layout(features, completions)
-        sequences, pairs = _sequences(features, completions), len(features)
+        sequences, pairs = self._sequences(features, completions), len(features)
         triples = [(*sequences[pair], sequences[pairs + pair][1]) for pair in range(pairs)]
         return shared_layout(triples, self.pad_token_id, self.pad_to_multiple_of or 1)
 
@@ -111,7 +136,8 @@ class PairCollator(_Collator):
 
         Args:
             features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
-                `score_chosen` with `score_rejected`, `ref_chosen_logps`, `ref_rejected_logps`.
+                `score_chosen` with `score_rejected`, `collision_chosen` with
+                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`.
 
         Returns:
             Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
@@ -119,19 +145,20 @@ class PairCollator(_Collator):
             `sequence_ids`, (1, N) int64, and `num_sequences` = 2B, a Python int: device placement
             leaves it alone and reading it never waits for the device.
             Shared prompts: what `data.shared_prompt.shared_layout` returns.
-            If the features have them: `rewards` (2B,) and `ref_chosen_logps`,
+            If the features have them: `rewards`, `collision` (2B,) and `ref_chosen_logps`,
             `ref_rejected_logps` (B,), float32. Never `labels`: transformers' Trainer would
             rescale the loss by them; see `labels_of`.
 
         Raises:
-            ValueError: no feature, a missing column, or an empty completion.
+            ValueError: no feature, a missing column, an empty completion, or a token id outside
+                the vocabulary.
         """
         _require_features(features, ("prompt_ids", "chosen_ids", "rejected_ids"))
         batch = self._layout(features, ("chosen_ids", "rejected_ids"))
-        scores = ("score_chosen", "score_rejected")
-        if _any_has(features, *scores):
-            columns = [_column(features, name, torch.float32) for name in scores]
-            batch["rewards"] = torch.cat(columns)
+        for joined, names in PAIR_COLUMNS.items():
+            if _any_has(features, *names):
+                columns = [_column(features, name, torch.float32) for name in names]
+                batch[joined] = torch.cat(columns)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if _any_has(features, name):
                 batch[name] = _column(features, name, torch.float32)
@@ -146,6 +173,7 @@ class PointCollator(_Collator):
         pad_token_id: fills the padded positions of `input_ids`.
         padding_free: pack all sequences into one row instead of padding them.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
+        vocab_size: rows of the model's input embedding, to check token ids; None does not.
 
     Raises:
         ValueError: `pad_token_id` is None, or `pad_to_multiple_of` comes with `padding_free`.
@@ -156,16 +184,17 @@ class PointCollator(_Collator):
 
         Args:
             features: S dicts with `prompt_ids`, `completion_ids` and any of `reward`, `group`,
-                `desirable`, `reference`, `prompt_reference`, `sequence_kl`. The completions of
-                one prompt may be spread over several batches.
+                `desirable`, `reference`, `prompt_reference`, `sequence_kl`, `collision`. The
+                completions of one prompt may be spread over several batches.
 
         Returns:
             The layouts of `PairCollator` with S sequences, and for the columns that the features
-            have: `rewards`, `reference`, `prompt_reference`, `sequence_kl` (S,) float32, `groups`
-            (S,) int64, `desirable` (S,) bool.
+            have: `rewards`, `reference`, `prompt_reference`, `sequence_kl`, `collision` (S,)
+            float32, `groups` (S,) int64, `desirable` (S,) bool.
 
         Raises:
-            ValueError: no feature, a missing column, or an empty completion.
+            ValueError: no feature, a missing column, an empty completion, or a token id outside
+                the vocabulary.
         """
         _require_features(features, ("prompt_ids", "completion_ids"))
         batch = self._layout(features, ("completion_ids",))
@@ -185,7 +214,9 @@ def labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
     Returns:
         The shape of `input_ids`, int64.
     """
-    return batch["input_ids"].masked_fill(batch["completion_mask"] == 0, ignore_index)
+    mask = batch["completion_mask"]
+    require_shape("completion_mask", mask, batch["input_ids"].shape)
+    return batch["input_ids"].masked_fill(mask == 0, ignore_index)
 
 
 def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
@@ -204,19 +235,15 @@ def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tens
     return batch["input_ids"].masked_fill(hidden, ignore_index)
 
 
-def _sequences(
-    features: Sequence[Feature], completions: Sequence[str]
-) -> list[tuple[Tensor, Tensor]]:
-    """(prompt, completion) of every feature, for one completion column after another."""
-    sequences = []
-    for column in completions:
-        for index, feature in enumerate(features):
-            prompt = torch.as_tensor(feature["prompt_ids"], dtype=torch.int64)
-            completion = torch.as_tensor(feature[column], dtype=torch.int64)
-            if completion.numel() == 0:
-                raise ValueError(f"{column}: feature {index} is empty, wanted at least 1 token")
-            sequences.append((prompt, completion))
-    return sequences
+def _tokens(ids: Any, column: str, index: int, vocab_size: int | None) -> Tensor:
+    """(n,) int64 token ids of a feature, checked."""
+    try:
+        tokens = torch.as_tensor(ids, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{column}: feature {index} is no list of token ids: {error}") from error
+    require_shape(f"{column} of feature {index}", tokens, ("tokens",))
+    require_tokens(f"{column} of feature {index}", tokens, vocab_size)
+    return tokens
 
 
 def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> None:

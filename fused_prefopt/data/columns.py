@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fused_prefopt.checks import closest
+
 
 def require_columns(row: Mapping[str, Any], wanted: Iterable[str]) -> None:
-    """Raise ValueError naming the missing columns and those that are there."""
-    missing = [name for name in wanted if name not in row]
+    """Raise ValueError naming the missing columns, the closest to them, and those there are."""
+    missing = [f"{name!r}{closest(name, row)}" for name in wanted if name not in row]
     if missing:
-        raise ValueError(
-            f"missing column {', '.join(map(repr, missing))}; got {', '.join(map(repr, row))}"
-        )
+        raise ValueError(f"missing column {', '.join(missing)}; got {', '.join(map(repr, row))}")

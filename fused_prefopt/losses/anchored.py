@@ -105,6 +105,8 @@ class AnchoredLoss:
     judge: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
     pairwise: ClassVar[bool] = True
+    wants: ClassVar[frozenset[str]] = frozenset()
+    coupled: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:

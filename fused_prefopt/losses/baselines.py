@@ -20,7 +20,11 @@ def _robust(reward: Reward, epsilon: float, gamma: float, unbiased: bool) -> Pai
     return PairwiseLoss(reward, ConstantMargin(gamma=gamma), link)
 
 
-@register("robust-dpo", aliases=("rdpo",), paper="Chowdhury et al. 2024 (arXiv:2403.00409), eq. 11")
+@register(
+    "robust-dpo",
+    aliases=("rdpo",),
+    paper="Chowdhury et al. 2024 (arXiv:2403.00409), γ-PO Table 6",
+)
 def robust_dpo(
     *, beta: float = 0.1, epsilon: float = 0.1, gamma: float = 0.0, unbiased: bool = False
 ) -> PairwiseLoss:
@@ -28,7 +32,7 @@ def robust_dpo(
 
     Args:
         beta: β > 0, reward per nat.
-        epsilon: probability that a label is flipped.
+        epsilon: 0 <= ε <= 0.5, probability that a label is flipped.
         gamma: γ, target margin in units of reward.
         unbiased: ``[−(1−ε) log σ(m−γ) + ε log σ(−m−γ)] / (1−2ε)`` instead.
     """
@@ -41,13 +45,13 @@ def robust_dpo(
 def robust_simpo(
     *, beta: float = 2.5, epsilon: float = 0.1, gamma: float = 0.0, unbiased: bool = False
 ) -> PairwiseLoss:
-    """The same with SimPO's reward, ``m = β(L̄_w − L̄_l)``.
+    """``−(1−ε) log σ(m−γ) − ε log σ(−m−γ)``, or its unbiased form, ``m = β(L̄_w − L̄_l)``.
 
     Args:
         beta: β > 0, reward per nat per token.
-        epsilon: probability that a label is flipped.
+        epsilon: 0 <= ε <= 0.5, probability that a label is flipped.
         gamma: γ, target margin in units of reward.
-        unbiased: the unbiased form.
+        unbiased: ``[−(1−ε) log σ(m−γ) + ε log σ(−m−γ)] / (1−2ε)`` instead.
     """
     return _robust(MeanLogp(beta=beta), epsilon, gamma, unbiased)
 
@@ -65,14 +69,15 @@ def ipo(*, tau: float = 0.1, length_normalized: bool = False) -> PairwiseLoss:
     return PairwiseLoss(reward, ConstantMargin(gamma=1 / (2 * tau)), Squared())
 
 
-@register("cpo", paper="Xu et al. 2024 (arXiv:2401.08417), eq. 8")
+@register("cpo", paper="Xu et al. 2024 (arXiv:2401.08417), γ-PO Table 6")
 def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") -> PairwiseLoss:
-    """``−log σ(β(L_w − L_l)) + λ·NLL_w``.
+    """``−log σ(β(L_w − L_l)) + λ·NLL``.
 
     Args:
         beta: β > 0, reward per nat.
         nll_weight: λ >= 0.
-        nll: "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" over the batch (TRL's).
+        nll: NLL is "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" (TRL's), the mean of
+            −log π over all chosen tokens of the batch, of all ranks.
     """
     term = ChosenNll(weight=nll_weight, nll=nll)
     return PairwiseLoss(SumLogp(beta=beta), regularisers=(term,))
@@ -80,7 +85,9 @@ def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") 
 
 @register("orpo", paper="Hong et al. 2024 (arXiv:2403.07691), eq. 6–7")
 def orpo(*, weight: float = 0.1) -> PairwiseLoss:
-    """``−L̄_w − λ log σ(log-odds of L̄_w − log-odds of L̄_l)``.
+    """``−L̄_w − λ log σ(o_w − o_l)``, ``o = L̄ − log(1 − e^L̄)``.
+
+    o is the log-odds of the mean token, finite also as its probability reaches 1.
 
     Args:
         weight: λ >= 0.
@@ -89,7 +96,9 @@ def orpo(*, weight: float = 0.1) -> PairwiseLoss:
     return PairwiseLoss(LogOdds(), link=Weighted(weight=weight), regularisers=(nll,))
 
 
-@register("length-dpo", aliases=("r-dpo",), paper="Park et al. 2024 (arXiv:2403.19159), eq. 9")
+@register(
+    "length-dpo", aliases=("r-dpo",), paper="Park et al. 2024 (arXiv:2403.19159), γ-PO Table 6"
+)
 def length_dpo(*, beta: float = 0.1, alpha: float = 0.05) -> PairwiseLoss:
     """``−log σ(m − α(|y_w| − |y_l|))``, ``m = β(Δ_w − Δ_l)``.
 
@@ -100,7 +109,7 @@ def length_dpo(*, beta: float = 0.1, alpha: float = 0.05) -> PairwiseLoss:
     return PairwiseLoss(LogRatio(beta=beta), LengthMargin(alpha=alpha))
 
 
-@register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425), eq. 3")
+@register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425)")
 def slic_hf(*, delta: float = 1.0, nll_weight: float = 0.1) -> PairwiseLoss:
     """``max(0, δ − (L_w − L_l)) − λ L_w``.
 
@@ -112,21 +121,19 @@ def slic_hf(*, delta: float = 1.0, nll_weight: float = 0.1) -> PairwiseLoss:
     return PairwiseLoss(SumLogp(beta=1.0), link=Hinge(delta=delta), regularisers=(nll,))
 
 
-@register("odpo", paper="Amini et al. 2024 (arXiv:2402.10571), eq. 9")
+@register("odpo", paper="Amini et al. 2024 (arXiv:2402.10571)")
 def odpo(*, beta: float = 0.1, alpha: float = 1.0, offset: str = "log") -> PairwiseLoss:
     """``−log σ(m − α f(s_w − s_l))``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
 
     Args:
         beta: β > 0, reward per nat.
         alpha: α, strength of the offset.
-        offset: f, "log" or "identity" of the difference, at least 1e-6.
+        offset: f, "log" or "identity" of the difference, which is taken as at least 1e-6.
     """
     return PairwiseLoss(LogRatio(beta=beta), OffsetMargin(alpha=alpha, offset=offset))
 
 
-@register(
-    "reward-distillation", aliases=("rpo",), paper="Fisch et al. 2024 (arXiv:2405.19316), eq. 7"
-)
+@register("reward-distillation", aliases=("rpo",), paper="Fisch et al. 2024 (arXiv:2405.19316)")
 def reward_distillation(*, beta: float = 0.1) -> PairwiseLoss:
     """``((s_w − s_l) − m)²``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
 
@@ -136,7 +143,7 @@ def reward_distillation(*, beta: float = 0.1) -> PairwiseLoss:
     return PairwiseLoss(LogRatio(beta=beta), ScoreMargin(), Squared())
 
 
-@register("cal-dpo", paper="Xiao et al. 2024 (arXiv:2412.14516), eq. 11")
+@register("cal-dpo", paper="Xiao et al. 2024 (arXiv:2412.14516)")
 def cal_dpo(*, beta: float = 0.1) -> PairwiseLoss:
     """``−log σ(Δ_w − Δ_l) + (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))²``.
 
@@ -146,9 +153,9 @@ def cal_dpo(*, beta: float = 0.1) -> PairwiseLoss:
     return PairwiseLoss(LogRatio(beta=1.0), regularisers=(Calibration(beta=beta),))
 
 
-@register("tdpo1", paper="Zeng et al. 2024 (arXiv:2404.11999), eq. 15")
+@register("tdpo1", paper="Zeng et al. 2024 (arXiv:2404.11999), α-DPO eq. 17–18")
 def tdpo1(*, beta: float = 0.1) -> PairwiseLoss:
-    """``−log σ(m − β(K_l − K_w))``, K the `sequence_kl`.
+    """``−log σ(m − β(K_l − K_w))``, ``m = β(Δ_w − Δ_l)``, K the `sequence_kl`.
 
     Args:
         beta: β > 0, reward per nat.
@@ -156,9 +163,9 @@ def tdpo1(*, beta: float = 0.1) -> PairwiseLoss:
     return PairwiseLoss(LogRatio(beta=beta), SequenceKlMargin(scale=beta))
 
 
-@register("tdpo2", paper="Zeng et al. 2024 (arXiv:2404.11999), eq. 17")
+@register("tdpo2", paper="Zeng et al. 2024 (arXiv:2404.11999)")
 def tdpo2(*, beta: float = 0.1, alpha: float = 0.5) -> PairwiseLoss:
-    """``−log σ(m − αβ(K_l − sg K_w))``, K the `sequence_kl`.
+    """``−log σ(m − αβ(K_l − sg K_w))``, ``m = β(Δ_w − Δ_l)``, K the `sequence_kl`.
 
     Args:
         beta: β > 0, reward per nat.
@@ -169,13 +176,13 @@ def tdpo2(*, beta: float = 0.1, alpha: float = 0.5) -> PairwiseLoss:
     return PairwiseLoss(LogRatio(beta=beta), margin)
 
 
-@register("kto", paper="Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8")
+@register("kto", paper="Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 7")
 def kto(
     *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> BinaryFeedbackLoss:
     """``λ_D (1 − σ(βΔ − z))`` or ``λ_U (1 − σ(z − βΔ))``, ``z = sg max(0, β·kl)``, point-wise.
 
-    Without `kl` the mean of βΔ over the batch stands for β·kl.
+    Without `kl` the mean of βΔ over the batch, of all ranks, stands for β·kl.
 
     Args:
         beta: β > 0, reward per nat.
@@ -210,13 +217,13 @@ def beta_dpo(
 @register("beta-simpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6, on SimPO")
 def beta_simpo(
     *,
-    beta: float = 2.5,
+    beta: float = 0.1,
     gamma: float = 0.0,
     alpha: float = 0.1,
     momentum: float = 0.9,
     level: str = "pair",
 ) -> PairwiseLoss:
-    """The same with SimPO's reward, ``m = β(L̄_w − L̄_l)``.
+    """``−log σ(ρ(m − γ))``, ``ρ = sg max(1e-3, 1 + α(M − M₀))``, ``m = β(L̄_w − L̄_l)``.
 
     Args:
         beta: β > 0, reward per nat per token.

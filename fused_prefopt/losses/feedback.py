@@ -36,7 +36,7 @@ def against_level(
     Returns:
         (S,) losses.
 
-    Source: KTO (Ethayarajh et al. 2024, arXiv:2402.01306), eq. 8.
+    Source: KTO (Ethayarajh et al. 2024, arXiv:2402.01306), eq. 7.
     """
     # 1 − σ(x) = σ(−x), which keeps its digits where x is large.
     return torch.where(
@@ -67,6 +67,8 @@ class AnchoredFeedbackLoss:
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     pairwise: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False
+    wants: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset({"reference", "desirable"})
 
     def __post_init__(self) -> None:
@@ -129,8 +131,10 @@ class BinaryFeedbackLoss(AnchoredFeedbackLoss):
     Raises:
         ValueError: a weight is out of range.
 
-    Source: KTO (Ethayarajh et al. 2024, arXiv:2402.01306), eq. 8.
+    Source: KTO (Ethayarajh et al. 2024, arXiv:2402.01306), eq. 7.
     """
+
+    wants: ClassVar[frozenset[str]] = frozenset({"kl"})
 
     def statistics(self) -> BatchMoments:
         """The mean reward of the batch; nothing is remembered."""

@@ -35,16 +35,18 @@ def tail_labels(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
 
 
 def length_desensitized(
-    batch: LogpBatch, tail: Tensor, tail_reference: Tensor, *, alpha: float
+    batch: LogpBatch, tail: Tensor, tail_reference: Tensor | None, *, alpha: float
 ) -> LogpBatch:
     """The batch with the tails' log-probs weighted: any loss of it is length-desensitised.
 
-    ``L ← L − (1−α) L_tail``, and the same for the reference.
+    ``L ← L − (1−α) L_tail``, and the same for the reference. WPO's weights stay those of the whole
+    completions, as TRL's.
 
     Args:
-        batch: pairs with `reference`.
+        batch: pairs.
         tail: (S,) log-probs of `tail_labels` under the policy, in nats, differentiable.
-        tail_reference: (S,) the same under the reference.
+        tail_reference: (S,) the same under the reference; None where there is no reference, or
+            its tails are weighted already.
         alpha: 0 <= α <= 1, weight of the tails; 1 changes nothing.
 
     Returns:
@@ -57,9 +59,14 @@ def length_desensitized(
     """
     require_number("alpha", alpha, low=0, high=1)
     require_shape("tail", tail, batch.policy.shape)
-    require_shape("tail_reference", tail_reference, batch.policy.shape)
+    reference, collision = batch.reference, -(1 - alpha) * tail.detach()
+    if tail_reference is not None:
+        require_shape("tail_reference", tail_reference, batch.policy.shape)
+        reference = needed(batch, "reference") - (1 - alpha) * tail_reference
     return dataclasses.replace(
         batch,
         policy=batch.policy - (1 - alpha) * tail,
-        reference=needed(batch, "reference") - (1 - alpha) * tail_reference,
+        reference=reference,
+        # What the weights subtract from the policy's log-probs.
+        collision=collision if batch.collision is None else batch.collision + collision,
     )

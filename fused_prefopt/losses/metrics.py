@@ -16,7 +16,7 @@ def mean(values: Tensor) -> Tensor:
 
 def spread(values: Tensor) -> Tensor:
     """Population standard deviation of a vector; 0 for one value or none."""
-    return mean((values - mean(values)).square()).sqrt()
+    return values.std(correction=0) if values.shape[0] else mean(values)
 
 
 def nonfinite(losses: Tensor) -> Tensor:
@@ -44,22 +44,20 @@ def pairwise_metrics(
     """
     chosen, rejected = halves(rewards)
     chosen_logps, rejected_logps = halves(batch.policy)
-    metrics = {
-        "rewards/chosen": mean(chosen),
-        "rewards/rejected": mean(rejected),
-        "rewards/accuracies": mean((chosen > rejected).to(rewards.dtype)),
-        "rewards/margins": mean(chosen - rejected),
-        "logps/chosen": mean(chosen_logps),
-        "logps/rejected": mean(rejected_logps),
-        "margin/mean": mean(target_margins),
-        "margin/std": spread(target_margins),
-        "nonfinite": nonfinite(losses),
+    averaged = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(rewards.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": chosen_logps,
+        "logps/rejected": rejected_logps,
+        "margin/mean": target_margins,
     }
     if batch.reference is not None:
-        chosen_ratio, rejected_ratio = halves(batch.policy - batch.reference)
-        metrics["kl/chosen"] = mean(chosen_ratio)
-        metrics["kl/rejected"] = mean(rejected_ratio)
-    return metrics
+        averaged["kl/chosen"], averaged["kl/rejected"] = halves(batch.policy - batch.reference)
+    means = torch.stack(list(averaged.values())).sum(1) / max(1, chosen.shape[0])
+    metrics = dict(zip(averaged, means.unbind(), strict=True))
+    return metrics | {"margin/std": spread(target_margins), "nonfinite": nonfinite(losses)}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ WHAT_IT_IS = {
     "prompt_reference": "(S,) the prompts' summed log-probs under the reference model",
     "groups": "(S,) integers, equal for the completions of one prompt",
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
-    "collision": "(S,) sums over tokens of log Σ π(v)² under the policy",
+    "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
 }
 
 

@@ -25,7 +25,7 @@ class LengthMargin(StatelessMargin):
     Raises:
         ValueError: `alpha` is not a finite number.
 
-    Source: R-DPO (Park et al. 2024), eq. 9.
+    Source: R-DPO (Park et al. 2024), as in γ-PO Table 6.
     """
 
     alpha: float
@@ -44,7 +44,7 @@ class LengthMargin(StatelessMargin):
 class ScoreMargin(StatelessMargin):
     """The difference of the completions' scores, ``s_w − s_l``.
 
-    Source: reward distillation (Fisch et al. 2024), eq. 7.
+    Source: reward distillation (Fisch et al. 2024).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"rewards"})
@@ -66,7 +66,7 @@ class OffsetMargin(StatelessMargin):
     Raises:
         ValueError: an option is out of range.
 
-    Source: ODPO (Amini et al. 2024), eq. 9.
+    Source: ODPO (Amini et al. 2024).
     """
 
     alpha: float = 1.0
@@ -120,7 +120,7 @@ class SequenceKlMargin(StatelessMargin):
     Raises:
         ValueError: `scale` is not a finite number.
 
-    Source: TDPO (Zeng et al. 2024), eq. 15 and 17.
+    Source: TDPO (Zeng et al. 2024).
     """
 
     scale: float

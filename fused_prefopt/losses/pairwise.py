@@ -44,11 +44,22 @@ class PairwiseLoss:
     pairwise: ClassVar[bool] = True
 
     @property
+    def coupled(self) -> bool:
+        """Whether the reduction is no mean, or a regulariser spans the pairs."""
+        spanning = any(term.coupled for term in self.regularisers)
+        return spanning or self.reduction is not mean
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the parts need, together."""
         return self.reward.needs.union(
             self.margin.needs, *(term.needs for term in self.regularisers)
         )
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """The weighting's."""
+        return frozenset() if self.weighting is None else self.weighting.wants
 
     def statistics(self) -> Statistic | None:
         """A fresh statistic: the margin's, with a scale both, or None."""

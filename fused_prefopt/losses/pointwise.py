@@ -57,6 +57,8 @@ class DirectRewardLoss:
     reward: LogRatio
     log_z0: float
     pairwise: ClassVar[bool] = False
+    coupled: ClassVar[bool] = False
+    wants: ClassVar[frozenset[str]] = frozenset({"groups"})
     needs: ClassVar[frozenset[str]] = frozenset(
         {"reference", "rewards", "prompt", "prompt_reference"}
     )

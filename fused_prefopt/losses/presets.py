@@ -62,6 +62,8 @@ def alpha_dpo(
 ) -> PairwiseLoss:
     """``−log σ(u − sg[γ + α s z])``, ``u = β(L̄_w − L̄_l)``, ``z = (gap − μ)/σ``.
 
+    ``gap = (L̄_w − L̄_ref,w) − (L̄_l − L̄_ref,l)``; μ and σ are its mean and standard deviation.
+
     Args:
         beta: β > 0, reward per nat (per token).
         gamma: γ, mean target margin in units of reward.
@@ -72,7 +74,9 @@ def alpha_dpo(
         margin_scale: "beta" for s = β (the authors' code), "unit" for s = 1 (eq. 12 as printed).
         normalize: False uses the margin γ + αβ gap (eq. 9 with M of eq. 10).
         stop_gradient: False lets the gap's gradient pass.
-        statistics: source of μ and σ: "ema", "batch", "dataset" or "reference".
+        statistics: source of μ and σ: "ema" (bias-corrected averages over the batches of all
+            ranks), "batch" (the current one alone), "dataset" (given) or "reference" (the
+            authors' recipe, averages from zero).
         momentum: weight of the past in "ema" and "reference".
         mean: μ of the gap over the training set, for "dataset".
         std: σ of the gap over the training set, for "dataset".
@@ -111,6 +115,9 @@ def gamma_dpo(
     seed: int = 0,
 ) -> PairwiseLoss:
     """``−log σ(m − γ_i)``, ``m = β(Δ_w − Δ_l)``, γ_i of mean γ₀, larger for larger m.
+
+    ``γ_i = γ₀ n p_i``, where p minimises ``mean_i −log σ(m_i − γ_i) + τ Σ p_i log(n p_i)`` over
+    the simplex: n pairs, of the batch of all ranks and a sample of past ones.
 
     Args:
         beta: β > 0, reward per nat.
@@ -154,6 +161,9 @@ def gamma_simpo(
 ) -> PairwiseLoss:
     """``−log σ(m − γ_i)``, ``m = β(L̄_w − L̄_l)``, γ_i of mean γ₀, larger for larger m.
 
+    ``γ_i = γ₀ n p_i``, where p minimises ``mean_i −log σ(m_i − γ_i) + τ Σ p_i log(n p_i)`` over
+    the simplex: n pairs, of the batch of all ranks and a sample of past ones.
+
     Args:
         beta: β > 0, reward per nat per token.
         gamma: γ₀ >= 0, mean target margin in units of reward.
@@ -181,6 +191,9 @@ def gamma_simpo(
 @register("dro", paper="Direct Reward Optimization (DRO), eq. 6–8, Algorithm 1")
 def dro(*, beta: float = 0.1, log_z0: float = 50.0) -> DirectRewardLoss:
     """``(s − βΔ − β log Z)²``, ``log Z = sg[L(x∖t₀) − L_ref(x∖t₀)] + log_z0``, point-wise.
+
+    s are the `rewards`, x∖t₀ the prompt without its first token. The mean is over the responses
+    of a prompt (`groups`; each its own without them), then over the prompts of this process.
 
     Args:
         beta: β > 0, reward per nat.

@@ -58,12 +58,20 @@ class Scale(Protocol):
 class Weighting(Protocol):
     """How much each pair counts: a factor on its loss, before the regularisers."""
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used where they are given."""
+
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(P,) detached factors."""
 
 
 class Regulariser(Protocol):
     """A term added to every pair's loss."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a pair's term depends on the other pairs."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -85,8 +93,16 @@ class Loss(Protocol):
         """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
 
     @property
+    def wants(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used where they are given."""
+
+    @property
     def pairwise(self) -> bool:
         """Whether the batch is pairs, chosen half first."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether it is more than a mean over pairs: several ranks must then see one batch."""
 
     def statistics(self) -> Statistic | None:
         """A fresh statistic for this loss, or None where it needs none."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
+
+from fused_prefopt.checks import closest
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def preset(name: str) -> tuple[str, dict[str, Any]]:
     """
     settings, key = published_settings(), name.lower().replace("_", "-")
     if key not in settings:
-        close = difflib.get_close_matches(key, settings, n=3)
-        hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
-        raise ValueError(f"unknown setting {name!r}{hint}; known: {', '.join(settings)}")
+        known = ", ".join(settings)
+        raise ValueError(f"unknown setting {name!r}{closest(key, settings)}; known: {known}")
     setting = settings[key]
     return setting.loss, dict(setting.hyperparameters)

@@ -16,7 +16,7 @@ from fused_prefopt.losses.metrics import mean
 class SoftMinimum:
     """Dr. DPO's ``−T log mean exp(−ℓ/T)``: pairs of large loss, probably mislabelled, count less.
 
-    The mean is over this process's pairs.
+    Of several processes the mean is over the pairs of all of them.
 
     Args:
         temperature: T > 0; the mean as T → ∞.

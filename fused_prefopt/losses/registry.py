@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fused_prefopt.checks import closest
 from fused_prefopt.losses.protocol import Loss
 
 Factory = TypeVar("Factory", bound=Callable[..., Loss])
@@ -19,7 +19,9 @@ class LossInfo:
 
     Attributes:
         needs: `LogpBatch` fields used beyond `policy` and `lengths`, with the defaults.
+        wants: fields used where they are given.
         pairwise: the batch is pairs, chosen half first.
+        coupled: it is more than a mean over pairs or completions: several ranks exchange theirs.
         stateful: it keeps a statistic, which belongs in checkpoints.
         aliases: other names of it.
         defaults: every hyperparameter with its default.
@@ -27,7 +29,9 @@ class LossInfo:
     """
 
     needs: tuple[str, ...]
+    wants: tuple[str, ...]
     pairwise: bool
+    coupled: bool
     stateful: bool
     aliases: tuple[str, ...]
     defaults: dict[str, Any]
@@ -73,7 +77,7 @@ class LossSpec:
             accepted = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
             raise TypeError(
                 f"{self.name} has no hyperparameter {unknown!r}"
-                f"{_suggestion(unknown, defaults)}; it accepts {accepted}"
+                f"{closest(unknown, defaults)}; it accepts {accepted}"
             )
         return self.factory(**hyperparameters)
 
@@ -82,7 +86,9 @@ class LossSpec:
         loss = self.build()
         return LossInfo(
             needs=tuple(sorted(loss.needs)),
+            wants=tuple(sorted(loss.wants)),
             pairwise=loss.pairwise,
+            coupled=loss.coupled,
             stateful=loss.statistics() is not None,
             aliases=self.aliases,
             defaults=self.defaults,
@@ -132,15 +138,10 @@ def find(name: str) -> LossSpec:
     key = name.lower().replace("_", "-")
     if key not in _NAMES:
         known = ", ".join(sorted(_SPECS))
-        raise ValueError(f"unknown loss {name!r}{_suggestion(key, _NAMES)}; known: {known}")
+        raise ValueError(f"unknown loss {name!r}{closest(key, _NAMES)}; known: {known}")
     return _SPECS[_NAMES[key]]
 
 
 def available_losses() -> dict[str, LossInfo]:
     """Name → what the loss needs and accepts, of every registered loss, by name."""
     return {name: _SPECS[name].info() for name in sorted(_SPECS)}
-
-
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

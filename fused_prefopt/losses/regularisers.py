@@ -19,12 +19,12 @@ class ChosenNll:
     Args:
         weight: λ >= 0.
         nll: "sum" −L_w, "sequence_mean" −L_w/|y_w|, or "token_mean", the mean over all
-            chosen tokens of the batch, the same term for every pair.
+            chosen tokens of the batch, of all ranks, the same term for every pair.
 
     Raises:
         ValueError: an option is out of range.
 
-    Source: CPO (Xu et al. 2024), eq. 8; SLiC-HF (Zhao et al. 2023), eq. 3; ORPO (Hong et al. 2024).
+    Source: CPO (Xu et al. 2024); SLiC-HF (Zhao et al. 2023); ORPO (Hong et al. 2024).
     """
 
     weight: float = 1.0
@@ -34,6 +34,11 @@ class ChosenNll:
     def __post_init__(self) -> None:
         require_number("weight", self.weight, low=0)
         require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean"))
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the mean is over the batch's tokens."""
+        return self.nll == "token_mean" and self.weight > 0
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(P,) terms."""
@@ -58,10 +63,11 @@ class Calibration:
     Raises:
         ValueError: `beta` is out of range.
 
-    Source: Cal-DPO (Xiao et al. 2024), eq. 11.
+    Source: Cal-DPO (Xiao et al. 2024).
     """
 
     beta: float
+    coupled: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     def __post_init__(self) -> None:

@@ -13,6 +13,9 @@ from fused_prefopt.losses.needs import halves, needed, per_token
 from fused_prefopt.losses.protocol import Reward
 from fused_prefopt.types import LogpBatch
 
+# Certain completions and empty ones have infinite log-odds: 69 nats, in every dtype.
+_NEAREST_TO_CERTAIN = -1e-30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
@@ -113,7 +116,7 @@ class LogOdds:
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
         means = per_token(batch.policy, batch)
-        means = means.clamp(max=-torch.finfo(means.dtype).tiny)
+        means = means.clamp(max=_NEAREST_TO_CERTAIN)
         # log(1 − e^x): each form is exact where the other cancels.
         near_zero = means > -0.693
         close = torch.where(near_zero, means, -1.0)

@@ -40,15 +40,17 @@ def mirror_margins(margins: Tensor, *, gamma: float, tau: float, steps: int = 20
     if margins.numel() == 0:
         return margins.to(torch.float64)
     margins, taking_part, count = _taking_part(margins)
-    rate = min(0.5 / tau, 1.0)
+    # In logits of p the update is a sum, and the softmax normalises: terms that all entries share
+    # drop out, and nothing underflows.
+    rate, pull = min(0.5 / tau, 1.0), min(0.5, tau)
+    budget, excess = gamma * count, -margins
     p = taking_part / count
+    logits = p.log()
     for _ in range(steps):
-        pull = tau * (1 + torch.log(count * (p + 1e-10)))
-        exponent = -rate * (pull + gamma * torch.sigmoid(gamma * count * p - margins))
-        # The largest exponent cancels in the normalisation; without it all may underflow.
-        p = p * torch.exp(exponent - exponent.amax(dim=0))
-        p = p / p.sum()
-    return torch.where(taking_part, gamma * count * p, gamma)
+        pressure = torch.addcmul(excess, budget, p).sigmoid_()
+        logits.add_((p + 1e-10).log_(), alpha=-pull).add_(pressure, alpha=-rate * gamma)
+        p = torch.softmax(logits, dim=0)
+    return torch.where(taking_part, budget * p, gamma)
 
 
 def exact_margins(margins: Tensor, *, gamma: float, tau: float) -> Tensor:

@@ -48,10 +48,10 @@ def matched(upper: Tensor, lower: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TransportLoss:
-    """``mean over ranks of link(β (upper₍ᵢ₎ − lower₍ᵢ₎), 0)``, both sorted within the batch.
+    """``mean over places i of link(β (upper₍ᵢ₎ − lower₍ᵢ₎), 0)``, both sorted within the batch.
 
-    The loss of a rank is reported at the pair whose upper value has it. The batch is this
-    process's own.
+    The loss of a place in the order is reported at the pair whose upper value has it. Several
+    processes sort the pairs of all of them as one batch.
 
     Args:
         reward: β and the log-ratio.
@@ -65,6 +65,8 @@ class TransportLoss:
     quantiles: Callable[[LogpBatch], tuple[Tensor, Tensor]]
     link: Link = field(default_factory=Logistic)
     pairwise: ClassVar[bool] = True
+    wants: ClassVar[frozenset[str]] = frozenset()
+    coupled: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
 
     def statistics(self) -> None:

@@ -76,7 +76,10 @@ def sppo_hard(*, beta: float = 0.1) -> AnchoredLoss:
 
 @register("aot", paper="Melnyk et al. 2024 (arXiv:2406.05882), paired")
 def aot(*, beta: float = 0.1, label_smoothing: float = 0.0) -> TransportLoss:
-    """`dpo` of the sorted ``L_w − L_l`` less the sorted ``L_ref,w − L_ref,l`` of the batch.
+    """``−(1−ε) log σ(βd₍ᵢ₎) − ε log σ(−βd₍ᵢ₎)``, ``d₍ᵢ₎ = a₍ᵢ₎ − b₍ᵢ₎``, paired.
+
+    ``a = L_w − L_l`` of the policy, b the same of the reference; ₍ᵢ₎ is the i-th smallest of the
+    batch, of all ranks: the two are compared as distributions.
 
     Args:
         beta: β > 0, reward per nat.
@@ -88,7 +91,10 @@ def aot(*, beta: float = 0.1, label_smoothing: float = 0.0) -> TransportLoss:
 
 @register("aot-unpaired", paper="Melnyk et al. 2024 (arXiv:2406.05882), unpaired")
 def aot_unpaired(*, beta: float = 0.1, label_smoothing: float = 0.0) -> TransportLoss:
-    """`dpo` of the sorted Δ_w less the sorted Δ_l of the batch.
+    """``−(1−ε) log σ(βd₍ᵢ₎) − ε log σ(−βd₍ᵢ₎)``, ``d₍ᵢ₎ = a₍ᵢ₎ − b₍ᵢ₎``, unpaired.
+
+    a is Δ_w, b is Δ_l; ₍ᵢ₎ is the i-th smallest of the batch, of all ranks: who is paired with
+    whom does not matter.
 
     Args:
         beta: β > 0, reward per nat.
@@ -145,10 +151,11 @@ def discopop(*, beta: float = 0.1, temperature: float = 0.05) -> PairwiseLoss:
 
 @register("sft", paper="maximum likelihood of the chosen completions")
 def sft(*, nll: str = "token_mean") -> PairwiseLoss:
-    """``NLL_w``, without the rejected completions.
+    """``NLL`` of the chosen completions, ``−Σ L_w / Σ |y_w|`` over the batch by default.
 
     Args:
-        nll: "token_mean" over the batch (TRL's), "sequence_mean" −L̄_w, or "sum" −L_w.
+        nll: NLL is "token_mean" (TRL's), the mean of −log π over all chosen tokens of the batch,
+            of all ranks, "sequence_mean" −L̄_w, or "sum" −L_w.
     """
     term = ChosenNll(nll=nll)
     return PairwiseLoss(SumLogp(beta=1.0), link=Indifferent(), regularisers=(term,))
@@ -156,7 +163,7 @@ def sft(*, nll: str = "token_mean") -> PairwiseLoss:
 
 @register("sigmoid-norm", paper="Rafailov et al. 2023 (arXiv:2305.18290) on mean log-ratios, TRL")
 def sigmoid_norm(*, beta: float = 0.1, label_smoothing: float = 0.0) -> PairwiseLoss:
-    """`dpo` with log-ratios per token, ``m = β(Δ_w/|y_w| − Δ_l/|y_l|)``.
+    """``−(1−ε) log σ(m) − ε log σ(−m)``, ``m = β(Δ_w/|y_w| − Δ_l/|y_l|)``.
 
     Args:
         beta: β > 0, reward per nat per token.
@@ -169,11 +176,12 @@ def sigmoid_norm(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Pairwise
 def f_dpo(
     *, beta: float = 0.1, divergence: str = "js_divergence", alpha: float = 0.5
 ) -> PairwiseLoss:
-    """``−log σ(β f'(e^Δ_w) − β f'(e^Δ_l))``.
+    """``−log σ(β f'(e^Δ_w) − β f'(e^Δ_l))``, f the generator of a divergence.
 
     Args:
         beta: β > 0, reward per nat where the policy is the reference.
-        divergence: f: "reverse_kl" (DPO), "forward_kl", "js_divergence" or "alpha_divergence".
+        divergence: "reverse_kl" (f'(e^Δ) = Δ, DPO), "forward_kl" (1 − e^−Δ), "js_divergence"
+            (log 2 + log σ(Δ)) or "alpha_divergence" ((e^((α−1)Δ) − 1)/(α−1)).
         alpha: α of the last, TRL's `f_alpha_divergence_coef`; 1 is DPO.
     """
     rewards: dict[str, Reward] = {

@@ -52,7 +52,11 @@ def alpha_po(*, beta: float = 2.5, gamma: float = 1.0, alpha: float = 0.25) -> P
 def wpo(*, beta: float = 0.1) -> PairwiseLoss:
     """``−w log σ(m)``, ``w = sg exp(L̄_w − C̄_w) exp(L̄_l − C̄_l)``, ``m = β(Δ_w − Δ_l)``.
 
-    C is the batch's `collision`, 0 where it is not given.
+    C is the `collision`, Σ over tokens of ``log Σ_v π(v)²``, which makes a token drawn from the
+    policy count 1 on average. `PreferenceLoss` computes it from the hidden states, at the cost of
+    an evaluation more. A batch of known log-probs without it has C = 0: w is then the product of
+    the completions' mean likelihoods per token, smaller, and pairs count less where the policy
+    is unsure of every word.
 
     Args:
         beta: β > 0, reward per nat.
@@ -63,6 +67,8 @@ def wpo(*, beta: float = 0.1) -> PairwiseLoss:
 @register("dr-dpo", paper="Wu et al. 2024, Dr. DPO (arXiv:2407.07880)")
 def dr_dpo(*, beta: float = 0.1, temperature: float = 1.0) -> PairwiseLoss:
     """``−T log mean over pairs of σ(m)^(1/T)``, ``m = β(Δ_w − Δ_l)``.
+
+    The mean is over the batch, of all ranks.
 
     Args:
         beta: β > 0, reward per nat.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class OnPolicyWeights:
 
     Source: WPO (Zhou et al. 2024, arXiv:2406.11827), eq. 2, with sampled alignment.
     """
+
+    wants: ClassVar[frozenset[str]] = frozenset({"collision"})
 
     @torch.no_grad()
     def __call__(self, batch: LogpBatch) -> Tensor:

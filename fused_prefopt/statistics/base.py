@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fused_prefopt.statistics.gather import world_size
+
 
 class Statistic(nn.Module):
     """A module that turns detached per-pair values into what a loss needs to know of them.
@@ -21,6 +23,8 @@ class Statistic(nn.Module):
         nonfinite: 0-d int64 buffer, values skipped in training so far because they were NaN or
             infinite, over all ranks.
         process_group: the ranks that share one state; None means all of them.
+        sees_all_ranks: what it is shown is the batch of all ranks already: nothing is
+            communicated.
     """
 
     nonfinite: Tensor
@@ -29,6 +33,12 @@ class Statistic(nn.Module):
         super().__init__()
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
         self.process_group: dist.ProcessGroup | None = None
+        self.sees_all_ranks = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a call exchanges the batch with other ranks."""
+        return self.training and not self.sees_all_ranks and world_size(self.process_group) > 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `parent.half()` or `.to(bfloat16)` would round the running sums: follow the device only.

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _world_size(group: dist.ProcessGroup | None) -> int:
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of ranks of a group, None means all of them; 1 without torch.distributed."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(group)
@@ -23,7 +24,7 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
     Returns:
         A tensor of the same shape.
     """
-    if _world_size(group) == 1:
+    if world_size(group) == 1:
         return values
     total = values.clone()
     dist.all_reduce(total, group=group)
@@ -42,7 +43,7 @@ def gather_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) ->
     Returns:
         (n,) the values in rank order, and the index at which this rank's values start.
     """
-    world = _world_size(group)
+    world = world_size(group)
     if world == 1:
         return values, 0
     length = torch.tensor([values.shape[0]], device=values.device)

@@ -36,12 +36,13 @@ class JointStatistic(Statistic):
         Returns:
             What the two statistics return; None for the one that is not there.
         """
-        self.scale.process_group = self.process_group
+        for part in (self.margin, self.scale):
+            if part is not None:
+                part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks
         if self.margin is None:
             scale = self.scale(observed[1])
             self.nonfinite.copy_(self.scale.nonfinite)
             return None, scale
-        self.margin.process_group = self.process_group
         before = copy.deepcopy(self.margin.state_dict())
         margin = self.margin(observed[0])
         try:

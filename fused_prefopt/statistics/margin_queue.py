@@ -72,7 +72,7 @@ class MarginQueue(Statistic):
             The pool, current margins first.
         """
         current, start = observed.detach().to(torch.float64), 0
-        if self.training:
+        if self.training and not self.sees_all_ranks:
             current, start = gather_over_ranks(current, self.process_group)
         generator = self.generator.clone_state()
         pool = MarginPool(torch.cat([current, self._draw(current.shape[0], generator)]), start)
@@ -88,19 +88,22 @@ class MarginQueue(Statistic):
         """Up to `sample_size − current` past margins; NaN where the past has fewer."""
         places = self.margins.shape[0]
         draws = min(max(0, self.sample_size - current), places)
-        # Keys come from the CPU generator: the same draw on every device, and its state can be
-        # saved without a wait.
-        keys = torch.rand(places, generator=generator, dtype=torch.float64, device="cpu")
-        keys = keys.to(self.margins.device, non_blocking=True)
-        keys = keys.masked_fill(self.margins.isnan(), torch.inf)
-        return self.margins[torch.argsort(keys)[:draws]]
+        past = self.margins[self.order(generator)]
+        return past[past.isnan().to(torch.uint8).argsort(stable=True)[:draws]]
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """(queue_size,) int64 random order in which the filled places are drawn."""
+        # From the CPU's generator: the same on every device, and saved without a wait.
+        order = torch.randperm(self.margins.shape[0], generator=generator, device="cpu")
+        return order.to(self.margins.device, non_blocking=True)
 
     def _enqueued(self, current: Tensor) -> Tensor:
         """The queue after `current`, (n,), entered: oldest first, behind the empty places."""
-        joined = torch.cat([self.margins, current])
-        joined = joined.masked_fill(joined.isfinite().logical_not(), torch.nan)
-        order = torch.argsort(joined.isfinite().to(torch.uint8), stable=True)
-        return joined[order][current.shape[0] :]
+        finite = current.isfinite()
+        entering = current[finite.logical_not().to(torch.uint8).argsort(stable=True)]
+        joined = torch.cat([self.margins, entering])
+        # The last places before the end of what enters, without asking how many that are.
+        return joined[finite.sum() + torch.arange(self.margins.shape[0], device=joined.device)]
 
     def get_extra_state(self) -> Tensor:
         """State of the generator, a uint8 tensor."""

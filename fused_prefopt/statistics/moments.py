@@ -33,7 +33,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class BatchSums:
-    """0-d float64 sums over the finite values of a batch, and how many were not finite."""
+    """0-d float64 sums over a batch's values with a finite square, and how many have none."""
 
     count: Tensor
     total: Tensor
@@ -64,12 +64,13 @@ class BatchStatistic(Statistic):
 
     def _sums(self, observed: Tensor) -> BatchSums:
         values = observed.detach().to(torch.float64)
-        finite = values.isfinite()
+        # A value whose square is infinite would stay in the averages for good.
+        finite = values.square().isfinite()
         values = values.where(finite, 0.0)
         sums = torch.stack(
             [finite.sum(), values.sum(), values.square().sum(), finite.logical_not().sum()]
         )
-        if self.training:
+        if self.training and not self.sees_all_ranks:
             sums = sum_over_ranks(sums, self.process_group)
         return BatchSums(*sums.unbind())
 

@@ -1,0 +1,102 @@
+"""The pairs of all ranks as one batch, for losses that are more than a mean over pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_prefopt.losses.needs import halves
+from fused_prefopt.statistics.gather import gather_over_ranks, world_size
+from fused_prefopt.types import LogpBatch, LossOutput
+
+# `kl` is one number, each rank's own.
+_FIELDS = tuple(item.name for item in dataclasses.fields(LogpBatch) if item.name != "kl")
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """The pairs of all ranks, of which this rank's log-probs alone carry a gradient.
+
+    Attributes:
+        batch: all pairs in rank order, chosen halves first.
+        start: index of this rank's first pair.
+        pairs: how many are this rank's.
+        world: number of ranks.
+    """
+
+    batch: LogpBatch
+    start: int
+    pairs: int
+    world: int
+
+    def own(self, result: LossOutput) -> LossOutput:
+        """This rank's part of the loss of `batch`.
+
+        Args:
+            result: of all pairs.
+
+        Returns:
+            The same loss and metrics; losses, rewards and target margins of this rank's pairs.
+            The gradient of the loss is this rank's part times the number of ranks, so that the
+            mean over ranks, which data parallelism takes, is the gradient of the whole.
+        """
+        constant, sequences = result.loss.detach(), (2, self.batch.size // 2)
+        rewards, target_margins = result.rewards, result.target_margins
+        if rewards is not None:
+            rewards = self._pairs(rewards.reshape(sequences)).flatten()
+        if target_margins is not None:
+            target_margins = self._pairs(target_margins)
+        return dataclasses.replace(
+            result,
+            loss=result.loss + (self.world - 1) * (result.loss - constant),
+            losses=self._pairs(result.losses),
+            rewards=rewards,
+            target_margins=target_margins,
+        )
+
+    def _pairs(self, values: Tensor) -> Tensor:
+        return values[..., self.start : self.start + self.pairs]
+
+
+def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> WholeBatch:
+    """Exchange a batch of pairs with the other ranks, which must all make the call.
+
+    Args:
+        batch: this rank's pairs, chosen half first; there may be none. All ranks must give the
+            same fields: where one does not, its pairs' entries are NaN.
+        group: the ranks that take part; None means all of them.
+
+    Raises:
+        ValueError: the number of sequences is odd.
+    """
+    chosen, rejected = halves(batch.policy)
+    pairs = chosen.shape[0]
+    numbers = 2 * len(_FIELDS)
+    own = torch.stack([_column(batch, name) for name in _FIELDS]).reshape(numbers, pairs)
+    gathered, start = gather_over_ranks(own.t().flatten(), group)
+    every, start = gathered.shape[0] // numbers, start // numbers
+    # One row a pair → one a field, chosen first.
+    columns = gathered.reshape(every, numbers).t().reshape(len(_FIELDS), 2 * every)
+    fields = {
+        name: column.to(getattr(batch, name).dtype)
+        for name, column in zip(_FIELDS, columns, strict=True)
+        if name in batch.given
+    }
+    others = [
+        part for half in halves(fields["policy"]) for part in (half[:start], half[start + pairs :])
+    ]
+    fields["policy"] = torch.cat([others[0], chosen, *others[1:3], rejected, others[3]])
+    joined = LogpBatch(**fields, kl=batch.kl)
+    return WholeBatch(joined, start, pairs, world_size(group))
+
+
+def _column(batch: LogpBatch, name: str) -> Tensor:
+    """(S,) float64, which holds every dtype's values exactly; NaN for a field not given."""
+    value: Tensor | None = getattr(batch, name)
+    if value is None:
+        return batch.policy.new_full(batch.policy.shape, torch.nan, dtype=torch.float64)
+    return value.detach().to(torch.float64)

@@ -1,0 +1,102 @@
+"""Losses that take the reference model's hidden states: TDPO, α-DPO's token level, DPO."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from divergences import Two, eager_tokens, make_two, near
+from truth import leaves_of, relative
+
+from fused_prefopt import LogpBatch, PreferenceLoss, sequence_logps
+
+LOSSES = {
+    "tdpo1": {},
+    "tdpo2": {"alpha": 0.7},
+    "alpha-dpo": {"implicit_reference": "sequence_kl", "alpha": 0.1},
+    "alpha-dpo, differentiable": {
+        "implicit_reference": "sequence_kl",
+        "alpha": 0.1,
+        "stop_gradient": False,
+    },
+    "dpo": {},
+    "simpo": {},
+}
+
+
+def loss_of(name: str) -> PreferenceLoss:
+    return PreferenceLoss(name.partition(",")[0], **LOSSES[name])
+
+
+def pairs(dtype=torch.float32) -> Two:
+    return near(make_two(6, 9, 16, 53, transform="all", largest=9.0, dtype=dtype), 0.5)
+
+
+def true_loss(name: str, two: Two) -> tuple[torch.Tensor, ...]:
+    """Loss, losses and gradients by eager float64 log-probs and divergences."""
+    two = two.double()
+    two = two._replace(policy=leaves_of(two.policy, (True, True, True)))
+    kls, logps, references = (values.sum(1) for values in eager_tokens(two))
+    lengths = (two.policy.labels[:, 1:] != -100).sum(1)
+    batch = LogpBatch(logps, lengths, reference=references.detach(), sequence_kl=kls)
+    result, case = loss_of(name).from_logps(batch), two.policy
+    gradients = torch.autograd.grad(result.loss, (case.hidden, case.weight, case.bias))
+    return result.loss.detach(), result.losses.detach(), *gradients
+
+
+@pytest.mark.parametrize("workspace_mb", [256, 1e-9])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_reference_is_measured_where_it_is_needed(name, workspace_mb):
+    two = pairs()
+    case, other = leaves_of(two.policy, (True, True, True)), two.reference
+    loss_fn = loss_of(name)
+    loss_fn.op_options["workspace_mb"] = workspace_mb
+    result = loss_fn(
+        case.hidden, case.head, case.labels, ref_hidden=other.hidden, ref_head=other.head
+    )
+    gradients = torch.autograd.grad(result.loss, (case.hidden, case.weight, case.bias))
+    got = (result.loss.detach(), result.losses.detach(), *gradients)
+    for ours, wanted in zip(got, true_loss(name, two), strict=True):
+        assert relative(ours, wanted) <= 2e-5
+
+
+def test_what_is_given_goes_before_what_is_measured():
+    two = pairs()
+    case, other = two.policy, two.reference
+    given = sequence_logps(other.hidden, other.head, other.labels).sums - 3
+    result = PreferenceLoss("dpo")(
+        case.hidden,
+        case.head,
+        case.labels,
+        reference=given,
+        ref_hidden=other.hidden,
+        ref_head=other.head,
+    )
+    wanted = PreferenceLoss("dpo")(case.hidden, case.head, case.labels, reference=given)
+    assert torch.equal(result.losses, wanted.losses)
+    known = torch.linspace(0, 2, 6)
+    result = PreferenceLoss("tdpo1")(
+        case.hidden,
+        case.head,
+        case.labels,
+        sequence_kl=known,
+        ref_hidden=other.hidden,
+        ref_head=other.head,
+    )
+    measured = sequence_logps(other.hidden, other.head, other.labels).sums
+    fields = {"reference": measured, "sequence_kl": known}
+    wanted = PreferenceLoss("tdpo1")(case.hidden, case.head, case.labels, **fields)
+    assert torch.equal(result.losses, wanted.losses)
+
+
+def test_one_half_of_a_reference_is_refused():
+    two = pairs()
+    case, other = two.policy, two.reference
+    given = (case.hidden, case.head, case.labels)
+    with pytest.raises(ValueError, match="ref_head: got None with `ref_hidden`"):
+        PreferenceLoss("tdpo1")(*given, ref_hidden=other.hidden)
+    with pytest.raises(ValueError, match="ref_hidden: got None with `ref_head`"):
+        PreferenceLoss("tdpo1")(*given, ref_head=other.head)
+    with pytest.raises(ValueError, match="tdpo1 needs `reference`"):
+        PreferenceLoss("tdpo1")(*given)
+    with pytest.raises(ValueError, match="ref_hidden: got one with `ld_alpha`"):
+        PreferenceLoss("dpo", ld_alpha=0.5)(*given, ref_hidden=other.hidden, ref_head=other.head)
