@@ -129,8 +129,9 @@ class LMHead:
             model: a model with `get_output_embeddings()` and a `config`.
 
         Raises:
-            ValueError: the model has no output embedding, or one that a plain
-                ``hidden @ weight.T + bias`` does not describe.
+            ValueError: the model has no output embedding, one whose values are elsewhere (ZeRO-3,
+                FSDP, offloading), or one that a plain ``hidden @ weight.T + bias`` does not
+                describe. `integrations.head_check.check_head` also compares logits.
         """
         from fused_prefopt.integrations.causal_lm import lm_head_of
 

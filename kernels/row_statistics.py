@@ -11,9 +11,10 @@ from fused_prefopt.kernels.tiles import bend, cap_slope
 
 
 @triton.jit
-def _slab_logits(
+def slab_logits(
     products, bias, columns, width, alpha, ceiling, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
 ):
+    """Logits of a row's products at some columns, -inf past the end of the slab."""
     inside = columns < width
     values = tl.load(products + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -51,7 +52,7 @@ def _fold_rows_kernel(
     found = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        logits = _slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
+        logits = slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
         above = tl.maximum(running, logits)
         sums = sums * tl.exp(running - above) + tl.exp(logits - above)
         found = tl.where(columns == target, logits, found)
@@ -70,7 +71,7 @@ def _fold_rows_kernel(
         kept += row * kept_stride
         for start in range(0, width, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            logits = _slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
+            logits = slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
             values = tl.exp(logits - new)
             if HAS_SLOPE:
                 values *= cap_slope(logits, ceiling)

@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_engines.py"])
+@pytest.mark.parametrize(
+    "file", ["interpreted_kernels.py", "interpreted_engines.py", "interpreted_sequence_kl.py"]
+)
 def test_in_the_interpreter(file):
     tests = Path(__file__).parent
     result = subprocess.run(

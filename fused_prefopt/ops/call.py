@@ -84,7 +84,7 @@ def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: Lo
         )
     labelled = layout.targets != ignore_index
     in_vocab = (layout.targets >= 0) & (layout.targets < vocab)
-    require((in_vocab | ~labelled).all(), f"labels: got a label outside [0, {vocab})")
+    _require_labels(layout.targets, in_vocab | ~labelled, vocab)
     shard.require_same(layout.targets)
     count = _count(labelled, options.num_labels)
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
@@ -102,6 +102,15 @@ def head_tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
     if len(low) > 1:
         low, weights = [torch.cat(low, 1)], [torch.cat(weights, 1)]
     return HeadTensors(rows, head.weight, head.bias, low[0], weights[0])
+
+
+def _require_labels(targets: Tensor, fits: Tensor, vocab: int) -> None:
+    """Raise ValueError, with the label where it can be read without waiting for a device."""
+    message = f"labels: got a label outside [0, {vocab})"
+    if fits.device.type == "cpu" and not torch.compiler.is_compiling() and not fits.all():
+        first = int(targets[~fits][0])
+        message += f": {first}; is the tokenizer another model's, or `ignore_index` another?"
+    require(fits.all(), message)
 
 
 def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | None) -> None:

@@ -103,23 +103,25 @@ def _(
     hidden: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    weight, bias, low_hidden, low_weight = rest[:4]
-    wanted = dict(zip(Needs._fields, rest[-1], strict=True))
+    return empty_gradients((hidden, *rest[:4]), rest[-1])
 
-    def empty(name: str, value: Tensor | None) -> Tensor:
-        if value is None or not wanted[name]:
+
+def empty_gradients(
+    tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five tensors of `HeadTensors` without values, as a compiler sees them."""
+    hidden = tensors[0]
+    assert hidden is not None
+
+    def empty(name: str, value: Tensor | None, need: bool) -> Tensor:
+        if value is None or not need:
             return hidden.new_empty(0)
         # The weights' gradients are contiguous, whatever the strides of the weights.
         rows = name in ("hidden", "low_hidden")
         return torch.empty_like(value) if rows else value.new_empty(value.shape)
 
-    return (
-        empty("hidden", hidden),
-        empty("weight", weight),
-        empty("bias", bias),
-        empty("low_hidden", low_hidden),
-        empty("low_weight", low_weight),
-    )
+    found = [empty(*each) for each in zip(Needs._fields, tensors, needs, strict=True)]
+    return found[0], found[1], found[2], found[3], found[4]
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:

@@ -1,0 +1,152 @@
+"""The labelled rows of a batch before two heads, in the tiles that both are cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, _HiddenRows
+from fused_prefopt.ops.kl_engine import TorchKlEngine
+from fused_prefopt.ops.plan import TileShape, tile_shape
+from fused_prefopt.ops.tile import Tile
+from fused_prefopt.ops.vocab_shard import WHOLE
+
+if TYPE_CHECKING:
+    from fused_prefopt.ops.kl_cublas_engine import CublasKlEngine
+
+
+@dataclass(frozen=True)
+class _Side(HeadRows):
+    """The rows before one of the heads.
+
+    Attributes:
+        tiles: shape of the tiles, and whether the hidden rows are gathered once for all of them.
+    """
+
+    tiles: tuple[TileShape, bool] = (TileShape(1, 1), False)
+
+    @cached_property
+    def tiling(self) -> tuple[TileShape, bool]:
+        """`tiles`: both heads are cut alike."""
+        return self.tiles
+
+
+@dataclass(frozen=True)
+class KlSlab:
+    """A slab of the vocabulary of both heads.
+
+    Attributes:
+        rows: of the policy.
+        columns: of the vocabulary.
+        hidden: rows of hidden of both, by slices.
+        policy, reference: weight slab (v, D + r) in the operand dtype, bias slab (v,) or None.
+    """
+
+    rows: HeadRows
+    columns: slice
+    hidden: tuple[_HiddenRows, _HiddenRows]
+    policy: tuple[Tensor, Tensor | None]
+    reference: tuple[Tensor, Tensor | None]
+
+    def tiles(self) -> Iterator[tuple[slice, Tile, Tile]]:
+        """Row slice, and its tile of the policy's head and of the reference's."""
+        for rows in self.rows.row_slices():
+            targets = self.rows.targets[rows] - self.columns.start
+            policy, reference = (hidden[rows] for hidden in self.hidden)
+            yield (
+                rows,
+                Tile(policy, *self.policy, targets),
+                Tile(reference, *self.reference, targets),
+            )
+
+
+@dataclass(frozen=True)
+class KlRows:
+    """Everything one pass over both heads needs.
+
+    Attributes:
+        policy, reference: the same rows before each head.
+        engine: class of the engine.
+    """
+
+    policy: HeadRows
+    reference: HeadRows
+    engine: type[TorchKlEngine] | type[CublasKlEngine]
+
+    @classmethod
+    def of(
+        cls,
+        policy: HeadTensors,
+        reference: HeadTensors,
+        maths: tuple[HeadMath, HeadMath],
+        targets: Tensor,
+        index: Tensor,
+        vocab: int,
+        engine: str,
+        workspace: int,
+        backward: bool,
+    ) -> KlRows:
+        """The rows at `index` (n,) of targets (M,), before the first `vocab` rows of both heads.
+
+        Args:
+            maths: of the policy's head and of the reference's.
+            engine: `torch`, `cublas` or `triton`.
+            workspace: bytes for tiles, gathered rows and weight slabs.
+            backward: whether the pass is a backward.
+        """
+        kind = load_kl_engine(engine)
+        both = policy.first(vocab), reference.first(vocab)
+        bent = maths[0] if maths[1].softcap is None else maths[1]
+        cost = kind.costs(bent, both[0].weight, both[1].weight, backward)
+        ranks = [0 if side.low_weight is None else side.low_weight.shape[1] for side in both]
+        widths = [side.weight.shape[1] + rank for side, rank in zip(both, ranks, strict=True)]
+        if any(ranks):
+            # A slab of both weights, and its gradient before it is parted.
+            size = bent.operand(index.device).itemsize + bent.accumulator.itemsize
+            cost = replace(cost, weight=cost.weight + size)
+        rows = index.shape[0]
+        if index.device.type != "cpu" and backward:
+            # The fp32 sums of d hidden are part of what a GPU user's `workspace_mb` stands for.
+            workspace -= min(rows * widths[0] * bent.accumulator.itemsize, workspace // 2)
+        gathered = rows * sum(widths) * cost.hidden
+        once = 3 * gathered <= 2 * workspace
+        budget = workspace
+        if once:
+            budget, cost = budget - gathered, replace(cost, hidden=0)
+        tiles = tile_shape(rows, vocab, sum(widths), budget, cost), once
+        own = targets[index]
+
+        def side(tensors: HeadTensors, math: HeadMath) -> HeadRows:
+            options = (math, "recompute", engine, workspace, backward)
+            return _Side(tensors, index, own, WHOLE, *options, tiles=tiles)
+
+        return cls(side(both[0], maths[0]), side(both[1], maths[1]), kind)
+
+    @property
+    def rows(self) -> int:
+        return self.policy.rows
+
+    def build_engine(self) -> TorchKlEngine | CublasKlEngine:
+        """The engine, for tiles of this shape."""
+        policy = self.policy
+        return self.engine(policy.math, self.reference.math, policy.shape, policy.device)
+
+    def slabs(self) -> Iterator[KlSlab]:
+        """Slabs of the vocabulary."""
+        hidden = self.policy.hidden_rows(), self.reference.hidden_rows()
+        for policy, reference in zip(self.policy.slabs(), self.reference.slabs(), strict=True):
+            yield KlSlab(self.policy, policy[0], hidden, policy[1:], reference[1:])
+
+
+def load_kl_engine(name: str) -> type[TorchKlEngine] | type[CublasKlEngine]:
+    """The class of an engine of two heads; `triton` has its row kernels on library matmuls."""
+    if name == "torch":
+        return TorchKlEngine
+    from fused_prefopt.ops.kl_cublas_engine import CublasKlEngine
+
+    return CublasKlEngine
