@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_prefopt.data import labels_of
 from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
 from fused_prefopt.reference import dataset_logps
-from fused_prefopt.types import LogpBatch
+from fused_prefopt.types import LMHead, LogpBatch
 
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
@@ -26,10 +26,12 @@ class PairScores:
     Attributes:
         batch: policy, lengths and reference of all pairs, chosen first.
         kl: mean over chosen tokens of KL(policy || reference), in nats, exact over the vocabulary.
+        kl_rejected: the same over rejected tokens.
     """
 
     batch: LogpBatch
     kl: float
+    kl_rejected: float
 
     @property
     def margins(self) -> Tensor:
@@ -76,6 +78,7 @@ def score_pairs(
     collator: Collator,
     *,
     batch_size: int = 16,
+    progress: bool = True,
 ) -> PairScores:
     """Judge a model on preference pairs.
 
@@ -85,9 +88,15 @@ def score_pairs(
         features: from `tokenise_pairs`, with the reference's log-probs (`add_reference_logps`).
         collator: `PairCollator`, padded layout.
         batch_size: pairs a forward pass takes.
+        progress: show a progress bar.
     """
     columns = dataset_logps(
-        model, features, collator, batch_size=batch_size, description="held-out pairs"
+        model,
+        features,
+        collator,
+        batch_size=batch_size,
+        progress=progress,
+        description="held-out pairs",
     )
     lengths = [
         len(feature[side]) for side in ("chosen_ids", "rejected_ids") for feature in features
@@ -98,31 +107,42 @@ def score_pairs(
         lengths=torch.tensor(lengths),
         reference=torch.tensor([feature[name] for name in names for feature in features]),
     )
-    return PairScores(batch, _mean_kl(model, reference, features, collator, batch_size))
+    return PairScores(batch, *_mean_kls(model, reference, features, collator, batch_size))
 
 
 @torch.no_grad()
-def _mean_kl(
+def _mean_kls(
     model: nn.Module,
     reference: nn.Module,
     features: Sequence[Feature],
     collator: Collator,
     batch_size: int,
-) -> float:
+) -> tuple[float, float]:
+    """Of chosen and of rejected tokens."""
     device = next(model.parameters()).device
     heads = (lm_head_of(model), lm_head_of(reference))
-    total, tokens = 0.0, 0
+    totals, tokens = [0.0, 0.0], [0, 0]
     for start in range(0, len(features), batch_size):
         batch = collator(features[start : start + batch_size])
-        pairs = batch["input_ids"].shape[0] // 2
-        inputs = {name: batch[name][:pairs].to(device) for name in ("input_ids", "attention_mask")}
-        rows = (labels_of(batch)[:pairs, 1:] >= 0).to(device)
-        hiddens = [last_hidden(each, inputs)[:, :-1][rows] for each in (model, reference)]
-        tokens += hiddens[0].shape[0]
-        for piece in zip(*(hidden.split(_ROWS_AT_A_TIME) for hidden in hiddens), strict=True):
-            policy, anchor = (
-                head.logits(hidden).float().log_softmax(-1)
-                for head, hidden in zip(heads, piece, strict=True)
-            )
-            total += (policy.exp() * (policy - anchor)).sum().item()
-    return total / max(1, tokens)
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        rows = (labels_of(batch)[:, 1:] >= 0).to(device)
+        hiddens = [last_hidden(each, inputs)[:, :-1] for each in (model, reference)]
+        for side, (kept, *both) in enumerate(
+            zip(*(each.chunk(2) for each in (rows, *hiddens)), strict=True)
+        ):
+            tokens[side] += int(kept.sum())
+            totals[side] += _total_kl(heads, [hidden[kept] for hidden in both])
+    chosen, rejected = (total / max(1, count) for total, count in zip(totals, tokens, strict=True))
+    return chosen, rejected
+
+
+def _total_kl(heads: Sequence[LMHead], hiddens: Sequence[Tensor]) -> float:
+    """Sum over (N, D) rows of KL(first || second)."""
+    total = 0.0
+    for piece in zip(*(hidden.split(_ROWS_AT_A_TIME) for hidden in hiddens), strict=True):
+        policy, anchor = (
+            head.logits(hidden).float().log_softmax(-1)
+            for head, hidden in zip(heads, piece, strict=True)
+        )
+        total += (policy.exp() * (policy - anchor)).sum().item()
+    return total

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_prefopt.data import labels_of, prompt_labels_of
-from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
-from fused_prefopt.ops import sequence_logps
+from fused_prefopt.checks import require_tokens
+from fused_prefopt.fingerprint import (
+    TOKEN_COLUMNS,
+    data_fingerprint,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from fused_prefopt.integrations.causal_lm import input_vocab, unwrapped
+from fused_prefopt.integrations.collated import completion_logps
+from fused_prefopt.reference_cache import SUFFIX, Fingerprints, Known, ReferenceCache
 
 Feature = Mapping[str, Any]
-_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
+_Batches = list[list[int]]
 
 
 def add_reference_logps(
     model: nn.Module,
     features: Sequence[Feature],
-    collator: Callable[[Sequence[Feature]], Mapping[str, Any]],
+    collator: Collator,
     *,
+    tokenizer: Any = None,
     batch_size: int = 16,
     cache_dir: str | os.PathLike[str] | None = None,
+    cache_file: str | os.PathLike[str] | None = None,
+    save_every: int = 16,
     progress: bool = True,
     description: str = "reference log-probs",
 ) -> list[dict[str, Any]]:
@@ -33,46 +45,72 @@ def add_reference_logps(
 
     Pairs get `ref_chosen_logps` and `ref_rejected_logps`; points get `reference` and
     `prompt_reference` (all prompt tokens but the first). The cost is that of a forward pass
-    without logits.
+    without logits. With a cache a killed run is continued by the next, which computes what is
+    missing; the same `batch_size` then gives the same bits. Under torch.distributed every rank
+    must make the call with all features; each computes its share and gets all values.
 
     Args:
-        model: the reference, on the device to run on; it is put in eval mode and back.
+        model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
+            mode and back.
         features: token ids, as `tokenise_pairs` or `tokenise_points` return them.
-        collator: `PairCollator` or `PointCollator`, padded layout.
+        collator: `PairCollator` or `PointCollator`, any layout.
+        tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
+            it out.
         batch_size: features a forward pass takes.
-        cache_dir: folder of the cache, one file for each content of model and features; None does
-            not cache.
+        cache_dir: folder of the cache, one file for each content of model, features and
+            tokenizer; None does not cache.
+        cache_file: the cache itself, instead of `cache_dir`.
+        save_every: batches after which what a rank has computed is written to the cache.
         progress: show a progress bar.
         description: of the progress bar.
+
+    Raises:
+        ValueError: `cache_file` belongs to another model, tokenizer or data (the message says
+            which), a cache's file is damaged, both caches are given, ranks hold different
+            features, or the model gives a log-prob that is not finite.
     """
-    path = None
-    if cache_dir is not None:
-        path = Path(cache_dir) / f"reference-{_fingerprint(model, features)}.pt"
-    if path is not None and path.is_file():
-        columns = torch.load(path, weights_only=True)
-    else:
-        columns = dataset_logps(
-            model,
-            features,
-            collator,
-            batch_size=batch_size,
-            progress=progress,
-            description=description,
+    if cache_dir is not None and cache_file is not None:
+        raise ValueError("cache_file: got a file and a cache_dir, needs one of them")
+    _check_ranks(features)
+    known, cache = Known(len(features)), None
+    if cache_dir is not None or cache_file is not None:
+        prints = Fingerprints(
+            data_fingerprint(features),
+            model_fingerprint(model, progress=progress and _rank() == 0),
+            None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
-        if path is not None:
-            _save(columns, path)
-    values = {name: column.tolist() for name, column in columns.items()}
+        path = Path(cache_file or Path(cache_dir or "") / f"reference-{prints.name}{SUFFIX}")
+        cache = ReferenceCache(path, prints)
+        known = _load(cache, len(features))
+    batches = _batches(features, batch_size)
+    missing = [number for number, each in enumerate(batches) if not known.is_done(each)]
+    if missing:
+        mine = _share(missing)
+        run = _run(model, features, collator, [batches[i] for i in mine], progress, description)
+        unsaved: list[int] = []
+        for count, (number, (indices, columns)) in enumerate(zip(mine, run, strict=True), start=1):
+            _check_finite(indices, columns)
+            known.add(torch.tensor(indices), columns)
+            unsaved.append(number)
+            if cache is not None and (count % save_every == 0 or count == len(mine)):
+                name = f"{batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}"
+                part = torch.tensor([index for number in unsaved for index in batches[number]])
+                cache.save_part(name, part, {k: v[part] for k, v in known.columns.items()})
+                unsaved = []
+        known = _union(_gathered(known))
+    if cache is not None:
+        _finish(cache, known)
+    values = {name: column.tolist() for name, column in known.columns.items()}
     return [
         {**feature, **{name: column[i] for name, column in values.items()}}
         for i, feature in enumerate(features)
     ]
 
 
-@torch.no_grad()
 def dataset_logps(
     model: nn.Module,
     features: Sequence[Feature],
-    collator: Callable[[Sequence[Feature]], Mapping[str, Any]],
+    collator: Collator,
     *,
     batch_size: int = 16,
     progress: bool = True,
@@ -84,68 +122,143 @@ def dataset_logps(
         (n,) fp32 columns: `ref_chosen_logps` and `ref_rejected_logps` for pairs, `reference` and
         `prompt_reference` for points. Arguments are those of `add_reference_logps`.
     """
-    training = model.training
+    known = Known(len(features))
+    batches = _batches(features, batch_size)
+    for indices, columns in _run(model, features, collator, batches, progress, description):
+        known.add(torch.tensor(indices), columns)
+    return known.columns
+
+
+def _batches(features: Sequence[Feature], batch_size: int) -> _Batches:
+    """Sequences of like length together: less padding."""
+    order = sorted(range(len(features)), key=lambda index: _tokens(features[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _run(
+    model: nn.Module,
+    features: Sequence[Feature],
+    collator: Collator,
+    batches: _Batches,
+    progress: bool,
+    description: str,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """The indices of one batch after another, with its columns."""
+    training, vocab = model.training, input_vocab(model)
     model.eval()
-    columns: dict[str, Tensor] = {}
     try:
-        # Sequences of like length together: less padding.
-        order = sorted(range(len(features)), key=lambda index: _tokens(features[index]))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         for indices in _bar(batches, progress, description):
             batch = collator([features[index] for index in indices])
-            pairs = "chosen_ids" in features[0]
-            for name, values in _logps(model, batch, pairs).items():
-                column = columns.setdefault(name, torch.zeros(len(features)))
-                column[indices] = values.float().cpu()
+            require_tokens("features", batch["input_ids"], vocab)
+            columns = _logps(model, batch, "chosen_ids" in features[0])
+            yield indices, {name: values.float().cpu() for name, values in columns.items()}
     finally:
         model.train(training)
-    return columns
 
 
+@torch.no_grad()
 def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    layout = ("input_ids", "attention_mask", "completion_mask")
-    batch = {name: batch[name].to(device) for name in layout}
-    hidden, head = last_hidden(model, batch), lm_head_of(model)
-    sums = sequence_logps(hidden, head, labels_of(batch)).sums
-    if pairs:
-        chosen, rejected = sums.chunk(2)
-        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    prompt = sequence_logps(hidden, head, prompt_labels_of(batch)).sums
-    return {"reference": sums, "prompt_reference": prompt}
+    """Log-prob sums of a batch, from inside the model's own forward.
+
+    There the hooks of engines that shard the model have gathered its weights.
+    """
+    inner, device = unwrapped(model), next(model.parameters()).device
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    found: dict[str, Tensor] = {}
+
+    def forward(*_: Any, **__: Any) -> Tensor:
+        found.update(completion_logps(inner, batch, prompt=not pairs))
+        return found["completion"]
+
+    own = inner.__dict__.get("forward")
+    inner.forward = forward
+    try:
+        model(input_ids=batch["input_ids"])
+    finally:
+        del inner.forward
+        if own is not None:
+            inner.forward = own
+    if not pairs:
+        return {"reference": found["completion"], "prompt_reference": found["prompt"]}
+    chosen, rejected = found["completion"].chunk(2)
+    return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
-def _fingerprint(model: nn.Module, features: Sequence[Feature]) -> str:
-    """Hash of what the log-probs depend on: the weights, the config and the token ids."""
-    config = getattr(model, "config", None)
-    settings = config.to_dict() if config is not None else {}
-    # Where a model was loaded from, and by which version, is not what it is.
-    for name in ("_name_or_path", "transformers_version"):
-        settings.pop(name, None)
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    for feature in features:
-        for name in _TOKEN_COLUMNS:
-            digest.update(f"{name}:{list(feature.get(name, ()))}".encode())
-    return digest.hexdigest()[:32]
+def _check_finite(indices: list[int], columns: Mapping[str, Tensor]) -> None:
+    for name, values in columns.items():
+        for index, value in zip(indices, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"model: got {name}={value} for feature {index}, needs finite log-probs; is its"
+                    " dtype too narrow, or are its weights not finite?"
+                )
 
 
-def _save(columns: dict[str, Tensor], path: Path) -> None:
-    """Write beside, then rename: a killed run leaves no half-written cache."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(columns, partial)
-    partial.replace(path)
+def _finish(cache: ReferenceCache, known: Known) -> None:
+    """Rank 0 writes the whole; no rank returns before the file is there."""
+    if _rank() == 0 and not cache.path.is_file():
+        cache.finish(known)
+    if _ranks() > 1:
+        dist.barrier()
+    # A rank on a disk of its own has parts that rank 0 does not see.
+    cache.clear_parts()
+
+
+def _share(missing: list[int]) -> list[int]:
+    """This rank's batches, as many as any other's: forward passes of a sharded model are joint."""
+    padded = missing + missing[:1] * (-len(missing) % _ranks())
+    return padded[_rank() :: _ranks()]
+
+
+def _load(cache: ReferenceCache, size: int) -> Known:
+    """What any rank has on disk; where one refuses its file, all do."""
+    found: Known | ValueError
+    try:
+        found = cache.load(size)
+    except ValueError as error:
+        found = error
+    every = _gathered(found)
+    for each in every:
+        if isinstance(each, ValueError):
+            raise each
+    return _union(every)
+
+
+def _union(every: list[Known]) -> Known:
+    union = every[0]
+    for each in every[1:]:
+        union.merge(each)
+    return union
+
+
+def _check_ranks(features: Sequence[Feature]) -> None:
+    if _ranks() > 1 and len(set(_gathered(data_fingerprint(features)))) > 1:
+        raise ValueError("features: got different ones on the ranks, needs all of them on each")
+
+
+def _gathered(own: Any) -> list[Any]:
+    """What every rank has, in rank order."""
+    if _ranks() == 1:
+        return [own]
+    every: list[Any] = [None] * _ranks()
+    dist.all_gather_object(every, own)
+    return every
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _ranks() > 1 else 0
 
 
 def _tokens(feature: Feature) -> int:
-    return sum(len(feature.get(name, ())) for name in _TOKEN_COLUMNS)
+    return sum(len(feature.get(name, ())) for name in TOKEN_COLUMNS)
 
 
-def _bar(batches: list[list[int]], progress: bool, description: str) -> Iterator[list[int]]:
-    if not progress:
+def _bar(batches: _Batches, progress: bool, description: str) -> Iterator[list[int]]:
+    if not progress or _rank() > 0:
         return iter(batches)
     from tqdm.auto import tqdm
 
