@@ -7,12 +7,14 @@ import random
 import pytest
 import torch
 from data_tokenizer import tiny_tokenizer
-from tiny_models import tiny_llama
+from tiny_models import VOCAB, tiny_llama
+from transformers import MixtralConfig, MixtralForCausalLM
 
 pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
+from fused_prefopt import LogpBatch, PreferenceLoss  # noqa: E402
 from fused_prefopt.integrations.trl import FusedDPOConfig, FusedDPOTrainer  # noqa: E402
 
 WORDS = "the cat sat on mat 1 2".split()
@@ -52,7 +54,6 @@ def options(folder, **changes):
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "beta": 0.1,
     }
     return given | changes
 
@@ -67,35 +68,81 @@ def trainer(kind, config, data, model=None, **more):
     )
 
 
+TIMES = {"epoch", "step", "total_flos", "train_runtime", "train_loss", "learning_rate"} | {
+    f"{mode}_{name}"
+    for mode in ("train", "eval")
+    for name in ("runtime", "samples_per_second", "steps_per_second")
+}
+
+
 def history(run, name):
     return [row[name] for row in run.state.log_history if name in row]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precompute", [False, True])
-def test_the_curves_of_trls_own_dpo(tmp_path, precompute):
-    given = options(tmp_path, precompute_ref_log_probs=precompute)
+@pytest.mark.parametrize(
+    ("precompute", "loss", "changes"),
+    [
+        (False, "dpo", {}),
+        (True, "dpo", {}),
+        (False, "dpo", {"ld_alpha": 0.3}),
+        (True, "dpo", {"ld_alpha": 0.3}),
+        (False, "wpo", {"use_weighting": True}),
+    ],
+    ids=str,
+)
+def test_the_curves_of_trls_own_dpo(tmp_path, precompute, loss, changes):
+    given = options(tmp_path, precompute_ref_log_probs=precompute, **changes)
     # With `precompute` there is no second model: the untrained policy is its own reference.
     references = [None if precompute else tiny_llama(5) for _ in range(2)]
-    theirs = trainer(DPOTrainer, DPOConfig(**given), dataset(), ref_model=references[0])
-    config = FusedDPOConfig(**given, loss="dpo")
-    ours = trainer(FusedDPOTrainer, config, dataset(), ref_model=references[1])
+    # Evaluation's batches are of 4, 4 and 2 pairs.
+    held_out = dataset(10)
+    theirs = trainer(
+        DPOTrainer, DPOConfig(**given), dataset(), ref_model=references[0], eval_dataset=held_out
+    )
+    config = FusedDPOConfig(**given, loss=loss, log_tokens=True)
+    ours = trainer(
+        FusedDPOTrainer, config, dataset(), ref_model=references[1], eval_dataset=held_out
+    )
     for run in (theirs, ours):
         run.train()
-    for name in (
-        "loss",
-        "grad_norm",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    ):
+        run.evaluate()
+    names = {name for row in theirs.state.log_history for name in row} - TIMES
+    assert {"logits/chosen", "entropy", "mean_token_accuracy", "num_tokens"} < names
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_logps/rejected"} < names
+    for name in names:
         one, other = history(theirs, name), history(ours, name)
-        assert len(other) == 20, name
+        assert len(other) == len(one) == (1 if name.startswith("eval_") else 20), name
         assert other == pytest.approx(one, rel=1e-4, abs=1e-4), name
     assert history(ours, "loss")[-1] < history(ours, "loss")[0]
+
+
+@pytest.mark.slow
+def test_the_router_loss_of_a_mixture_of_experts(tmp_path):
+    def experts(seed):
+        torch.manual_seed(seed)
+        config = MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+        return MixtralForCausalLM(config)
+
+    given = options(tmp_path, max_steps=4, router_aux_loss_coef=0.5)
+    runs = [
+        trainer(kind, config(**given), dataset(), model=experts(0), ref_model=experts(5))
+        for kind, config in ((DPOTrainer, DPOConfig), (FusedDPOTrainer, FusedDPOConfig))
+    ]
+    for run in runs:
+        run.train()
+    for name in ("loss", "aux_loss", "grad_norm", "rewards/margins"):
+        one, other = (history(run, name) for run in runs)
+        assert len(one) == 4, name
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.slow
@@ -133,15 +180,59 @@ def test_a_loss_without_a_reference_keeps_no_reference_model_and_evaluates(tmp_p
 
 
 @pytest.mark.slow
-def test_scores_reach_the_loss(tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("odpo", lambda m, s: -torch.nn.functional.logsigmoid(m - s.clamp(min=1e-6).log())),
+        ("reward-distillation", lambda m, s: (s - m).square()),
+    ],
+)
+def test_scores_reach_the_loss(tmp_path, loss, expected):
     scores = {"score_chosen": [float(i) for i in range(16)], "score_rejected": [0.5] * 16}
-    config = FusedDPOConfig(**options(tmp_path, max_steps=1))
-    run = trainer(FusedDPOTrainer, config, dataset(**scores), ref_model=tiny_llama())
+    given = options(tmp_path, max_steps=1, train_sampling_strategy="sequential")
+    config = FusedDPOConfig(**given, loss=loss)
+    run = trainer(FusedDPOTrainer, config, dataset(**scores), ref_model=tiny_llama(5))
     batch = next(iter(run.get_train_dataloader()))
     assert batch["rewards"].shape == (8,)
     assert batch["rewards"][4:].tolist() == [0.5] * 4
     assert set(batch["rewards"][:4].tolist()) <= set(scores["score_chosen"])
     run.train()
+    reference = torch.cat(run.compute_ref_log_probs(run.ref_model, batch))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    model = tiny_llama().double()
+    logps = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    labels = labels[:, 1:]
+    sums = logps.gather(2, labels.clamp(min=0)[..., None])[..., 0].where(labels >= 0, 0.0).sum(1)
+    margins = 0.1 * (sums - reference).view(2, 4).diff(dim=0).neg()[0]
+    score = batch["rewards"].view(2, 4).diff(dim=0).neg()[0]
+    truth = expected(margins, score.double()).mean().item()
+    assert history(run, "loss")[0] == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_divergence_of_the_tokens_reaches_tdpo(tmp_path):
+    given = options(tmp_path, max_steps=1, train_sampling_strategy="sequential")
+    config = FusedDPOConfig(**given, loss="tdpo1")
+    run = trainer(FusedDPOTrainer, config, dataset(), ref_model=tiny_llama(5))
+    batch = next(iter(run.get_train_dataloader()))
+    rows = [
+        each(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].double().log_softmax(-1)
+        for each in (tiny_llama(), tiny_llama(5))
+    ]
+    counted = batch["completion_mask"][:, 1:] > 0
+    labels = batch["input_ids"][:, 1:, None]
+    policy, reference = (
+        each.gather(2, labels)[..., 0].where(counted, 0.0).sum(1).detach() for each in rows
+    )
+    kl = (rows[1].exp() * (rows[1] - rows[0])).sum(2).where(counted, 0.0).sum(1).detach()
+    truth = PreferenceLoss("tdpo1").from_logps(
+        LogpBatch(policy, counted.sum(1), reference=reference, sequence_kl=kl)
+    )
+    run.train()
+    assert history(run, "loss")[0] == pytest.approx(truth.loss.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="needs reference, sequence_kl, which neither precomp"):
+        given = options(tmp_path, precompute_ref_log_probs=True)
+        trainer(FusedDPOTrainer, FusedDPOConfig(**given, loss="tdpo1"), dataset(4))
 
 
 @pytest.mark.slow
@@ -171,6 +262,25 @@ def test_configurations_that_name_no_pairwise_loss(tmp_path):
         FusedDPOConfig(**given, loss="simpo", loss_kwargs={"betta": 1}).build_loss()
     with pytest.raises(ValueError, match="wanted a FusedDPOConfig"):
         trainer(FusedDPOTrainer, DPOConfig(**given), dataset(4))
+    with pytest.raises(ValueError, match="odpo needs `rewards`"):
+        config = FusedDPOConfig(**given, loss="odpo")
+        trainer(FusedDPOTrainer, config, dataset(4), ref_model=tiny_llama(5))
+
+
+def test_hyperparameters_are_given_once_and_trls_own_are_refused(tmp_path):
+    given = options(tmp_path)
+    config = FusedDPOConfig(**given, beta=0.3)
+    assert config.build_loss().hyperparameters["beta"] == 0.3
+    config = FusedDPOConfig(**given, loss="simpo")
+    assert config.build_loss().hyperparameters["beta"] == 2.5
+    with pytest.raises(ValueError, match=r"beta: got 0.3 and 2.0 in loss_kwargs"):
+        FusedDPOConfig(**given, beta=0.3, loss_kwargs={"beta": 2.0}).build_loss()
+    with pytest.raises(ValueError, match="label_smoothing: got 0.1, an option of TRL's own"):
+        FusedDPOConfig(**given, label_smoothing=0.1).build_loss()
+    with pytest.raises(ValueError, match=r"loss_type: got \['ipo'\]"):
+        FusedDPOConfig(**given, loss_type="ipo").build_loss()
+    with pytest.raises(ValueError, match="use_weighting: got True with dpo"):
+        FusedDPOConfig(**given, use_weighting=True).build_loss()
 
 
 def test_the_configuration_is_read_from_yaml_and_the_command_line(tmp_path):

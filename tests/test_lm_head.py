@@ -146,6 +146,8 @@ def test_wrappers_are_seen_through():
     wrapped.module = model
     assert unwrapped(wrapped) is model
     assert LMHead.of(wrapped).weight is model.lm_head.weight
+    assert LMHead.of(torch.compile(wrapped)).weight is model.lm_head.weight
+    assert backbone_of(torch.compile(model)) is model.model
 
 
 def lora(model, **options):

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fused_prefopt.types import LMHead, LossOutput, LowRank
+from fused_prefopt.checks import require_tokens
+from fused_prefopt.integrations.adapted_head import AdaptedHead, adapted_head, require_whole
+from fused_prefopt.integrations.logit_transforms import logit_transforms
+from fused_prefopt.types import LMHead, LossOutput
 
-# Config attribute → what it does to the logits. Models name the same thing differently.
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _VOCABS = ("unpadded_vocab_size", "vocab_size")
-# Model types that multiply by what others divide by.
-_MULTIPLYING = ("hyperclovax",)
-# Model types with a layer between the backbone's last hidden state and the output embedding.
-_LAYERS_BEFORE_HEAD = ("modernbert-decoder", "blt")
+# Model types whose logits are no function of the last hidden state, the weight and the config.
+_OTHERS = {
+    "blt": "transforms its hidden state before its output embedding",
+    "chameleon": "masks the logits of its image tokens",
+}
+# What a backbone takes of a collated batch, the last ones those of multimodal models.
+_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "image_position_ids",
+    "pixel_values_videos",
+    "video_grid_thw",
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The causal language model inside PEFT, DDP or other wrappers."""
+    """The causal language model inside PEFT, DDP, `torch.compile` or other wrappers."""
     while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
         base = getattr(model, "get_base_model", None)
         inner = base() if callable(base) else getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -35,63 +54,122 @@ def backbone_of(model: nn.Module) -> nn.Module:
     """The part of a causal language model that ends in the last hidden state.
 
     Raises:
-        ValueError: the model has no such part.
+        ValueError: the model has no such part, or an adapter in front of it.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("model: its adapter learns a prompt, which goes in front of the backbone")
+    model = unwrapped(model)
+    # The prefix of some models' text halves is that of the whole.
+    for name in (getattr(model, "base_model_prefix", ""), "model"):
+        backbone = getattr(model, name, None) if name else None
+        if isinstance(backbone, nn.Module) and backbone is not model:
+            return backbone
+    raise ValueError(f"model: {type(model).__name__} has no backbone apart from its head")
+
+
+def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
+    """What the backbone returns for a collated batch; no cache is kept.
+
+    Args:
+        model: causal language model.
+        batch: `input_ids` and, where they are given, `attention_mask`, `position_ids` and what
+            multimodal models take (`pixel_values` and its like, `token_type_ids`).
+        **options: further arguments of the backbone.
+
+    Raises:
+        ValueError: the batch has no `input_ids`, or on CPU one that the model does not know, or
+            the model has no backbone apart from its head.
+    """
+    if batch.get("input_ids") is None:
+        raise ValueError(f"input_ids: got none in {', '.join(map(repr, batch))}, needs token ids")
+    inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
+    if inputs["input_ids"].device.type == "cpu" and not torch.compiler.is_compiling():
+        require_tokens("input_ids", inputs["input_ids"], input_vocab(model))
+    return backbone_of(model)(**inputs, **options, use_cache=False)
+
+
+def input_vocab(model: nn.Module) -> int:
+    """Rows of the model's input embedding, whatever adapts or partitions it.
+
+    Raises:
+        ValueError: the model has no config.
     """
     model = unwrapped(model)
-    prefix = getattr(model, "base_model_prefix", "")
-    backbone = getattr(model, prefix, None) if prefix else None
-    if not isinstance(backbone, nn.Module) or backbone is model:
-        raise ValueError(f"model: {type(model).__name__} has no backbone apart from its head")
-    return backbone
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding: Any = getter() if getter is not None else None
+    while embedding is not None and not hasattr(embedding, "num_embeddings"):
+        inner = ("base_layer", "original_module")
+        embedding = next((getattr(embedding, n) for n in inner if hasattr(embedding, n)), None)
+    return int(text_config(model).vocab_size if embedding is None else embedding.num_embeddings)
 
 
 def last_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The backbone's last hidden states of a collated batch: padded (S, L, D) or packed (1, N, D).
 
+    Arguments and errors are those of `backbone_outputs`.
+    """
+    return backbone_outputs(model, batch).last_hidden_state
+
+
+def inside_head(
+    model: nn.Module, hidden: Tensor, run: Callable[[Tensor, LMHead], Tensor]
+) -> Tensor:
+    """``run(hidden, head)`` from inside the forward of the modules that hold the head.
+
+    Engines that shard the head (FSDP2 with the head as a unit of its own, ZeRO-3) gather its
+    weights, and average their gradients, in hooks around those forwards: around the output
+    embedding's, and around those of the layers that PEFT put inside.
+
     Args:
         model: causal language model.
-        batch: `input_ids` and, where they are given, `attention_mask` and `position_ids`.
+        hidden: last hidden states.
+        run: takes the hidden states and the head; the hooks see what it returns.
 
     Raises:
-        ValueError: the model has no backbone apart from its head.
+        ValueError: `lm_head_of` does.
     """
-    names = ("input_ids", "attention_mask", "position_ids")
-    inputs = {name: batch[name] for name in names if batch.get(name) is not None}
-    return backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+
+    def forward(hidden: Tensor) -> Tensor:
+        return run(hidden, lm_head_of(model))
+
+    for module in reversed(readable_head(model).modules):
+        forward = partial(_forward_as, module, forward)
+    return forward(hidden)
 
 
 def through_head(
     model: nn.Module, hidden: Tensor, run: Callable[[Tensor, LMHead], LossOutput]
 ) -> LossOutput:
-    """``run(hidden, head)`` from inside the forward of the model's own output embedding.
-
-    Engines that shard the head (FSDP2 with the head as a unit of its own, ZeRO-3) gather its
-    weight, and average its gradient, in hooks around that forward.
+    """`inside_head` for a loss: the hooks see its `loss`.
 
     Args:
         model: causal language model.
         hidden: last hidden states.
-        run: takes the hidden states and the head; its `loss` is what the hooks see.
+        run: takes the hidden states and the head.
 
     Raises:
         ValueError: `lm_head_of` does.
     """
-    module = _output_embedding(model)
     results: list[LossOutput] = []
 
-    def forward(hidden: Tensor) -> Tensor:
-        results.append(run(hidden, lm_head_of(model)))
+    def loss_of(hidden: Tensor, head: LMHead) -> Tensor:
+        results.append(run(hidden, head))
         return results[0].loss
 
+    loss = inside_head(model, hidden, loss_of)
+    return replace(results[0], loss=loss)
+
+
+def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Call a module with another forward in place of its own: its hooks run around it."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
-        loss = module(hidden)
+        return module(hidden)
     finally:
         del module.forward
         if own is not None:
             module.forward = own
-    return replace(results[0], loss=loss)
 
 
 def lm_head_of(model: nn.Module) -> LMHead:
@@ -101,80 +179,86 @@ def lm_head_of(model: nn.Module) -> LMHead:
         model: has `get_output_embeddings()` and a `config`.
 
     Raises:
-        ValueError: there is no output embedding, or a plain ``hidden @ weight.T + bias`` does not
-            describe it (an adapter other than LoRA on the head, a quantised weight, a layer before
-            the head).
+        ValueError: `readable_head` does; or the weight is not whole here (ZeRO-3, FSDP or
+            offloading outside its module's forward), is not floating, or has fewer rows than the
+            config's vocabulary.
     """
-    model = unwrapped(model)
-    module, low_rank = _low_rank(_trained_copy(_output_embedding(model)))
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    extra = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or extra:
-        also = f" (it also has {', '.join(extra)})" if extra else ""
-        raise ValueError(
-            f"model: its head is a {type(module).__name__}, which weight and bias alone do not"
-            f" describe{also}"
-        )
-    if not weight.is_floating_point():
+    parts = readable_head(model)
+    layer: Any = parts.layer
+    weight: Tensor = layer.weight
+    require_whole("weight of the head", weight)
+    # Eight bits need scales, wherever those are kept.
+    if not weight.is_floating_point() or weight.itemsize == 1:
         raise ValueError(f"model: its head's weight is {weight.dtype}, wanted a floating dtype")
-    config = text_config(model)
-    kind = getattr(config, "model_type", None)
-    if kind in _LAYERS_BEFORE_HEAD:
-        raise ValueError(f"model: a {kind} transforms its hidden state before its output embedding")
-    scale = 1.0
-    for name in _MULTIPLIERS:
-        scale *= _number(config, name) or 1.0
-    for name in _DIVISORS:
-        divisor = _number(config, name) or 1.0
-        scale *= divisor if kind in _MULTIPLYING else 1.0 / divisor
-    softcap = next(filter(None, (_number(config, name) for name in _SOFTCAPS)), None)
-    vocab = next(filter(None, (getattr(config, name, None) for name in _VOCABS)), None)
-    padded = vocab is not None and vocab < weight.shape[0]
-    valid = vocab if padded else None
-    return LMHead(weight, bias, softcap, scale, valid_vocab=valid, low_rank=low_rank)
+    config = text_config(unwrapped(model))
+    scale, softcap = logit_transforms(unwrapped(model), config)
+    rows = weight.shape[0]
+    vocab = next(filter(None, (getattr(config, name, None) for name in _VOCABS)), rows)
+    if vocab > rows:
+        raise ValueError(
+            f"model: its head has {rows} rows, its config a vocabulary of {vocab}: a part of it"
+        )
+    valid = vocab if vocab < rows else None
+    bias = getattr(layer, "bias", None)
+    return LMHead(weight, bias, softcap, scale, valid_vocab=valid, low_rank=parts.terms())
 
 
-def _output_embedding(model: nn.Module) -> nn.Module:
+def readable_head(model: nn.Module) -> AdaptedHead:
+    """The layers of a model's head, checked to be one matrix with low-rank terms.
+
+    It reads no values: they may be partitioned.
+
+    Args:
+        model: has `get_output_embeddings()` and a `config`.
+
+    Raises:
+        ValueError: there is no output embedding, or a plain ``hidden @ weight.T + bias`` does not
+            describe it (an adapter other than LoRA and trainable tokens on the head, a quantised
+            weight, a layer before the head).
+    """
     model = unwrapped(model)
     getter = getattr(model, "get_output_embeddings", None)
     module = getter() if getter is not None else None
     if not isinstance(module, nn.Module):
         raise ValueError(f"model: {type(model).__name__} has no output embedding to read")
-    return module
+    parts = adapted_head(module)
+    layer = parts.layer
+    tensors = [*dict(layer.named_parameters()), *dict(layer.named_buffers())]
+    extra = [name for name in tensors if name not in ("weight", "bias")]
+    if not isinstance(getattr(layer, "weight", None), nn.Parameter) or extra:
+        also = f" (it also has {', '.join(extra)})" if extra else ""
+        raise ValueError(
+            f"model: its head is a {type(layer).__name__}, which weight and bias alone do not"
+            f" describe{also}"
+        )
+    kind = getattr(text_config(model), "model_type", None)
+    if kind in _OTHERS:
+        raise ValueError(f"model: a {kind} {_OTHERS[kind]}")
+    _require_nothing_between(model, module)
+    return parts
 
 
-def _trained_copy(module: nn.Module) -> nn.Module:
-    """What PEFT's `modules_to_save` trains in place of the original head."""
-    copies = getattr(module, "modules_to_save", None)
-    if not isinstance(copies, nn.ModuleDict):
-        return module
-    active: Any = [] if module.disable_adapters else module.active_adapters
-    if active and active[0] in copies:
-        return copies[active[0]]
-    # Adapters are off, or the active one keeps no copy of the head.
-    return module.get_submodule("original_module")
-
-
-def _low_rank(module: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
-    """The layer below PEFT's LoRA on the head, and the terms of the active adapters."""
-    if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
-        return module, ()
-    layer: Any = module
-    if layer.merged or layer.disable_adapters:
-        if layer.merged and layer.disable_adapters:
-            raise ValueError("model: an adapter is merged into its head, call `unmerge_adapter()`")
-        return layer.base_layer, ()
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    return layer.base_layer, tuple(_term(layer, name) for name in active)
-
-
-def _term(layer: Any, name: str) -> LowRank:
-    """One adapter's term of a LoRA layer."""
-    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if name in layer.lora_variant or up.bias is not None:
-        raise ValueError(f"model: the adapter {name!r} on its head is not plain LoRA without bias")
-    probability = getattr(dropout, "p", 0.0) if dropout.training else 0.0
-    return LowRank(down.weight, up.weight, layer.scaling[name], probability)
+def _require_nothing_between(model: nn.Module, head: nn.Module) -> None:
+    """Raise ValueError if a model has parameters outside its backbone and its head."""
+    try:
+        backbone = backbone_of(model)
+    except ValueError:
+        return
+    known = {id(value) for value in head.parameters()}
+    # Every step comes here: the backbone, of many parameters, is not walked through.
+    others = [
+        f"{name}.{inner}"
+        for name, part in model.named_children()
+        if part is not backbone
+        for inner, value in part.named_parameters()
+        if id(value) not in known
+    ]
+    if others:
+        raise ValueError(
+            f"model: a {type(model).__name__} has parameters outside its backbone and its output"
+            f" embedding ({', '.join(others[:3])}), which may transform its hidden state before its"
+            " output embedding"
+        )
 
 
 def text_config(model: nn.Module) -> Any:
@@ -183,8 +267,3 @@ def text_config(model: nn.Module) -> Any:
     if config is None:
         raise ValueError(f"model: {type(model).__name__} has no config to read its head from")
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _number(config: Any, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return None if value is None else float(value)

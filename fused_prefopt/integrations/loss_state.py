@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from fused_prefopt.integrations.transformers import Attachment
+    from fused_prefopt.integrations.attachment import Attachment
 
 _FILE = "preference_loss.pt"
 
 
 class KeepsLossState:
-    """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss."""
+    """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss.
+
+    Raises:
+        ValueError: training resumes from the statistics of a loss of another kind or size.
+    """
 
     attachment: Attachment
     args: Any
@@ -26,6 +31,17 @@ class KeepsLossState:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None and (Path(checkpoint) / _FILE).is_file():
-            state = torch.load(Path(checkpoint) / _FILE, weights_only=True)
-            self.attachment.loss_fn.load_state_dict(state)
+        if checkpoint is None:
+            return
+        path, loss_fn = Path(checkpoint) / _FILE, self.attachment.loss_fn
+        if not path.is_file():
+            if loss_fn.statistics is not None:
+                warnings.warn(f"{path}: not found, the statistics start empty", stacklevel=2)
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loss_fn.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path}: got the statistics of another loss, needs those of {loss_fn}"
+            ) from error

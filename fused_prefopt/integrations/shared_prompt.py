@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_prefopt.data.shared_prompt import shared_attention
-from fused_prefopt.integrations.causal_lm import backbone_of, text_config
+from fused_prefopt.integrations.causal_lm import backbone_outputs, text_config
 
 # Attention that adds a mask of any pattern to its scores.
 _IMPLEMENTATIONS = ("eager", "sdpa")
@@ -29,12 +29,8 @@ def shared_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """
     require_mask_attention(model, batch["position_ids"].shape[1])
     dtype = next(model.parameters()).dtype
-    output = backbone_of(model)(
-        input_ids=batch["input_ids"],
-        attention_mask=shared_attention(batch["segments"], dtype),
-        position_ids=batch["position_ids"],
-        use_cache=False,
-    )
+    inputs = {**batch, "attention_mask": shared_attention(batch["segments"], dtype)}
+    output = backbone_outputs(model, inputs)
     return output.last_hidden_state.flatten(0, 1)[batch["predictors"]]
 
 

@@ -6,164 +6,123 @@ exact, and no logits are built: the head meets the labelled rows only.
 
 from __future__ import annotations
 
-import functools
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
-from fused_prefopt.data import labels_of, prompt_labels_of
-from fused_prefopt.integrations.causal_lm import (
-    backbone_of,
-    last_hidden,
-    lm_head_of,
-    through_head,
-    unwrapped,
+from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.integrations.attachment import (
+    OF_REFERENCE,
+    PREFERENCE_KEY,
+    Attachment,
+    preference_outputs,
 )
+from fused_prefopt.integrations.causal_lm import backbone_of, input_vocab, readable_head
+from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
-from fused_prefopt.integrations.shared_prompt import shared_hidden
+from fused_prefopt.integrations.reference_pass import Reference
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import LMHead, LossOutput
 
-# A batch that carries this key is a preference batch; any other goes the model's own way.
-PREFERENCE_KEY = "completion_mask"
-_FIELDS = (
-    "reference",
-    "rewards",
-    "desirable",
-    "kl",
-    "prompt_reference",
-    "groups",
-    "sequence_kl",
-)
+__all__ = ["Attachment", "PreferenceTrainer", "attach", "preference_outputs"]
 
 
-def preference_outputs(
-    model: nn.Module, loss_fn: PreferenceLoss, batch: Mapping[str, Any]
-) -> LossOutput:
-    """Backbone, then loss, of a batch from `PairCollator` or `PointCollator`.
-
-    Args:
-        model: causal language model with a backbone and an output embedding.
-        loss_fn: which loss.
-        batch: `input_ids`, `completion_mask`, `attention_mask` or `position_ids`, and the extras
-            that the collators document; padded (S, L) or packed (1, N).
-
-    Raises:
-        ValueError: the loss needs a field that the batch does not have.
-    """
-    shared = "segments" in batch
-    hidden = shared_hidden(model, batch) if shared else last_hidden(model, batch)
-    labels, extras = labels_of(batch), {name: batch.get(name) for name in _FIELDS}
-    if "ref_chosen_logps" in batch:
-        halves = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
-        extras["reference"] = torch.cat(halves)
-    prompt_labels = prompt_labels_of(batch) if "prompt" in loss_fn.loss.needs else None
-    if shared:
-        if prompt_labels is not None:
-            raise ValueError(f"shared_prompt: {loss_fn.name} needs the prompt of each sequence")
-        labels, sequences = batch["targets"], 2 * batch["input_ids"].shape[0]
-        extras |= {"sequence_ids": batch["target_sequences"], "num_sequences": sequences}
-    if "sequence_ids" in batch:
-        hidden, labels = hidden[0], labels[0]
-        prompt_labels = None if prompt_labels is None else prompt_labels[0]
-        extras["sequence_ids"] = batch["sequence_ids"][0]
-        extras["num_sequences"] = batch["num_sequences"]
-
-    def run(hidden: Tensor, head: LMHead) -> LossOutput:
-        return loss_fn(
-            hidden, head, labels, shift=not shared, prompt_labels=prompt_labels, **extras
-        )
-
-    return through_head(model, hidden, run)
-
-
-class Attachment:
-    """A loss attached to a model; made by `attach`.
-
-    Attributes:
-        loss_fn: the loss; it follows the model's train and eval mode.
-    """
-
-    def __init__(self, model: nn.Module, loss_fn: PreferenceLoss) -> None:
-        self.loss_fn = loss_fn
-        self._model = unwrapped(model)
-        self._forward = self._model.forward
-        self._means = {"train": _Means(), "eval": _Means()}
-
-        @functools.wraps(self._forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get(PREFERENCE_KEY) is None:
-                return self._forward(*args, **kwargs)
-            self.loss_fn.train(self._model.training)
-            output = preference_outputs(self._model, self.loss_fn, kwargs)
-            self._means["train" if self._model.training else "eval"].add(output.metrics)
-            return {"loss": output.loss}
-
-        self._model.forward = forward
-
-    def detach(self) -> None:
-        """Give the model its own forward back."""
-        del self._model.forward
-
-    def pop_metrics(self, mode: str) -> dict[str, float]:
-        """Means of the metrics over the steps since the last call and all ranks; forgets them.
-
-        Every rank must make the call.
-
-        Args:
-            mode: "train" or "eval".
-        """
-        return self._means[mode].pop()
-
-
-class _Means:
-    """Means of metrics, summed on their own device so that no step waits for it."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
-
-    def pop(self) -> dict[str, float]:
-        own = {name: float(total) for name, total in self._sums.items()}, self._count
-        self._sums, self._count = {}, 0
-        ranks = [own]
-        if dist.is_available() and dist.is_initialized():
-            # As objects: a rank without a batch has no names to agree on.
-            ranks = [own] * dist.get_world_size()
-            dist.all_gather_object(ranks, own)
-        count = max(1, sum(steps for _, steps in ranks))
-        names = dict.fromkeys(name for sums, _ in ranks for name in sums)
-        return {name: sum(sums.get(name, 0.0) for sums, _ in ranks) / count for name in names}
-
-
-def attach(model: nn.Module, loss_fn: PreferenceLoss) -> Attachment:
+def attach(
+    model: nn.Module | Trainer,
+    loss_fn: PreferenceLoss,
+    *,
+    reference: nn.Module | str = "precomputed",
+    reference_cache: str | os.PathLike[str] | None = None,
+    log_tokens: bool = False,
+    router_coefficient: float | None = None,
+) -> Attachment:
     """Let `model.forward` return the preference loss of batches that carry `completion_mask`.
 
     Use it with ``TrainingArguments(remove_unused_columns=False, label_names=["completion_mask"])``
-    and a collator of `fused_prefopt.data`; other batches go the model's own way.
+    and a collator of `fused_prefopt.data`; other batches go the model's own way. Given a trainer
+    it also logs the loss's metrics, in evaluation with its prefix, and keeps the loss's
+    statistics in the checkpoints.
 
     Args:
-        model: any Hugging Face causal language model, PEFT-wrapped ones too.
+        model: any Hugging Face causal language model, PEFT-wrapped ones too, or the
+            `transformers.Trainer` that holds one.
         loss_fn: the loss; it is moved to the model's device.
+        reference: where reference log-probs come from that a batch does not carry: "precomputed"
+            (it must carry them), "adapter" (the model without its PEFT adapters) or a model, kept
+            whole on each rank.
+        reference_cache: folder. The trainer's data sets then get the reference log-probs as
+            columns before training, computed once for each content of model and data; training
+            needs no second model.
+        log_tokens: also log `entropy`, `logits/chosen`, `logits/rejected` and, of pairs,
+            `mean_token_accuracy`; one more evaluation of the head a step.
+        router_coefficient: of a mixture of experts' load-balancing loss, 0 for none; None adds it
+            as the model does, where ``config.output_router_logits``.
 
     Raises:
-        ValueError: the model's head or backbone cannot be told apart or read.
+        ValueError: the model's head or backbone cannot be told apart or read, the trainer's `args`
+            would drop or mistake the batch's columns, or the reference does not fit.
     """
-    lm_head_of(model), backbone_of(model)
-    loss_fn.to(next(model.parameters()).device)
-    return Attachment(model, loss_fn)
+    trainer = model if isinstance(model, Trainer) else None
+    policy: nn.Module = model.model if isinstance(model, Trainer) else model
+    # Their weights may be partitioned here.
+    readable_head(policy), backbone_of(policy)
+    if reference is policy and reference_cache is None:
+        raise ValueError("reference: got the model that trains, needs a reference_cache with it")
+    source = None
+    needs = loss_fn.loss.needs & OF_REFERENCE
+    if loss_fn.ld_alpha is not None and "sequence_kl" in needs:
+        raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with {loss_fn.name}, needs None")
+    if reference != "precomputed" and needs:
+        options = {name: loss_fn.op_options[name] for name in ("workspace_mb", "engine")}
+        source = Reference(policy, reference, ld_alpha=loss_fn.ld_alpha, **options)
+    device = next(policy.parameters()).device
+    loss_fn.to(device)
+    if isinstance(reference, nn.Module) and next(reference.parameters()).device != device:
+        reference.to(device)
+    if reference_cache is not None:
+        if trainer is None:
+            raise ValueError("reference_cache: got a model, needs the trainer with its data sets")
+        if loss_fn.ld_alpha is not None or "sequence_kl" in needs:
+            raise ValueError(
+                f"reference_cache: got one with {loss_fn}, which wants more of the reference than"
+                " the log-probs of whole completions; needs a reference without a cache"
+            )
+        if source is not None:
+            _add_reference_logps(trainer, source, reference_cache)
+        source = None
+    attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
+    if trainer is not None:
+        _require_arguments(trainer)
+        leave_out_ligers_loss(trainer.args)
+        _check_tokens(trainer)
+        _log_in(trainer, attachment)
+    return attachment
 
 
-class PreferenceTrainer(KeepsLossState, Trainer):
+class LogsPreferences(KeepsLossState):
+    """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the metrics of training since the last log to a log of training steps."""
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self.attachment.pop_metrics("train"))
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Add the metrics of the evaluated data set, with its prefix."""
+        self.attachment.forget_metrics("eval")
+        output = super().evaluation_loop(  # type: ignore[misc]
+            *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        metrics = self.attachment.pop_metrics("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
+        return output
+
+
+class PreferenceTrainer(LogsPreferences, Trainer):
     """`transformers.Trainer` with a preference loss attached to its model.
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
@@ -171,27 +130,82 @@ class PreferenceTrainer(KeepsLossState, Trainer):
 
     Args:
         loss_fn: the loss.
+        reference, reference_cache, log_tokens: as in `attach`.
         *args, **kwargs: of `transformers.Trainer`; `args` needs ``remove_unused_columns=False``
             and ``label_names=["completion_mask"]``.
 
     Raises:
-        ValueError: `args` would drop or mistake the batch's columns.
+        ValueError: as in `attach`.
     """
 
-    def __init__(self, *args: Any, loss_fn: PreferenceLoss, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss_fn: PreferenceLoss,
+        reference: nn.Module | str = "precomputed",
+        reference_cache: str | os.PathLike[str] | None = None,
+        log_tokens: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.remove_unused_columns or self.label_names != [PREFERENCE_KEY]:
-            raise ValueError(
-                "args: wanted remove_unused_columns=False and"
-                f" label_names=[{PREFERENCE_KEY!r}], got {self.args.remove_unused_columns} and"
-                f" {self.label_names}"
-            )
-        self.attachment = attach(self.model, loss_fn)
+        attach(
+            self,
+            loss_fn,
+            reference=reference,
+            reference_cache=reference_cache,
+            log_tokens=log_tokens,
+        )
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the metrics since the last log; evaluation's have the prefix `eval_`."""
-        in_eval = any(name.startswith("eval_") for name in logs)
-        metrics = self.attachment.pop_metrics("eval" if in_eval else "train")
-        prefix = "eval_" if in_eval else ""
-        logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
-        super().log(logs, *args, **kwargs)
+
+def _log_in(trainer: Trainer, attachment: Attachment) -> None:
+    """Give the trainer the methods of `LogsPreferences`, in front of its class's own."""
+    trainer.attachment = attachment
+    kind = type(trainer)
+    if not issubclass(kind, LogsPreferences):
+        trainer.__class__ = type(f"Preference{kind.__name__}", (LogsPreferences, kind), {})
+
+
+def _check_tokens(trainer: Trainer) -> None:
+    """Let the collator check token ids, before they are on a device that the check waits for."""
+    collator = trainer.data_collator
+    if isinstance(collator, PairCollator | PointCollator) and collator.vocab_size is None:
+        trainer.data_collator = replace(collator, vocab_size=input_vocab(trainer.model))
+
+
+def _require_arguments(trainer: Trainer) -> None:
+    if trainer.args.remove_unused_columns or trainer.label_names != [PREFERENCE_KEY]:
+        raise ValueError(
+            "args: wanted remove_unused_columns=False and"
+            f" label_names=[{PREFERENCE_KEY!r}], got {trainer.args.remove_unused_columns} and"
+            f" {trainer.label_names}"
+        )
+
+
+def _add_reference_logps(
+    trainer: Trainer, source: Reference, folder: str | os.PathLike[str]
+) -> None:
+    """Give the trainer's data sets the reference's columns."""
+
+    tokenizer = trainer.processing_class
+
+    def with_columns(data: Any) -> Any:
+        if data is None:
+            return None
+        if not hasattr(data, "__len__"):
+            raise ValueError("reference_cache: got an iterable data set, needs one with a length")
+        return source.add_logps(
+            data,
+            trainer.data_collator,
+            tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            cache_dir=folder,
+            progress=not trainer.args.disable_tqdm,
+        )
+
+    trainer.train_dataset = with_columns(trainer.train_dataset)
+    evaluated = trainer.eval_dataset
+    trainer.eval_dataset = (
+        {name: with_columns(data) for name, data in evaluated.items()}
+        if isinstance(evaluated, Mapping)
+        else with_columns(evaluated)
+    )

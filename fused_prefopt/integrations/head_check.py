@@ -1,0 +1,80 @@
+"""Whether the head that was read from a model is the one the model uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_prefopt.integrations.causal_lm import inside_head, last_hidden, text_config, unwrapped
+from fused_prefopt.types import LMHead
+
+# Roundings of the largest logit that two orders of the same operations may be apart.
+_ROUNDINGS = 16
+_TOKENS = 8
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
+    """Compare the logits of `LMHead.of` with the model's own, on a few tokens.
+
+    For a model that this package has not met. It costs one forward pass with logits, in eval mode.
+
+    Args:
+        model: Hugging Face causal language model, PEFT-wrapped ones too, on one process.
+        input_ids: (S, L) to compare on; None takes eight tokens that the config does not name.
+
+    Returns:
+        The head.
+
+    Raises:
+        ValueError: the logits differ by more than rounding, or the head cannot be read.
+    """
+    wrapped, model = model, unwrapped(model)
+    if input_ids is None:
+        input_ids = _plain_tokens(text_config(model), model).to(next(model.parameters()).device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        own: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        heads: list[LMHead] = []
+
+        def logits(hidden: Tensor, head: LMHead) -> Tensor:
+            heads.append(head)
+            return head.logits(hidden)
+
+        got = inside_head(model, last_hidden(wrapped, {"input_ids": input_ids}), logits)
+    finally:
+        for module in training:
+            module.training = True
+    head = heads[0]
+    own = own[..., : head.vocab]
+    if got.shape != own.shape:
+        raise ValueError(
+            f"model: its own logits are {tuple(own.shape)}, those of the head that was read"
+            f" {tuple(got.shape)}"
+        )
+    largest = float(own.abs().max())
+    error = float((got.double() - own.double()).abs().max())
+    if not error <= _ROUNDINGS * torch.finfo(got.dtype).eps * largest:
+        raise ValueError(
+            f"model: its own logits (the largest {largest:.3g}) are {error:.3g} away from those of"
+            f" the head that was read (softcap {head.softcap}, logit_scale {head.logit_scale:g},"
+            f" bias {head.bias is not None}, {len(head.low_rank)} low-rank terms): a"
+            f" {type(model).__name__} does more than `LMHead` describes"
+        )
+    return head
+
+
+def _plain_tokens(config: Any, model: nn.Module) -> Tensor:
+    """(1, 8) tokens that stand for no image, padding or boundary."""
+    named: set[Any] = set()
+    for source in (config, model.config):
+        for name in dir(source):
+            if name.endswith(("_token_id", "_token_index")):
+                value = getattr(source, name)
+                named.update(value if isinstance(value, list) else [value])
+    plain = [token for token in range(config.vocab_size) if token not in named]
+    step = max(1, len(plain) // _TOKENS)
+    return torch.tensor([plain[::step][:_TOKENS]])

@@ -1,0 +1,249 @@
+"""What the fused trainers on top of TRL's share: their options, references and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from trl.trainer.utils import use_adapter
+
+from fused_prefopt.integrations.attachment import OF_REFERENCE
+from fused_prefopt.integrations.causal_lm import input_vocab
+from fused_prefopt.integrations.checked_tokens import CheckedTokens
+from fused_prefopt.integrations.liger import leave_out_ligers_loss
+from fused_prefopt.integrations.loss_state import KeepsLossState
+from fused_prefopt.integrations.reference_pass import LOGPS_KEY, answer_logps, evaluating
+from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.losses import check_needs
+from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.statistics.gather import sum_over_ranks
+
+LAYOUT = ("input_ids", "attention_mask", "completion_mask")
+
+
+@dataclass
+class FusedOptions:
+    """The options that a fused trainer adds to TRL's.
+
+    Args:
+        loss: name of a loss; see `fused_prefopt.available_losses()`.
+        loss_kwargs: its hyperparameters.
+        beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
+        workspace_mb: budget of the op in MiB.
+        engine: of the op; `auto`, `torch`, `cublas` or `triton`.
+        log_tokens: also log what TRL logs of single tokens (`entropy`, `logits/chosen`,
+            `logits/rejected`, of pairs `mean_token_accuracy`): one more evaluation of the head.
+    """
+
+    loss: str = field(default="dpo", metadata={"help": "Name of a loss."})
+    # A string of JSON on the command line, as transformers reads its own dictionaries.
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Hyperparameters of the loss."}
+    )
+    beta: float | None = field(default=None, metadata={"help": "β, if not in `loss_kwargs`."})
+    workspace_mb: float = field(default=256, metadata={"help": "Workspace of the op in MiB."})
+    engine: str = field(default="auto", metadata={"help": "Engine of the op."})
+    log_tokens: bool = field(
+        default=False, metadata={"help": "Log entropy, mean logits and token accuracy."}
+    )
+
+    pairwise: ClassVar[bool] = True
+    # TRL's options that choose or shape its own loss, and those that are hyperparameters here too.
+    _trls_own: ClassVar[tuple[str, ...]] = ()
+    _shared: ClassVar[tuple[str, ...]] = ("beta",)
+
+    def build_loss(self) -> PreferenceLoss:
+        """The loss that the configuration names.
+
+        Raises:
+            ValueError: there is no such loss, it is not of the trainer's kind, an option of TRL's
+                own losses is given, or a hyperparameter is given twice.
+            TypeError: the loss has no such hyperparameter.
+        """
+        options: dict[str, Any] = dict(self.loss_kwargs or {})  # type: ignore[arg-type]
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if name not in (*self._trls_own, *self._shared) or value == _default(item):
+                continue
+            if name in self._trls_own:
+                raise ValueError(
+                    f"{name}: got {value!r}, an option of TRL's own losses; name a loss in `loss`"
+                    " and give its hyperparameters in `loss_kwargs`"
+                )
+            if options.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name}: got {value!r} and {options[name]!r} in loss_kwargs, needs one of them"
+                )
+        loss_fn = PreferenceLoss(
+            self.loss,
+            workspace_mb=self.workspace_mb,
+            engine=self.engine,
+            ld_alpha=getattr(self, "ld_alpha", None),
+            **options,
+        )
+        if loss_fn.loss.pairwise != self.pairwise:
+            kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
+            raise ValueError(f"loss: {self.loss!r} is {kind}, wanted one on {wanted}")
+        return loss_fn
+
+
+class FusesLoss(KeepsLossState):
+    """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
+
+    config_type: ClassVar[type[FusedOptions]]
+    # Of TRL's trainers.
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    train_dataset: Any
+    compute_loss: Any
+    compute_loss_context_manager: Any
+    router_aux_loss_coef: float
+    aux_loss_enabled: bool
+    precompute_ref_logps: bool
+    _is_vision_dataset: bool
+    _metrics: dict[str, Any]
+    _prepare_inputs: Any
+    _total_train_tokens: int
+    _tp_size: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None)
+        if not isinstance(config, self.config_type):
+            raise ValueError(
+                f"args: got {type(config).__name__}, wanted a {self.config_type.__name__}"
+            )
+        loss_fn = config.build_loss()
+        self.needs = loss_fn.loss.needs
+        self.needs_reference = bool(self.needs & OF_REFERENCE)
+        self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}
+        self._op_options["ld_alpha"] = loss_fn.ld_alpha
+        self._new_tokens = 0
+        with _given(config, **self._given_to_trl(config, loss_fn)):
+            super().__init__(*args, **kwargs)
+        if not self.needs_reference:
+            self.precompute_ref_logps = False
+        if self._is_vision_dataset:
+            raise ValueError("train_dataset: got images, needs texts only")
+        row = next(iter(self.train_dataset))
+        check_needs(loss_fn.name, self.needs, self._fields_of(row))
+        answer_logps(self.model)
+        leave_out_ligers_loss(self.args)
+        policy = self.accelerator.unwrap_model(self.model)
+        self.data_collator: Any = CheckedTokens(self.data_collator, input_vocab(policy))
+        self.attachment = attach(
+            policy,
+            loss_fn,
+            reference=self._at_every_step(),
+            log_tokens=config.log_tokens,
+            router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
+        )
+
+    def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
+        """Options as TRL's own constructor must see them."""
+        # Told so, TRL loads no reference model; `_precompute_ref_logps` computes nothing either.
+        return {} if self.needs_reference else {"precompute_ref_log_probs": True}
+
+    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        """`LogpBatch` fields that the loss can get with such rows."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss's metrics since the last log, means over steps and ranks."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self.attachment.pop_metrics(mode)
+        for name, value in metrics.items():
+            self._metrics[mode][name] = [value]
+        new = torch.as_tensor(self._new_tokens, device=self.accelerator.device)
+        self._total_train_tokens += int(sum_over_ranks(new)) // self._tp_size
+        self._new_tokens = 0
+        if metrics:
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if not self.needs_reference:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+
+    def _loss_of(self, model: Any, batch: dict[str, Any], return_outputs: bool) -> Any:
+        if self.model.training:
+            self._new_tokens = self._new_tokens + batch["attention_mask"].sum()
+        outputs = model(**batch)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _at_every_step(self) -> Any:
+        """The reference as `attach` takes it, where a loss wants more than its log-probs."""
+        if "sequence_kl" not in self.needs:
+            return "precomputed"
+        adapted = is_peft_model(self.model)
+        if self.precompute_ref_logps or (adapted and "ref" in self.model.peft_config):
+            raise ValueError(
+                f"loss: got one that needs {', '.join(sorted(self.needs))}, which neither"
+                " precomputed log-probs nor a copy of an adapter give; needs a reference model or a"
+                " new adapter"
+            )
+        return self.ref_model or "adapter"
+
+    def _logps(
+        self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
+    ) -> dict[str, Tensor]:
+        """What `completion_logps` returns, through the model's wrappers."""
+        answer_logps(model)
+        fields = {name: batch[name] for name in LAYOUT}
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = {"prompt": prompt, **self._op_options}
+            found: dict[str, Tensor] = model(**fields, **{LOGPS_KEY: wanted})
+        return found
+
+    def _reference_logps(
+        self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
+    ) -> dict[str, Tensor]:
+        """The same of the reference."""
+        with self._as_reference(model):
+            return self._logps(model, batch, prompt=prompt)
+
+    @contextmanager
+    def _as_reference(self, model: Any) -> Iterator[None]:
+        """`model` in eval mode, without the adapters that train where it is the policy."""
+        adapter: AbstractContextManager[Any] = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            # TRL keeps a copy of a pretrained adapter by this name.
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with evaluating(model), adapter:
+            yield
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+@contextmanager
+def _given(config: Any, **options: Any) -> Iterator[None]:
+    """The options set inside, as they were afterwards."""
+    before = {name: getattr(config, name) for name in options}
+    try:
+        for name, value in options.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

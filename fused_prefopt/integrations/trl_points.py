@@ -1,0 +1,237 @@
+"""TRL's trainer on single completions, with a point-wise loss of this package (KTO, DRO, …)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+from trl import KTOConfig, KTOTrainer, extract_prompt
+
+from fused_prefopt.data import PointCollator
+from fused_prefopt.integrations.trl_parts import LAYOUT, FusedOptions, FusesLoss
+from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.reference import add_reference_logps
+from fused_prefopt.statistics.gather import sum_over_ranks
+
+# Names of a score's column, the first that is there counts.
+SCORES = ("reward", "score")
+GROUP, PROMPT_REFERENCE = "group", "ref_prompt_logps"
+_PAIR = ("chosen", "rejected")
+_PAIR_SCORES = ("score_chosen", "score_rejected")
+
+
+@dataclass
+class FusedKTOConfig(FusedOptions, KTOConfig):
+    """`trl.KTOConfig` with a point-wise loss of this package; see `FusedOptions` for its options.
+
+    `desirable_weight` and `undesirable_weight` are hyperparameters of the loss, as `beta` is;
+    `loss_type` must keep its default.
+    """
+
+    loss: str = field(default="kto", metadata={"help": "Name of a point-wise loss."})
+
+    pairwise: ClassVar[bool] = False
+    _VALID_DICT_FIELDS = [*getattr(KTOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
+    _trls_own: ClassVar[tuple[str, ...]] = ("loss_type",)
+    _shared: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
+
+
+class FusedKTOTrainer(FusesLoss, KTOTrainer):
+    """`trl.KTOTrainer` whose loss is one of this package's, computed without logits.
+
+    Rows are `prompt`, `completion` and `label` (desirable or not), a `reward` or `score` (without
+    one DRO's is ±1 by the label), or both, and a `group` (DRO's mean over the completions of a
+    prompt); pairs become two rows, with their scores and a group. TRL's tokenisation, reference
+    handling (model, adapter switch, precomputed) and logging stay as they are. KTO's `kl` is
+    estimated as TRL does, from completions set behind another prompt of their batch; a loss
+    without it skips those two passes and takes any order of the rows and any batch size. The
+    statistics of the loss are saved with the optimizer.
+
+    Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
+    over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
+    logits. Still TRL's: a batch's last row that is alone when the data set is prepared is its own
+    neighbour, which makes `kl` its reward.
+
+    Args:
+        *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`.
+
+    Raises:
+        ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
+            set lacks what the loss needs, or has images.
+    """
+
+    config_type = FusedKTOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator: Any = _PointFields(self.data_collator)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The fused loss of a batch from TRL's collator."""
+        names = (*LAYOUT, "rewards", "groups")
+        batch = {name: inputs[name] for name in names if name in inputs}
+        batch["desirable"] = inputs["label"].bool()
+        reference = self._reference_fields(model, inputs)
+        reference_kl = reference.pop("kl", None)
+        if reference_kl is not None:
+            policy = self._logps(model, _mismatched(inputs))["completion"]
+            difference = policy - reference_kl
+            count = torch.full_like(difference, 1.0)
+            total = sum_over_ranks(torch.stack([difference.sum(), count.sum()]))
+            batch["kl"] = (total[0] / total[1]).clamp(min=0)
+        return self._loss_of(model, batch | reference, return_outputs)
+
+    def compute_ref_log_probs(
+        self, model: Any, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B,) summed log-probs of the reference, in nats: completions, and mismatched ones."""
+        own = self._reference_logps(model, inputs)["completion"]
+        if not self.calculate_KL:
+            return own, None
+        return own, self._reference_logps(model, _mismatched(inputs))["completion"]
+
+    def _reference_fields(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """`reference`, `prompt_reference` and the reference's part of `kl`, where they are used."""
+        if not self.needs_reference:
+            return {}
+        source = self.ref_model or model
+        if "prompt_reference" in self.needs:
+            if PROMPT_REFERENCE in inputs:
+                own, prompt = inputs["ref_logps"], inputs[PROMPT_REFERENCE]
+            else:
+                found = self._reference_logps(source, inputs, prompt=True)
+                own, prompt = found["completion"], found["prompt"]
+            return {"reference": own, "prompt_reference": prompt}
+        if "ref_logps" in inputs:
+            own, mismatched = inputs["ref_logps"], inputs.get("ref_KL_logps")
+        else:
+            own, mismatched = self.compute_ref_log_probs(source, inputs)
+        fields = {"reference": own}
+        return fields if mismatched is None else fields | {"kl": mismatched}
+
+    def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
+        # By this name TRL decides whether to make mismatched completions.
+        kind = "kto" if "kl" in loss_fn.loss.wants else "apo_zero_unpaired"
+        # TRL compares these with the numbers of desirable and other rows.
+        weights = {
+            name: loss_fn.hyperparameters[name]
+            for name in ("desirable_weight", "undesirable_weight")
+            if name in loss_fn.hyperparameters
+        }
+        return super()._given_to_trl(config, loss_fn) | weights | {"loss_type": kind}
+
+    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        given = {"reference", "desirable", "rewards", "prompt", "prompt_reference"}
+        return given | ({"groups"} if GROUP in row else set())
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        row = next(iter(dataset))
+        if all(name in row for name in (*_PAIR, *_PAIR_SCORES)):
+            if "prompt" not in row:
+                dataset = dataset.map(extract_prompt)
+            dataset = dataset.map(
+                _unpaired, batched=True, with_indices=True, remove_columns=list(next(iter(dataset)))
+            )
+            row = next(iter(dataset))
+        if "label" not in row and "chosen" not in row:
+            column = next((name for name in SCORES if name in row), None)
+            if "desirable" in self.needs or column is None:
+                raise ValueError(f"train_dataset: got {', '.join(row)}, needs a column 'label'")
+            dataset = dataset.map(lambda row: {"label": row[column] > 0})
+        # In the data set named "train" TRL compares the labels' numbers with KTO's weights.
+        name = dataset_name if "desirable" in self.needs else f"{dataset_name} (scored)"
+        return super()._prepare_dataset(dataset, processing_class, args, name)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if "prompt_reference" not in self.needs:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
+                " length"
+            )
+        longest = self.args.max_length
+        features = [
+            {
+                "prompt_ids": row["prompt_ids"],
+                "completion_ids": (row["prompt_ids"] + row["completion_ids"])[:longest][
+                    len(row["prompt_ids"]) :
+                ],
+            }
+            for row in dataset
+        ]
+        model = self.ref_model or self.model
+        with self._as_reference(model), self.accelerator.autocast():
+            rows = add_reference_logps(
+                model,
+                features,
+                PointCollator(self._tokenizer.pad_token_id),
+                batch_size=batch_size,
+                cache_dir=Path(self.args.output_dir) / "reference_logps",
+                progress=not self.args.disable_tqdm,
+                description=f"reference log-probs of {name}",
+            )
+        columns = {
+            "ref_logps": [row["reference"] for row in rows],
+            PROMPT_REFERENCE: [row["prompt_reference"] for row in rows],
+        }
+        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        extra = (*SCORES, GROUP, PROMPT_REFERENCE)
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
+
+
+def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: inputs[f"KL_{name}"] for name in LAYOUT}
+
+
+def _unpaired(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    """Two rows of each pair, chosen first."""
+    return {
+        "prompt": [prompt for prompt in rows["prompt"] for _ in _PAIR],
+        "completion": _interleaved(rows["chosen"], rows["rejected"]),
+        "label": [label for _ in indices for label in (True, False)],
+        "reward": _interleaved(rows["score_chosen"], rows["score_rejected"]),
+        GROUP: [index for index in indices for _ in _PAIR],
+    }
+
+
+def _interleaved(chosen: list[Any], rejected: list[Any]) -> list[Any]:
+    return [value for pair in zip(chosen, rejected, strict=True) for value in pair]
+
+
+@dataclass
+class _PointFields:
+    """A collator of TRL's that also stacks scores, groups and the prompts' reference."""
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        first = examples[0]
+        column = next((name for name in SCORES if name in first), None)
+        if column is None:
+            batch["rewards"] = 2.0 * batch["label"].float() - 1.0
+        else:
+            batch["rewards"] = torch.tensor([float(example[column]) for example in examples])
+        if GROUP in first:
+            batch["groups"] = torch.tensor([int(example[GROUP]) for example in examples])
+        if PROMPT_REFERENCE in first:
+            prompts = [example[PROMPT_REFERENCE] for example in examples]
+            batch[PROMPT_REFERENCE] = torch.tensor(prompts)
+        return batch
