@@ -13,6 +13,7 @@ from fused_prefopt.ops.plan import PATHS
 
 # Of fp32 log-probs with logits up to 30, in nats; of fp32 gradients, relative.
 _LOGPS, _GRADIENTS = 2e-5, 1e-5
+_OPTIONAL = ("transformers", "accelerate", "datasets", "peft", "trl", "matplotlib")
 
 
 def examine(device: str | None = None) -> Iterator[tuple[str, str, bool]]:
@@ -26,6 +27,7 @@ def examine(device: str | None = None) -> Iterator[tuple[str, str, bool]]:
     yield "torch", torch.__version__, True
     wanted = place.type == "cuda"
     yield "triton", MISSING_TRITON or _version("triton"), MISSING_TRITON is None or not wanted
+    yield "with", ", ".join(map(_found, _OPTIONAL)), True
     yield "device", _describe(place), True
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for engine, paths in _grouped(choose_engines("auto", place, dtype)).items():
@@ -39,6 +41,15 @@ def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package)
+
+
+def _found(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return f"{package} {_version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
 
 
 def _describe(place: torch.device) -> str:

@@ -9,6 +9,16 @@ from typing import Any
 from torch import Tensor
 
 History = Sequence[Mapping[str, float]]
+# Picture → its vertical axis, and the logged metrics that it shows.
+_PICTURES = {
+    "loss": ("loss", ("loss",)),
+    "accuracies": ("share of pairs", ("rewards/accuracies",)),
+    "rewards": ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/mean")),
+    "margins": ("reward", ("rewards/margins", "margin/mean")),
+    "kl": ("policy − reference, nats", ("kl/chosen", "kl/rejected", "kl/mean", "kl")),
+    "logps": ("summed log-prob, nats", ("logps/chosen", "logps/rejected", "logps/mean")),
+}
+_LABELS = {"rewards/margins": "reward margin", "margin/mean": "target margin γ_i, mean ± std"}
 
 
 def comparison_table(summaries: Mapping[str, Mapping[str, float]]) -> str:
@@ -80,7 +90,7 @@ def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
     figure, axes = _figure(len(histories))
     for axis, (name, history) in zip(axes, histories.items(), strict=True):
         for metric in ("rewards/chosen", "rewards/rejected", "rewards/mean"):
-            points = [(row["step"], row[metric]) for row in history if metric in row]
+            points = _points(history, metric)
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=metric)
         axis.set_title(name)
@@ -88,6 +98,58 @@ def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
         axis.legend()
     axes[0].set_ylabel("implicit reward")
     _save(figure, path)
+
+
+def plot_histories(histories: Mapping[str, History], folder: Path) -> list[Path]:
+    """A picture each of loss, accuracies, rewards, margins with γ_i, KL and log-probs over steps.
+
+    One run has its metrics on one axis; several have an axis for each metric, with a line for
+    each run. The trainer's own evaluations (`eval_…`) are dashed.
+
+    Args:
+        histories: run → `Trainer.state.log_history`, of transformers or TRL.
+        folder: to write PNGs to.
+
+    Returns:
+        The files, without those that nothing was logged for.
+    """
+    written, alone = [], len(histories) == 1
+    for picture, (unit, metrics) in _PICTURES.items():
+        logged = [m for m in metrics if any(_points(h, m) for h in histories.values())]
+        if not logged:
+            continue
+        figure, axes = _figure(1 if alone else len(logged))
+        axes[0].set_ylabel(unit)
+        for row, metric in enumerate(logged):
+            axis, label = axes[0 if alone else row], _LABELS.get(metric, metric)
+            for number, (name, history) in enumerate(histories.items()):
+                color = f"C{row if alone else number}"
+                _curve(axis, history, metric, label if alone else name, color)
+            axis.set_title(next(iter(histories)) if alone else label)
+            axis.set_xlabel("optimizer step")
+            axis.legend()
+        written.append(folder / f"{picture}.png")
+        _save(figure, written[-1])
+    return written
+
+
+def _curve(axis: Any, history: History, metric: str, label: str, color: str) -> None:
+    """A metric over steps, its evaluations, and for γ_i a band of one standard deviation."""
+    for name, style in ((metric, "-"), (f"eval_{metric}", "--")):
+        points = _points(history, name)
+        if points:
+            shown = label if style == "-" else f"{label}, held out"
+            axis.plot(*zip(*points, strict=True), style, marker=".", label=shown, color=color)
+    spread = dict(_points(history, "margin/std")) if metric == "margin/mean" else {}
+    band = [(step, mean, spread[step]) for step, mean in _points(history, metric) if step in spread]
+    if band:
+        steps, means, stds = zip(*band, strict=True)
+        low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, alpha=0.2, color=color)
+
+
+def _points(history: History, metric: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[metric]) for row in history if metric in row]
 
 
 def _figure(columns: int) -> tuple[Any, Sequence[Any]]:

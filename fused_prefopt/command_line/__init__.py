@@ -1,0 +1,1 @@
+"""The commands of `fused-prefopt`: a file for each noun they deal with."""

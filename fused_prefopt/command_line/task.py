@@ -1,0 +1,166 @@
+"""What a configuration makes of its data set, model and loss before anything trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fused_prefopt.command_line.config_file import Config
+from fused_prefopt.command_line.errors import UserError, blaming, require_packages
+from fused_prefopt.command_line.models import load_reference, load_start, load_tokenizer
+from fused_prefopt.command_line.records import (
+    as_judged,
+    as_pairs,
+    as_points,
+    held_out_records,
+    training_records,
+)
+from fused_prefopt.command_line.settings import EMBEDDED, Settings
+from fused_prefopt.data import PairCollator, PointCollator, tokenise_pairs, tokenise_points
+from fused_prefopt.losses.needs import WHAT_IT_IS
+from fused_prefopt.losses.protocol import Loss
+from fused_prefopt.preference import PreferenceLoss
+
+Features = list[dict[str, Any]]
+# Fields of a batch → columns of the features they are made of.
+_PAIR_COLUMNS = {"rewards": ("score_chosen", "score_rejected")}
+_POINT_COLUMNS = {"rewards": ("reward",), "desirable": ("desirable",), "groups": ("group",)}
+# The training itself computes these.
+_COMPUTED = frozenset({"reference", "prompt", "prompt_reference", "sequence_kl"})
+
+
+@dataclass
+class Task:
+    """A loss, a tokenizer, a model and features.
+
+    Attributes:
+        config: where they come from.
+        loss_fn: the loss.
+        tokenizer: with a padding token.
+        model: that training starts from.
+        train: features of the kind that the loss judges.
+        held_out: features of pairs to judge on.
+        evaluated: the same of the kind that the loss judges.
+    """
+
+    config: Config
+    loss_fn: PreferenceLoss
+    tokenizer: Any
+    model: nn.Module
+    train: Features
+    held_out: Features
+    evaluated: Features
+
+    @property
+    def is_pairwise(self) -> bool:
+        return self.loss_fn.loss.pairwise
+
+    def collator(self, layout: str = "padded") -> PairCollator | PointCollator:
+        """The collator of `train`, in one of the layouts of `Settings`.
+
+        Raises:
+            ValueError: prompts are to be shared by single completions.
+        """
+        pad, packed = self.tokenizer.pad_token_id, layout == "packed"
+        if self.is_pairwise:
+            return PairCollator(pad, padding_free=packed, shared_prompt=layout == "shared_prompt")
+        if layout == "shared_prompt":
+            raise ValueError(f"layout: got shared_prompt, and {self.loss_fn.name} judges no pairs")
+        return PointCollator(pad, padding_free=packed)
+
+    def reference_model(self) -> nn.Module:
+        """A model of its own to compare with, on the device that trains."""
+        settings, training = self.config.settings, self.config.training
+        with blaming("reference_model"):
+            model = load_reference(settings, self.tokenizer, training.seed)
+        return model.requires_grad_(False).to(training.device)
+
+
+def load_task(config: Config) -> Task:
+    """Load everything that a configuration names.
+
+    Args:
+        config: from `read_config`.
+
+    Raises:
+        UserError: something is missing or does not fit; the message names the key.
+    """
+    settings, seed = config.settings, config.training.seed
+    loss_fn = load_loss(settings)
+    if settings.dataset != EMBEDDED:
+        require_packages("dataset", "datasets")
+    _check_reference(settings, loss_fn)
+    with blaming("dataset"):
+        records = training_records(settings, seed, points=_takes_rated(loss_fn.loss))
+    with blaming("held_out"):
+        judged = held_out_records(settings, seed)
+    with blaming("model"):
+        tokenizer = load_tokenizer(settings, records)
+        model = load_start(settings, tokenizer, seed)
+    with blaming("dataset"):
+        train = _features(settings, loss_fn, tokenizer, records)
+        _check_fields(loss_fn, train)
+    with blaming("held_out"):
+        lengths = (tokenizer, settings.max_length, settings.prompt_length)
+        held_out = tokenise_pairs(as_pairs(judged), *lengths) if judged else []
+        evaluated = _features(settings, loss_fn, tokenizer, judged) if judged else []
+    return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
+
+
+def load_loss(settings: Settings) -> PreferenceLoss:
+    """The loss that the settings name.
+
+    Raises:
+        UserError: there is no such loss or hyperparameter.
+    """
+    options: dict[str, Any] = {
+        "workspace_mb": settings.workspace_mb,
+        "engine": settings.engine,
+        **(settings.loss_kwargs or {}),
+    }
+    with blaming("loss"):
+        return PreferenceLoss(settings.loss, **options)
+
+
+def _takes_rated(loss: Loss) -> bool:
+    return not loss.pairwise and "desirable" not in loss.needs
+
+
+def _features(
+    settings: Settings, loss_fn: PreferenceLoss, tokenizer: Any, records: Features
+) -> Features:
+    """Token ids of the records as the loss judges them."""
+    lengths = (tokenizer, settings.max_length, settings.prompt_length)
+    if loss_fn.loss.pairwise:
+        return tokenise_pairs(as_pairs(records), *lengths)
+    kind = as_points if _takes_rated(loss_fn.loss) else as_judged
+    return tokenise_points(kind(records), *lengths)
+
+
+def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
+    """Raise where log-probs of whole completions, computed before training, are not enough."""
+    needs = loss_fn.loss.needs
+    shortened = loss_fn.ld_alpha is not None and "reference" in needs
+    if settings.reference == "precomputed" and ("sequence_kl" in needs or shortened):
+        raise UserError(
+            f"reference: got precomputed, needs model or adapter: {loss_fn.name} wants more of the"
+            " reference than the log-probs of whole completions"
+        )
+
+
+def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
+    """Raise unless every feature has what the loss needs."""
+    if not features:
+        raise ValueError(f"got no usable row, needs some that {loss_fn.name} can judge")
+    columns = _PAIR_COLUMNS if loss_fn.loss.pairwise else _POINT_COLUMNS
+    for field in sorted(loss_fn.loss.needs - _COMPUTED):
+        if field not in columns:
+            raise UserError(
+                f"loss: {loss_fn.name} needs `{field}`, {WHAT_IT_IS[field]}, which this command"
+                " does not compute"
+            )
+        names = columns[field]
+        if not all(name in feature for feature in features for name in names):
+            raise UserError(f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}")

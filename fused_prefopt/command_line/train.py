@@ -1,0 +1,163 @@
+"""`train`: one training from a YAML file, with any loss, and what comes of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_prefopt.command_line import config_file
+from fused_prefopt.command_line.config_file import Config, read_config
+from fused_prefopt.command_line.errors import UserError, blaming
+from fused_prefopt.command_line.models import with_adapters
+from fused_prefopt.command_line.reference import reference_for_columns, with_reference
+from fused_prefopt.command_line.report import write_report
+from fused_prefopt.command_line.runs import EVALUATION, newest_checkpoint, read_runs
+from fused_prefopt.command_line.task import Features, Task, load_task
+from fused_prefopt.types import LogpBatch
+
+HELP = "train a model on preferences, as a YAML file says"
+LOSS_STATE = "preference_loss.pt"
+CONFIG = "config.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    config_file.add_arguments(parser)
+    parser.usage = f"{parser.prog} [-h] CONFIG [--resume] [KEY=VALUE …]"
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in output_dir, if there is one",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, judge, and write it all to `output_dir`.
+
+    There: the model and tokenizer, `config.yaml`, the trainer's `trainer_state.json`, the loss's
+    statistics, numbers on held-out pairs (`evaluation.json`) and the pictures of `report`.
+
+    Raises:
+        UserError: the configuration or something it names does not fit, or `output_dir` has an
+            earlier run's checkpoints and `--resume` is not given.
+    """
+    config = read_config(options.config, options.overrides)
+    checkpoint = _checkpoint(config, options.resume)
+    task = load_task(config)
+    held_out = _add_reference_columns(task)
+    trainer = _trainer(task)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(config.folder))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _write(task, trainer, held_out)
+    trainer.accelerator.wait_for_everyone()
+    return 0
+
+
+def _checkpoint(config: Config, resume: bool) -> Path | None:
+    checkpoint = newest_checkpoint(config.folder)
+    if checkpoint is not None and not resume:
+        raise UserError(
+            f"output_dir: {config.folder} has checkpoints of an earlier run, needs --resume or"
+            " another folder"
+        )
+    if resume:
+        whence = "no checkpoint, from the start" if checkpoint is None else f"from {checkpoint}"
+        print(f"resuming {whence}", flush=True)
+    return checkpoint
+
+
+def _add_reference_columns(task: Task) -> Features:
+    """Put the reference's columns where they are wanted; returns the held-out pairs with theirs."""
+    settings = task.config.settings
+    wanted = settings.reference == "precomputed" and "reference" in task.loss_fn.loss.needs
+    if not (wanted or task.held_out):
+        return []
+    model = reference_for_columns(task)
+    if wanted:
+        task.train = with_reference(task, model, task.train, pairs=task.is_pairwise)
+        if task.evaluated and task.config.training.eval_strategy != "no":
+            task.evaluated = with_reference(task, model, task.evaluated, pairs=task.is_pairwise)
+    return with_reference(task, model, task.held_out, pairs=True) if task.held_out else []
+
+
+def _trainer(task: Task) -> Any:
+    from fused_prefopt.integrations.transformers import PreferenceTrainer
+
+    settings, training = task.config.settings, task.config.training
+    model = task.model
+    if settings.peft is not None:
+        with blaming("peft"):
+            model = with_adapters(model, settings.peft, training.seed)
+    reference: nn.Module | str = settings.reference
+    if reference == "model":
+        needed = "reference" in task.loss_fn.loss.needs
+        reference = task.reference_model() if needed else "precomputed"
+    with blaming("layout"):
+        collator = task.collator(settings.layout)
+    with blaming("model"):
+        return PreferenceTrainer(
+            model,
+            training,
+            loss_fn=task.loss_fn,
+            reference=reference,
+            log_tokens=settings.log_tokens,
+            train_dataset=task.train,
+            eval_dataset=task.evaluated or None,
+            data_collator=collator,
+            processing_class=task.tokenizer,
+        )
+
+
+def _write(task: Task, trainer: Any, held_out: Features) -> None:
+    """Everything but the model and the trainer's state."""
+    import yaml
+
+    config, folder = task.config, task.config.folder
+    given = config.given | {"output_dir": str(folder)}
+    text = yaml.safe_dump(given, allow_unicode=True, sort_keys=False)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    torch.save(task.loss_fn.state_dict(), folder / LOSS_STATE)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if held_out and sharded:
+        print("held-out pairs are not judged: the model is sharded", flush=True)
+    elif held_out:
+        _judge(task, trainer, held_out)
+    if config.settings.pictures:
+        write_report(read_runs([str(folder)]), folder / "report")
+    print(f"model, log and evaluation are in {folder}", flush=True)
+
+
+def _judge(task: Task, trainer: Any, held_out: Features) -> None:
+    """Print and write what held-out pairs say of the model and of its reference."""
+    from fused_prefopt.data import PairCollator
+    from fused_prefopt.evaluation import score_pairs
+    from fused_prefopt.report import comparison_table
+
+    source = trainer.attachment.reference
+    kept = task.config.settings.reference == "model" and source is not None
+    scores = score_pairs(
+        trainer.accelerator.unwrap_model(trainer.model).eval(),
+        source.model if kept else task.reference_model(),
+        held_out,
+        PairCollator(task.tokenizer.pad_token_id),
+        batch_size=task.config.settings.reference_batch_size,
+        progress=not task.config.training.disable_tqdm,
+    )
+    anchor = scores.batch.reference
+    assert anchor is not None
+    own = LogpBatch(policy=anchor, lengths=scores.batch.lengths, reference=anchor)
+    summaries = {
+        "reference": replace(scores, batch=own, kl=0.0, kl_rejected=0.0).summary(),
+        "trained": scores.summary(task.loss_fn.loss.reward),
+    }
+    print(f"\nheld-out pairs: {len(held_out)}\n\n{comparison_table(summaries)}\n", flush=True)
+    text = json.dumps({"pairs": len(held_out), **summaries}, indent=1) + "\n"
+    (task.config.folder / EVALUATION).write_text(text, encoding="utf-8")

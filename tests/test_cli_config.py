@@ -1,0 +1,137 @@
+"""A configuration: YAML, the words that go before it, defaults, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import pytest
+from bare_cli import ROOT, bare
+
+from fused_prefopt.command_line.config_file import parsed_overrides, read_config
+from fused_prefopt.command_line.errors import UserError
+from fused_prefopt.losses import published_settings
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a configuration that is not used beyond its reading, and reads it."""
+
+    def read(text: str = "", *words: str):
+        path = tmp_path / "job.yaml"
+        path.write_text(f"model: somewhere\nuse_cpu: true\n{text}")
+        return read_config(str(path), words)
+
+    return read
+
+
+def test_words_in_three_forms_are_read_as_yaml():
+    words = "--max-steps 9 loss=dpo --limit=5 loss_kwargs.beta=1e-2 split='' --bf16 --seed -1"
+    assert parsed_overrides(words.split()) == [
+        ("max_steps", 9),
+        ("loss", "dpo"),
+        ("limit", 5),
+        ("loss_kwargs.beta", 0.01),
+        ("split", ""),
+        ("bf16", True),
+        ("seed", -1),
+    ]
+    assert parsed_overrides(["a=[x, 2]", "--b", "c=1"]) == [("a", ["x", 2]), ("b", True), ("c", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("no", "no"), ("on", "on"), ("true", True), ("1e-6", 1e-6), ("1E5", 1e5), (".5", 0.5)]
+    + [("5", 5), ("-3.", -3.0), ("1e", "1e"), ("~", None), ("-.inf", float("-inf"))],
+)
+def test_plain_values_are_those_of_yaml_1_2(text, value):
+    ((_, read),) = parsed_overrides([f"key={text}"])
+    assert read == value and type(read) is type(value)
+
+
+def test_keys_reach_the_settings_and_the_training_arguments(config):
+    read = config(
+        "loss: gamma-simpo\nloss_kwargs: {beta: 1e-2, gamma: 1}\nsave_strategy: no\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nlearning_rate: 3e-4\nmax_steps: 7\npictures: false\n"
+    )
+    assert read.settings.loss == "gamma-simpo"
+    assert read.settings.loss_kwargs == {"beta": 0.01, "gamma": 1}
+    assert read.settings.pictures is False and read.settings.model == "somewhere"
+    assert read.training.save_strategy == "no" and read.training.max_steps == 7
+    assert read.training.learning_rate == 3e-4
+    assert read.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert read.given["loss_kwargs"] == {"beta": 0.01, "gamma": 1}
+
+
+def test_words_go_before_the_file_and_reach_into_mappings(config):
+    text = "max_steps: 7\nloss_kwargs: {beta: 1.0, gamma: 1.0}\n"
+    read = config(text, "max_steps=9", "loss_kwargs.gamma=0.5", "peft.r=8")
+    assert read.training.max_steps == 9
+    assert read.settings.loss_kwargs == {"beta": 1.0, "gamma": 0.5}
+    assert read.settings.peft == {"r": 8} == read.given["peft"]
+
+
+def test_defaults_are_a_trainers_but_for_a_few(config):
+    from transformers import TrainingArguments
+
+    read, plain = config(), TrainingArguments(output_dir="x", use_cpu=True)
+    assert str(read.folder) == "runs/job" and str(read.cache_dir) == "runs/job/cache"
+    assert read.training.logging_steps == 10 and read.training.report_to == []
+    assert read.training.label_names == ["completion_mask"]
+    assert read.training.remove_unused_columns is False
+    assert read.training.learning_rate == plain.learning_rate
+    assert read.training.per_device_train_batch_size == plain.per_device_train_batch_size
+    assert read.settings.prompt_length == 512
+    assert config("max_prompt_length: 100\n").settings.prompt_length == 100
+
+
+def test_a_published_setting_brings_its_learning_rate(config):
+    name = "gamma-simpo/mistral-7b-instruct"
+    rate = published_settings()[name].learning_rate
+    assert config(f"loss: {name}\n").training.learning_rate == rate
+    assert config("", "loss=Gamma_SimPO/mistral-7b-instruct").training.learning_rate == rate
+    assert config(f"loss: {name}\nlearning_rate: 1e-3\n").training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("max_step: 3\n", [], "unknown key 'max_step' (did you mean 'max_steps'"),
+        ("", ["held-uot=test"], "unknown key 'held_uot' (did you mean 'held_out'"),
+        ("max_steps: many\n", [], "max_steps: invalid int value: 'many'"),
+        ("max_steps: 4.5\n", [], "max_steps: invalid int value: '4.5'"),
+        ("pictures: perhaps\n", [], "pictures: Truthy value expected: got perhaps"),
+        ("lr_scheduler_type: cosin\n", [], "cosin is not a valid SchedulerType"),
+        ("layout: flat\n", [], "layout: got 'flat', wanted one of 'padded', 'packed'"),
+        ("engine: cuda\n", [], "engine: got 'cuda'"),
+        ("limit: 0\n", [], "limit: got 0, wanted an integer >= 1"),
+        ("peft: true\n", [], "peft: got True, needs keys with values"),
+        ("loss_kwargs: 3\n", [], "loss_kwargs: invalid dict value: '3'"),
+        ("model_config: {model_type: llama}\n", [], "model: got both model and model_config"),
+        ("", ["model=null"], "model: got neither model and model_config"),
+        ("reference: adapter\n", [], "reference: got adapter without peft"),
+        ("label_names: [labels]\n", [], "label_names: got ['labels'], needs to be left out"),
+        ("", ["stray"], "stray: got a word alone, needs key=value"),
+        ("", ["loss={a"], "loss: got no YAML"),
+        ("- 1\n", [], "got no YAML"),
+    ],
+)
+def test_a_wrong_configuration_is_told_what_it_needs(config, text, words, message):
+    with pytest.raises(UserError) as raised:
+        config(text, *words)
+    assert message in str(raised.value)
+
+
+def test_a_file_that_is_not_there_or_no_mapping(tmp_path):
+    with pytest.raises(UserError, match="none.yaml: .*No such file"):
+        read_config(str(tmp_path / "none.yaml"), [])
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UserError, match="list.yaml: got list, needs keys with values"):
+        read_config(str(tmp_path / "list.yaml"), [])
+
+
+def test_without_transformers_training_says_what_to_install():
+    example = ROOT / "examples" / "train.yaml"
+    done = bare(f'sys.exit(main(["train", {str(example)!r}]))')
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    wanted = 'training needs transformers, accelerate: pip install "fused-prefopt[trainers]"'
+    assert wanted in done.stderr
