@@ -1,4 +1,6 @@
 # make train   trains three preference methods on real text (a few minutes on two cores)
+# make rlhf    fine-tunes, trains a reward model, then DPO, RPO, DRO and GRPO against it
+# make claims  tries what the papers claim on a small model (about fifteen minutes)
 # make test    lint, types and all tests
 # make bench   the CPU benchmark suite, with peers (about ten minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (about two minutes)
@@ -8,10 +10,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint kernels bench report clean
+.PHONY: train rlhf claims test lint kernels bench report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
+
+rlhf: $(VENV)/installed
+	$(RUN) examples/rlhf.py $(ARGS)
+
+claims: $(VENV)/installed
+	$(RUN) examples/claims.py $(ARGS)
 
 test: lint kernels
 	$(RUN) -m pytest $(ARGS)
