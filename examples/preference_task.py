@@ -108,22 +108,8 @@ def pretrain(
 ) -> LlamaForCausalLM:
     """A small Llama, trained on the texts to predict the next token."""
     print(f"pretraining a small Llama on {len(texts)} paragraphs", flush=True)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=options.max_length,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
-    size = options.max_length
-    blocks = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    model = small_llama(tokenizer, options.max_length)
+    blocks = token_blocks(tokenizer, texts, options.max_length)
     trainer = Trainer(
         model,
         training_arguments(options, "pretraining", options.pretraining_steps, 3e-3),
@@ -132,6 +118,33 @@ def pretrain(
     )
     trainer.train()
     return model.eval()
+
+
+def small_llama(
+    tokenizer: PreTrainedTokenizerFast, max_length: int, hidden_size: int = 192, layers: int = 4
+) -> LlamaForCausalLM:
+    """An untrained Llama of a few million weights at most."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=max_length,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def token_blocks(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], size: int
+) -> list[list[int]]:
+    """All texts one after another, each closed by the end-of-text token, cut into equal blocks."""
+    ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_token_id]]
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
 
 
 def training_arguments(

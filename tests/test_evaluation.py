@@ -16,7 +16,7 @@ def test_scores_equal_eager_arithmetic():
     model, anchor, collator = tiny_llama(0), tiny_llama(1), PairCollator(0)
     features = add_reference_logps(anchor, pair_features(9), collator, progress=False)
     scores = score_pairs(model, anchor, features, collator, batch_size=4)
-    margins, kls = [], []
+    margins, kls = [], {"chosen_ids": [], "rejected_ids": []}
     for feature in features:
         means = []
         for side in ("chosen_ids", "rejected_ids"):
@@ -29,11 +29,11 @@ def test_scores_equal_eager_arithmetic():
                 )
             targets = torch.tensor(feature[side])
             means.append(policy.gather(1, targets[:, None]).mean())
-            if side == "chosen_ids":
-                kls.append((policy.exp() * (policy - other)).sum(1))
+            kls[side].append((policy.exp() * (policy - other)).sum(1))
         margins.append(means[0] - means[1])
     torch.testing.assert_close(scores.margins.double(), torch.stack(margins), rtol=1e-4, atol=1e-5)
-    assert scores.kl == pytest.approx(torch.cat(kls).mean().item(), rel=1e-4)
+    wanted = [torch.cat(each).mean().item() for each in kls.values()]
+    assert [scores.kl, scores.kl_rejected] == pytest.approx(wanted, rel=1e-4)
     accuracy = sum(margin > 0 for margin in margins) / 9
     assert scores.summary()["accuracy"] == pytest.approx(float(accuracy))
     assert "reward_accuracy" not in scores.summary()
@@ -46,4 +46,4 @@ def test_a_model_has_no_distance_to_itself():
     model, collator = tiny_llama(), PairCollator(0)
     features = add_reference_logps(model, pair_features(4), collator, progress=False)
     scores = score_pairs(model, model, features, collator)
-    assert scores.kl == pytest.approx(0, abs=1e-7)
+    assert [scores.kl, scores.kl_rejected] == pytest.approx([0, 0], abs=1e-7)

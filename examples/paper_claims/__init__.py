@@ -1,0 +1,1 @@
+"""What the papers of α-DPO, γ-PO and DRO claim, as experiments on a model that a CPU can train."""
