@@ -153,6 +153,9 @@ def covers(loss: PairwiseLoss, statistic: Statistic | None, batch: LogpBatch) ->
     if pairs > LARGEST:
         return False
     margin = loss.margin
+    if isinstance(margin, AdaptiveMargin) and not margin.stop_gradient:
+        if batch.sequence_kl is not None and batch.sequence_kl.requires_grad:
+            return False  # The kernel has the log-probs' gradient alone.
     if isinstance(margin, DynamicMargin):
         fits = type(statistic) is MarginQueue and pairs + _draws(statistic, pairs) <= LARGEST
     elif isinstance(margin, AdaptiveMargin) and margin.normalisation is not None:

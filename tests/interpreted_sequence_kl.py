@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from divergences import Two, computed_kl, eager_tokens, make_two, ours, true_kl, weights_of
+from test_losses_beside_reference import LOSSES, loss_and_gradients, loss_of, pairs
 from torch import Tensor
 from truth import SMALLEST, TRANSFORMS, assert_gradients, largest_error, leaves_of, relative
 
@@ -186,3 +187,14 @@ def test_narrow_operands(dtype, transform, scale):
     assert relative(wide.weight.grad / scale, truth.grads[1]) <= TOLERANCE[dtype][1]
     if scale == 1.0:
         assert relative(wide.hidden.grad, truth.grads[0]) <= TOLERANCE[dtype][1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_beside_a_reference_equal_the_torch_engine(name):
+    results = []
+    for engine in ("torch", "cublas"):
+        loss_fn = loss_of(name)
+        loss_fn.op_options["engine"] = engine
+        results.append(loss_and_gradients(loss_fn, pairs()))
+    for got, wanted in zip(*results, strict=True):
+        assert relative(got, wanted) <= 2e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -242,19 +243,27 @@ def _work(rank: int, port: int, folder: str) -> None:
         ]
     )
     given = options(folder, max_steps=2, ddp_backend="gloo", per_device_train_batch_size=2)
-    histories = []
-    for kind, config, data in (
-        (DPOTrainer, DPOConfig(**given), pairs),
-        (FusedDPOTrainer, FusedDPOConfig(**given, log_tokens=True), pairs),
-        (KTOTrainer, KTOConfig(**given), rows()),
-        (FusedKTOTrainer, FusedKTOConfig(**given, log_tokens=True), rows()),
-    ):
-        run = trainer(kind, config, data, ref_model=tiny_llama(5))
-        run.train()
-        histories.append(run.state.log_history)
+    histories = [
+        _logged(kind, config, data)
+        for kind, config, data in (
+            (DPOTrainer, DPOConfig(**given), pairs),
+            (FusedDPOTrainer, FusedDPOConfig(**given, log_tokens=True), pairs),
+            (KTOTrainer, KTOConfig(**given), rows()),
+            (FusedKTOTrainer, FusedKTOConfig(**given, log_tokens=True), rows()),
+        )
+    ]
     if rank == 0:
         torch.save(histories, f"{folder}/histories.pt")
+    # A DDP model that outlives its process group may wait for the other rank for ever.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def _logged(kind, config, data) -> list[dict]:
+    run = trainer(kind, config, data, ref_model=tiny_llama(5))
+    run.train()
+    return run.state.log_history
 
 
 @pytest.mark.slow

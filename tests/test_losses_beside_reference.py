@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from divergences import Two, eager_tokens, make_two, near
 from truth import leaves_of, relative
 
 from fused_prefopt import LogpBatch, PreferenceLoss, sequence_logps
+from fused_prefopt.losses.whole_batch import whole_batch
 
 LOSSES = {
     "tdpo1": {},
@@ -31,6 +33,16 @@ def pairs(dtype=torch.float32) -> Two:
     return near(make_two(6, 9, 16, 53, transform="all", largest=9.0, dtype=dtype), 0.5)
 
 
+def loss_and_gradients(loss_fn: PreferenceLoss, two: Two) -> tuple[torch.Tensor, ...]:
+    """Loss, losses and gradients, from the hidden states of both models."""
+    case, other = leaves_of(two.policy, (True, True, True)), two.reference
+    result = loss_fn(
+        case.hidden, case.head, case.labels, ref_hidden=other.hidden, ref_head=other.head
+    )
+    gradients = torch.autograd.grad(result.loss, (case.hidden, case.weight, case.bias))
+    return result.loss.detach(), result.losses.detach(), *gradients
+
+
 def true_loss(name: str, two: Two) -> tuple[torch.Tensor, ...]:
     """Loss, losses and gradients by eager float64 log-probs and divergences."""
     two = two.double()
@@ -47,14 +59,9 @@ def true_loss(name: str, two: Two) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_reference_is_measured_where_it_is_needed(name, workspace_mb):
     two = pairs()
-    case, other = leaves_of(two.policy, (True, True, True)), two.reference
     loss_fn = loss_of(name)
     loss_fn.op_options["workspace_mb"] = workspace_mb
-    result = loss_fn(
-        case.hidden, case.head, case.labels, ref_hidden=other.hidden, ref_head=other.head
-    )
-    gradients = torch.autograd.grad(result.loss, (case.hidden, case.weight, case.bias))
-    got = (result.loss.detach(), result.losses.detach(), *gradients)
+    got = loss_and_gradients(loss_fn, two)
     for ours, wanted in zip(got, true_loss(name, two), strict=True):
         assert relative(ours, wanted) <= 2e-5
 
@@ -100,3 +107,16 @@ def test_one_half_of_a_reference_is_refused():
         PreferenceLoss("tdpo1")(*given)
     with pytest.raises(ValueError, match="ref_hidden: got one with `ld_alpha`"):
         PreferenceLoss("dpo", ld_alpha=0.5)(*given, ref_hidden=other.hidden, ref_head=other.head)
+
+
+def test_a_batch_of_all_ranks_keeps_the_gradient_of_both():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        logps, kls = (torch.randn(4, requires_grad=True) for _ in range(2))
+        whole = whole_batch(LogpBatch(logps, torch.ones(4, dtype=torch.int64), sequence_kl=kls))
+        slopes = torch.arange(4.0)
+        ((whole.batch.policy + 2 * whole.batch.sequence_kl) * slopes).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(whole.batch.sequence_kl, kls)
+    assert torch.equal(logps.grad, slopes) and torch.equal(kls.grad, 2 * slopes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import through_head, unwrapped
-from fused_prefopt.integrations.collated import CollatedRows, collated_rows, given_fields
+from fused_prefopt.integrations.collated import collated_rows, given_fields
 from fused_prefopt.integrations.reference_pass import LOGPS_KEY, Reference
 from fused_prefopt.integrations.router_loss import wants_router_loss
 from fused_prefopt.integrations.step_metrics import StepMetrics

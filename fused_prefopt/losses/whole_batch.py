@@ -19,7 +19,7 @@ _FIELDS = tuple(item.name for item in dataclasses.fields(LogpBatch) if item.name
 
 @dataclass(frozen=True)
 class WholeBatch:
-    """The pairs of all ranks, of which this rank's log-probs alone carry a gradient.
+    """The pairs of all ranks, of which this rank's own alone carry a gradient.
 
     Attributes:
         batch: all pairs in rank order, chosen halves first.
@@ -73,8 +73,7 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
     Raises:
         ValueError: the number of sequences is odd.
     """
-    chosen, rejected = halves(batch.policy)
-    pairs = chosen.shape[0]
+    pairs = halves(batch.policy)[0].shape[0]
     numbers = 2 * len(_FIELDS)
     own = torch.stack([_column(batch, name) for name in _FIELDS]).reshape(numbers, pairs)
     gathered, start = gather_over_ranks(own.t().flatten(), group)
@@ -86,10 +85,13 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
         for name, column in zip(_FIELDS, columns, strict=True)
         if name in batch.given
     }
-    others = [
-        part for half in halves(fields["policy"]) for part in (half[:start], half[start + pairs :])
-    ]
-    fields["policy"] = torch.cat([others[0], chosen, *others[1:3], rejected, others[3]])
+    # These two carry gradients.
+    for name in {"policy", "sequence_kl"} & fields.keys():
+        first, second = (
+            torch.cat([half[:start], mine, half[start + pairs :]])
+            for half, mine in zip(halves(fields[name]), halves(getattr(batch, name)), strict=True)
+        )
+        fields[name] = torch.cat([first, second])
     joined = LogpBatch(**fields, kl=batch.kl)
     return WholeBatch(joined, start, pairs, world_size(group))
 

@@ -178,9 +178,9 @@ class HeadRows:
         weight = self.rounded(self.tensors.weight[rows])
         return weight if low is None else torch.cat((weight, self.rounded(low[rows])), 1)
 
-    def hidden_rows(self) -> _HiddenRows:
+    def hidden_rows(self) -> HiddenRows:
         """Labelled rows of `hidden` in the operand dtype, slice by slice."""
-        return _HiddenRows(self)
+        return HiddenRows(self)
 
     def new(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=self.math.accumulator, device=self.device)
@@ -190,7 +190,7 @@ class HeadRows:
         return value.to(self.math.dtype)
 
 
-class _HiddenRows:
+class HiddenRows:
     """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
 
     def __init__(self, head: HeadRows) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, _HiddenRows
+from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, HiddenRows
 from fused_prefopt.ops.kl_engine import TorchKlEngine
 from fused_prefopt.ops.plan import TileShape, tile_shape
 from fused_prefopt.ops.tile import Tile
@@ -49,7 +49,7 @@ class KlSlab:
 
     rows: HeadRows
     columns: slice
-    hidden: tuple[_HiddenRows, _HiddenRows]
+    hidden: tuple[HiddenRows, HiddenRows]
     policy: tuple[Tensor, Tensor | None]
     reference: tuple[Tensor, Tensor | None]
 
