@@ -54,8 +54,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
     over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
-    logits. Still TRL's: a batch's last row that is alone when the data set is prepared is its own
-    neighbour, which makes `kl` its reward.
+    logits. Still TRL's: the data set's last row, where it is alone in its batch, is its own
+    neighbour, which makes `kl` its log-ratio.
 
     Args:
         *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`.
