@@ -39,16 +39,25 @@ bench: $(VENV)/installed
 report: $(VENV)/installed
 	$(RUN) -m benchmarks report
 
-# Every peer and labelled share, and what the losses themselves take (about six minutes)
+# Every peer, labelled share, number of rows and dtype, and what the losses themselves take
+# (about ten minutes)
 bench-grid: $(VENV)/installed
 	$(RUN) -m benchmarks grid
 	$(RUN) -m benchmarks methods
 
-# The whole grid on the first GPU, in less than nine minutes
+# Whole trainer steps, plain, ours and TRL's (less than ten minutes)
+bench-trainer: $(VENV)/installed
+	$(RUN) -m benchmarks trainer
+
+# What a backward without improbable parts of the vocabulary saves and costs (about ten minutes)
+bench-masses: $(VENV)/installed
+	$(RUN) -m benchmarks masses
+
+# All that the first GPU tells, in less than nine minutes
 bench-gpu: $(VENV)/installed
 	$(RUN) -m benchmarks gpu
 
-.PHONY: bench-grid bench-gpu
+.PHONY: bench-grid bench-trainer bench-masses bench-gpu
 
 $(VENV)/installed: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

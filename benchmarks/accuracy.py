@@ -12,7 +12,7 @@ from benchmarks.peers import HEAD, NOTHING, Candidate, step
 from benchmarks.shapes import IGNORE_INDEX, Problem
 
 # A candidate beyond these relative errors is wrong, not imprecise.
-_WRONG_BEYOND = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+WRONG_BEYOND = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 _ROWS_AT_ONCE = 128
 
 
@@ -88,7 +88,7 @@ def assess(candidate: Candidate, problem: Problem, truth: Truth) -> Accuracy:
     logp_error = (sums.double() - wanted).abs().max().item()
     problem.clear()
 
-    limit = _WRONG_BEYOND[problem.hidden.dtype]
+    limit = WRONG_BEYOND[problem.hidden.dtype]
     checked = {
         "log-probs": logp_error / wanted.abs().max().item(),
         "hidden's gradient": hidden_error or 0.0,

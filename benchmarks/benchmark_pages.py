@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.counts import WORKSPACE
+from benchmarks.context_pages import context_sections
 from benchmarks.counts import __doc__ as counted
 from benchmarks.kernel_results import KERNELS, load_kernels
-from benchmarks.longest import CAPACITIES, COMPARED, longest
+from benchmarks.kl_pages import kl_section
 from benchmarks.machines import MACHINES
 from benchmarks.method_cost import GOAL, PAIRS
 from benchmarks.results import RESULTS, ROOT, Row, load
 from benchmarks.roofline import fused_tiles
 from benchmarks.shapes import HEADS
-from benchmarks.tables import number, origin, sweep_table, table
+from benchmarks.tables import number, origin, spread, sweep_table, table
+from benchmarks.trainer_pages import PICTURE as TRAINER
+from benchmarks.trainer_pages import draw_trainer, trainer_section
 
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 _INTRODUCTION = """\
@@ -29,20 +31,15 @@ P is the time of one bare matmul `hidden @ weight.T` over the labelled rows, int
 output, measured right before each candidate. Times are medians, brackets hold their quartiles.
 Every candidate is compared with float64 before it is timed, on the loss that it computes: who is
 wrong, missing or fails is named with the reason instead. A first step and a first forward come
-before the timing, so that nothing is compiled or touched for the first time in it. *Forward* is a
-forward that a backward may follow."""
+before the timing, so that nothing is compiled or touched for the first time in it. On a CPU the
+slower half of a point's steps gets three rounds. *Forward* is a forward that a backward may
+follow."""
 _METHODS = """\
 ## What the loss itself takes
 
 Loss and statistics of {pairs} pairs, forward and backward, as a share of the step of the op
-(`local`, {shape} shape, fp32, torch engine, one run). The goal is {goal:.2%}."""
-_LONGEST = """\
-## The longest context whose head fits
-
-**By the memory model, not measured**: tokens of each sequence of one pair, half of them labelled,
-bf16. Weight, hidden states, both gradients (no weight gradient for `stash`, whose head is frozen)
-and the extra bytes of the model above; no backbone, whose activations end most contexts first. The
-workspace is {workspace} MiB; `local` keeps its probabilities beside it."""
+(`local`, {shape} shape, fp32, torch engine, one run), which has {step_pairs} pairs. The goal is
+{goal:.2%}."""
 _COUNTED = """\
 ## What is counted
 
@@ -57,6 +54,8 @@ def write_benchmarks(page: Path = PAGE, results: Path = RESULTS, kernels: Path =
     grids = _grids(results)
     if "shares" in grids["cpu"]:
         draw_shares(grids["cpu"]["shares"]["rows"], results / "cpu" / "shares.png")
+    for folder, content in _files(results, "trainer").items():
+        draw_trainer(content["rows"], results / folder / TRAINER)
     compiled = load_kernels(kernels)
     measured: dict[str, list[Row]] = {}
     for machine in MACHINES:
@@ -84,6 +83,7 @@ def pictures(results: Path, page: Path) -> list[str]:
     for machine in MACHINES:
         if any(_on_rows(row) for row in _rows(grids[machine.folder])):
             found.append(_seen(results / machine.folder / "rows.png", page))
+    found += [_seen(results / folder / TRAINER, page) for folder in _files(results, "trainer")]
     return found
 
 
@@ -97,13 +97,17 @@ def page_text(results: Path, page: Path = PAGE) -> str:
     """The page that results on disk give."""
     grids, shown = _grids(results), pictures(results, page)
     parts = [_INTRODUCTION]
-    titles = {"peers": "Every peer", "shares": "Labelled shares, head training and frozen"}
+    titles = {
+        "peers": "Every peer",
+        "shares": "Labelled shares, head training and frozen",
+        "rows": "Rows and dtypes, head training and frozen",
+    }
     for name, title in titles.items():
         if name in grids["cpu"]:
             content = grids["cpu"][name]
             parts += [f"## {title}, CPU", "Measured on " + origin(content)]
             parts.append(grid_table(content["rows"]))
-            parts += [f"![{title}]({path})" for path in shown if path.endswith(f"{name}.png")]
+            parts += [f"![{title}]({path})" for path in shown if path.endswith(f"cpu/{name}.png")]
     sweep = results / "cpu" / "sweep.json"
     if sweep.is_file():
         content = json.loads(sweep.read_text(encoding="utf-8"))
@@ -115,13 +119,21 @@ def page_text(results: Path, page: Path = PAGE) -> str:
         parts += [
             f"![Rows]({path})" for path in shown if path.endswith(f"{machine.folder}/rows.png")
         ]
+    names = _folders()
+    for folder, content in _files(results, "trainer").items():
+        parts += trainer_section(content, names[folder])
+        parts.append(f"![A whole trainer step]({_seen(results / folder / TRAINER, page)})")
+    divergence = _files(results, "kl").get("cpu")
+    parts += kl_section(divergence) if divergence else []
     if "methods" in grids["cpu"]:
         content = grids["cpu"]["methods"]
-        shape = content["rows"][0]["shape"]
-        parts.append(_METHODS.format(pairs=PAIRS, shape=shape, goal=GOAL))
+        first = content["rows"][0]
+        about = {"shape": first["shape"], "step_pairs": first["sequences"] // 2}
+        parts.append(_METHODS.format(pairs=PAIRS, goal=GOAL, **about))
         parts += ["Measured on " + origin(content), method_table(content["rows"])]
     parts.append(_COUNTED.format(counted=(counted or "").strip()))
-    parts += [_LONGEST.format(workspace=WORKSPACE // 2**20), longest_table(), _roofline()]
+    searched = {names[folder]: content for folder, content in _files(results, "context").items()}
+    parts += [*context_sections(searched), _roofline()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -157,7 +169,7 @@ def _grid_line(row: Row) -> list[str]:
     return [
         *about,
         number(row["forward_in_p"], ".2f"),
-        _spread(row),
+        spread(row, "in_p", ".2f"),
         number(row["ms"], ".1f"),
         row["memory_status"] if extra is None else f"{max(extra, 0) / 2**20:.0f}",
         number(row["logp_error"], ".1e"),
@@ -165,13 +177,6 @@ def _grid_line(row: Row) -> list[str]:
         number(row["flops"] and row["flops"] / 1e9, ".0f"),
         number(row["bytes"] and row["bytes"] / 1e9, ".2f"),
     ]
-
-
-def _spread(row: Row) -> str:
-    if row["in_p"] is None:
-        return ""
-    low, high = row["in_p_quartiles"]
-    return f"{row['in_p']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def method_table(rows: Sequence[Row]) -> str:
@@ -191,23 +196,6 @@ def method_table(rows: Sequence[Row]) -> str:
     return table(header, lines, left=2)
 
 
-def longest_table() -> str:
-    """Tokens of a sequence, for each candidate, head and capacity."""
-    header = ["candidate", *(f"{head}, {size}" for head in HEADS for size in CAPACITIES)]
-    lines = [
-        [
-            name,
-            *(
-                f"{longest(name, head, size):,}"
-                for head in HEADS.values()
-                for size in CAPACITIES.values()
-            ),
-        ]
-        for name in COMPARED
-    ]
-    return table(header, lines, left=1)
-
-
 def _roofline() -> str:
     return (
         "## Roofline\n\n**Hollow marks are predictions** (see kernels.md for their assumptions),"
@@ -218,13 +206,23 @@ def _roofline() -> str:
 
 def _grids(results: Path) -> dict[str, Mapping[str, Any]]:
     """Folder → name → content, for the CPU and each GPU; empty where nothing was measured."""
-    folders = ("cpu", *(machine.folder for machine in MACHINES))
-    contents = {name: load(results / name) for name in folders}
+    contents = {name: load(results / name) for name in _folders()}
     kept = ("grid", "method")
     return {
         name: {key: value for key, value in files.items() if value["section"] in kept}
         for name, files in contents.items()
     }
+
+
+def _files(results: Path, name: str) -> dict[str, Mapping[str, Any]]:
+    """Folder → content of its file of that name, where there is one."""
+    paths = {folder: results / folder / f"{name}.json" for folder in _folders()}
+    return {key: json.loads(p.read_text("utf-8")) for key, p in paths.items() if p.is_file()}
+
+
+def _folders() -> dict[str, str]:
+    """Folder → machine."""
+    return {"cpu": "CPU", **{machine.folder: machine.name for machine in MACHINES}}
 
 
 def _rows(files: Mapping[str, Any]) -> list[Row]:

@@ -14,6 +14,8 @@ from benchmarks.results import Row, check, row_key
 _TIME = 1.05
 # Allocators round, and pages come and go.
 _MEMORY, _MEMORY_BYTES = 1.05, 4 * 2**20
+# A search ends where two lengths are as near as this.
+_LENGTH = 1.07
 # Another order of a sum changes an error by less.
 _ERROR = 2.0
 _TIMES = ("in_p", "reused_in_p", "forward_in_p")
@@ -59,7 +61,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     found = {row_key(row): row for row in after["rows"]}
     changes: list[Change] = []
     for row in before["rows"]:
-        name = ", ".join(map(str, row_key(row)))
+        name = ", ".join(str(part) for part in row_key(row) if part is not None)
         other = found.get(row_key(row))
         if other is None:
             changes.append(Change(name, "row", "measured", "missing"))
@@ -80,6 +82,8 @@ def _worse(before: Row, after: Row) -> Iterator[str]:
         limit = max(_MEMORY * before["extra_bytes"], before["extra_bytes"] + _MEMORY_BYTES)
         if after["extra_bytes"] > limit:
             yield "extra_bytes"
+    if _both(before, after, "longest") and after["longest"] < before["longest"] / _LENGTH:
+        yield "longest"
     for name in _ERRORS:
         if _both(before, after, name) and after[name] > _ERROR * before[name]:
             yield name

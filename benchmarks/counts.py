@@ -6,11 +6,14 @@ Rows n are the labelled ones or all of them, b is the bytes of the operands' dty
     bytes moved = matmuls b (n D + V D) + n V (b narrow + 4 single)
     extra bytes = logits alive + 4 n D hidden + V D weight + the workspace
 
-What a matmul reads twice because of its tiles is not counted, nor are passes over (n, D).
+What a matmul reads twice because of its tiles or chunks is not counted, nor are passes over (n, D).
+PyTorch's linear_cross_entropy is counted as it works by default in bf16 on CUDA, the compiled eager
+loss as Inductor writes it in PyTorch 2.13.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.shapes import Shape
@@ -34,6 +37,20 @@ class Counts:
         return self.flops / self.moved
 
 
+def _all_rows(shape: Shape, rows: int) -> int:
+    return rows
+
+
+def _a_pair(shape: Shape, rows: int) -> int:
+    return 2 * shape.length
+
+
+def _torch_chunk(shape: Shape, rows: int) -> int:
+    """Half of the power of two whose logits take no less than the hidden states."""
+    wanted = -(-rows // -(-shape.vocab // shape.hidden_size))
+    return max(1, (1 << (wanted - 1).bit_length()) // 2)
+
+
 @dataclass(frozen=True)
 class _Design:
     """What a candidate does for each logit.
@@ -43,7 +60,8 @@ class _Design:
         narrow: how often a logit is read or written in the operands' dtype.
         single: how often in fp32.
         alive: bytes of a logit that are alive at the peak.
-        tile: the most logits alive, (rows, vocabulary); 0 stands for all there are.
+        tile_rows: shape, rows → the most rows whose logits are alive.
+        tile_vocab: the most entries of the vocabulary that are, 0 for all.
         labelled: whether only labelled rows meet the head.
         workspace: whether the logits live in the workspace instead.
         hidden: whether dhidden is summed in fp32 beside the gradient.
@@ -54,7 +72,8 @@ class _Design:
     narrow: int
     single: int
     alive: int = 0
-    tile: tuple[int, int] = (0, 0)
+    tile_rows: Callable[[Shape, int], int] = _all_rows
+    tile_vocab: int = 0
     labelled: bool = True
     workspace: bool = False
     hidden: bool = False
@@ -65,25 +84,36 @@ def _ours(matmuls: int, narrow: int, single: int, hidden: bool = True) -> _Desig
     return _Design(matmuls, narrow, single, workspace=True, hidden=hidden)
 
 
-_EAGER = _Design(3, 5, 8, alive=12, labelled=False)
-_TRL_TILE = (_TRL_ROWS, _TRL_VOCAB)
+def _trl(matmuls: int, narrow: int, hidden: bool = True, weight: int = 0) -> _Design:
+    def rows(shape: Shape, rows: int) -> int:
+        return _TRL_ROWS
+
+    return _Design(matmuls, narrow, 0, 2, rows, _TRL_VOCAB, hidden=hidden, weight=weight)
+
+
+def _liger_rows(shape: Shape, rows: int) -> int:
+    return _LIGER_ROWS
+
+
 _DESIGNS = {
     "ours: evaluate": _ours(1, 0, 2, hidden=False),
     "ours: stash": _ours(2, 2, 2),
     "ours: local": _ours(3, 5, 2),
     "ours: recompute": _ours(4, 3, 4),
-    "TRL: no gradient": _Design(1, 2, 0, alive=2, tile=_TRL_TILE),
-    "TRL: frozen head": _Design(3, 6, 0, alive=2, tile=_TRL_TILE, hidden=True),
-    "TRL": _Design(4, 7, 0, alive=2, tile=_TRL_TILE, hidden=True, weight=4),
-    "Liger": _Design(3, 6, 8, alive=12, tile=(-1, 0), labelled=False, weight=2),
-    "Liger: per token": _Design(
-        4, 7, 26, alive=22, tile=(_LIGER_ROWS, 0), labelled=False, weight=2
-    ),
+    "TRL: no gradient": _trl(1, 2, hidden=False),
+    "TRL: frozen head": _trl(3, 6),
+    "TRL": _trl(4, 7, weight=4),
+    "Liger": _Design(3, 6, 8, 12, _a_pair, labelled=False, weight=2),
+    "Liger: per token": _Design(4, 7, 26, 22, _liger_rows, labelled=False, weight=2),
     "cut-cross-entropy": _Design(4, 0, 0),
     "cut-cross-entropy: full gradient": _Design(4, 0, 0),
+    # fp32 logits of a chunk and their bf16 copy; both passes make them, the second also dlogits.
+    "torch linear_cross_entropy": _Design(4, 3, 17, 6, _torch_chunk, hidden=True),
+    # bf16 logits, overwritten by their gradient, and the fp32 gradient of the gathered entries.
+    "eager, compiled": _Design(3, 7, 3, alive=6, labelled=False),
     "eager, labelled rows": _Design(3, 5, 8, alive=12),
     "eager, fp32 logits": _Design(3, 0, 9, alive=12, labelled=False, weight=8),
-    "eager": _EAGER,
+    "eager": _Design(3, 5, 8, alive=12, labelled=False),
 }
 
 
@@ -111,10 +141,8 @@ def count(name: str, shape: Shape, itemsize: int) -> Counts | None:
 
 
 def _alive(design: _Design, shape: Shape, rows: int) -> int:
-    most_rows, most_vocab = design.tile
-    if most_rows < 0:  # a pair of sequences at a time
-        most_rows = 2 * shape.length
-    return min(rows, most_rows or rows) * min(shape.vocab, most_vocab or shape.vocab)
+    most_vocab = design.tile_vocab or shape.vocab
+    return min(rows, design.tile_rows(shape, rows)) * min(shape.vocab, most_vocab)
 
 
 def _base(name: str) -> str:

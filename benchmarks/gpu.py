@@ -1,20 +1,24 @@
-"""The GPU grid: three heads, every path on every engine beside the peers, telling rows first."""
+"""All that a GPU tells before a deadline, telling rows first: a grid of three heads with every path
+on every engine beside the peers, whole trainer steps, and the longest contexts."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
+from benchmarks.context_search import run_contexts
 from benchmarks.grid import Point, Run
-from benchmarks.peers import CANDIDATES, HEAD, HIDDEN, NOTHING, Candidate, ours
+from benchmarks.peers import CANDIDATES, HEAD, HIDDEN, NOTHING, Candidate, ours_with_room
 from benchmarks.results import Results
-from benchmarks.shapes import HEADS, Problem, Shape
+from benchmarks.shapes import HEADS, Shape
+from benchmarks.trainer_setups import ON_GPU
+from benchmarks.trainer_steps import TrainerRun
 from fused_prefopt.ops.engines import ENGINES
 
+DEVICE = "cuda"
 DEADLINE = 520.0
 _TRAINS = {"evaluate": NOTHING, "stash": HIDDEN, "local": HEAD, "recompute": HEAD}
 _PEERS = (
@@ -32,19 +36,13 @@ _PEERS = (
     "eager",
 )
 _OTHER_LOSSES = ("Liger: simpo", "Liger: orpo", "Liger: cpo", "Liger: kto")
+# Points of the grid before the trainers and the contexts.
+_TELLING = 2
 _FEW_PEERS = ("TRL", "TRL: frozen head", "Liger", "cut-cross-entropy")
-_TILES = 512
-
-
-def _with_room(path: str, engine: str, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The default workspace; `local` gets the probabilities that it keeps beside it."""
-    kept = problem.shape.labelled_rows * problem.shape.vocab * problem.hidden.element_size()
-    room = kept / 2**20 + _TILES if path == "local" else 256
-    return ours(path, problem, engine=engine, workspace_mb=room)
 
 
 def _forced(path: str, engine: str) -> Candidate:
-    run = partial(_with_room, path, engine)
+    run = partial(ours_with_room, path, engine)
     return Candidate(f"ours: {path}, {engine}", run, _TRAINS[path], ours=True)
 
 
@@ -81,7 +79,38 @@ def _named(names: tuple[str, ...]) -> tuple[Candidate, ...]:
     return tuple(CANDIDATES[name] for name in names)
 
 
-def run_gpu(folder: Path, deadline: float, say: Callable[[str], None]) -> None:
-    """Measure on the first GPU; nothing new is begun after `deadline` seconds."""
-    results = Results(folder / "grid.json", "grid")
-    Run(results, "cuda", seconds=deadline, say=say).measure(points())
+def run_gpu(
+    folder: Path,
+    deadline: float,
+    say: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Measure on the first GPU, the most telling first; nothing is begun after `deadline` seconds.
+
+    Args:
+        folder: gets grid.json, trainer.json and context.json.
+        deadline: in seconds; each stage ends at its share of it.
+        say: gets a line of progress now and then.
+        clock: seconds that go by.
+    """
+    start, grid = clock(), Results(folder / "grid.json", "grid")
+    telling, others = points()[:_TELLING], points()[_TELLING:]
+
+    def measure(chosen: list[Point], seconds: float) -> None:
+        Run(grid, DEVICE, seconds=seconds, clock=clock, say=say).measure(chosen)
+
+    def trainers(seconds: float) -> None:
+        results = Results(folder / "trainer.json", "trainer")
+        TrainerRun(results, DEVICE, seconds, 15.0, clock=clock, say=say).measure(ON_GPU)
+
+    def contexts(seconds: float) -> None:
+        run_contexts(Results(folder / "context.json", "context"), seconds, say)
+
+    stages: dict[Callable[[float], None], float] = {
+        partial(measure, telling): 0.45,
+        trainers: 0.65,
+        contexts: 0.80,
+        partial(measure, others): 1.0,
+    }
+    for stage, share in stages.items():
+        stage(max(0.0, start + share * deadline - clock()))

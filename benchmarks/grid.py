@@ -18,12 +18,10 @@ from benchmarks.accuracy import Accuracy, Truth, assess, failure, truth_of
 from benchmarks.counts import count
 from benchmarks.memory import Memory, cuda_memory, peak_memory
 from benchmarks.peers import NOTHING, Candidate, forward, step
-from benchmarks.results import Results, Row
+from benchmarks.results import NO_TIME, Results, Row
 from benchmarks.shapes import DTYPES, Problem, Shape, bare_matmul, make_problem
 from benchmarks.suite import about, figures
 from benchmarks.timing import rounds
-
-NO_TIME = "skipped: no time left"
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,8 @@ class Run:
         if not steps or late():
             return
         unit = bare_matmul(problem)
-        timings = rounds(steps, unit, self.count, self.device, self.seconds_of_rounds)
+        limit = self.seconds_of_rounds
+        timings = rounds(steps, unit, self.count, self.device, limit, self.device == "cpu")
         for timed in timings:
             for candidate in right:
                 row = rows[candidate.name]

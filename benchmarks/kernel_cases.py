@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_targets import STATISTICS, Case, Setting
+from benchmarks.kl_cases import KL_CASES
 from benchmarks.loss_cases import LOSS_CASES
 from fused_prefopt.kernels.fold_logits import Partials, fold_logits
 from fused_prefopt.kernels.logits_gradient import logits_gradient
@@ -155,5 +156,6 @@ CASES = {
     "rescale rows": Case(lambda s: rescale_rows(s.floats(N, D), s.floats(N)), STATISTICS),
     "sequence sums": Case(lambda s: _sequence_sums(s, sorted_ids=True), STATISTICS),
     "sequence sums, unsorted": Case(lambda s: _sequence_sums(s, sorted_ids=False), STATISTICS),
+    **KL_CASES,
     **LOSS_CASES,
 }

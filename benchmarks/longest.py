@@ -20,6 +20,8 @@ COMPARED = (
     "cut-cross-entropy",
     "Liger",
     "Liger: per token",
+    "torch linear_cross_entropy",
+    "eager, compiled",
     "eager, labelled rows",
     "eager",
 )

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mass_study import DROPS, MASSES, PARTS
-from benchmarks.pictures import FAINT, OURS, STYLE, pyplot, save
 from benchmarks.results import ROOT, Row
 from benchmarks.tables import origin, table
 
-PAGE = ROOT.parent / "docs" / "drop_mass.md"
+NAME = "drop_mass.md"
+PAGE = ROOT.parent / "docs" / NAME
 PICTURE = "drop_mass.png"
 _PART = 512
-_COLOURS = {"held-out": OURS, "seen": "#d1782f"}
 _INTRODUCTION = """\
 # A backward without improbable parts of the vocabulary
 
@@ -62,17 +61,20 @@ def write_mass_page(page: Path = PAGE, folder: Path = MASSES) -> None:
     content = load_masses(folder)
     if content is None:
         return
+    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(mass_text(content), encoding="utf-8")
-    with pyplot.rc_context(STYLE):
-        draw_masses(content, page.with_name(PICTURE))
+    draw_masses(content, page.with_name(PICTURE))
 
 
 def check_mass_page(page: Path = PAGE, folder: Path = MASSES) -> bool:
-    """Whether the page shows exactly what the results say."""
+    """Whether the page shows exactly what the results say and its picture exists; where there are
+    no results, whether there is no page."""
     content = load_masses(folder)
     if content is None:
         return not page.exists()
-    return page.is_file() and page.read_text(encoding="utf-8") == mass_text(content)
+    if not page.is_file() or not page.with_name(PICTURE).is_file():
+        return False
+    return page.read_text(encoding="utf-8") == mass_text(content)
 
 
 def mass_text(content: Mapping[str, Any]) -> str:
@@ -197,8 +199,19 @@ def _curve_text(curves: Mapping[str, Sequence[float]]) -> str:
 
 def draw_masses(content: Mapping[str, Any], path: Path) -> None:
     """Error over share kept, and time over ε."""
-    figure, (errors, times) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
-    for text, colour in _COLOURS.items():
+    from benchmarks.pictures import STYLE, pyplot, save
+
+    with pyplot.rc_context(STYLE):
+        figure, (errors, times) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
+        _draw_panels(content, errors, times)
+        save(figure, path)
+
+
+def _draw_panels(content: Mapping[str, Any], errors: Any, times: Any) -> None:
+    from benchmarks.pictures import FAINT, OURS
+
+    colours = {"held-out": OURS, "seen": "#d1782f"}
+    for text, colour in colours.items():
         rows = [
             row for row in content["rows"] if row["order"] == "frequency" and row["text"] == text
         ]
@@ -240,4 +253,3 @@ def draw_masses(content: Mapping[str, Any], path: Path) -> None:
     for panel in (errors, times):
         panel.grid(color=FAINT)
         panel.legend(frameon=False, fontsize=7)
-    save(figure, path)

@@ -9,28 +9,15 @@ Freed blocks go back to the system at once there, so resident memory follows the
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import resource
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
 from benchmarks.accuracy import failure
+from benchmarks.child import in_child, peak, start_peak
 from benchmarks.malloc import return_freed_memory
 from benchmarks.peers import CANDIDATES, Candidate, step
 from benchmarks.shapes import DTYPES, TINY, Problem, Shape, make_problem
-
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_PRELOADED = (
-    "benchmarks.peers",
-    "cut_cross_entropy",
-    "liger_kernel.chunked_loss",
-    "trl.kernels",
-    "trl.trainer.utils",
-)
 
 
 @dataclass(frozen=True)
@@ -61,39 +48,25 @@ def peak_memory(candidate: Candidate, shape: Shape, dtype: str, device: str = "c
         gib = 2**30
         return Memory(None, None, f"skipped: needs {needed / gib:.0f} of {free / gib:.0f} GiB free")
 
-    # Forked from a server that has imported the peers and has run nothing.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_in_child, args=(sender, candidate.name, shape, dtype, torch.get_num_threads())
-    )
-    child.start()
-    sender.close()
     try:
-        result: Memory = receiver.recv()
-    except EOFError:
-        child.join()
-        return Memory(None, None, f"failed: process ended with code {child.exitcode}")
-    child.join()
-    return result
+        return in_child(_measure, candidate.name, shape, dtype)
+    except ChildProcessError as error:
+        return Memory(None, None, f"failed: {error}")
 
 
-def _in_child(sender: Connection, name: str, shape: Shape, dtype: str, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _measure(name: str, shape: Shape, dtype: str) -> Memory:
     return_freed_memory()
     candidate = CANDIDATES[name]
     try:
         step(candidate, make_problem(shape if candidate.compiles else TINY, DTYPES[dtype]))
         problem = make_problem(shape, DTYPES[dtype])
         gc.collect()
-        before = _start_peak()
+        before = start_peak()
         step(candidate, problem)
-        extra = _peak() - before - problem.gradient_bytes
+        extra = peak() - before - problem.gradient_bytes
     except Exception as error:
-        sender.send(Memory(None, None, failure(error)))
-    else:
-        sender.send(Memory(extra, problem.gradient_bytes, "ok"))
+        return Memory(None, None, failure(error))
+    return Memory(extra, problem.gradient_bytes, "ok")
 
 
 def cuda_memory(candidate: Candidate, problem: Problem) -> Memory:
@@ -111,22 +84,3 @@ def cuda_memory(candidate: Candidate, problem: Problem) -> Memory:
     except Exception as error:
         return Memory(None, None, failure(error))
     return Memory(extra, problem.gradient_bytes, "ok")
-
-
-def _start_peak() -> int:
-    """Set the peak back to what is resident now, where the system can, and return the latter."""
-    import psutil
-
-    try:
-        _CLEAR_REFS.write_text("5")
-    except OSError:
-        pass
-    return psutil.Process().memory_info().rss
-
-
-def _peak() -> int:
-    try:
-        lines = _STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

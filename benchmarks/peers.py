@@ -72,6 +72,13 @@ def ours(path: str, problem: Problem, **options: Any) -> tuple[Tensor, Tensor]:
     return out.sums, dpo(out.sums)
 
 
+def ours_with_room(path: str, engine: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """The default workspace; `local` gets the probabilities that it keeps beside 512 MiB of it."""
+    kept = problem.shape.labelled_rows * problem.shape.vocab * problem.hidden.element_size()
+    room = kept / 2**20 + 512 if path == "local" else 256
+    return ours(path, problem, engine=engine, workspace_mb=room)
+
+
 def _eager(problem: Problem) -> tuple[Tensor, Tensor]:
     """As Hugging Face models and losses compute it: the logits of every row, then fp32."""
     sums = _eager_sums(problem.hidden, problem.weight, problem.labels, problem.shape.softcap)
@@ -211,6 +218,14 @@ _ALL = (
 CANDIDATES = {candidate.name: candidate for candidate in _ALL}
 # Peers that fuse a loss other than DPO.
 OTHER_LOSSES = tuple(c.name for c in _ALL if c.objective != "dpo")
+# Slow ones, and those that stand for a variant of another: only the grid measures them.
+IN_GRID = (
+    "Liger: per token",
+    "cut-cross-entropy: full gradient",
+    "torch linear_cross_entropy",
+    "eager, compiled",
+    "eager, fp32 logits",
+)
 # On one shape the automatic choice is one of our paths, so only the sweep measures it.
-ON_ONE_SHAPE = tuple(c for c in CANDIDATES if c != "ours: auto" and c not in OTHER_LOSSES)
+ON_ONE_SHAPE = tuple(c for c in CANDIDATES if c not in ("ours: auto", *IN_GRID, *OTHER_LOSSES))
 IN_SWEEP = ("ours: auto", "ours: recompute", "TRL", "eager")

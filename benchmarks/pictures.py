@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def draw_sweep(rows: Sequence[Row], path: Path) -> None:
         for name in IN_SWEEP:
             mine = [row for row in rows if row["axis"] == axis and row["candidate"] == name]
             mine = [row for row in mine if row["extra_bytes"] is not None]
+            mine.sort(key=itemgetter(axis))
             colour, line, marker = LINES[name]
             panel.plot(
                 [row[axis] for row in mine],

@@ -1,17 +1,64 @@
-"""Write the tables between the markers of a README and draw the pictures, from results on disk."""
+"""Everything that shows results: the tables between the markers of a README, pages and pictures."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.benchmark_pages import check_benchmarks, write_benchmarks
+from benchmarks.kernel_pages import check_page, write_page
+from benchmarks.mass_page import NAME, check_mass_page, load_masses, write_mass_page
 from benchmarks.results import RESULTS, ROOT, load
 from benchmarks.tables import head_table, origin
 
 README = ROOT.parent / "README.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+
+
+def write_all(
+    *, readme: Path, page: Path, docs: Path, results: Path, kernels: Path, masses: Path
+) -> None:
+    """Write every page and picture.
+
+    Args:
+        readme: gets the tables of `results`.
+        page: of the kernels.
+        docs: folder of benchmarks.md and drop_mass.md.
+        results: folder of the CPU's results; those of GPUs lie beside it.
+        kernels: folder of what the compiled kernels take.
+        masses: folder of the study of `drop_mass`.
+    """
+    write_report(readme, results)
+    write_page(page, kernels, results.parent)
+    write_benchmarks(docs / "benchmarks.md", results.parent, kernels)
+    write_mass_page(docs / NAME, masses)
+
+
+def check_all(
+    *,
+    readme: Path,
+    page: Path,
+    docs: Path,
+    results: Path,
+    kernels: Path,
+    masses: Path,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Whether every page shows exactly what the results say; the arguments are `write_all`'s."""
+    current = {
+        "README": check_report(readme, results),
+        page.name: check_page(page, kernels, results.parent),
+        "benchmarks.md": check_benchmarks(docs / "benchmarks.md", results.parent),
+        NAME: check_mass_page(docs / NAME, masses),
+    }
+    for name, agrees in current.items():
+        if name == NAME and agrees and load_masses(masses) is None:
+            say(f"{name} does not exist: `python -m benchmarks masses` has not been run")
+        else:
+            say(f"{name} agrees with the results" if agrees else f"{name} is out of date")
+    return all(current.values())
 
 
 def write_report(readme: Path = README, folder: Path = RESULTS / "cpu") -> None:

@@ -17,10 +17,14 @@ import torch
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
+# The status of a row that a deadline has left without figures.
+NO_TIME = "skipped: no time left"
 Row = dict[str, Any]
 
 _LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cross-entropy")
-_KEY = ("candidate", "shape", "dtype", "sequences", "length", "labelled_rows")
+_SHAPE_KEY = ("candidate", "shape", "dtype", "sequences", "length", "labelled_rows")
+# A section without one of them has nothing there.
+_KEY = (*_SHAPE_KEY, "capacity_bytes")
 _NUMBER = (int, float, type(None))
 _SHAPE_FIELDS: dict[str, tuple[type, ...]] = {
     "candidate": (str,),
@@ -70,7 +74,7 @@ FIELDS["grid"] = {
     "bytes": _NUMBER,
 }
 FIELDS["method"] = {
-    **{name: _SHAPE_FIELDS[name] for name in (*_KEY, "status")},
+    **{name: _SHAPE_FIELDS[name] for name in (*_SHAPE_KEY, "status")},
     "pairs": (int,),
     "stateful": (bool,),
     "engine": (str,),
@@ -78,6 +82,49 @@ FIELDS["method"] = {
     "ms_quartiles": (list,),
     "step_ms": (float,),
     "share": (float,),
+}
+FIELDS["trainer"] = {
+    **_SHAPE_FIELDS,
+    "layers": (int,),
+    "loss": _NUMBER,
+    "gradient_norm": _NUMBER,
+    # The larger of both figures' relative distances from the eager trainer's.
+    "distance": _NUMBER,
+    "rounds": (int,),
+    "ms": _NUMBER,
+    "ms_quartiles": _SPREAD,
+    # The time as a share of the eager trainer's in the same round.
+    "of_eager": _NUMBER,
+    "of_eager_quartiles": _SPREAD,
+    # Here the extra bytes hold the gradients.
+    "memory_status": (str,),
+}
+FIELDS["context"] = {
+    **{
+        name: _SHAPE_FIELDS[name]
+        for name in ("candidate", "shape", "sequences", "hidden_size", "vocab", "dtype", "trains")
+    },
+    "capacity_bytes": (int,),
+    # Lengths in tokens: the longest that fits, the shortest that does not, the memory model's.
+    "longest": (int, type(None)),
+    "fails_at": (int, type(None)),
+    "predicted": (int, type(None)),
+    "ended_by": (str,),
+    "probes": (int,),
+    "status": (str,),
+}
+FIELDS["kl"] = {
+    **{
+        name: kinds
+        for name, kinds in _SHAPE_FIELDS.items()
+        if name not in ("trains", "gradient_bytes")
+    },
+    **{
+        f"{prefix}{name}": FIELDS["head"][name]
+        for prefix in ("", "forward_")
+        for name in ("rounds", "ms", "p_ms", "in_p", "in_p_quartiles")
+    },
+    **dict.fromkeys(("kl_error", "dhidden_error", "dweight_error"), _NUMBER),
 }
 
 
@@ -202,4 +249,4 @@ def _cpu_model() -> str:
 
 def row_key(row: Row) -> tuple[Any, ...]:
     """What a row is about: two rows of one section with the same key replace each other."""
-    return tuple(row[name] for name in _KEY)
+    return tuple(row.get(name) for name in _KEY)

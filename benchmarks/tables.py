@@ -39,7 +39,7 @@ def head_table(rows: Sequence[Row]) -> str:
                 name,
                 gradients,
                 number(row["ms"], ".0f"),
-                number(row["in_p"], ".2f"),
+                spread(row, "in_p", ".2f"),
                 number(row["reused_in_p"], ".2f"),
                 _mib(row["extra_bytes"]) if ok else row["memory_status"],
                 number(row["logp_error"], ".1e"),
@@ -55,7 +55,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
     for row in rows:
         by_size.setdefault((row["vocab"], row["length"]), {}).setdefault(row["candidate"], row)
     lines = []
-    for (vocab, length), by_name in by_size.items():
+    for (vocab, length), by_name in sorted(by_size.items(), key=lambda entry: entry[0][::-1]):
         any_row = next(iter(by_name.values()))
         lines.append(
             [
@@ -90,6 +90,14 @@ def _sweep_cell(row: Row | None) -> str:
 def _mib(size: int | None) -> str:
     # Pages come and go: a peak may lie a few of them below what the gradients alone take.
     return "" if size is None else f"{max(size, 0) / _MIB:.0f}"
+
+
+def spread(row: Row, name: str, form: str) -> str:
+    """A figure and, in brackets, its quartiles."""
+    if row[name] is None:
+        return ""
+    low, high = row[f"{name}_quartiles"]
+    return f"{row[name]:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def number(value: float | None, form: str) -> str:

@@ -50,6 +50,7 @@ def rounds(
     count: int,
     device: str = "cpu",
     seconds: float = math.inf,
+    spare_slow: bool = False,
 ) -> Iterator[dict[str, Timing]]:
     """Run every step once a round, P right before each, and yield all timings after each round.
 
@@ -61,6 +62,7 @@ def rounds(
         count: rounds.
         device: "cpu" or "cuda".
         seconds: start no round after these, but make `FEWEST_ROUNDS`.
+        spare_slow: whether the slower half of the steps stops after `FEWEST_ROUNDS`.
     """
     measure = stopwatch(device)
     ms: dict[str, list[float]] = {name: [] for name in steps}
@@ -70,11 +72,14 @@ def rounds(
     for number in range(count):
         if number >= FEWEST_ROUNDS and time.monotonic() > end:
             return
+        if spare_slow and number == FEWEST_ROUNDS:
+            known = {name: median(values) for name, values in ms.items()}
+            steps = {n: step for n, step in steps.items() if known[n] <= median(known.values())}
         for name, step in steps.items():
             gc.collect()
             units[name].append(measure(unit))
             ms[name].append(measure(step))
-        yield {name: Timing(tuple(ms[name]), tuple(units[name])) for name in steps}
+        yield {name: Timing(tuple(ms[name]), tuple(units[name])) for name in ms}
 
 
 def _cpu_ms(step: Step) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 pytest.importorskip("psutil")
 
 from benchmarks import accuracy, memory, suite, tables  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.claims import claims_of  # noqa: E402
 from benchmarks.objectives import OBJECTIVES, dpo  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
@@ -26,7 +26,7 @@ from benchmarks.peers import (  # noqa: E402
     Candidate,
 )
 from benchmarks.report import END, START, check_report, filled, write_report  # noqa: E402
-from benchmarks.results import Results, check, load  # noqa: E402
+from benchmarks.results import NO_TIME, Results, check, load  # noqa: E402
 from benchmarks.shapes import (  # noqa: E402
     DTYPES,
     HEADS,
@@ -183,6 +183,39 @@ def test_rounds_stop_in_time_but_not_before_the_fewest() -> None:
     assert len(list(rounds({"a": int}, int, 50, seconds=0.0))) == 3
 
 
+def test_the_slower_half_is_spared_after_the_fewest_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.timing.gc.collect", lambda: 0)
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: now[0])
+
+    def taking(seconds: float) -> None:
+        now[0] += seconds
+
+    steps = {name: partial(taking, ms) for name, ms in {"a": 1.0, "b": 5.0, "c": 9.0}.items()}
+    *_, timed = rounds(steps, partial(taking, 0.5), 6, spare_slow=True)
+    assert {name: len(timing.ms) for name, timing in timed.items()} == {"a": 6, "b": 6, "c": 3}
+    assert {name: timing.in_p for name, timing in timed.items()} == {"a": 2.0, "b": 10.0, "c": 18.0}
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "keep_freed_memory", lambda: None)
+    now = [0.0]
+
+    def say(text: str) -> None:
+        now[0] += 1.0
+
+    results = Results(tmp_path / "head-fp32.json", "head")
+    # The truth is announced, then each candidate's verdict.
+    suite.measure_head(TINY, "fp32", results, 1, say, seconds=4.0, clock=lambda: now[0])
+    rows = {row["candidate"]: row for row in load(tmp_path)["head-fp32"]["rows"]}
+    statuses = [rows[name]["status"] for name in ON_ONE_SHAPE]
+    assert statuses == ["ok"] * 3 + [NO_TIME] * (len(rows) - 3)
+    assert {row["rounds"] for row in rows.values()} == {0}
+    assert rows[ON_ONE_SHAPE[0]]["memory_status"] == NO_TIME
+
+
 def test_in_p_is_the_median_of_ratios() -> None:
     assert Timing((2.0, 9.0, 40.0), (1.0, 3.0, 10.0)).in_p == 3.0
 
@@ -209,6 +242,7 @@ def suite_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the suite writes on tiny shapes, without child processes."""
     folder = tmp_path_factory.mktemp("suite")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.timing.gc.collect", lambda: 0)
         patch.setattr(suite, "LAPTOP", TINY)
         patch.setattr(suite, "SWEEP_VOCAB", (replace(TINY, name="vocab-97"),))
         patch.setattr(suite, "SWEEP_LENGTH", (replace(TINY, name="length-12"),))
@@ -267,14 +301,12 @@ def test_report_round_trip(measured: Path, tmp_path: Path) -> None:
     assert text.startswith("# Title\n\n") and text.endswith(f"{END}\n\nAfter.\n")
     assert "| ours: local | hidden, head |" in text and "(results/sweep.png)" in text
     assert check_report(readme, measured)
-    options = ["--readme", str(readme), "--results", str(measured)]
-    assert main(["report", "--check", *options]) == 0
 
     path = measured / "head-fp32.json"
     content = json.loads(path.read_text())
     content["rows"][0]["ms"] = 123456.0
     path.write_text(json.dumps(content))
-    assert main(["report", "--check", *options]) == 1
+    assert not check_report(readme, measured)
 
 
 def test_report_needs_its_markers() -> None:

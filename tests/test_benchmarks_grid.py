@@ -17,8 +17,7 @@ import torch
 
 pytest.importorskip("psutil")
 
-from benchmarks import benchmark_pages, cpu_grid, gpu, grid  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
+from benchmarks import benchmark_pages, cpu_grid, gpu, grid, peers  # noqa: E402
 from benchmarks.counts import WORKSPACE, count  # noqa: E402
 from benchmarks.grid import NO_TIME, Point, Run  # noqa: E402
 from benchmarks.kernel_results import KERNELS  # noqa: E402
@@ -30,7 +29,15 @@ from benchmarks.method_cost import (  # noqa: E402
     measured_losses,
     usual_batch,
 )
-from benchmarks.peers import CANDIDATES, OTHER_LOSSES, Candidate  # noqa: E402
+from benchmarks.peers import (  # noqa: E402
+    CANDIDATES,
+    HEAD,
+    HIDDEN,
+    IN_GRID,
+    ON_ONE_SHAPE,
+    OTHER_LOSSES,
+    Candidate,
+)
 from benchmarks.results import Results, Row, load  # noqa: E402
 from benchmarks.shapes import HEADS, IGNORE_INDEX, TINY, Problem, Shape, make_problem  # noqa: E402
 from fused_prefopt import PreferenceLoss, available_losses  # noqa: E402
@@ -173,11 +180,50 @@ def test_shares_label_what_they_say(share: float) -> None:
     assert int(problem.lengths.sum()) == shape.labelled_rows
 
 
-def test_the_cpu_grid_holds_shares_and_every_peer() -> None:
+def test_the_cpu_grid_holds_shares_rows_and_every_peer() -> None:
     points = cpu_grid.cpu_points()
     assert [point.shape.labelled for point in points["shares"]] == [0.25, 0.5, 1.0]
-    (peers,) = points["peers"]
-    assert set(OTHER_LOSSES) < {candidate.name for candidate in peers.candidates}
+    rows = {(point.shape.labelled_rows, point.dtype) for point in points["rows"]}
+    assert rows == {(2048, "fp32"), (2048, "bf16"), (8192, "fp32"), (8192, "bf16")}
+    for point in points["rows"]:
+        assert {candidate.trains for candidate in point.candidates} == {HIDDEN, HEAD}
+    single, narrow = points["peers"]
+    assert (single.dtype, narrow.dtype) == ("fp32", "bf16")
+    names = {candidate.name for candidate in single.candidates}
+    assert {*IN_GRID, *OTHER_LOSSES} < names
+    # What the suite leaves out is in the grid.
+    assert set(CANDIDATES) <= names | {*ON_ONE_SHAPE, "ours: auto"}
+
+
+def test_the_files_of_the_cpu_grid_share_one_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Point(TINY, "fp32", (CANDIDATES["ours: local"], CANDIDATES["eager"]))
+    monkeypatch.setattr(cpu_grid, "cpu_points", lambda: {"shares": [point], "rows": [point]})
+    monkeypatch.setattr(cpu_grid, "DEADLINE", 100.0)
+    monkeypatch.setattr(grid, "peak_memory", lambda *_: MEMORY)
+    now = [0.0]
+
+    def say(text: str) -> None:
+        now[0] += 200.0 * text.endswith("done")
+
+    cpu_grid.run_cpu_grid(tmp_path, 1, say, clock=lambda: now[0])
+    found = {
+        name: [row["status"] for row in load(tmp_path)[name]["rows"]] for name in load(tmp_path)
+    }
+    assert found == {"shares": ["ok", "ok"], "rows": [NO_TIME, NO_TIME]}
+
+
+def test_local_gets_the_room_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = cpu_grid.cpu_points()["rows"][0]
+    (local,) = (c for c in point.candidates if c.name == "ours: local")
+    rooms: list[float] = []
+    real = peers.ours
+    monkeypatch.setattr(
+        peers, "ours", lambda *a, **options: [rooms.append(options["workspace_mb"]), real(*a)][1]
+    )
+    local.forward(make_problem(TINY, torch.float32))
+    assert rooms == [512 + 4 * TINY.labelled_rows * TINY.vocab / 2**20]
 
 
 SMALL = Shape("small", 2, 100, 8, 1000)  # 100 labelled rows, 200 in all
@@ -197,8 +243,38 @@ def test_counts_are_those_worked_out_by_hand() -> None:
     trl = count("TRL", replace(SMALL, vocab=100_000), 2)
     assert trl is not None
     assert trl.extra == 2 * 100 * 32_768 + 4 * 100_000 * 8 + 4 * 100 * 8
-    assert count("torch linear_cross_entropy", SMALL, 2) is None
+    assert count("nobody", SMALL, 2) is None
     assert count("Liger: kto", SMALL, 2) == count("Liger", SMALL, 2)
+
+
+def test_counts_of_torchs_function_follow_its_chunks() -> None:
+    options = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options")
+    for shape in (SMALL, *HEADS.values()):
+        found = count("torch linear_cross_entropy", shape, 2)
+        rows = shape.labelled_rows
+        chosen = options.LinearCrossEntropyOptions()._adjust(
+            rows, shape.hidden_size, shape.vocab, torch.bfloat16, torch.device("cuda")
+        )
+        hidden = 4 * rows * shape.hidden_size
+        assert found is not None
+        assert found.extra == 6 * chosen.batch_chunk_size * shape.vocab + hidden
+        assert found.flops == 4 * 2 * rows * shape.vocab * shape.hidden_size
+    small = count("torch linear_cross_entropy", SMALL, 2)
+    assert small is not None
+    assert small.moved == 4 * 2 * (100 * 8 + 1000 * 8) + 100 * 1000 * (2 * 3 + 4 * 17)
+
+
+def test_counts_of_the_compiled_eager_loss() -> None:
+    found = count("eager, compiled", SMALL, 2)
+    assert found is not None
+    assert found.flops == 3 * 2 * 200 * 1000 * 8
+    assert found.moved == 3 * 2 * (200 * 8 + 1000 * 8) + 200 * 1000 * (2 * 7 + 4 * 3)
+    assert found.extra == 6 * 200 * 1000
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_every_candidate_but_the_automatic_one_is_counted(name: str) -> None:
+    assert (count(name, SMALL, 2) is None) == (name == "ours: auto")
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -218,7 +294,7 @@ def test_only_eager_meets_the_wall_early() -> None:
     assert longest("ours: recompute", head, capacity) > 20 * longest("eager", head, capacity)
     assert longest("eager", head, 10**9) == 0
     with pytest.raises(ValueError, match="not modelled"):
-        needed("torch linear_cross_entropy", head)
+        needed("ours: auto", head)
 
 
 def test_every_stateful_loss_is_measured(tmp_path: Path) -> None:
@@ -266,6 +342,7 @@ def test_the_page_is_what_the_results_say(measured: Path, tmp_path: Path) -> Non
     assert benchmark_pages.check_benchmarks(page, measured)
     text = page.read_text(encoding="utf-8")
     assert "## H200" in text and "| gamma-dpo | yes |" in text
+    assert "which has 2 pairs" in text
     assert "(../results/cpu/shares.png)" in text and "(../results/h200/rows.png)" in text
     assert "failed: ValueError: engine: 'triton'" in text
     for name in benchmark_pages.pictures(measured, page):
@@ -281,12 +358,3 @@ def test_the_page_is_what_the_results_say(measured: Path, tmp_path: Path) -> Non
 def test_the_page_does_without_what_was_not_measured(tmp_path: Path) -> None:
     text = benchmark_pages.page_text(tmp_path, tmp_path / "benchmarks.md")
     assert "## The longest context" in text and "## H200" not in text
-
-
-def test_the_commands_run_what_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = Point(TINY, "fp32", (CANDIDATES["ours: local"],))
-    monkeypatch.setattr(cpu_grid, "cpu_points", lambda: {"shares": [point]})
-    monkeypatch.setattr(grid, "peak_memory", lambda *_: MEMORY)
-    assert main(["grid", "--rounds", "1", "--results", str(tmp_path)]) == 0
-    (row,) = load(tmp_path)["shares"]["rows"]
-    assert (row["status"], row["rounds"]) == ("ok", 1)

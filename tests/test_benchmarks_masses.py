@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 import fused_prefopt as fp
+from benchmarks.__main__ import main
 from benchmarks.mass_page import check_mass_page, mass_text, write_mass_page
 from benchmarks.mass_study import DROPS, PARTS, dropped, filtered, run_study
 from benchmarks.trained_rows import TrainedRows
@@ -17,7 +19,11 @@ from benchmarks.trained_rows import TrainedRows
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("masses")
     options = {"vocab": 400, "seconds": 0.2, "count": 60, "curve_steps": 2, "timed_rounds": 1}
-    run_study(folder, **options, say=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.__main__.run_study", partial(run_study, **options))
+        # Nothing is large enough here for garbage to matter.
+        patch.setattr("benchmarks.timing.gc.collect", lambda: 0)
+        assert main(["masses", "--results", str(folder)]) == 0
     return folder
 
 
