@@ -27,7 +27,13 @@ PARTS = (128, 512, 2048)
 FILTERS = (2.0**-14, 2.0**-12, 2.0**-10, 2.0**-8)
 ORDERS = ("tokenizer", "frequency")
 _TILE = 128
-_CURVES = (0.0, 1e-3, 1e-2, 1e-1)
+ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# ε and path; the exact gradient on another path is how far rounding alone moves a curve.
+_CURVES = {
+    "0": (0.0, "auto"),
+    "0, another path": (0.0, "recompute"),
+    **{f"{drop:g}": (drop, "auto") for drop in (3e-4, 1e-3, 4e-3, 1e-2, 1e-1)},
+}
 
 
 def run_study(
@@ -87,25 +93,27 @@ def run_study(
             say(f"times: {order}, {name}")
             save()
     del model
-    for drop_mass in _CURVES:
+    for name, (drop_mass, path) in _CURVES.items():
         losses = train(
-            new_model(text.vocab), text, steps=curve_steps, drop_mass=drop_mass, say=lambda _: None
+            new_model(text.vocab),
+            text,
+            steps=curve_steps,
+            drop_mass=drop_mass,
+            path=path,
+            say=lambda _: None,
         )
-        content["curves"][f"{drop_mass:g}"] = [round(loss, 5) for loss in losses]
-        say(f"curve: {drop_mass:g}: {losses[-1]:.4f}")
+        content["curves"][name] = [round(loss, 6) for loss in losses]
+        say(f"curve: {name}: {losses[-1]:.4f}")
         save()
 
 
 def study_errors(rows: TrainedRows, text: str) -> Iterator[Row]:
     """Share of (row, part) kept and gradient errors, of ours and of a filter by tiles.
 
-    The gradient is that of the mean of the log-probs, from the whole matrix of logits.
+    The gradient is that of the sum of the log-probs, from the whole matrix of logits, in float64.
     """
-    hidden, targets, weight = rows.hidden[text], rows.targets[text], rows.weight
-    logits = hidden @ weight.t()
-    logsumexps = logits.logsumexp(1)
-    exact = (logits - logsumexps.unsqueeze(1)).exp_()
-    del logits
+    hidden, targets, weight = rows.hidden[text].double(), rows.targets[text], rows.weight.double()
+    exact = (hidden @ weight.t()).softmax(1)
     exact[torch.arange(len(targets)), targets] -= 1
     wanted = exact @ weight, exact.t() @ hidden
 
@@ -118,13 +126,9 @@ def study_errors(rows: TrainedRows, text: str) -> Iterator[Row]:
         off = float((gradient - exact).abs().sum(1).mean())
         return {**dict(zip(names, relative, strict=True)), "mean_l1": off}
 
-    yield {
-        "method": "bf16 rounding",
-        "part": 1,
-        "bound": 0.0,
-        "kept": 1.0,
-        **errors(exact.bfloat16().float()),
-    }
+    for name, dtype in ROUNDED.items():
+        rounded = errors(exact.to(dtype).double())
+        yield {"method": f"{name} rounding", "part": 1, "bound": 0.0, "kept": 1.0, **rounded}
     for part in PARTS:
         for drop in DROPS:
             kept, gradient = dropped(exact, targets, part, drop)
@@ -160,11 +164,10 @@ def dropped(exact: Tensor, targets: Tensor, part: int, drop_mass: float) -> tupl
     padded = functional.pad(probabilities, (0, -exact.shape[1] % part))
     shares = padded.view(len(targets), -1, part).sum(2).t()
     with mock.patch.object(dropped_mass, "PART", part):
-        parts, left_out = dropped_mass.choose_parts(
-            shares.log(), torch.zeros(len(targets)), targets, drop_mass
-        )
+        logsumexps = shares.new_zeros(len(targets))
+        parts = dropped_mass.choose_parts(shares.log(), logsumexps, targets, drop_mass)
     entries = parts.kept.t().repeat_interleave(part, 1)[:, : exact.shape[1]]
-    probabilities.mul_(entries).div_((1 - left_out).unsqueeze(1))
+    probabilities.mul_(entries).div_(parts.kept_mass.unsqueeze(1))
     probabilities[index, targets] -= 1
     return sum(parts.counts) / parts.kept.numel(), probabilities
 

@@ -94,6 +94,7 @@ def train(
     steps: int,
     seconds: float = float("inf"),
     drop_mass: float = 0.0,
+    path: str = "auto",
     say: Callable[[str], None] = print,
 ) -> list[float]:
     """Next-token training; returns the loss of every step, in nats a token.
@@ -103,7 +104,7 @@ def train(
         text: what it is trained on.
         steps: at most.
         seconds: nothing is begun after them.
-        drop_mass: of the op.
+        drop_mass, path: of the op.
         say: gets a line of progress now and then.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1)
@@ -114,7 +115,7 @@ def train(
             break
         ids = text.batch(generator)
         hidden = model.model(ids).last_hidden_state
-        out = sequence_logps(hidden, LMHead.of(model), ids, drop_mass=drop_mass)
+        out = sequence_logps(hidden, LMHead.of(model), ids, drop_mass=drop_mass, path=path)
         loss = -out.sums.sum() / out.lengths.sum()
         optimizer.zero_grad()
         loss.backward()

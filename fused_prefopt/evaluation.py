@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fused_prefopt.data import labels_of
 from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
+from fused_prefopt.ops import sequence_kl
 from fused_prefopt.reference import dataset_logps
-from fused_prefopt.types import LMHead, LogpBatch
+from fused_prefopt.types import LogpBatch
 
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
-_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -120,29 +120,19 @@ def _mean_kls(
 ) -> tuple[float, float]:
     """Of chosen and of rejected tokens."""
     device = next(model.parameters()).device
-    heads = (lm_head_of(model), lm_head_of(reference))
-    totals, tokens = [0.0, 0.0], [0, 0]
+    totals, tokens = torch.zeros(2), torch.zeros(2)
     for start in range(0, len(features), batch_size):
         batch = collator(features[start : start + batch_size])
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        rows = (labels_of(batch)[:, 1:] >= 0).to(device)
-        hiddens = [last_hidden(each, inputs)[:, :-1] for each in (model, reference)]
-        for side, (kept, *both) in enumerate(
-            zip(*(each.chunk(2) for each in (rows, *hiddens)), strict=True)
-        ):
-            tokens[side] += int(kept.sum())
-            totals[side] += _total_kl(heads, [hidden[kept] for hidden in both])
-    chosen, rejected = (total / max(1, count) for total, count in zip(totals, tokens, strict=True))
-    return chosen, rejected
-
-
-def _total_kl(heads: Sequence[LMHead], hiddens: Sequence[Tensor]) -> float:
-    """Sum over (N, D) rows of KL(first || second)."""
-    total = 0.0
-    for piece in zip(*(hidden.split(_ROWS_AT_A_TIME) for hidden in hiddens), strict=True):
-        policy, anchor = (
-            head.logits(hidden).float().log_softmax(-1)
-            for head, hidden in zip(heads, piece, strict=True)
+        # KL(first || second): the policy takes the place that a loss gives the reference.
+        found = sequence_kl(
+            last_hidden(reference, inputs),
+            lm_head_of(reference),
+            last_hidden(model, inputs),
+            lm_head_of(model),
+            labels_of(batch).to(device),
         )
-        total += (policy.exp() * (policy - anchor)).sum().item()
-    return total
+        totals += found.kl.view(2, -1).sum(1).cpu()
+        tokens += found.lengths.view(2, -1).sum(1).cpu()
+    chosen, rejected = (totals / tokens.clamp(min=1)).tolist()
+    return chosen, rejected

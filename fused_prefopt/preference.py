@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_prefopt.checks import require_number
 from fused_prefopt.epilogues import run_epilogue
 from fused_prefopt.losses import check_needs, find, length_desensitized, preset
+from fused_prefopt.losses.metrics import divergence_metrics
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_logps, takes_kernels, token_statistics
 from fused_prefopt.ops.shared_lengths import shared_and_tail_logps
@@ -212,6 +213,11 @@ class PreferenceLoss(nn.Module):
         return whole.own(self._of(whole.batch))
 
     def _of(self, batch: LogpBatch) -> LossOutput:
+        result = self._composed(batch)
+        exact = divergence_metrics(batch, pairwise=self.loss.pairwise)
+        return replace(result, metrics={**result.metrics, **exact})
+
+    def _composed(self, batch: LogpBatch) -> LossOutput:
         if takes_kernels(self.op_options["engine"], batch.policy.device):
             result = run_epilogue(self.loss, self.statistics, batch)
             if result is not None:

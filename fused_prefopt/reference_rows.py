@@ -39,9 +39,15 @@ def policy_beside_reference(
         differentiable.
 
     Raises:
-        ValueError: what `sequence_kl` and `sequence_logps` raise.
+        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs `sequence_kl`,
+            and the options ask for another path than `recompute` or drop mass.
     """
     if "sequence_kl" in missing:
+        if options["path"] not in ("auto", "recompute") or options["drop_mass"]:
+            raise ValueError(
+                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but the KL"
+                " divergence from a reference needs 'recompute' and all mass"
+            )
         kept = {key: value for key, value in options.items() if key not in ("path", "drop_mass")}
         out = sequence_kl(hidden, head, ref_hidden, ref_head, labels, **kept)
         fields = {"sequence_kl": out.kl, "reference": out.reference}

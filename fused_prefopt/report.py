@@ -15,7 +15,10 @@ _PICTURES = {
     "accuracies": ("share of pairs", ("rewards/accuracies",)),
     "rewards": ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/mean")),
     "margins": ("reward", ("rewards/margins", "margin/mean")),
-    "kl": ("policy − reference, nats", ("kl/chosen", "kl/rejected", "kl/mean", "kl")),
+    "kl": (
+        "policy − reference, nats",
+        ("kl/chosen", "kl/rejected", "kl/mean", "kl", "sequence_kl/chosen", "sequence_kl/rejected"),
+    ),
     "logps": ("summed log-prob, nats", ("logps/chosen", "logps/rejected", "logps/mean")),
 }
 _LABELS = {"rewards/margins": "reward margin", "margin/mean": "target margin γ_i, mean ± std"}

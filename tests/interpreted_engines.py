@@ -29,7 +29,7 @@ from fused_prefopt import (
     token_logps,
     token_statistics,
 )
-from fused_prefopt.ops import cublas_engine, forward, gradient_sums
+from fused_prefopt.ops import cublas_engine, dropped_mass, forward, gradient_sums
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import PATHS
 
@@ -55,6 +55,23 @@ def test_engines_match_float64(engine, path, transform, dtype):
     assert largest_error(got.tokens, truth.tokens) <= values
     if path != "evaluate":
         assert_gradients(got, truth, gradients)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", ["local", "recompute"])
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_dropped_mass_equals_the_torch_engines(engine, path, transform, dtype, monkeypatch):
+    monkeypatch.setattr(dropped_mass, "PART", 32)
+    case = make_case(3, 13, 24, 301, dtype=dtype, **TRANSFORMS[transform])
+    options = {"needs": needs_of(path), "path": path, "drop_mass": 0.3}
+    wanted = computed(case, engine="torch", **options)
+    got = computed(case, engine=engine, **options)
+    values, gradients = TOLERANCE[dtype]
+    assert largest_error(got.tokens, wanted.tokens) <= values
+    assert_gradients(got, wanted, gradients)
+    exact = computed(case, engine=engine, needs=needs_of(path), path=path)
+    assert relative(got.grads[1], exact.grads[1]) > 2 * gradients
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -71,34 +71,40 @@ def test_it_is_the_gradient_of_the_log_prob_among_what_is_kept(path, transform, 
             assert relative(value.grad, truth.grad) <= 1e-10, name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    drop_mass=st.floats(1e-9, 0.9),
+    drop_mass=st.one_of(st.floats(1e-9, 0.9), st.floats(0.9, 1 - 1e-12)),
     scale=st.floats(0.01, 60.0),
     ties=st.booleans(),
+    path=st.sampled_from(PATHS),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-def test_the_gradient_of_the_logits_is_off_by_twice_the_mass_at_most(seed, drop_mass, scale, ties):
+def test_the_gradient_of_the_logits_is_off_by_twice_the_mass_at_most(
+    seed, drop_mass, scale, ties, path, dtype
+):
     dropped_mass.PART = PART
     generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(1, 9, VOCAB, generator=generator, dtype=torch.float64)
+    logits = (scale * torch.randn(1, 9, VOCAB, generator=generator, dtype=torch.float64)).to(dtype)
     if ties:
         logits = logits.round()
     labels = torch.randint(VOCAB, (1, 9), generator=generator)
-    upstream = torch.randn(1, 9, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(1, 9, generator=generator, dtype=torch.float64).to(dtype)
     # With the identity for a weight, the gradient of hidden is that of the logits.
-    weight = torch.eye(VOCAB, dtype=torch.float64)
+    weight = torch.eye(VOCAB, dtype=dtype).requires_grad_()
 
     def gradient(**options) -> Tensor:
         hidden = logits.clone().requires_grad_()
-        logps = fp.token_logps(hidden, weight, labels, shift=False, path="recompute", **options)
+        logps = fp.token_logps(hidden, weight, labels, shift=False, path=path, **options)
         (logps * upstream).sum().backward()
         return hidden.grad
 
     exact, ours = gradient(), gradient(drop_mass=drop_mass)
-    bound = 2 * drop_mass * upstream.abs()
-    assert ((ours - exact).abs().sum(-1) <= bound * (1 + 1e-9) + 1e-12).all()
-    assert (ours.sum(-1).abs() <= 1e-12 * upstream.abs() + 1e-15).all()
+    # What rounding alone does to a row: to each probability, and to the logsumexp of large logits.
+    noise = {torch.float64: 1e-12, torch.float32: 1e-4}[dtype]
+    bound = 2 * drop_mass + noise
+    assert ((ours - exact).abs().sum(-1) <= bound * upstream.abs()).all()
+    assert (ours.sum(-1).abs() <= noise * upstream.abs()).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -138,10 +144,10 @@ def test_small_workspaces_cut_parts_into_tiles(tiny_tiles):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_heads_recompute_and_low_rank_terms_follow(dtype):
+def test_frozen_heads_stay_exact_and_low_rank_terms_follow(dtype):
     case = leaves_of(peaked(dtype=dtype), (True, False, False))
     out = fp.sequence_logps(case.hidden, case.head, case.labels, drop_mass=1e-3)
-    assert out.plan.path == "recompute" and "skips" in out.plan.reason
+    assert out.plan.path == "stash"
     a, b = (torch.randn(size).to(dtype).requires_grad_() for size in ((3, 24), (VOCAB, 3)))
     head = fp.LMHead(case.weight, low_rank=(fp.LowRank(a, b, 0.01),))
     found = []

@@ -120,3 +120,28 @@ def test_a_batch_of_all_ranks_keeps_the_gradient_of_both():
         dist.destroy_process_group()
     assert torch.equal(whole.batch.sequence_kl, kls)
     assert torch.equal(logps.grad, slopes) and torch.equal(kls.grad, 2 * slopes)
+
+
+def test_the_exact_divergence_is_among_the_metrics():
+    two = pairs()
+    case, other = two.policy, two.reference
+    given = (case.hidden, case.head, case.labels)
+    result = PreferenceLoss("tdpo1")(*given, ref_hidden=other.hidden, ref_head=other.head)
+    chosen, rejected = eager_tokens(two.double())[0].sum(1).chunk(2)
+    assert result.metrics["sequence_kl/chosen"].item() == pytest.approx(
+        chosen.mean().item(), rel=1e-5
+    )
+    assert result.metrics["sequence_kl/rejected"].item() == pytest.approx(
+        rejected.mean().item(), rel=1e-5
+    )
+    plain = PreferenceLoss("dpo")(*given, ref_hidden=other.hidden, ref_head=other.head)
+    assert not [name for name in plain.metrics if name.startswith("sequence_kl")]
+
+
+@pytest.mark.parametrize("options", [{"path": "local"}, {"drop_mass": 0.1}])
+def test_options_that_the_divergence_cannot_follow_are_refused(options):
+    two = pairs()
+    case, other = leaves_of(two.policy, (True, True, True)), two.reference
+    given = (case.hidden, case.head, case.labels)
+    with pytest.raises(ValueError, match="path: got .* needs 'recompute' and all mass"):
+        PreferenceLoss("tdpo1", **options)(*given, ref_hidden=other.hidden, ref_head=other.head)

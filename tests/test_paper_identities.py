@@ -45,7 +45,7 @@ def test_dpo_with_a_uniform_reference_is_simpo(vocabulary):
     torch.testing.assert_close(normalised.losses, simpo.losses, rtol=1e-9, atol=1e-12)
 
 
-def test_alpha_one_without_normalisation_is_dpo_against_the_implicit_reference():
+def test_alpha_without_normalisation_is_dpo_against_the_implicit_reference():
     # Eq. 8–10: π̂ ∝ U (π/π_ref)^α, γ from U: the margin is γ + αβ gap.
     batch = random_batch(8)
     alpha, beta, gamma = 0.3, 0.1, 0.5

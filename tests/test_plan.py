@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_leaves
 from truth import TRAINING_PATHS, leaves_of, make_case, needs_of
 
 from fused_prefopt import Plan, release_workspace, sequence_logps
+from fused_prefopt.ops.dropped_mass import PART
+from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.plan import COST_IN_P, PATHS, TileCost, TileShape, make_plan, tile_shape
+from fused_prefopt.ops.vocab_shard import VocabShard
 
 MIB = 2**20
 # A batch whose logits (about 600 labelled rows x 2000 entries, 4.6 MiB) dwarf everything else.
@@ -200,12 +204,23 @@ def peak_of(function) -> int:
     ],
 )
 def test_peak_memory_is_statistics_gradients_and_the_workspace(path, workspace_mb, softcap, dtype):
+    check_peaks(path, workspace_mb, dtype, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("path", "workspace_mb"), [("local", 8), ("recompute", 1)])
+def test_peak_memory_of_a_backward_that_drops_mass(path, workspace_mb, dtype):
+    check_peaks(path, workspace_mb, dtype, drop_mass=0.1)
+
+
+def check_peaks(path, workspace_mb, dtype, *, softcap=None, drop_mass=0.0):
+    """Of the forward and of the backward."""
     case = make_case(**BATCH, bias=True, softcap=softcap, dtype=dtype)
     case = leaves_of(case, needs_of(path))
     made = []
 
     def forward():
-        options = {"path": path, "workspace_mb": workspace_mb}
+        options = {"path": path, "workspace_mb": workspace_mb, "drop_mass": drop_mass}
         made.append(sequence_logps(case.hidden, case.head, case.labels, **options))
 
     release_workspace()
@@ -213,6 +228,8 @@ def test_peak_memory_is_statistics_gradients_and_the_workspace(path, workspace_m
     (out,) = made
     rows, workspace = int(out.lengths.sum()), workspace_mb * MIB
     statistics = 32 * 8 * case.labels.numel()  # a generous count of (n,) vectors
+    if drop_mass:
+        statistics += 32 * rows * -(-case.vocab // PART)  # of the parts' masses, and of their sort
     hidden_sums = 4 * rows * case.hidden.shape[-1]
     kept = dtype.itemsize * rows * case.vocab if path == "local" else 0
     stash = hidden_sums if path == "stash" else 0
@@ -244,3 +261,26 @@ def test_peak_memory_does_not_grow_with_the_vocabulary():
 
 def test_every_path_is_tested():
     assert set(PATHS) == {"evaluate", *TRAINING_PATHS}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("engine", ["torch", "cublas"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("drop_mass", [0.0, 1e-3])
+def test_local_meets_the_tiles_of_its_forward_again(device, engine, dtype, drop_mass):
+    # Its maxima are one for each of the forward's tiles.
+    math = HeadMath(None, 1.0, 1.0, dtype)
+    vocab, hidden_size, workspace = 32_000, 256, 64 * 2**20
+    weight = torch.empty(vocab, hidden_size, dtype=dtype, device=device)
+    for rows in range(64, workspace // (vocab * math.kept.itemsize), 61):
+        index = torch.empty(rows, dtype=torch.int64, device=device)
+        tensors = HeadTensors(torch.empty(rows, hidden_size, dtype=dtype, device=device), weight)
+        shapes = [
+            HeadRows(
+                *(tensors, index, index, VocabShard(), math, "local", engine, workspace),
+                backward=backward,
+                drop_mass=drop_mass,
+            ).shape
+            for backward in (False, True)
+        ]
+        assert shapes[0] == shapes[1], rows

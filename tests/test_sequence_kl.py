@@ -328,6 +328,26 @@ def test_nan_stays_in_its_own_sequence(whose):
     assert torch.equal(got[[0, 1, 3]], clean[[0, 1, 3]])
 
 
+@pytest.mark.parametrize("whose", ["policy", "reference"])
+def test_nan_gradients_stay_in_their_own_sequence(whose):
+    two = make_two(4, 5, labelled=1.0)
+
+    def gradient(two: Two):
+        hidden = two.policy.hidden.clone().requires_grad_()
+        out = ours(two._replace(policy=replace(two.policy, hidden=hidden)))
+        # The square's slope is NaN where the divergence is.
+        (out.kl.square().sum() + out.policy.sum()).backward()
+        return hidden.grad
+
+    clean = gradient(two)
+    case = getattr(two, whose)
+    hidden = case.hidden.clone()
+    hidden[2, 1] = math.nan
+    got = gradient(two._replace(**{whose: replace(case, hidden=hidden)}))
+    assert got[2].isnan().any() and clean[[0, 1, 3]].any()
+    torch.testing.assert_close(got[[0, 1, 3]], clean[[0, 1, 3]], rtol=1e-6, atol=1e-9)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the entries of the largest tensor that an operation makes."""
 

@@ -61,6 +61,25 @@ def pairwise_metrics(
 
 
 @torch.no_grad()
+def divergence_metrics(batch: LogpBatch, *, pairwise: bool) -> dict[str, Tensor]:
+    """Exact KL(reference || policy) of a completion, where the batch has `sequence_kl`.
+
+    Args:
+        batch: pairs or completions.
+        pairwise: which of them.
+
+    Returns:
+        `sequence_kl/chosen` and `sequence_kl/rejected`, or `sequence_kl/mean`: means, in nats.
+    """
+    if batch.sequence_kl is None:
+        return {}
+    if not pairwise:
+        return {"sequence_kl/mean": mean(batch.sequence_kl)}
+    chosen, rejected = halves(batch.sequence_kl)
+    return {"sequence_kl/chosen": mean(chosen), "sequence_kl/rejected": mean(rejected)}
+
+
+@torch.no_grad()
 def feedback_metrics(
     batch: LogpBatch, rewards: Tensor, desirable: Tensor, losses: Tensor
 ) -> dict[str, Tensor]:

@@ -14,14 +14,10 @@ from torch import Tensor
 
 from fused_prefopt.ops import dropped_mass
 from fused_prefopt.ops.forward import Kept
-from fused_prefopt.ops.gradient_sums import Gradients, GradientSums, Needs, of_rows
+from fused_prefopt.ops.gradient_sums import Gradients, GradientSums, Needs, of_rows, row_factors
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.tile import EntropyGradients, RowGradients, Tile
 from fused_prefopt.ops.workspace import find, give_back
-
-# Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
-# but their products with small probabilities are denormals, which a CPU multiplies 20x slower.
-_NEGLIGIBLE = 1e-18
 
 
 @dataclass(frozen=True)
@@ -59,37 +55,18 @@ def backward(
         probabilities = find(kept.ticket, head.kept_size, head.math.kept)
         if probabilities is None:
             head = replace(head, path="recompute")
-    scale, entropy, unit = _unit_scale(head, upstream)
+    factors = [upstream.by_logps * -head.math.slope]
+    if upstream.by_entropies is not None:
+        factors.append(upstream.by_entropies * -head.math.slope)
+    scales, unit = row_factors(factors, head.operand)
     sums = GradientSums(head, padded_vocab, needs, unit, scattered=head.drop_mass > 0)
     if head.rows:
-        _add_tiles(head, kept, probabilities, upstream.logps, scale, entropy, sums)
+        entropy = None
+        if upstream.entropies is not None and len(scales) == 2:
+            entropy = EntropyGradients(upstream.entropies, scales[1])
+        _add_tiles(head, kept, probabilities, upstream.logps, scales[0], entropy, sums)
     give_back(kept.ticket)
     return sums.gradients()
-
-
-def _unit_scale(
-    head: HeadRows, upstream: Upstream
-) -> tuple[Tensor, EntropyGradients | None, Tensor | None]:
-    """Factors on the rows' gradients, and the unit that they are in, None for 1."""
-    scales = [upstream.by_logps * -head.math.slope]
-    if upstream.by_entropies is not None:
-        scales.append(upstream.by_entropies * -head.math.slope)
-    if not head.rows:
-        return scales[0], None, None
-    sizes = [scale.abs() for scale in scales]
-    largest = torch.stack(sizes).amax()
-    scales = [
-        scale.masked_fill(size < _NEGLIGIBLE * largest, 0.0)
-        for scale, size in zip(scales, sizes, strict=True)
-    ]
-    unit = None
-    if head.operand == torch.float16:
-        # fp16 holds nothing below 6e-8, which a row's probability times its gradient easily is.
-        unit = largest.where(largest > 0, 1.0)
-        scales = [scale / unit for scale in scales]
-    if upstream.entropies is None or len(scales) == 1:
-        return scales[0], None, unit
-    return scales[0], EntropyGradients(upstream.entropies, scales[1]), unit
 
 
 def _add_tiles(
@@ -105,9 +82,10 @@ def _add_tiles(
     parts, logsumexps = None, kept.logsumexps
     if head.drop_mass:
         budget = head.drop_mass / head.shard.size
-        parts, dropped = dropped_mass.choose_parts(kept.masses, logsumexps, head.targets, budget)
+        parts = dropped_mass.choose_parts(kept.masses, logsumexps, head.targets, budget)
+        left, out = head.shard.add(parts.kept_mass), head.shard.add(parts.dropped_mass)
         # The exact gradient of the log-prob among what is kept: it still sums to zero.
-        remaining = torch.log1p(-head.shard.add(dropped))
+        remaining = torch.where(out < 0.5, torch.log1p(-out), left.log())
         logps, logsumexps = logps - remaining, logsumexps + remaining
     residuals = head.math.target_residual(logps, logsumexps)
     numbers = RowGradients(logsumexps, residuals, scale, entropy)

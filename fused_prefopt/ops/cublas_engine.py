@@ -32,7 +32,9 @@ class CublasEngine(TorchEngine):
         """fp32 products and, where operands are narrower, the operand beside them."""
         operand = math.operand(weight.device)
         logit = float(math.accumulator.itemsize)
-        if operand != math.accumulator and (backward or path in ("stash", "recompute")):
+        # Nothing here may depend on the pass for `local`, whose parts are the forward's tiles.
+        rebuilt = path in ("stash", "recompute") or (backward and path == "details")
+        if operand != math.accumulator and rebuilt:
             logit += operand.itemsize
         slabs = operand.itemsize if weight.dtype != operand else 0
         if weight.dtype not in (math.accumulator, operand) or operand == torch.float16:

@@ -20,7 +20,9 @@ from fused_prefopt.ops.tile import RowStatistics
 # enough that a matmul over one part is as fast as any.
 PART = 512
 # Rows whose parts are sorted at a time, which bounds what the sort takes.
-_ROWS = 4096
+_ROWS = 1024
+# Probabilities are added up in integers of this unit: in any order the same.
+_UNIT = 2.0**-50
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,14 @@ class Parts:
     Attributes:
         kept: (parts, n) bool.
         counts: rows that need each part.
+        kept_mass: (n,) probability of what a row keeps.
+        dropped_mass: (n,) probability of what it leaves out.
     """
 
     kept: Tensor
     counts: Sequence[int]
+    kept_mass: Tensor
+    dropped_mass: Tensor
 
     def rows(self, slab: slice, most: int) -> list[Tensor]:
         """Indices of the rows that need a slab, at most `most` in a tensor."""
@@ -60,10 +66,8 @@ def add_mass(logsumexps: Tensor, statistics: RowStatistics) -> None:
     torch.logaddexp(logsumexps, statistics.logsumexps(), out=logsumexps)
 
 
-def choose_parts(
-    masses: Tensor, logsumexps: Tensor, targets: Tensor, drop_mass: float
-) -> tuple[Parts, Tensor]:
-    """What each row keeps, and the probability (n,) of what it leaves out; waits for CUDA once.
+def choose_parts(masses: Tensor, logsumexps: Tensor, targets: Tensor, drop_mass: float) -> Parts:
+    """What each row keeps; waits for CUDA once.
 
     Args:
         masses: (parts, n) logsumexps of the parts.
@@ -72,7 +76,7 @@ def choose_parts(
         drop_mass: ε.
     """
     kept = torch.ones(masses.shape, dtype=torch.bool, device=masses.device)
-    dropped = torch.zeros_like(logsumexps)
+    kept_mass, dropped = torch.zeros_like(logsumexps), torch.zeros_like(logsumexps)
     for start in range(0, masses.shape[1], _ROWS):
         rows = slice(start, start + _ROWS)
         shares = (masses[:, rows] - logsumexps[rows]).exp_()
@@ -80,9 +84,10 @@ def choose_parts(
         inside = (own >= 0) & (own < masses.shape[0])
         own = own.clamp(0, masses.shape[0] - 1)
         # A share above 1 is never left out.
-        shares.scatter_(0, own, shares.gather(0, own).masked_fill(inside, 2.0))
-        ascending, order = shares.sort(dim=0, stable=True)
-        leaves = ascending.cumsum(0) <= drop_mass
+        weights = shares.scatter(0, own, shares.gather(0, own).masked_fill(inside, 2.0))
+        ascending, order = (weights / _UNIT).ceil_().long().sort(dim=0, stable=True)
+        leaves = ascending.cumsum(0) <= int(drop_mass / _UNIT)
         kept[:, rows].scatter_(0, order, ~leaves)
-        dropped[rows] = (ascending * leaves).sum(0)
-    return Parts(kept, kept.sum(1).tolist()), dropped
+        kept_mass[rows] = (shares * kept[:, rows]).sum(0)
+        dropped[rows] = (shares * ~kept[:, rows]).sum(0)
+    return Parts(kept, kept.sum(1).tolist(), kept_mass, dropped)

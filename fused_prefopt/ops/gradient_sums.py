@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.tile import TileGradient
 from fused_prefopt.ops.torch_engine import product
+
+# Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
+# but their products with small probabilities are denormals, which a CPU multiplies 20x slower.
+_NEGLIGIBLE = 1e-18
 
 
 class Gradients(NamedTuple):
@@ -38,6 +43,30 @@ class Needs(NamedTuple):
     def columns(self, hidden_size: int) -> slice:
         """Of the D + r columns of hidden, those whose weights need a gradient."""
         return slice(0 if self.weight else hidden_size, None if self.low_weight else hidden_size)
+
+
+def row_factors(
+    factors: Sequence[Tensor], operand: torch.dtype
+) -> tuple[list[Tensor], Tensor | None]:
+    """Factors on the rows' gradients without those that change nothing, in a unit that they fit.
+
+    Args:
+        factors: (n,) each.
+        operand: dtype of the gradients' matmuls.
+
+    Returns:
+        The factors, and the 0-d unit that they are in, None for 1.
+    """
+    if not factors[0].shape[0]:
+        return list(factors), None
+    largest = torch.stack([factor.abs() for factor in factors]).amax()
+    # Not the other way round: a row that is NaN is no reason to leave out the others.
+    kept = [each.masked_fill(each.abs() < _NEGLIGIBLE * largest, 0.0) for each in factors]
+    if operand != torch.float16:
+        return kept, None
+    # fp16 holds nothing below 6e-8, which a row's probability times its gradient easily is.
+    unit = largest.where(largest > 0, 1.0)
+    return [factor / unit for factor in kept], unit
 
 
 class GradientSums:

@@ -134,9 +134,14 @@ class HeadRows:
             # A slab of both weights, and its gradient before it is parted.
             both = self.operand.itemsize + self.math.accumulator.itemsize
             cost = replace(cost, weight=cost.weight + both)
+        copied = 0
         if self.drop_mass:
             narrow = min(cost.preferred.vocab, dropped_mass.PART)
             cost = replace(cost, preferred=replace(cost.preferred, vocab=narrow))
+            # The rows that need a part are copied from all of them, and so are their sums.
+            copied = self.operand.itemsize + self.math.accumulator.itemsize
+            if self.path == "local":
+                cost = replace(cost, logit=cost.logit + self.math.kept.itemsize)
         budget = self.workspace
         if self.path == "local":
             budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
@@ -147,6 +152,7 @@ class HeadRows:
         once = 3 * gathered <= 2 * budget
         if once:
             budget, cost = budget - gathered, replace(cost, hidden=0)
+        cost = replace(cost, hidden=cost.hidden + copied)
         return tile_shape(self.rows, vocab, hidden_size, budget, cost), once
 
     @property

@@ -10,13 +10,9 @@ from torch import Tensor
 from fused_prefopt.ops.backward import Upstream
 from fused_prefopt.ops.backward import backward as gradients_of_logps
 from fused_prefopt.ops.forward import Kept
-from fused_prefopt.ops.gradient_sums import Gradients, GradientSums, Needs
+from fused_prefopt.ops.gradient_sums import Gradients, GradientSums, Needs, row_factors
 from fused_prefopt.ops.kl_rows import KlRows
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
-
-# Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
-# but their products with small probabilities are denormals, which a CPU multiplies 20x slower.
-_NEGLIGIBLE = 1e-18
 
 
 @dataclass(frozen=True)
@@ -97,15 +93,8 @@ def _row_gradients(
 ) -> tuple[KlGradients, Tensor | None]:
     """What the rows' gradients are made of, and the unit that it is in (None for 1)."""
     math = head.policy.math
-    sizes = torch.maximum(by_kls.abs(), by_logps.abs())
-    largest = sizes.amax()
-    factor = math.slope * (sizes >= _NEGLIGIBLE * largest)
-    unit = None
-    if head.policy.operand == torch.float16:
-        # fp16 holds nothing below 6e-8, which a row's probability times its gradient easily is.
-        unit = largest.where(largest > 0, 1.0)
-        factor = factor / unit
-    scale, reference_scale = (by_kls - by_logps) * factor, -by_kls * factor
+    (by_kls, by_logps), unit = row_factors([by_kls, by_logps], head.policy.operand)
+    scale, reference_scale = (by_kls - by_logps) * math.slope, -by_kls * math.slope
     # p − 1 is exact near 1, where the difference of two exponentials would not be.
     targets = scale * found.logps.expm1() + reference_scale * found.reference_logps.expm1()
     if math.softcap is not None:

@@ -127,7 +127,6 @@ def make_plan(
     cost: TileCost,
     head_trains: bool,
     hidden_trains: bool,
-    drops_mass: bool = False,
     entropy: bool = False,
 ) -> Plan:
     """Choose the cheapest path that fits, or check the one that is asked for.
@@ -143,7 +142,6 @@ def make_plan(
         cost: of the tiles' buffers.
         head_trains: weight or bias needs a gradient.
         hidden_trains: hidden needs a gradient.
-        drops_mass: the backward may skip what has next to no probability.
         entropy: the entropies are wanted too, and their gradient.
 
     Raises:
@@ -176,8 +174,6 @@ def make_plan(
         raise ValueError(f"path: 'local' does not fit workspace_mb: {size}")
     if path != "auto":
         return plan(path, "asked for")
-    if not head_trains and not drops_mass:
-        return plan("stash", "the head is frozen")
     if not head_trains:
-        return plan("recompute", "the head is frozen; the backward skips what has no probability")
+        return plan("stash", "the head is frozen")
     return plan("local" if fits else "recompute", f"the head trains; {size}")

@@ -65,7 +65,9 @@ class TorchEngine:
             logit += operand.itemsize
             hidden += math.dtype.itemsize
             slabs += 0 if weight.dtype == math.dtype else math.dtype.itemsize
-        if weight.dtype != accumulator and (backward or path in ("local", "recompute")):
+        # Nothing here may depend on the pass for `local`, whose parts are the forward's tiles.
+        trains = path in ("local", "recompute") or (backward and path == "details")
+        if weight.dtype != accumulator and trains:
             slabs += accumulator.itemsize
         if path == "details":
             logit += accumulator.itemsize  # of the logarithms
