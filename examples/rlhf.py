@@ -4,8 +4,9 @@ Everything is made here, on any CPU in a few minutes: a small Llama is trained o
 library's documentation, fine-tuned to continue its paragraphs (SFT), and a reward model on pairs of
 true and spoilt continuations (Bradley–Terry). The reward model rates two samples of the SFT model
 for each prompt. DPO and RPO (reward distillation) learn from those pairs, DRO from the ratings, and
-GRPO samples for itself. All are judged on held-out prompts, by the reward model that they were
-trained with and by a second one that never met their prompts.
+GRPO samples for itself: PPO's clipped objective, with the mean of a prompt's samples where PPO has
+a critic. All are judged on held-out prompts, by the reward model that they were trained with and
+by a second one that never met their prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from preference_task import pretrain, training_arguments
-from reinforcement.judgement import Judgement, judge, picture, table
+from reinforcement.judgement import Judgement, judge
+from reinforcement.page import judged_text, picture, publish, table
 from reinforcement.policy_gradient import Clipping, train_policy
 from reinforcement.reward_model import RewardModel, pair_accuracy, train_reward_model
 from reinforcement.sampling import sample
@@ -156,6 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--entropy-weight", type=float, default=0.001, help="of the entropy bonus in GRPO")
     add("--batch-size", type=int, default=16, help="pairs, half the points, or prompts of a step")
     add("--accumulation", type=int, default=1, help="forward passes that share a step's batch")
+    add("--publish", action="store_true", help="write docs/rlhf.md and its committed results too")
     return parser.parse_args()
 
 
@@ -214,19 +217,18 @@ def write_results(
     seconds: float,
 ) -> None:
     """Table, metrics.json and picture."""
-    for name, accuracy in accuracies.items():
-        print(f"{name}: {accuracy:.3f} of the held-out pairs in the right order")
-    print(f"\n{options.held_out_limit} held-out prompts, mean ± standard error\n")
-    print(table(judgements), flush=True)
-    metrics = {
+    metrics: dict[str, Any] = {
         "options": {name: str(value) for name, value in vars(options).items()},
         "pair_accuracies": accuracies,
         "held_out": {name: judgement.summary() for name, judgement in judgements.items()},
         "grpo": log,
         "seconds": seconds,
     }
+    print(f"\n{judged_text(metrics)}\n\n{table(metrics['held_out'])}", flush=True)
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    picture(judgements, log, options.output / "rewards.png")
+    picture(metrics["held_out"], log, options.output / "rewards.png")
+    if options.publish:
+        publish(metrics)
     print(f"\n{seconds:.0f} s; metrics and pictures are in {options.output}", flush=True)
 
 

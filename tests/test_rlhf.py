@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reinforcement.page import PAGE, RESULTS, judged_text, page_text, table
 from reinforcement.policy_gradient import (
     Clipping,
     clipped_loss,
@@ -162,4 +163,10 @@ def test_the_whole_example_on_a_few_steps(tmp_path):
     assert all(metrics["held_out"][name]["kl"] > 0 for name in ("DPO", "RPO", "DRO", "GRPO"))
     assert len(metrics["grpo"]) == 1
     assert (tmp_path / "rewards.png").stat().st_size > 5000
-    assert "GRPO" in result.stdout and "judge" in result.stdout
+    assert table(metrics["held_out"]) in result.stdout and judged_text(metrics) in result.stdout
+
+
+def test_the_published_page_is_that_of_the_published_metrics():
+    metrics = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert PAGE.read_text(encoding="utf-8") == page_text(metrics)
+    assert PAGE.with_suffix(".png").is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -87,62 +86,3 @@ def judge(
     lengths = torch.tensor([len(each["completion_ids"]) for each in samples])
     rewards = {name: model.scores(samples, pad_token_id) for name, model in judges.items()}
     return Judgement(rewards, torch.cat(kls), torch.cat(entropies), lengths)
-
-
-def table(judgements: Mapping[str, Judgement]) -> str:
-    """A text table, one row a policy."""
-    header = (
-        f"{'policy':8}{'reward model':>16}{'judge':>16}{'KL, nats':>12}{'KL/token':>10}"
-        f"{'entropy':>9}{'tokens':>8}"
-    )
-    rows = []
-    for name, judgement in judgements.items():
-        numbers = judgement.summary()
-        rewards = (
-            f"{numbers[judge]:.3f} ± {numbers[f'{judge}_stderr']:.3f}"
-            for judge in judgement.rewards
-        )
-        rows.append(
-            f"{name:8}"
-            + "".join(f"{reward:>16}" for reward in rewards)
-            + f"{numbers['kl']:>12.2f}{numbers['kl_per_token']:>10.3f}"
-            + f"{numbers['entropy']:>9.2f}{numbers['length']:>8.1f}"
-        )
-    return "\n".join([header, "-" * len(header), *rows])
-
-
-def picture(
-    judgements: Mapping[str, Judgement], log: Sequence[Mapping[str, float]], path: Path
-) -> None:
-    """Reward against KL of all policies, and GRPO's way there.
-
-    Args:
-        judgements: policy → judgement.
-        log: of `train_policy`.
-        path: PNG to write.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, judgement in judgements.items():
-        numbers = judgement.summary()
-        for mark, judge_name in zip("os", judgement.rewards, strict=False):
-            left.errorbar(
-                numbers["kl_per_token"],
-                numbers[judge_name],
-                yerr=numbers[f"{judge_name}_stderr"],
-                marker=mark,
-                color=f"C{list(judgements).index(name)}",
-                label=f"{name}, {judge_name}",
-            )
-    left.set_xlabel("KL(policy || SFT), nats per token")
-    left.set_ylabel("held-out reward")
-    left.legend(fontsize="x-small")
-    rounds = [row["round"] for row in log]
-    right.plot(rounds, [row["reward"] for row in log], label="reward")
-    right.plot(rounds, [row["entropy"] for row in log], label="entropy, nats")
-    right.plot(rounds, [row["kl"] for row in log], label="KL, nats per token")
-    right.set_xlabel("GRPO round")
-    right.legend()
-    figure.savefig(path, dpi=120)
