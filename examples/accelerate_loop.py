@@ -4,7 +4,8 @@
     python examples/accelerate_loop.py --resume    # goes on from the last checkpoint, bit-equal
     accelerate launch examples/accelerate_loop.py  # several processes, as `accelerate config` says
 
-The loss is computed inside ``model(**batch)``, so the loop is the same under DDP and FSDP.
+The loss is computed inside the model's forward, so the loop is the same under DDP and FSDP, which
+rounds a batch's log-probs unless they go past it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 import fused_prefopt as fp
 from fused_prefopt import data
-from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.transformers import attach, past_wrappers
 from fused_prefopt.reference import add_reference_logps
 
 
@@ -78,7 +79,7 @@ def train(
     bar = tqdm(total=options.steps, initial=done, disable=not accelerator.is_main_process)
     for batch in loader:
         with accelerator.accumulate(wrapped):
-            loss = wrapped(**batch)["loss"]
+            loss = wrapped(**past_wrappers(batch))["loss"]
             accelerator.backward(loss)
             total += loss.detach() / options.accumulation
             if not accelerator.sync_gradients:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from preference_task import pretrain, training_arguments
 from reinforcement.judgement import Judgement, judge
 from reinforcement.page import judged_text, picture, publish, table
@@ -223,6 +224,7 @@ def write_results(
         "held_out": {name: judgement.summary() for name, judgement in judgements.items()},
         "grpo": log,
         "seconds": seconds,
+        "threads": torch.get_num_threads(),
     }
     print(f"\n{judged_text(metrics)}\n\n{table(metrics['held_out'])}", flush=True)
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -31,7 +31,7 @@ token, by `fp.sequence_kl`.
 
 ![Rewards, KL and GRPO's rounds](rlhf.png)
 
-One seed ({seed}); {seconds:.0f} s on two CPU cores.
+One seed ({seed}), {seconds:.0f} s, threads: {threads}.
 """
 
 
@@ -74,6 +74,7 @@ def page_text(metrics: Mapping[str, Any]) -> str:
         judged=judged_text(metrics),
         table=table(metrics["held_out"]),
         seconds=metrics["seconds"],
+        threads=metrics["threads"],
     )
 
 
