@@ -22,7 +22,7 @@ claims: $(VENV)/installed
 	$(RUN) examples/claims.py $(ARGS)
 
 test: lint kernels
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 	$(RUN) -m benchmarks report --check
 
 lint: $(VENV)/installed

@@ -35,12 +35,24 @@ def model_fingerprint(model: nn.Module, *, progress: bool = False) -> str:
         model: dense or sharded by FSDP2, in which case every rank must make the call; PEFT's and
             DDP's wrappers do not count.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: a weight has no values here, partitioned by ZeRO-3 or offloaded.
     """
     model = unwrapped(model)
+    _require_weights(model)
     digest = hashlib.sha256(repr(_settings(model)).encode())
     for name, hashed in _hashed(model, progress):
         digest.update(f"{name}:{hashed}\n".encode())
     return digest.hexdigest()
+
+
+def precision_of(model: nn.Module) -> str:
+    """What the model's matmuls compute in here: "weights", or autocast's dtype as "bfloat16"."""
+    device = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        return "weights"
+    return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
 
 
 def data_fingerprint(features: Sequence[Mapping[str, Any]]) -> str:
@@ -75,6 +87,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     content = [rules, special, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_weights(model: nn.Module) -> None:
+    """Raise ValueError where a weight is a placeholder, the same whatever its values are."""
+    for name, weight in model.named_parameters():
+        if not weight.numel() or weight.is_meta:
+            kind = " on the meta device" if weight.is_meta else ""
+            raise ValueError(
+                f"model: got {name} of shape {tuple(weight.shape)}{kind}, needs its values to"
+                " recognise a cache by: compute log-probs before ZeRO-3 partitions the model or"
+                " accelerate offloads it, or without a cache"
+            )
 
 
 def _settings(model: nn.Module) -> list[Any]:

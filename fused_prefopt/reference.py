@@ -17,10 +17,12 @@ from fused_prefopt.fingerprint import (
     TOKEN_COLUMNS,
     data_fingerprint,
     model_fingerprint,
+    precision_of,
     tokenizer_fingerprint,
 )
 from fused_prefopt.integrations.causal_lm import input_vocab, unwrapped
 from fused_prefopt.integrations.collated import completion_logps
+from fused_prefopt.integrations.fronted_forward import put_in_front, take_away
 from fused_prefopt.reference_cache import SUFFIX, Fingerprints, Known, ReferenceCache
 
 Feature = Mapping[str, Any]
@@ -47,7 +49,8 @@ def add_reference_logps(
     `prompt_reference` (all prompt tokens but the first). The cost is that of a forward pass
     without logits. With a cache a killed run is continued by the next, which computes what is
     missing; the same `batch_size` then gives the same bits. Under torch.distributed every rank
-    must make the call with all features; each computes its share and gets all values.
+    must make the call with all features; each computes its share and gets all values. Under
+    autocast they are those of autocast: make the call under the one that the training runs under.
 
     Args:
         model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
@@ -58,16 +61,17 @@ def add_reference_logps(
             it out.
         batch_size: features a forward pass takes.
         cache_dir: folder of the cache, one file for each content of model, features and
-            tokenizer; None does not cache.
+            tokenizer, and each dtype of autocast; None does not cache.
         cache_file: the cache itself, instead of `cache_dir`.
         save_every: batches after which what a rank has computed is written to the cache.
         progress: show a progress bar.
         description: of the progress bar.
 
     Raises:
-        ValueError: `cache_file` belongs to another model, tokenizer or data (the message says
-            which), a cache's file is damaged, both caches are given, ranks hold different
-            features, or the model gives a log-prob that is not finite.
+        ValueError: `cache_file` belongs to another model, precision, tokenizer or data (the
+            message says which), a cache's file is damaged, both caches are given, ranks hold
+            different features, a cache is to belong to a model whose weights are not here
+            (ZeRO-3, offloading), or the model gives a log-prob that is not finite.
     """
     if cache_dir is not None and cache_file is not None:
         raise ValueError("cache_file: got a file and a cache_dir, needs one of them")
@@ -77,6 +81,7 @@ def add_reference_logps(
         prints = Fingerprints(
             data_fingerprint(features),
             model_fingerprint(model, progress=progress and _rank() == 0),
+            precision_of(model),
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
         path = Path(cache_file or Path(cache_dir or "") / f"reference-{prints.name}{SUFFIX}")
@@ -160,24 +165,22 @@ def _run(
 def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str, Tensor]:
     """Log-prob sums of a batch, from inside the model's own forward.
 
-    There the hooks of engines that shard the model have gathered its weights.
+    There the hooks of engines that shard the model have gathered its weights; what they would
+    round, arguments and results, does not go through them.
     """
     inner, device = unwrapped(model), next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     found: dict[str, Tensor] = {}
 
-    def forward(*_: Any, **__: Any) -> Tensor:
+    def forward(*_: Any) -> Tensor:
         found.update(completion_logps(inner, batch, prompt=not pairs))
         return found["completion"]
 
-    own = inner.__dict__.get("forward")
-    inner.forward = forward
+    place = put_in_front(inner, forward)
     try:
         model(input_ids=batch["input_ids"])
     finally:
-        del inner.forward
-        if own is not None:
-            inner.forward = own
+        take_away(inner, place)
     if not pairs:
         return {"reference": found["completion"], "prompt_reference": found["prompt"]}
     chosen, rejected = found["completion"].chunk(2)

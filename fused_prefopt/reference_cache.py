@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SUFFIX = ".logps"
-_MAGIC = b"fused_prefopt reference log-probs 1\n"
+_MAGIC = b"fused_prefopt reference log-probs 2\n"
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,23 @@ class Fingerprints:
     Attributes:
         data: token ids.
         model: config and weights.
+        precision: what matmuls compute in, the weights' own dtype or autocast's.
         tokenizer: None where it is not known.
     """
 
     data: str
     model: str
+    precision: str
     tokenizer: str | None = None
 
     @property
     def name(self) -> str:
-        """Short name of the three together, for a file."""
-        return f"{self.model[:16]}-{self.data[:16]}-{(self.tokenizer or 'any')[:8]}"
+        """Short name of them together, for a file."""
+        tokenizer = (self.tokenizer or "any")[:8]
+        return f"{self.model[:16]}-{self.data[:16]}-{tokenizer}-{self.precision}"
 
     def differences(self, stored: Mapping[str, str | None]) -> list[str]:
-        """Which of data, model and tokenizer differ from stored ones; an unknown one does not."""
+        """Which of them differ from stored ones; an unknown tokenizer does not."""
         pairs = {name: (stored.get(name), own) for name, own in vars(self).items()}
         return [name for name, (old, own) in pairs.items() if old and own and old != own]
 
@@ -96,7 +99,8 @@ class ReferenceCache:
             size: features of the data set.
 
         Raises:
-            ValueError: a file is damaged, or belongs to another model, tokenizer or data.
+            ValueError: a file is damaged, or belongs to another model, precision, tokenizer or
+                data.
         """
         known = Known(size)
         for path in (self.path, *self._parts()):
@@ -139,7 +143,8 @@ class ReferenceCache:
         if differences:
             raise ValueError(
                 f"{path}: got log-probs of another {' and another '.join(differences)}, needs those"
-                " of the given model, data and tokenizer; name another file or delete this one"
+                " of the given model, precision, data and tokenizer; name another file or delete"
+                " this one"
             )
 
     def _write(self, path: Path, indices: Tensor, columns: Mapping[str, Tensor]) -> None:

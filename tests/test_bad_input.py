@@ -61,10 +61,9 @@ def test_a_missing_reference_is_named_and_changes_nothing():
     assert attachment.pop_metrics("train") == {}
 
 
-def test_a_missing_reference_ends_training_before_a_checkpoint(tmp_path):
-    built = trainer(tmp_path, pair_features(8), "dpo", save_strategy="steps", save_steps=1)
-    with pytest.raises(ValueError, match="dpo needs `reference`"):
-        built.train()
+def test_a_missing_reference_is_an_error_before_training(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset: dpo needs `reference`"):
+        trainer(tmp_path, pair_features(8), "dpo", save_strategy="steps", save_steps=1)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 

@@ -149,6 +149,9 @@ def test_names_are_the_shortest_ends_that_differ(tmp_path):
 
 
 def test_the_newest_checkpoint_has_the_most_steps(runs, tmp_path):
+    killed = runs[1] / "checkpoint-11"
+    killed.mkdir()
+    (killed / "model.safetensors").touch()
     newest = newest_checkpoint(runs[1])
     assert newest is not None and newest.name == "checkpoint-10"
     assert newest_checkpoint(tmp_path) is None

@@ -15,6 +15,7 @@ from bare_cli import ROOT
 from command_line_jobs import log_of, pairs, write_lines
 
 from fused_prefopt.cli import main
+from fused_prefopt.command_line import train
 from fused_prefopt.command_line.models import load_reference, load_start
 from fused_prefopt.command_line.settings import Settings
 
@@ -118,6 +119,9 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(job, tmp_path, capsy
     assert "no checkpoint, from the start" in capsys.readouterr().out
     assert job("train", f"output_dir={broken}", save_steps=2, **keys) == 2
     assert "has checkpoints of an earlier run, needs --resume" in capsys.readouterr().err
+    # What a run leaves that is killed while it writes a checkpoint.
+    (broken / "checkpoint-3").mkdir()
+    (broken / "checkpoint-3" / "model.safetensors").write_bytes(b"half")
     assert job("train", f"output_dir={broken}", "--resume", max_steps=4, save_steps=2, **keys) == 0
     assert f"from {broken / 'checkpoint-2'}" in capsys.readouterr().out
     for name, value in weights(whole).items():
@@ -128,6 +132,31 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(job, tmp_path, capsy
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0, equal_nan=True)
     assert losses[0]["statistics.margins"].isfinite().sum() == 16
     assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(broken)]
+
+
+def test_the_configuration_is_there_before_anything_is_computed(job, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_add_reference_columns", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job("train", "max_steps=3", loss="gamma-dpo")
+    given = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert given["max_steps"] == 3 and given["loss"] == "gamma-dpo"
+    assert given["output_dir"] == str(tmp_path / "run")
+
+
+def test_in_bf16_the_start_is_its_reference_wherever_that_comes_from(job, tmp_path):
+    # As many rows in a batch of either pass: rounding then meets the same shapes.
+    keys = {"per_device_train_batch_size": 16, "reference_batch_size": 16, "max_steps": 1}
+    keys |= {"bf16": True, "loss_kwargs": {"beta": 1.0}}
+    for reference in ("model", "precomputed"):
+        folder = tmp_path / reference
+        assert job("train", f"output_dir={folder}", reference=reference, **keys) == 0
+        (row,) = log_of(folder)
+        for metric in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            assert row[metric] == pytest.approx(0, abs=1e-6), (reference, metric)
+        assert row["loss"] == pytest.approx(LOG2, abs=1e-6)
 
 
 def test_an_untrained_model_gets_a_tokenizer_of_the_data_and_the_seed_decides(tmp_path):
@@ -162,6 +191,7 @@ def test_an_untrained_model_gets_a_tokenizer_of_the_data_and_the_seed_decides(tm
         ({"loss": "kto", "layout": "shared_prompt"}, "layout: got shared_prompt, and kto judges"),
         ({"max_prompt_length": 32}, "dataset: max_prompt_length: got 32, wanted 1..31"),
         ({"max_stepz": 3}, "unknown key 'max_stepz' (did you mean 'max_steps'"),
+        ({"eval_strategy": "steps"}, "fused-prefopt: You have set `args.eval_strategy` to"),
     ],
 )
 def test_a_job_that_cannot_run_says_why_in_two_lines_at_most(job, capsys, keys, message):

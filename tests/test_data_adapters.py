@@ -134,19 +134,18 @@ def test_ultrafeedback_rewards_are_on_one_scale(overall, fine, reward):
 
 
 def test_preference_of_texts_and_chats(caplog):
-    texts = {"prompt": "the cat", "chosen": " sat", "rejected": " on", "source": "x"}
+    scores = {"score_chosen": 2, "score_rejected": 1}
+    texts = {"prompt": "the cat", "chosen": " sat", "rejected": " on", **scores}
     chats = {
         "prompt": chat(user="the cat"),
         "chosen": chat(assistant="sat"),
         "rejected": chat(assistant="on"),
-        "score_chosen": 2,
-        "score_rejected": 1,
+        **scores,
     }
-    rows = [texts, chats, texts | {"rejected": " sat"}, texts | {"chosen": ""}]
+    rows = [texts | {"source": "x"}, chats, texts | {"rejected": " sat"}, texts | {"chosen": ""}]
     with caplog.at_level(logging.WARNING):
         first, second = preference(rows)
-    assert first == {"prompt": "the cat", "chosen": " sat", "rejected": " on"}
-    assert second == chats
+    assert first == texts and second == chats
     assert caplog.messages == ["preference: dropped 2 unusable pairs"]
 
 

@@ -198,8 +198,12 @@ def test_errors_name_the_column():
         collate([PAIRS[0], PAIRS[1] | {"rejected_ids": []}])
     with pytest.raises(ValueError, match="missing column 'completion_ids'"):
         PointCollator(PAD)(PAIRS)
-    with pytest.raises(ValueError, match="missing column 'reward'"):
-        PointCollator(PAD)([POINTS[0], {"prompt_ids": [1], "completion_ids": [2], "group": 1}])
+    with pytest.raises(ValueError, match="missing column 'group'"):
+        PointCollator(PAD)([POINTS[0], {"prompt_ids": [1], "completion_ids": [2], "reward": 1.0}])
+    with pytest.raises(ValueError, match="group: got None in feature 1, needs a value in each or"):
+        PointCollator(PAD)([POINTS[0], POINTS[1] | {"group": None}])
+    with pytest.raises(ValueError, match="ref_rejected_logps: got None in feature 0, needs"):
+        collate(scored(ref_chosen_logps=[-1.0, -2.0], ref_rejected_logps=[None, -3.0]))
     with pytest.raises(ValueError, match="pad_token_id: got None"):
         PairCollator(None)
     with pytest.raises(ValueError, match="pad_to_multiple_of: got a number with padding_free"):

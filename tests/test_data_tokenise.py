@@ -39,6 +39,14 @@ def test_pairs_get_eos_and_keep_their_scores():
     }
 
 
+@pytest.mark.parametrize("missing", ["score_chosen", "score_rejected"])
+def test_half_a_score_is_none(missing):
+    without = {name: value for name, value in RECORD.items() if name != missing}
+    for record in (without, RECORD | {missing: None}):
+        (feature,) = tokenise_pairs([record], Letters(), 64, 32)
+        assert feature.keys() == {"prompt_ids", "chosen_ids", "rejected_ids"}
+
+
 def test_prompts_lose_the_left_and_completions_the_right():
     record = {"prompt": "abcdef", "chosen": "ghijkl", "rejected": "g"}
     (feature,) = tokenise_pairs([record], Letters(), 6, 4)
@@ -125,7 +133,7 @@ def test_records_from_a_dataset():
     rows = datasets.Dataset.from_list([RECORD, RECORD | {"score_chosen": None}])
     first, second = tokenise_pairs(rows, Letters(), 64, 32)
     assert first == tokenise_pairs([RECORD], Letters(), 64, 32)[0]
-    assert "score_chosen" not in second and second["score_rejected"] == 0.5
+    assert second.keys() == {"prompt_ids", "chosen_ids", "rejected_ids"}
 
 
 def test_a_template_that_rewrites_the_prompt_is_an_error():

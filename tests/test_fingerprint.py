@@ -6,9 +6,17 @@ import numpy
 import pytest
 import torch
 from data_tokenizer import tiny_tokenizer
+from test_partitioned_head import Partitioned
 from tiny_models import pair_features, tiny_llama
 
-from fused_prefopt.fingerprint import data_fingerprint, model_fingerprint, tokenizer_fingerprint
+from fused_prefopt.data import PairCollator
+from fused_prefopt.fingerprint import (
+    data_fingerprint,
+    model_fingerprint,
+    precision_of,
+    tokenizer_fingerprint,
+)
+from fused_prefopt.reference import add_reference_logps
 
 
 def nudged(name):
@@ -60,6 +68,32 @@ def test_adapters_count_while_they_are_active():
             "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
         )[0, 0] += 1e-3
     assert model_fingerprint(model) != adapted
+
+
+def test_weights_that_are_not_here_are_refused(tmp_path):
+    model, offloaded = tiny_llama(), tiny_llama()
+    parts = Partitioned(model)
+    first = r"model: got model.embed_tokens.weight of shape \(0,\), needs its values"
+    with pytest.raises(ValueError, match=first):
+        model_fingerprint(model)
+    with pytest.raises(ValueError, match=first):
+        add_reference_logps(model, pair_features(2), PairCollator(0), cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+    for module in model.modules():
+        parts.gather(module)
+    assert model_fingerprint(model) == model_fingerprint(tiny_llama())
+    offloaded.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r"got model.layers.1.*\) on the meta device, needs its"):
+        model_fingerprint(offloaded)
+
+
+def test_precision_is_autocasts_where_it_is_on():
+    model = tiny_llama()
+    assert precision_of(model) == precision_of(model.bfloat16()) == "weights"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert precision_of(model) == "bfloat16"
+        with torch.autocast("cpu", enabled=False):
+            assert precision_of(model) == "weights"
 
 
 def test_data_counts_by_token_column_and_order():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,17 @@ def test_nobody_imports_kernels_by_its_bare_name(path):
 @pytest.mark.parametrize("path", sources(*CODE), ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_have_fewer_than_300_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 300
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_links_lead_to_files(path):
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)", path.read_text(encoding="utf-8"))
+    files = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
+    assert not [file for file in files if not (path.parent / file).exists()]
 
 
 def test_tests_are_no_package():

@@ -35,13 +35,18 @@ def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def fsdp(*units: str) -> Callable[[nn.Module], nn.Module]:
-    """Shard these submodules as units of their own, then the root."""
+def fsdp(*units: str | tuple[str, ...]) -> Callable[[nn.Module], nn.Module]:
+    """Shard these submodules as units of their own, a tuple as one together, then the root."""
 
     def shard(model: nn.Module) -> nn.Module:
         mesh = init_device_mesh("cpu", (2,))
-        for name in units:
-            fully_shard(model.get_submodule(name), mesh=mesh)
+        for unit in units:
+            if isinstance(unit, str):
+                fully_shard(model.get_submodule(unit), mesh=mesh)
+            else:
+                # As accelerate does with the last layers.
+                tail = [model.get_submodule(name) for name in unit]
+                fully_shard(tail, mesh=mesh, reshard_after_forward=False)
         fully_shard(model, mesh=mesh)
         return model
 
@@ -53,6 +58,8 @@ ENGINES = {
     "fsdp, head in the root": fsdp("model.layers.0", "model.layers.1"),
     "fsdp, head of its own": fsdp("model.layers.0", "lm_head"),
     "fsdp, frozen body": fsdp("lm_head"),
+    "fsdp, norm and head": fsdp("model.layers.0", ("model.norm", "lm_head")),
+    "fsdp, tied": fsdp("model.layers.0", ("model.norm", "model.embed_tokens", "lm_head")),
 }
 
 
@@ -73,7 +80,7 @@ def step(model: nn.Module, wrapped: nn.Module, name: str, rank: int | None, **op
 
 
 def build(engine: str) -> nn.Module:
-    model = tiny_llama().double()
+    model = tiny_llama(tie_word_embeddings=engine == "fsdp, tied").double()
     if engine == "fsdp, frozen body":
         for key, value in model.named_parameters():
             value.requires_grad_("lm_head" in key)
@@ -87,12 +94,16 @@ def adapted() -> nn.Module:
     return peft.get_peft_model(tiny_llama(), config).double()
 
 
-def sharded(model: nn.Module) -> nn.Module:
-    return fsdp("base_model.model.model.layers.0", "base_model.model.lm_head")(model)
+BODY = "base_model.model.model"
+HEAD = "base_model.model.lm_head"
 
 
 # The policy without its adapter is the reference, in a pass of its own inside the forward.
-ADAPTED = {"ddp": ddp, "fsdp, head of its own": sharded}
+ADAPTED = {
+    "ddp": ddp,
+    "fsdp, head of its own": fsdp(f"{BODY}.layers.0", HEAD),
+    "fsdp, norm and head": fsdp(f"{BODY}.layers.0", (f"{BODY}.norm", HEAD)),
+}
 BESIDE = ("dpo", "tdpo1")
 
 
@@ -149,7 +160,7 @@ def require_same(ranks: list[dict], whole: dict, key: tuple[str, str]) -> None:
     torch.testing.assert_close(mean, whole["loss"], rtol=1e-9, atol=0)
     gradients = whole.keys() - {"loss", "metrics"}
     assert gradients == first.keys() - {"loss", "metrics"}
-    assert any("lm_head" in name for name in gradients)
+    assert any("lm_head" in name or "embed_tokens" in name for name in gradients)
     for key in gradients:
         for rank in (first, second):
             distance = (rank[key] - whole[key]).norm()

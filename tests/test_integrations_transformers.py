@@ -442,9 +442,12 @@ def test_metrics_of_tokens_are_those_of_the_logits(kind, padding_free):
 
 
 def test_wrong_training_arguments_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+    for wrong in ({"remove_unused_columns": True}, {"label_names": ["labels"]}):
+        with pytest.raises(ValueError, match="args: wanted remove_unused_columns=False and"):
+            attach(Trainer(tiny_llama(), arguments(tmp_path, **wrong)), fp.PreferenceLoss("dpo"))
+    with pytest.raises(ValueError, match="got False and .'labels'.$"):
         PreferenceTrainer(
             tiny_llama(),
-            arguments(tmp_path, remove_unused_columns=True),
+            arguments(tmp_path, label_names=["labels"]),
             loss_fn=fp.PreferenceLoss("dpo"),
         )

@@ -72,10 +72,13 @@ def test_no_features_give_no_rows(tmp_path):
         assert add_reference_logps(tiny_llama(), [], PairCollator(0), cache_dir=tmp_path) == []
 
 
-def test_training_mode_is_given_back():
+def test_training_mode_and_forward_are_given_back():
     model = tiny_llama().train()
     add_reference_logps(model, pair_features(2), PairCollator(0), progress=False)
-    assert model.training
+    assert model.training and "forward" not in model.__dict__
+    own = model.forward = lambda **_: None
+    add_reference_logps(model, pair_features(2), PairCollator(0), progress=False)
+    assert model.forward is own
 
 
 def test_the_cache_is_used_for_the_same_content_only(tmp_path):

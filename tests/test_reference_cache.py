@@ -148,6 +148,18 @@ def test_what_belongs_to_something_else_is_refused_by_name(tmp_path, what, unfin
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_log_probs_of_another_precision_are_others(tmp_path):
+    whole, _ = run(cache_dir=tmp_path / "folder")
+    run(cache_file=tmp_path / "file")
+    with torch.autocast("cpu", torch.bfloat16):
+        rows, batches = run(cache_dir=tmp_path / "folder")
+        assert batches == 7 and rows != whole
+        assert run(cache_dir=tmp_path / "folder") == (rows, 0)
+        with pytest.raises(ValueError, match="got log-probs of another precision, needs"):
+            run(cache_file=tmp_path / "file")
+    assert run(cache_dir=tmp_path / "folder") == (whole, 0)
+
+
 def test_damaged_files_are_refused_without_a_readers_stack(tmp_path):
     path = tmp_path / "cache"
     rows, _ = run(cache_file=path)

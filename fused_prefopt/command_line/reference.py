@@ -7,6 +7,7 @@ import argparse
 from torch import nn
 
 from fused_prefopt.command_line import config_file
+from fused_prefopt.command_line.autocast import training_autocast
 from fused_prefopt.command_line.config_file import read_config
 from fused_prefopt.command_line.errors import blaming
 from fused_prefopt.command_line.task import Features, Task, load_task
@@ -52,6 +53,8 @@ def reference_for_columns(task: Task) -> nn.Module:
 def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: bool) -> Features:
     """Features with the reference's log-probs, from the cache or put there.
 
+    They are of the precision of the training's own forward passes.
+
     Args:
         task: says where the cache is.
         model: the reference.
@@ -65,7 +68,7 @@ def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: b
 
     settings, training = task.config.settings, task.config.training
     collator = PairCollator(task.tokenizer.pad_token_id) if pairs else task.collator()
-    with blaming("cache_dir"):
+    with blaming("cache_dir"), training_autocast(training):
         return add_reference_logps(
             model,
             features,

@@ -59,8 +59,15 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of a trainer's output folder with the most steps, if there is any."""
-    found = [each for each in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(each.name)]
+    """The checkpoint of a trainer's output folder with the most steps, if there is any.
+
+    The trainer writes its state last: a folder without it is what a killed run left half-written.
+    """
+    found = [
+        each
+        for each in folder.glob("checkpoint-*")
+        if _CHECKPOINT.fullmatch(each.name) and (each / STATE).is_file()
+    ]
     return max(found, key=lambda each: int(each.name.partition("-")[2]), default=None)
 
 
@@ -87,7 +94,7 @@ def _state(path: Path) -> Path:
     if (path / STATE).is_file():
         return path / STATE
     checkpoint = newest_checkpoint(path)
-    if checkpoint is None or not (checkpoint / STATE).is_file():
+    if checkpoint is None:
         raise UserError(f"{path}: got no {STATE}, needs the output folder of a training")
     return checkpoint / STATE
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fused_prefopt.command_line import config_file
+from fused_prefopt.command_line.autocast import training_autocast
 from fused_prefopt.command_line.config_file import Config, read_config
 from fused_prefopt.command_line.errors import UserError, blaming
 from fused_prefopt.command_line.models import with_adapters
@@ -19,10 +20,10 @@ from fused_prefopt.command_line.reference import reference_for_columns, with_ref
 from fused_prefopt.command_line.report import write_report
 from fused_prefopt.command_line.runs import EVALUATION, newest_checkpoint, read_runs
 from fused_prefopt.command_line.task import Features, Task, load_task
+from fused_prefopt.integrations.loss_state import LOSS_STATE
 from fused_prefopt.types import LogpBatch
 
 HELP = "train a model on preferences, as a YAML file says"
-LOSS_STATE = "preference_loss.pt"
 CONFIG = "config.yaml"
 
 
@@ -40,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, judge, and write it all to `output_dir`.
 
-    There: the model and tokenizer, `config.yaml`, the trainer's `trainer_state.json`, the loss's
-    statistics, numbers on held-out pairs (`evaluation.json`) and the pictures of `report`.
+    There: `config.yaml`, before anything is computed; then the model and tokenizer, the trainer's
+    `trainer_state.json`, the loss's statistics, numbers on held-out pairs (`evaluation.json`) and
+    the pictures of `report`.
 
     Raises:
         UserError: the configuration or something it names does not fit, or `output_dir` has an
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.overrides)
     checkpoint = _checkpoint(config, options.resume)
     task = load_task(config)
+    _write_config(config)
     held_out = _add_reference_columns(task)
     trainer = _trainer(task)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -74,6 +77,19 @@ def _checkpoint(config: Config, resume: bool) -> Path | None:
     return checkpoint
 
 
+def _write_config(config: Config) -> None:
+    """Every key as it was given, for whoever finds the folder of a run that was killed."""
+    import yaml
+
+    if not config.training.should_save:
+        return
+    given = config.given | {"output_dir": str(config.folder)}
+    text = yaml.safe_dump(given, allow_unicode=True, sort_keys=False)
+    with blaming("output_dir"):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        (config.folder / CONFIG).write_text(text, encoding="utf-8")
+
+
 def _add_reference_columns(task: Task) -> Features:
     """Put the reference's columns where they are wanted; returns the held-out pairs with theirs."""
     settings = task.config.settings
@@ -83,9 +99,14 @@ def _add_reference_columns(task: Task) -> Features:
     model = reference_for_columns(task)
     if wanted:
         task.train = with_reference(task, model, task.train, pairs=task.is_pairwise)
-        if task.evaluated and task.config.training.eval_strategy != "no":
+        if _evaluates(task):
             task.evaluated = with_reference(task, model, task.evaluated, pairs=task.is_pairwise)
     return with_reference(task, model, task.held_out, pairs=True) if task.held_out else []
+
+
+def _evaluates(task: Task) -> bool:
+    """Whether the trainer judges held-out features while it trains."""
+    return bool(task.evaluated) and task.config.training.eval_strategy != "no"
 
 
 def _trainer(task: Task) -> Any:
@@ -102,7 +123,7 @@ def _trainer(task: Task) -> Any:
         reference = task.reference_model() if needed else "precomputed"
     with blaming("layout"):
         collator = task.collator(settings.layout)
-    with blaming("model"):
+    try:
         return PreferenceTrainer(
             model,
             training,
@@ -110,20 +131,18 @@ def _trainer(task: Task) -> Any:
             reference=reference,
             log_tokens=settings.log_tokens,
             train_dataset=task.train,
-            eval_dataset=task.evaluated or None,
+            eval_dataset=task.evaluated if _evaluates(task) else None,
             data_collator=collator,
             processing_class=task.tokenizer,
         )
+    except (ValueError, ImportError) as error:
+        # Of any key: the message itself says which.
+        raise UserError(str(error)) from error
 
 
 def _write(task: Task, trainer: Any, held_out: Features) -> None:
-    """Everything but the model and the trainer's state."""
-    import yaml
-
+    """Everything but the configuration, the model and the trainer's state."""
     config, folder = task.config, task.config.folder
-    given = config.given | {"output_dir": str(folder)}
-    text = yaml.safe_dump(given, allow_unicode=True, sort_keys=False)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
     torch.save(task.loss_fn.state_dict(), folder / LOSS_STATE)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if held_out and sharded:
@@ -143,14 +162,16 @@ def _judge(task: Task, trainer: Any, held_out: Features) -> None:
 
     source = trainer.attachment.reference
     kept = task.config.settings.reference == "model" and source is not None
-    scores = score_pairs(
-        trainer.accelerator.unwrap_model(trainer.model).eval(),
-        source.model if kept else task.reference_model(),
-        held_out,
-        PairCollator(task.tokenizer.pad_token_id),
-        batch_size=task.config.settings.reference_batch_size,
-        progress=not task.config.training.disable_tqdm,
-    )
+    reference = source.model if kept else task.reference_model()
+    with training_autocast(task.config.training):
+        scores = score_pairs(
+            trainer.accelerator.unwrap_model(trainer.model).eval(),
+            reference,
+            held_out,
+            PairCollator(task.tokenizer.pad_token_id),
+            batch_size=task.config.settings.reference_batch_size,
+            progress=not task.config.training.disable_tqdm,
+        )
     anchor = scores.batch.reference
     assert anchor is not None
     own = LogpBatch(policy=anchor, lengths=scores.batch.lengths, reference=anchor)

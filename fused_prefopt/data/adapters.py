@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from fused_prefopt.data.columns import require_columns
+from fused_prefopt.data.columns import has_values, require_columns
 
 Row = Mapping[str, Any]
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
+_SCORES = ("score_chosen", "score_rejected")
 
 
 def preference(rows: Iterable[Row]) -> list[Record]:
@@ -24,9 +25,9 @@ def preference(rows: Iterable[Row]) -> list[Record]:
             rejected begin with in common: whole messages, or text up to a space.
 
     Returns:
-        Records with `prompt`, `chosen`, `rejected` and the scores if present; other columns are
-        dropped. Pairs whose chosen and rejected are equal, or one of which is empty, are dropped;
-        a log message counts them.
+        Records with `prompt`, `chosen`, `rejected` and, where all have them, the scores; other
+        columns are dropped. Pairs whose chosen and rejected are equal, or one of which is empty,
+        are dropped; log messages count them, and pairs without the scores of others.
 
     Raises:
         ValueError: a row has no `chosen` or no `rejected`.
@@ -41,7 +42,7 @@ def preference(rows: Iterable[Row]) -> list[Record]:
         else:
             dropped += 1
     _report("preference", dropped, "pairs")
-    return records
+    return _scored_alike("preference", records)
 
 
 def ultrafeedback_binarized(rows: Iterable[Row]) -> list[Record]:
@@ -53,8 +54,9 @@ def ultrafeedback_binarized(rows: Iterable[Row]) -> list[Record]:
 
     Returns:
         Records with `prompt` (the messages before the last turn), `chosen`, `rejected` (the last
-        turn, a list of one assistant message), `score_chosen`, `score_rejected`. Pairs with an
-        empty answer, equal answers or two prompts are dropped; a log message counts them.
+        turn, a list of one assistant message) and, where all have them, the scores. Pairs with an
+        empty answer, equal answers or two prompts are dropped; log messages count them, and pairs
+        without the scores of others.
 
     Raises:
         ValueError: a row has no `chosen` or no `rejected`.
@@ -70,7 +72,7 @@ def ultrafeedback_binarized(rows: Iterable[Row]) -> list[Record]:
         else:
             dropped += 1
     _report("ultrafeedback_binarized", dropped, "pairs")
-    return records
+    return _scored_alike("ultrafeedback_binarized", records)
 
 
 def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
@@ -148,10 +150,18 @@ def _with_prompt(row: Row) -> tuple[Any, Any, Any]:
 
 
 def _scores(row: Row) -> dict[str, float]:
-    names = ("score_chosen", "score_rejected")
-    if any(row.get(name) is None for name in names):
-        return {}
-    return {name: float(row[name]) for name in names}
+    return {name: float(row[name]) for name in _SCORES} if has_values(row, _SCORES) else {}
+
+
+def _scored_alike(adapter: str, records: list[Record]) -> list[Record]:
+    """The records without scores where only some have them: no loss can use half a column."""
+    without = sum(not has_values(record, _SCORES) for record in records)
+    if without in (0, len(records)):
+        return records
+    logger.warning(
+        "%s: dropped all scores, %d of %d pairs lack them", adapter, without, len(records)
+    )
+    return [{n: value for n, value in record.items() if n not in _SCORES} for record in records]
 
 
 def _messages(chat: Iterable[Row]) -> list[dict[str, str]]:

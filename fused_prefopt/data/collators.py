@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_shape, require_tokens
-from fused_prefopt.data.columns import require_columns
+from fused_prefopt.data.columns import has_values, require_columns
 from fused_prefopt.data.shared_prompt import shared_layout
 
 Feature = Mapping[str, Any]
@@ -28,6 +28,8 @@ PAIR_COLUMNS = {
     "rewards": ("score_chosen", "score_rejected"),
     "collision": ("collision_chosen", "collision_rejected"),
 }
+# Not every row of a data set need have been scored.
+_SCORES = ("reward", *PAIR_COLUMNS["rewards"])
 
 
 @dataclass
@@ -105,7 +107,8 @@ class PairCollator(_Collator):
 
     Args:
         pad_token_id: fills the padded positions of `input_ids`.
-        padding_free: pack all sequences into one row instead of padding them.
+        padding_free: pack all sequences into one row instead of padding them, for models that
+            tell them apart by their `position_ids`.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
         vocab_size: rows of the model's input embedding, to check token ids; None does not.
         shared_prompt: lay a pair out in one row with its prompt once, which the backbone then
@@ -145,22 +148,22 @@ class PairCollator(_Collator):
             `sequence_ids`, (1, N) int64, and `num_sequences` = 2B, a Python int: device placement
             leaves it alone and reading it never waits for the device.
             Shared prompts: what `data.shared_prompt.shared_layout` returns.
-            If the features have them: `rewards`, `collision` (2B,) and `ref_chosen_logps`,
-            `ref_rejected_logps` (B,), float32. Never `labels`: transformers' Trainer would
-            rescale the loss by them; see `labels_of`.
+            If the features have them: `rewards` (where none lacks a score), `collision` (2B,) and
+            `ref_chosen_logps`, `ref_rejected_logps` (B,), float32. Never `labels`: transformers'
+            Trainer would rescale the loss by them; see `labels_of`.
 
         Raises:
-            ValueError: no feature, a missing column, an empty completion, or a token id outside
-                the vocabulary.
+            ValueError: no feature, a missing column or value, an empty completion, or a token id
+                outside the vocabulary.
         """
         _require_features(features, ("prompt_ids", "chosen_ids", "rejected_ids"))
         batch = self._layout(features, ("chosen_ids", "rejected_ids"))
         for joined, names in PAIR_COLUMNS.items():
-            if _any_has(features, *names):
+            if _is_given(features, *names):
                 columns = [_column(features, name, torch.float32) for name in names]
                 batch[joined] = torch.cat(columns)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if _any_has(features, name):
+            if _is_given(features, name):
                 batch[name] = _column(features, name, torch.float32)
         return batch
 
@@ -171,7 +174,8 @@ class PointCollator(_Collator):
 
     Args:
         pad_token_id: fills the padded positions of `input_ids`.
-        padding_free: pack all sequences into one row instead of padding them.
+        padding_free: pack all sequences into one row instead of padding them, for models that
+            tell them apart by their `position_ids`.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
         vocab_size: rows of the model's input embedding, to check token ids; None does not.
 
@@ -189,17 +193,17 @@ class PointCollator(_Collator):
 
         Returns:
             The layouts of `PairCollator` with S sequences, and for the columns that the features
-            have: `rewards`, `reference`, `prompt_reference`, `sequence_kl`, `collision` (S,)
-            float32, `groups` (S,) int64, `desirable` (S,) bool.
+            have: `rewards` (where none lacks one), `reference`, `prompt_reference`,
+            `sequence_kl`, `collision` (S,) float32, `groups` (S,) int64, `desirable` (S,) bool.
 
         Raises:
-            ValueError: no feature, a missing column, an empty completion, or a token id outside
-                the vocabulary.
+            ValueError: no feature, a missing column or value, an empty completion, or a token id
+                outside the vocabulary.
         """
         _require_features(features, ("prompt_ids", "completion_ids"))
         batch = self._layout(features, ("completion_ids",))
         for column, (name, dtype) in POINT_COLUMNS.items():
-            if _any_has(features, column):
+            if _is_given(features, column):
                 batch[name] = _column(features, column, dtype)
         return batch
 
@@ -253,11 +257,17 @@ def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> Non
         require_columns(feature, wanted)
 
 
-def _any_has(features: Sequence[Feature], *names: str) -> bool:
-    return any(name in feature for feature in features for name in names)
+def _is_given(features: Sequence[Feature], *names: str) -> bool:
+    """Whether a batch is to have columns: any feature has one; of scores, every one has all."""
+    there = [name for name in names if any(name in feature for feature in features)]
+    if len(there) == len(names) and set(names) <= set(_SCORES):
+        return all(has_values(feature, names) for feature in features)
+    return any(feature.get(name) is not None for feature in features for name in there)
 
 
 def _column(features: Sequence[Feature], name: str, dtype: torch.dtype) -> Tensor:
-    for feature in features:
+    for index, feature in enumerate(features):
         require_columns(feature, (name,))
+        if feature[name] is None:
+            raise ValueError(f"{name}: got None in feature {index}, needs a value in each or none")
     return torch.tensor([feature[name] for feature in features], dtype=dtype)

@@ -13,3 +13,8 @@ def require_columns(row: Mapping[str, Any], wanted: Iterable[str]) -> None:
     missing = [f"{name!r}{closest(name, row)}" for name in wanted if name not in row]
     if missing:
         raise ValueError(f"missing column {', '.join(missing)}; got {', '.join(map(repr, row))}")
+
+
+def has_values(row: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a row has all these columns, none of them None."""
+    return all(row.get(name) is not None for name in names)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fused_prefopt.data.columns import require_columns
+from fused_prefopt.data.columns import has_values, require_columns
 
 Ids = list[int]
+_SCORES = ("score_chosen", "score_rejected")
 
 
 def tokenise_pairs(
@@ -24,7 +25,7 @@ def tokenise_pairs(
     Args:
         records: with `prompt`, `chosen`, `rejected`: three strings, or three lists of
             ``{"role", "content"}`` messages; `score_chosen` and `score_rejected` are kept if
-            present.
+            both are there.
         tokenizer: has `encode(text, add_special_tokens=...)` and `eos_token_id`; for chats
             `apply_chat_template`. Hugging Face tokenizers do.
         max_length: tokens of prompt and completion together.
@@ -50,9 +51,8 @@ def tokenise_pairs(
             "chosen_ids": chosen,
             "rejected_ids": rejected,
         }
-        for name in ("score_chosen", "score_rejected"):
-            if record.get(name) is not None:
-                feature[name] = float(record[name])
+        if has_values(record, _SCORES):
+            feature |= {name: float(record[name]) for name in _SCORES}
         features.append(feature)
     return features
 

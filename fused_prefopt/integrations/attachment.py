@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import through_head, unwrapped
 from fused_prefopt.integrations.collated import collated_rows, given_fields
-from fused_prefopt.integrations.reference_pass import LOGPS_KEY, Reference
+from fused_prefopt.integrations.fronted_forward import put_in_front, take_away
+from fused_prefopt.integrations.past_wrappers import BESIDE_KEY, PREFERENCE_KEY, require_exact
+from fused_prefopt.integrations.reference_pass import Reference, answered
 from fused_prefopt.integrations.router_loss import wants_router_loss
 from fused_prefopt.integrations.step_metrics import StepMetrics
 from fused_prefopt.integrations.token_metrics import Weighed, token_metrics
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LMHead, LossOutput
 
-# A batch that carries this key is a preference batch; any other goes the model's own way.
-PREFERENCE_KEY = "completion_mask"
 # Fields that a reference gives.
 OF_REFERENCE = frozenset({"reference", "prompt_reference", "sequence_kl"})
 # A reference, and its rows of the batch.
@@ -47,6 +46,9 @@ def preference_outputs(
 class Attachment:
     """A loss attached to a model; made by `integrations.transformers.attach`.
 
+    A deep copy of the model computes the loss of its own weights, with the same `loss_fn` and
+    reference, and adds to the same metrics.
+
     Args:
         model: causal language model.
         loss_fn: the loss.
@@ -70,37 +72,15 @@ class Attachment:
     ) -> None:
         self.loss_fn = loss_fn
         self.reference = reference
-        self._model = unwrapped(model)
-        self._before = self._model.__dict__.get("forward")
-        self._forward = self._model.forward
+        self._log_tokens = log_tokens
+        self._router_coefficient = router_coefficient
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
-
-        @functools.wraps(self._forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get(PREFERENCE_KEY) is None or LOGPS_KEY in kwargs:
-                return self._forward(*args, **kwargs)
-            training = self._model.training
-            self.loss_fn.train(training)
-            extras, compared = self._with_reference(kwargs)
-            output, weighed = _outputs(
-                self._model,
-                self.loss_fn,
-                kwargs,
-                extras,
-                compared=compared,
-                of_tokens=log_tokens,
-                router_coefficient=router_coefficient,
-            )
-            self._metrics["train" if training else "eval"].add(*weighed)
-            return {"loss": output.loss}
-
-        self._model.forward = forward
+        self._model = unwrapped(model)
+        self._place = put_in_front(self._model, self._forward)
 
     def detach(self) -> None:
         """Give the model back the forward that it had."""
-        del self._model.forward
-        if self._before is not None:
-            self._model.forward = self._before
+        take_away(self._model, self._place)
 
     def pop_metrics(self, mode: str) -> dict[str, float]:
         """Means of the metrics over the steps since the last call and all ranks; forgets them.
@@ -121,10 +101,41 @@ class Attachment:
         """
         self._metrics[mode].forget()
 
+    def _forward(
+        self,
+        model: nn.Module,
+        own: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        beside = kwargs.get(BESIDE_KEY)
+        found = answered(model, kwargs)
+        if found is not None:
+            return found
+        if kwargs.get(PREFERENCE_KEY) is None:
+            return own(*args, **kwargs)
+        self.loss_fn.train(model.training)
+        extras, compared = self._with_reference(kwargs)
+        output, weighed = _outputs(
+            model,
+            self.loss_fn,
+            kwargs,
+            extras,
+            compared=compared,
+            of_tokens=self._log_tokens,
+            router_coefficient=self._router_coefficient,
+        )
+        self._metrics["train" if model.training else "eval"].add(*weighed)
+        if beside is not None:
+            beside.found["loss"] = output.loss
+        return {"loss": output.loss}
+
     def _with_reference(
         self, batch: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor | None], Compared | None]:
         extras, needs = given_fields(batch), self.loss_fn.loss.needs
+        for name in OF_REFERENCE:
+            require_exact(name, extras[name])
         missing = {name for name in needs & OF_REFERENCE if extras[name] is None}
         if not missing or self.reference is None:
             return extras, None
@@ -146,6 +157,9 @@ def _outputs(
     """The loss of a batch, and its metrics with what each is a mean over."""
     router = wants_router_loss(model) if router_coefficient is None else router_coefficient != 0
     rows = collated_rows(model, batch, prompt="prompt" in loss_fn.loss.needs, router=router)
+    device = rows.hidden.device
+    _move(loss_fn, device)
+    extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
     desirable = None if loss_fn.loss.pairwise else extras["desirable"]
     tokens: Weighed = {}, {}
 
@@ -171,6 +185,14 @@ def _outputs(
         output = replace(output, loss=output.loss + coefficient * loss, metrics=metrics)
     weights = _weights(output, desirable) | tokens[1]
     return output, (output.metrics | tokens[0], weights)
+
+
+def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
+    """Put a loss's statistics where the hidden states are, if they are elsewhere."""
+    if device.type == "mps":
+        raise ValueError("model: got one on mps, needs a device that has float64 (CUDA or the CPU)")
+    if any(buffer.device != device for buffer in loss_fn.buffers()):
+        loss_fn.to(device)
 
 
 def _weights(output: LossOutput, desirable: Tensor | None) -> dict[str, Tensor]:

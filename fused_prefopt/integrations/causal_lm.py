@@ -22,7 +22,7 @@ _OTHERS = {
     "chameleon": "masks the logits of its image tokens",
 }
 # What a backbone takes of a collated batch, the last ones those of multimodal models.
-_INPUTS = (
+INPUTS = (
     "input_ids",
     "attention_mask",
     "position_ids",
@@ -82,7 +82,7 @@ def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any)
     """
     if batch.get("input_ids") is None:
         raise ValueError(f"input_ids: got none in {', '.join(map(repr, batch))}, needs token ids")
-    inputs = {name: batch[name] for name in _INPUTS if batch.get(name) is not None}
+    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
     if inputs["input_ids"].device.type == "cpu" and not torch.compiler.is_compiling():
         require_tokens("input_ids", inputs["input_ids"], input_vocab(model))
     return backbone_of(model)(**inputs, **options, use_cache=False)
@@ -157,7 +157,9 @@ def through_head(
         return results[0].loss
 
     loss = inside_head(model, hidden, loss_of)
-    return replace(results[0], loss=loss)
+    # FSDP2 casts what a unit's forward returns, after its hooks are on it.
+    exact = loss.dtype == results[0].loss.dtype
+    return replace(results[0], loss=loss) if exact else results[0]
 
 
 def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

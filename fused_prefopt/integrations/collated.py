@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_prefopt.data import labels_of, prompt_labels_of
 from fused_prefopt.integrations.causal_lm import backbone_outputs, inside_head
+from fused_prefopt.integrations.packed import require_separate_sequences
 from fused_prefopt.integrations.router_loss import router_loss
 from fused_prefopt.integrations.shared_prompt import shared_hidden
 from fused_prefopt.ops import sequence_logps
@@ -68,6 +69,8 @@ def collated_rows(
             "num_sequences": 2 * batch["input_ids"].shape[0],
         }
         return CollatedRows(shared_hidden(model, batch), batch["targets"], None, layout)
+    if "sequence_ids" in batch:
+        require_separate_sequences(model, batch["input_ids"])
     options = {"output_router_logits": True} if router else {}
     outputs = backbone_outputs(model, batch, **options)
     routed = None
@@ -116,14 +119,19 @@ def completion_logps(
         (S,) sums in nats, fp32: `completion`, and `prompt` where it is wanted.
     """
     rows = collated_rows(model, batch, prompt=prompt)
+    sums: dict[str, Tensor] = {}
 
     def run(hidden: Tensor, head: LMHead) -> Tensor:
         given = {**rows.layout, **options}
         if ld_alpha is not None:
             shared, tail = shared_and_tail_logps(hidden, head, rows.labels, **given)
-            return (shared.sums + ld_alpha * tail.sums)[None]
-        parts = [rows.labels] if rows.prompt_labels is None else [rows.labels, rows.prompt_labels]
-        return torch.stack([sequence_logps(hidden, head, part, **given).sums for part in parts])
+            sums["completion"] = shared.sums + ld_alpha * tail.sums
+        else:
+            sums["completion"] = sequence_logps(hidden, head, rows.labels, **given).sums
+        if rows.prompt_labels is not None:
+            sums["prompt"] = sequence_logps(hidden, head, rows.prompt_labels, **given).sums
+        return sums["completion"]
 
-    sums = inside_head(model, rows.hidden, run)
-    return dict(zip(("completion", "prompt"), sums.unbind(), strict=False))
+    # Not what it returns, which FSDP2 casts to the dtype of its units' outputs.
+    inside_head(model, rows.hidden, run)
+    return sums

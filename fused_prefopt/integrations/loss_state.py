@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from fused_prefopt.integrations.attachment import Attachment
 
-_FILE = "preference_loss.pt"
+LOSS_STATE = "preference_loss.pt"
 
 
 class KeepsLossState:
@@ -27,13 +27,13 @@ class KeepsLossState:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            torch.save(self.attachment.loss_fn.state_dict(), Path(output_dir) / _FILE)
+            torch.save(self.attachment.loss_fn.state_dict(), Path(output_dir) / LOSS_STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
             return
-        path, loss_fn = Path(checkpoint) / _FILE, self.attachment.loss_fn
+        path, loss_fn = Path(checkpoint) / LOSS_STATE, self.attachment.loss_fn
         if not path.is_file():
             if loss_fn.statistics is not None:
                 warnings.warn(f"{path}: not found, the statistics start empty", stacklevel=2)

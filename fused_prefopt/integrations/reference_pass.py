@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,52 +11,81 @@ from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import lm_head_of, unwrapped
 from fused_prefopt.integrations.collated import collated_rows, completion_logps
+from fused_prefopt.integrations.evaluating import evaluating
+from fused_prefopt.integrations.fronted_forward import has_front, put_in_front
+from fused_prefopt.integrations.past_wrappers import BESIDE_KEY, past_wrappers
 from fused_prefopt.reference import Collator, Feature, add_reference_logps
 from fused_prefopt.types import LMHead
 
-# A batch that carries this key is answered with log-probs.
-LOGPS_KEY = "wanted_logps"
-_MARK = "_answers_logps"
+# As what a model is asked for: the rows that its head would meet.
+_HIDDEN = {"hidden": True}
 
 
-def answer_logps(model: nn.Module) -> None:
-    """Let ``model(**batch, wanted_logps=options)`` return ``completion_logps(model, batch, …)``.
+@torch.no_grad()
+def logps_through(model: nn.Module, batch: Mapping[str, Any], **wanted: Any) -> dict[str, Tensor]:
+    """What ``completion_logps(model, batch, **wanted)`` returns, through the model's wrappers.
 
-    The call goes through the model's wrappers (DDP, FSDP, DeepSpeed, PEFT), whose hooks gather
-    sharded weights. With ``wanted_logps={"hidden": True}`` it returns the rows that the head
-    would meet. Other calls go the model's own way. To do it twice is to do it once.
+    Their hooks (DDP's, FSDP's, DeepSpeed's, PEFT's) gather sharded weights; what they would round
+    goes past them.
 
     Args:
         model: causal language model, wrapped or not.
+        batch: as in `collated_rows`.
+        **wanted: options of `completion_logps`.
     """
-    model = unwrapped(model)
-    if hasattr(model, _MARK):
+    inner = unwrapped(model)
+    if not has_front(inner):
+        put_in_front(inner, _answer_or_go_on)
+    arguments = past_wrappers(batch, wanted)
+    model(**arguments)
+    found: dict[str, Tensor] = arguments[BESIDE_KEY].found
+    return found
+
+
+def answered(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Answer a call of `logps_through`; None if it is another's.
+
+    Args:
+        model: causal language model without wrappers.
+        arguments: of the call; the fields beside them are put among them.
+    """
+    beside = arguments.pop(BESIDE_KEY, None)
+    if beside is None:
+        return None
+    arguments |= beside.fields
+    if beside.wanted is None:
+        return None
+    if beside.wanted == _HIDDEN:
+        beside.found["hidden"] = collated_rows(model, arguments, prompt=False).hidden
+    else:
+        beside.found |= completion_logps(model, arguments, **beside.wanted)
+    return beside.found
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to an accelerator, unless another has placed it.
+
+    A model stays where it is if it is sharded, partitioned, dispatched, quantised, without values
+    or in several places, and none goes to the CPU.
+
+    Args:
+        model: a reference.
+        device: of its batches.
+    """
+    values = list(model.parameters())
+    plain = all(type(value) is nn.Parameter and not hasattr(value, "ds_id") for value in values)
+    devices = {value.device for value in values}
+    if device.type == "cpu" or not plain or hasattr(model, "hf_device_map"):
         return
-    own = model.forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        wanted = kwargs.pop(LOGPS_KEY, None)
-        if wanted is None:
-            return own(*args, **kwargs)
-        if "hidden" in wanted:
-            return {"hidden": collated_rows(model, kwargs, prompt=False).hidden}
-        return completion_logps(model, kwargs, **wanted)
-
-    model.forward = forward
-    setattr(model, _MARK, True)
+    if len(devices) == 1 and not devices & {device, torch.device("meta")}:
+        model.to(device)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _answer_or_go_on(
+    model: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    found = answered(model, kwargs)
+    return own(*args, **kwargs) if found is None else found
 
 
 class Reference:
@@ -87,22 +115,24 @@ class Reference:
                 )
             self._peft = _peft_of(policy)
         self.model: nn.Module = source if isinstance(source, nn.Module) else self._peft
-        answer_logps(self.model)
+        self._is_placed = self._peft is not None
+        # The policy asks itself inside its own forward: its wrappers are at work already, and
+        # the autocast that accelerate puts there cannot be entered twice.
+        self._asked = self.model if self._peft is None else unwrapped(self._peft)
 
     def logps(self, batch: Mapping[str, Any], *, prompt: bool) -> dict[str, Tensor]:
         """`reference`, and `prompt_reference` where prompts are wanted, (S,) fp32 in nats."""
-        wanted = {"prompt": prompt, **self._options}
+        self.place(batch["input_ids"].device)
         with self.active():
-            sums = self.model(**batch, **{LOGPS_KEY: wanted})
+            sums = logps_through(self._asked, batch, prompt=prompt, **self._options)
         names = {"completion": "reference", "prompt": "prompt_reference"}
         return {names[part]: values for part, values in sums.items()}
 
-    @torch.no_grad()
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """The rows that the head would meet, (S, L, D) or packed (N, D)."""
+        self.place(batch["input_ids"].device)
         with self.active():
-            found: dict[str, Tensor] = self.model(**batch, **{LOGPS_KEY: {"hidden": True}})
-        return found["hidden"]
+            return logps_through(self._asked, batch, **_HIDDEN)["hidden"]
 
     def head(self) -> LMHead:
         """Its head, which must be whole here (of the policy's own: inside the policy's head)."""
@@ -115,6 +145,12 @@ class Reference:
         """`add_reference_logps` with this reference."""
         with self.active():
             return add_reference_logps(self.model, features, collator, **options)
+
+    def place(self, device: torch.device) -> None:
+        """Move a model of its own to where its batches are, as `place` does, the first time."""
+        if not self._is_placed:
+            place(self.model, device)
+            self._is_placed = True
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from fused_prefopt.data import PairCollator, PointCollator
-from fused_prefopt.integrations.attachment import (
-    OF_REFERENCE,
-    PREFERENCE_KEY,
-    Attachment,
-    preference_outputs,
-)
-from fused_prefopt.integrations.causal_lm import backbone_of, input_vocab, readable_head
+from fused_prefopt.integrations.attachment import OF_REFERENCE, Attachment, preference_outputs
+from fused_prefopt.integrations.causal_lm import backbone_of, readable_head
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
+from fused_prefopt.integrations.past_wrappers import (
+    PREFERENCE_KEY,
+    PreparesExactly,
+    exact_loss,
+    past_wrappers,
+)
 from fused_prefopt.integrations.reference_pass import Reference
+from fused_prefopt.integrations.trainer_checks import (
+    collator_for,
+    let_collator_check_tokens,
+    require_collated_rows,
+    require_trainer,
+)
 from fused_prefopt.preference import PreferenceLoss
 
-__all__ = ["Attachment", "PreferenceTrainer", "attach", "preference_outputs"]
+__all__ = ["Attachment", "PreferenceTrainer", "attach", "past_wrappers", "preference_outputs"]
 
 
 def attach(
@@ -44,18 +49,19 @@ def attach(
     Use it with ``TrainingArguments(remove_unused_columns=False, label_names=["completion_mask"])``
     and a collator of `fused_prefopt.data`; other batches go the model's own way. Given a trainer
     it also logs the loss's metrics, in evaluation with its prefix, and keeps the loss's
-    statistics in the checkpoints.
+    statistics in the checkpoints. In a loop of your own under FSDP call
+    ``model(**past_wrappers(batch))``: it rounds what it sees.
 
     Args:
         model: any Hugging Face causal language model, PEFT-wrapped ones too, or the
             `transformers.Trainer` that holds one.
-        loss_fn: the loss; it is moved to the model's device.
+        loss_fn: the loss; it goes where the hidden states are. Not MPS, which has no float64.
         reference: where reference log-probs come from that a batch does not carry: "precomputed"
             (it must carry them), "adapter" (the model without its PEFT adapters) or a model, kept
-            whole on each rank.
+            whole on each rank; on the CPU it is moved to its first batch's device.
         reference_cache: folder. The trainer's data sets then get the reference log-probs as
             columns before training, computed once for each content of model and data; training
-            needs no second model.
+            needs no second model. Data given later, to `evaluate` or `predict`, must bring them.
         log_tokens: also log `entropy`, `logits/chosen`, `logits/rejected` and, of pairs,
             `mean_token_accuracy`; one more evaluation of the head a step.
         router_coefficient: of a mixture of experts' load-balancing loss, 0 for none; None adds it
@@ -63,9 +69,13 @@ def attach(
 
     Raises:
         ValueError: the model's head or backbone cannot be told apart or read, the trainer's `args`
-            would drop or mistake the batch's columns, or the reference does not fit.
+            would drop or mistake the batch's columns or split it over GPUs, it makes its models
+            itself, the first row of a data set lacks what the loss needs, or the reference does
+            not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
+    if trainer is not None:
+        require_trainer(trainer)
     policy: nn.Module = model.model if isinstance(model, Trainer) else model
     # Their weights may be partitioned here.
     readable_head(policy), backbone_of(policy)
@@ -78,13 +88,14 @@ def attach(
     if reference != "precomputed" and needs:
         options = {name: loss_fn.op_options[name] for name in ("workspace_mb", "engine")}
         source = Reference(policy, reference, ld_alpha=loss_fn.ld_alpha, **options)
-    device = next(policy.parameters()).device
-    loss_fn.to(device)
-    if isinstance(reference, nn.Module) and next(reference.parameters()).device != device:
-        reference.to(device)
     if reference_cache is not None:
         if trainer is None:
             raise ValueError("reference_cache: got a model, needs the trainer with its data sets")
+        if reference == "precomputed":
+            raise ValueError(
+                "reference_cache: got one with reference='precomputed', needs 'adapter' or a model"
+                " to compute what it keeps"
+            )
         if loss_fn.ld_alpha is not None or "sequence_kl" in needs:
             raise ValueError(
                 f"reference_cache: got one with {loss_fn}, which wants more of the reference than"
@@ -93,17 +104,32 @@ def attach(
         if source is not None:
             _add_reference_logps(trainer, source, reference_cache)
         source = None
+    if trainer is not None:
+        require_collated_rows(trainer, loss_fn, source is not None)
     attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
     if trainer is not None:
-        _require_arguments(trainer)
         leave_out_ligers_loss(trainer.args)
-        _check_tokens(trainer)
+        let_collator_check_tokens(trainer)
         _log_in(trainer, attachment)
     return attachment
 
 
-class LogsPreferences(KeepsLossState):
+class LogsPreferences(KeepsLossState, PreparesExactly):
     """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
+
+    compute_loss_func: Any
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The trainer's own, of fields that the model's wrappers do not round."""
+        if PREFERENCE_KEY not in inputs or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+        inputs = past_wrappers(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)  # type: ignore[misc]
+        if loss is outputs["loss"]:
+            loss = exact_loss(loss, inputs)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics of training since the last log to a log of training steps."""
@@ -112,7 +138,10 @@ class LogsPreferences(KeepsLossState):
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Add the metrics of the evaluated data set, with its prefix."""
+        """Add the metrics of the evaluated data set, with its prefix.
+
+        There are no logits, so what it returns, and `predict` with it, has no predictions.
+        """
         self.attachment.forget_metrics("eval")
         output = super().evaluation_loop(  # type: ignore[misc]
             *args, metric_key_prefix=metric_key_prefix, **kwargs
@@ -129,25 +158,42 @@ class PreferenceTrainer(LogsPreferences, Trainer):
     optimizer's state.
 
     Args:
+        model, train_dataset, eval_dataset, processing_class, *more, **kwargs: of
+            `transformers.Trainer`.
+        args: the same; ``remove_unused_columns=False`` is set, and
+            ``label_names=["completion_mask"]`` where none are.
+        data_collator: None takes the padding collator of `fused_prefopt.data` that fits the
+            columns of the data.
         loss_fn: the loss.
         reference, reference_cache, log_tokens: as in `attach`.
-        *args, **kwargs: of `transformers.Trainer`; `args` needs ``remove_unused_columns=False``
-            and ``label_names=["completion_mask"]``.
 
     Raises:
-        ValueError: as in `attach`.
+        ValueError: as in `attach`; or there is no collator and the data are no token ids.
     """
 
     def __init__(
         self,
-        *args: Any,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *more: Any,
         loss_fn: PreferenceLoss,
         reference: nn.Module | str = "precomputed",
         reference_cache: str | os.PathLike[str] | None = None,
         log_tokens: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
+        args.remove_unused_columns = False
+        if args.label_names is None:
+            args.label_names = [PREFERENCE_KEY]
+        if data_collator is None:
+            data_collator = collator_for(train_dataset, eval_dataset, processing_class, model)
+        given = (data_collator, train_dataset, eval_dataset, processing_class, *more)
+        super().__init__(model, args, *given, **kwargs)
         attach(
             self,
             loss_fn,
@@ -165,42 +211,28 @@ def _log_in(trainer: Trainer, attachment: Attachment) -> None:
         trainer.__class__ = type(f"Preference{kind.__name__}", (LogsPreferences, kind), {})
 
 
-def _check_tokens(trainer: Trainer) -> None:
-    """Let the collator check token ids, before they are on a device that the check waits for."""
-    collator = trainer.data_collator
-    if isinstance(collator, PairCollator | PointCollator) and collator.vocab_size is None:
-        trainer.data_collator = replace(collator, vocab_size=input_vocab(trainer.model))
-
-
-def _require_arguments(trainer: Trainer) -> None:
-    if trainer.args.remove_unused_columns or trainer.label_names != [PREFERENCE_KEY]:
-        raise ValueError(
-            "args: wanted remove_unused_columns=False and"
-            f" label_names=[{PREFERENCE_KEY!r}], got {trainer.args.remove_unused_columns} and"
-            f" {trainer.label_names}"
-        )
-
-
 def _add_reference_logps(
     trainer: Trainer, source: Reference, folder: str | os.PathLike[str]
 ) -> None:
-    """Give the trainer's data sets the reference's columns."""
+    """Give the trainer's data sets the reference's columns, in the precision of its training."""
 
     tokenizer = trainer.processing_class
+    source.place(trainer.args.device)
 
     def with_columns(data: Any) -> Any:
         if data is None:
             return None
         if not hasattr(data, "__len__"):
             raise ValueError("reference_cache: got an iterable data set, needs one with a length")
-        return source.add_logps(
-            data,
-            trainer.data_collator,
-            tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            cache_dir=folder,
-            progress=not trainer.args.disable_tqdm,
-        )
+        with trainer.accelerator.autocast():
+            return source.add_logps(
+                data,
+                trainer.data_collator,
+                tokenizer=tokenizer if hasattr(tokenizer, "get_vocab") else None,
+                batch_size=trainer.args.per_device_eval_batch_size,
+                cache_dir=folder,
+                progress=not trainer.args.disable_tqdm,
+            )
 
     trainer.train_dataset = with_columns(trainer.train_dataset)
     evaluated = trainer.eval_dataset

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
+from fused_prefopt.data.columns import has_values
 from fused_prefopt.integrations.trl_parts import FusedOptions, FusesLoss
 from fused_prefopt.integrations.trl_points import FusedKTOConfig, FusedKTOTrainer
 from fused_prefopt.preference import PreferenceLoss
@@ -94,7 +95,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         given = {"reference", "sequence_kl"}
-        return given | ({"rewards"} if all(name in row for name in SCORES) else set())
+        return given | ({"rewards"} if has_values(row, SCORES) else set())
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -103,13 +104,13 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
 @dataclass
 class _WithScores:
-    """A collator of TRL's that also stacks the score columns, where the examples have them."""
+    """A collator of TRL's that also stacks the score columns, where all the examples have them."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
-        if all(name in examples[0] for name in SCORES):
+        if all(has_values(example, SCORES) for example in examples):
             scores = [float(example[name]) for name in SCORES for example in examples]
             batch["rewards"] = torch.tensor(scores)
         return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -15,14 +16,18 @@ from trl.trainer.utils import use_adapter
 from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
+from fused_prefopt.integrations.evaluating import evaluating
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
-from fused_prefopt.integrations.reference_pass import LOGPS_KEY, answer_logps, evaluating
+from fused_prefopt.integrations.past_wrappers import PreparesExactly, exact_loss, past_wrappers
+from fused_prefopt.integrations.reference_pass import logps_through
+from fused_prefopt.integrations.trainer_checks import require_rows
 from fused_prefopt.integrations.transformers import attach
-from fused_prefopt.losses import check_needs
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.statistics.gather import sum_over_ranks
 
+# A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
+_TUNERS = "BaseTunerLayer"
 LAYOUT = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -92,7 +97,7 @@ class FusedOptions:
         return loss_fn
 
 
-class FusesLoss(KeepsLossState):
+class FusesLoss(KeepsLossState, PreparesExactly):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
@@ -106,9 +111,9 @@ class FusesLoss(KeepsLossState):
     router_aux_loss_coef: float
     aux_loss_enabled: bool
     precompute_ref_logps: bool
+    _precompute_model_hash: Any
     _is_vision_dataset: bool
     _metrics: dict[str, Any]
-    _prepare_inputs: Any
     _total_train_tokens: int
     _tp_size: int
 
@@ -124,15 +129,17 @@ class FusesLoss(KeepsLossState):
         self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}
         self._op_options["ld_alpha"] = loss_fn.ld_alpha
         self._new_tokens = 0
-        with _given(config, **self._given_to_trl(config, loss_fn)):
+        if not self.needs_reference and getattr(config, "sync_ref_model", False):
+            raise ValueError(
+                f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
+            )
+        with _given(config, **self._given_to_trl(config, loss_fn)), _any_head(self):
             super().__init__(*args, **kwargs)
         if not self.needs_reference:
-            self.precompute_ref_logps = False
+            self.precompute_ref_logps, self.ref_model = False, None
         if self._is_vision_dataset:
             raise ValueError("train_dataset: got images, needs texts only")
-        row = next(iter(self.train_dataset))
-        check_needs(loss_fn.name, self.needs, self._fields_of(row))
-        answer_logps(self.model)
+        require_rows(self, loss_fn, self._fields_of, streams=True)
         leave_out_ligers_loss(self.args)
         policy = self.accelerator.unwrap_model(self.model)
         self.data_collator: Any = CheckedTokens(self.data_collator, input_vocab(policy))
@@ -146,7 +153,8 @@ class FusesLoss(KeepsLossState):
 
     def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
         """Options as TRL's own constructor must see them."""
-        # Told so, TRL loads no reference model; `_precompute_ref_logps` computes nothing either.
+        # Told so, TRL keeps no reference model (FSDP's it loads and drops), and
+        # `_precompute_ref_logps` computes nothing.
         return {} if self.needs_reference else {"precompute_ref_log_probs": True}
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
@@ -165,6 +173,11 @@ class FusesLoss(KeepsLossState):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; the metrics of a `predict` before it are not its."""
+        self.attachment.forget_metrics("eval")
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss's metrics since the last log, means over steps and ranks."""
         mode = "train" if self.model.training else "eval"
@@ -181,13 +194,19 @@ class FusesLoss(KeepsLossState):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.needs_reference:
             return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+        # TRL keeps them by this and the data alone, its own with them.
+        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        key = (self._precompute_model_hash, *own)
+        with _given(self, _precompute_model_hash=key):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
 
     def _loss_of(self, model: Any, batch: dict[str, Any], return_outputs: bool) -> Any:
         if self.model.training:
             self._new_tokens = self._new_tokens + batch["attention_mask"].sum()
-        outputs = model(**batch)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        arguments = past_wrappers(batch)
+        outputs = model(**arguments)
+        loss = exact_loss(outputs["loss"], arguments)
+        return (loss, outputs) if return_outputs else loss
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
@@ -206,12 +225,9 @@ class FusesLoss(KeepsLossState):
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
     ) -> dict[str, Tensor]:
         """What `completion_logps` returns, through the model's wrappers."""
-        answer_logps(model)
         fields = {name: batch[name] for name in LAYOUT}
-        with torch.no_grad(), self.accelerator.autocast():
-            wanted = {"prompt": prompt, **self._op_options}
-            found: dict[str, Tensor] = model(**fields, **{LOGPS_KEY: wanted})
-        return found
+        with self.accelerator.autocast():
+            return logps_through(model, fields, prompt=prompt, **self._op_options)
 
     def _reference_logps(
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
@@ -232,13 +248,30 @@ class FusesLoss(KeepsLossState):
             yield
 
 
+@contextmanager
+def _any_head(trainer: Any) -> Iterator[None]:
+    """Let TRL's constructor take an adapter on the head, which this package's loss trains.
+
+    TRL computes its own loss of the weight alone, and tells adapters by a class that its module
+    imports for that.
+    """
+    kind = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
+    module = sys.modules[kind.__module__]
+    with _given(module, **({_TUNERS: _NoLayer} if hasattr(module, _TUNERS) else {})):
+        yield
+
+
+class _NoLayer:
+    """A class of which no layer is."""
+
+
 def _default(item: Field[Any]) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 @contextmanager
 def _given(config: Any, **options: Any) -> Iterator[None]:
-    """The options set inside, as they were afterwards."""
+    """The attributes set inside, as they were afterwards."""
     before = {name: getattr(config, name) for name in options}
     try:
         for name, value in options.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from trl import KTOConfig, KTOTrainer, extract_prompt
 
 from fused_prefopt.data import PointCollator
+from fused_prefopt.data.columns import has_values
 from fused_prefopt.integrations.trl_parts import LAYOUT, FusedOptions, FusesLoss
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
@@ -217,7 +218,7 @@ def _interleaved(chosen: list[Any], rejected: list[Any]) -> list[Any]:
 
 @dataclass
 class _PointFields:
-    """A collator of TRL's that also stacks scores, groups and the prompts' reference."""
+    """A collator of TRL's that also stacks whole score columns, groups, the prompts' reference."""
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -227,7 +228,7 @@ class _PointFields:
         column = next((name for name in SCORES if name in first), None)
         if column is None:
             batch["rewards"] = 2.0 * batch["label"].float() - 1.0
-        else:
+        elif all(has_values(example, (column,)) for example in examples):
             batch["rewards"] = torch.tensor([float(example[column]) for example in examples])
         if GROUP in first:
             batch["groups"] = torch.tensor([int(example[GROUP]) for example in examples])

@@ -1,0 +1,106 @@
+"""Values that go past a model's wrappers as they are.
+
+FSDP casts every floating argument of a call to the dtype that it computes in, DeepSpeed's trainer
+every floating tensor of a batch, FSDP2 also what a call returns: in bf16 a sum of -350 nats is
+off by up to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.integrations.causal_lm import INPUTS
+
+# A batch that carries this key is a preference batch; any other goes the model's own way.
+PREFERENCE_KEY = "completion_mask"
+BESIDE_KEY = "beside"
+
+
+class Beside:
+    """What goes beside the tensors of a call. No dataclass: wrappers look into those.
+
+    Args:
+        fields: floating fields of the batch.
+        wanted: what the model is asked for instead of its own results, or None.
+
+    Attributes:
+        fields: as given.
+        wanted: as given.
+        found: what the call leaves here, by name.
+    """
+
+    def __init__(self, fields: dict[str, Tensor], wanted: dict[str, Any] | None = None) -> None:
+        self.fields = fields
+        self.wanted = wanted
+        self.found: dict[str, Tensor] = {}
+
+
+def past_wrappers(batch: Mapping[str, Any], wanted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of an attached model's call that no wrapper rounds.
+
+    ``model(**past_wrappers(batch))["loss"]`` is the loss of ``model(**batch)``, of exact reference
+    log-probs and scores whatever wraps the model.
+
+    Args:
+        batch: of a collator.
+        wanted: as in `Beside`.
+
+    Returns:
+        The batch with a `Beside` in place of its floating fields. What the backbone takes (pixel
+        values) stays where it is: that is to be cast.
+    """
+    kept = exact_fields(batch)
+    others = {name: value for name, value in batch.items() if name not in kept}
+    return others | {BESIDE_KEY: Beside(kept, wanted)}
+
+
+def exact_fields(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The floating fields of a batch that its backbone does not take."""
+    return {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name not in INPUTS
+    }
+
+
+def exact_loss(returned: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The loss of a call of `past_wrappers`, in the dtype that it was computed in.
+
+    Args:
+        returned: the call's own, which has been through the wrappers' hooks.
+        arguments: of the call.
+    """
+    # A cast comes after the hooks: the gradient of what was cast meets them too.
+    found = arguments[BESIDE_KEY].found.get("loss", returned)
+    return returned if returned.dtype == found.dtype else found
+
+
+class PreparesExactly:
+    """Mixin for a `transformers.Trainer`: DeepSpeed's cast of its batches leaves their fields."""
+
+    args: Any
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if PREFERENCE_KEY in inputs:
+            for name, value in exact_fields(inputs).items():
+                prepared[name] = value.to(self.args.device)
+        return prepared
+
+
+def require_exact(name: str, value: Tensor | None) -> None:
+    """Raise ValueError if log-probs have been rounded to half precision.
+
+    Args:
+        name: of the field, for the message.
+        value: its values, or None.
+    """
+    if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name}: got {value.dtype}, needs float32; if the model's wrapper rounds it (FSDP),"
+            " call `model(**past_wrappers(batch))` of `integrations.past_wrappers`"
+        )

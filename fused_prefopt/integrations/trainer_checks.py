@@ -1,0 +1,132 @@
+"""What a trainer and its data sets must be like for a preference loss, checked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.integrations.attachment import OF_REFERENCE
+from fused_prefopt.integrations.causal_lm import input_vocab
+from fused_prefopt.integrations.collated import given_fields
+from fused_prefopt.integrations.past_wrappers import PREFERENCE_KEY
+from fused_prefopt.losses import check_needs
+from fused_prefopt.preference import PreferenceLoss
+
+# Tokens that may fill the padded places, which are masked.
+_FILLING = ("pad_token_id", "eos_token_id")
+
+
+def require_trainer(trainer: Any) -> None:
+    """Raise ValueError unless a `transformers.Trainer` leaves batches and the model as they are."""
+    args = trainer.args
+    if args.remove_unused_columns or trainer.label_names != [PREFERENCE_KEY]:
+        raise ValueError(
+            "args: wanted remove_unused_columns=False and"
+            f" label_names=[{PREFERENCE_KEY!r}], got {args.remove_unused_columns} and"
+            f" {trainer.label_names}"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: got n_gpu={args.n_gpu}, needs a process for each, as DataParallel would part"
+            " chosen from rejected: start with `accelerate launch` or `torchrun`, or let"
+            " CUDA_VISIBLE_DEVICES name one GPU"
+        )
+    if trainer.model_init is not None:
+        raise ValueError(
+            "model_init: got a function, needs a model: training would build one without the loss"
+        )
+
+
+def require_rows(
+    trainer: Any,
+    loss_fn: PreferenceLoss,
+    fields_of: Callable[[Any], set[str]],
+    *,
+    streams: bool = False,
+) -> None:
+    """Raise ValueError, naming the data set, if the first row of one lacks what a loss needs.
+
+    Args:
+        trainer: has `train_dataset` and `eval_dataset`, one or several by name.
+        loss_fn: the loss.
+        fields_of: the `LogpBatch` fields that the loss can get with a row.
+        streams: look into data sets without a length too, which must give their first row again.
+    """
+    for name, row in _first_rows(trainer.train_dataset, trainer.eval_dataset, streams):
+        try:
+            check_needs(loss_fn.name, loss_fn.loss.needs, fields_of(row))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: bool) -> None:
+    """`require_rows` of what the collator makes of a row, where it is one of this package.
+
+    Args:
+        trainer: as in `require_rows`, with a `data_collator`.
+        loss_fn: the loss.
+        has_reference: whether a reference gives what the rows do not have.
+    """
+    collator = trainer.data_collator
+    if not isinstance(collator, PairCollator | PointCollator):
+        return
+    always = {"prompt"} | (OF_REFERENCE if has_reference else set())
+
+    def fields_of(row: Any) -> set[str]:
+        given = given_fields(collator([row]))
+        return {name for name, value in given.items() if value is not None} | always
+
+    require_rows(trainer, loss_fn, fields_of)
+
+
+def let_collator_check_tokens(trainer: Any) -> None:
+    """Check token ids before they are on a device that the check would wait for."""
+    collator = trainer.data_collator
+    if isinstance(collator, PairCollator | PointCollator) and collator.vocab_size is None:
+        trainer.data_collator = replace(collator, vocab_size=input_vocab(trainer.model))
+
+
+def collator_for(
+    train_dataset: Any, eval_dataset: Any, tokenizer: Any, model: Any
+) -> PairCollator | PointCollator | None:
+    """The padding collator that fits the data sets' columns, None without data.
+
+    Args:
+        train_dataset: rows of token ids, as `tokenise_pairs` or `tokenise_points` return them.
+        eval_dataset: the same, or several by name.
+        tokenizer: whose padding token counts, or its last one; None takes the model's config.
+        model: causal language model.
+
+    Raises:
+        ValueError: the rows are neither pairs nor points of token ids.
+    """
+    name, row = next(_first_rows(train_dataset, eval_dataset, streams=True), ("", None))
+    if row is None:
+        return None
+    kinds = {"chosen_ids": PairCollator, "completion_ids": PointCollator}
+    kind = next((kind for column, kind in kinds.items() if column in row), None)
+    if kind is None:
+        raise ValueError(
+            f"{name}: got columns {', '.join(row)}, needs token ids in 'chosen_ids' and"
+            " 'rejected_ids' or in 'completion_ids' (see `data.tokenise_pairs`), or a data_collator"
+        )
+    sources = [each for each in (tokenizer, getattr(model, "config", None)) if each is not None]
+    ids = [getattr(each, name, None) for each in sources for name in _FILLING]
+    return kind(next((each for each in ids if isinstance(each, int)), 0))
+
+
+def _first_rows(train: Any, evaluated: Any, streams: bool) -> Iterator[tuple[str, Any]]:
+    """Name and first row of each data set that has one."""
+    sets = {"train_dataset": train}
+    if isinstance(evaluated, Mapping):
+        sets |= {f"eval_dataset[{name!r}]": data for name, data in evaluated.items()}
+    else:
+        sets["eval_dataset"] = evaluated
+    for name, data in sets.items():
+        if data is None or not (streams or hasattr(data, "__len__")):
+            continue
+        row = next(iter(data), None)
+        if row is not None:
+            yield name, row

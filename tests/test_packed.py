@@ -1,0 +1,142 @@
+"""Sequences packed in one row: models that keep them apart, and those that are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from model_families import family
+from tiny_models import VOCAB, pair_features, tiny_llama
+
+import fused_prefopt as fp
+from fused_prefopt.data import PairCollator
+from fused_prefopt.integrations.packed import require_separate_sequences
+from fused_prefopt.integrations.transformers import preference_outputs
+from fused_prefopt.reference import add_reference_logps
+
+IDS = torch.zeros(1, 1, dtype=torch.int64)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+FEW = {"vocab_size": VOCAB, "hidden_size": 16}
+HYBRID = SIZES | {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+}
+# Config class and options of models whose sequences run into one another in a row.
+LEAKING = {
+    "linear attention": ("Qwen3NextConfig", HYBRID),
+    "convolution": ("Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention"]}),
+    "state space": ("MambaConfig", FEW | {"state_size": 4, "num_hidden_layers": 2}),
+    "ALiBi": ("BloomConfig", FEW | {"n_layer": 2, "n_head": 2}),
+    "ALiBi by an option": (
+        "FalconConfig",
+        FEW | {"num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True},
+    ),
+    "a mask without positions": (
+        "OPTConfig",
+        FEW
+        | {"ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    ),
+}
+
+
+def built(kind, options):
+    if not hasattr(transformers, kind):
+        pytest.skip(f"this transformers has no {kind}")
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for value in model.parameters():
+        # As far from zero as trained weights.
+        torch.nn.init.normal_(value, mean=float(value.dim() == 1), std=0.3)
+    return model
+
+
+def passes_of(model):
+    """Counts the backbone's forward passes from now on."""
+    passes = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3", "gemma2", "gpt2", "gpt-neox", "phi", "mixtral", "llama4, text half"],
+)
+def test_packed_sequences_have_the_losses_of_padded_ones(name):
+    model, features, loss_fn = family(name), pair_features(5), fp.PreferenceLoss("simpo")
+    padded, packed = (
+        preference_outputs(model, loss_fn, PairCollator(0, padding_free=free)(features))
+        for free in (False, True)
+    )
+    # The models' norms, rotations and softmax are fp32 in any dtype.
+    torch.testing.assert_close(packed.losses, padded.losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", LEAKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_sequences_run_into_one_another_is_refused(name, dtype):
+    model, features = built(*LEAKING[name]).to(dtype), pair_features(4)
+    loss_fn = fp.PreferenceLoss("simpo")
+    message = f"padding_free: got a {type(model).__name__} with .* whose packed sequences see one"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            preference_outputs(model, loss_fn, PairCollator(0, padding_free=True)(features))
+    with pytest.raises(ValueError, match=message):
+        add_reference_logps(model, features, PairCollator(0, padding_free=True), progress=False)
+    assert preference_outputs(model, loss_fn, PairCollator(0)(features)).loss.isfinite()
+
+
+def test_a_text_half_that_wants_other_positions_is_refused():
+    # Of such a model three rows of positions are wanted beside the one that tells sequences apart.
+    with pytest.raises(ValueError, match="Qwen2VLForCond.* whose packed sequences see one another"):
+        require_separate_sequences(family("qwen2-vl"), IDS)
+
+
+def test_a_model_is_tried_once_for_each_attention_it_has():
+    model = tiny_llama(attn_implementation="sdpa")
+    passes = passes_of(model)
+    for _ in range(2):
+        require_separate_sequences(model, IDS)
+    assert len(passes) == 2
+    model.set_attn_implementation("eager")
+    require_separate_sequences(model, IDS)
+    assert len(passes) == 4
+
+
+def test_the_trial_leaves_mode_randomness_and_gradients_alone():
+    model = tiny_llama(attention_dropout=0.5).train()
+    model.model.norm.eval()
+    state = torch.random.get_rng_state()
+    require_separate_sequences(model, IDS)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
+
+
+def test_autocasts_cache_does_not_keep_what_the_trial_has_cast():
+    batch, loss_fn = (
+        PairCollator(0, padding_free=True)(pair_features(4)),
+        fp.PreferenceLoss("simpo"),
+    )
+    tried, fresh = tiny_llama(), tiny_llama()
+    require_separate_sequences(tried, IDS)
+    for model in (tried, fresh):
+        with torch.autocast("cpu", torch.bfloat16):
+            preference_outputs(model, loss_fn, batch).loss.backward()
+    for (name, wanted), got in zip(tried.named_parameters(), fresh.parameters(), strict=True):
+        assert wanted.grad is not None and torch.equal(got.grad, wanted.grad), name
