@@ -108,21 +108,32 @@ def test_a_cache_without_a_reference_is_refused(tmp_path):
 
 
 def test_the_precision_of_cached_references_is_the_trainings(tmp_path):
-    found = []
-    for cached in (True, False):
-        given = {"reference_cache": tmp_path / "cache"} if cached else {}
+    features = pair_features(8)
+    for half in (True, False):
         run = trainer(
             tmp_path,
-            args=arguments(tmp_path, bf16=True),
-            train_dataset=pair_features(8),
+            args=arguments(tmp_path, bf16=half),
+            train_dataset=features,
             reference=tiny_llama(7),
-            **given,
+            reference_cache=tmp_path / "cache",
         )
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            wanted = add_reference_logps(
+                tiny_llama(7), features, PairCollator(0), batch_size=8, progress=False
+            )
+        assert run.train_dataset == wanted
         run.train()
-        found.append(run.state.log_history[0])
-    for name in ("rewards/chosen", "rewards/rejected"):
-        # Batches are of other lengths: what is left is bf16's rounding of padded rows.
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-4), name
+        # All pairs are in one batch, in another order: what the reference says in every step.
+        each = trainer(
+            tmp_path,
+            args=arguments(tmp_path, bf16=half),
+            train_dataset=features,
+            reference=tiny_llama(7),
+        )
+        each.train()
+        for name in ("rewards/chosen", "rewards/rejected"):
+            rewards = [one.state.log_history[0][name] for one in (run, each)]
+            assert rewards[0] == pytest.approx(rewards[1], rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -248,15 +259,18 @@ def test_trls_precomputed_references_are_those_of_the_options(tmp_path):
 
     from fused_prefopt.integrations.trl import FusedDPOConfig, FusedDPOTrainer
 
-    data = dataset()
     given = options(tmp_path, precompute_ref_log_probs=True)
-    trl_trainer(DPOTrainer, DPOConfig(**given), data)
+    first = trl_trainer(DPOTrainer, DPOConfig(**given), dataset())
+    names = ["ref_chosen_logps", "ref_rejected_logps"]
+    # One data set for all: TRL finds by its fingerprint what it has computed.
+    data = first.train_dataset.remove_columns(names)
+    first._precompute_ref_logps(data, "train", 4)
     for alpha in (None, 0.0, 0.5):
         config = FusedDPOConfig(**given, ld_alpha=alpha)
-        run = trl_trainer(FusedDPOTrainer, config, data)
-        batch = next(iter(run.get_train_dataloader()))
+        run = trl_trainer(FusedDPOTrainer, config, dataset())
+        rows = run._precompute_ref_logps(data, "train", 4).select(range(4))
+        batch = run.data_collator(list(rows))
         wanted = run.compute_ref_log_probs(run.model, batch)
-        names = ("ref_chosen_logps", "ref_rejected_logps")
         for name, values in zip(names, wanted, strict=True):
             torch.testing.assert_close(batch[name], values)
 

@@ -254,7 +254,9 @@ ROWS: list[tuple[str, dict, Callable[[Pairs], list[float]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "formula"), ROWS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "formula"), ROWS, ids=[f"{name}-{options}" for name, options, _ in ROWS]
+)
 def test_the_losses_of_pairs_follow_the_table(name, options, formula):
     batch = random_batch(10, seed=7)
     every = sides(batch)

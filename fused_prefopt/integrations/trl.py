@@ -58,7 +58,8 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     logging stay as they are; the reference's log-probs come from the same op as the policy's;
     score columns `score_chosen` and `score_rejected` reach the loss as `rewards`. A loss without a
     reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's names;
-    its statistics are saved with the optimizer.
+    its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer refuses,
+    trains like any other.
 
     Args:
         *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`.

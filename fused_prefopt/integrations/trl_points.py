@@ -51,7 +51,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     handling (model, adapter switch, precomputed) and logging stay as they are. KTO's `kl` is
     estimated as TRL does, from completions set behind another prompt of their batch; a loss
     without it skips those two passes and takes any order of the rows and any batch size. The
-    statistics of the loss are saved with the optimizer.
+    statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
     over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
