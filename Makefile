@@ -49,7 +49,7 @@ bench-grid: $(VENV)/installed
 bench-trainer: $(VENV)/installed
 	$(RUN) -m benchmarks trainer
 
-# What a backward without improbable parts of the vocabulary saves and costs (about ten minutes)
+# What a backward without improbable parts of the vocabulary saves and costs (a quarter of an hour)
 bench-masses: $(VENV)/installed
 	$(RUN) -m benchmarks masses
 

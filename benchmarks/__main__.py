@@ -58,7 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
     trainer.set_defaults(run=lambda o: trainer_steps.run_trainer(o.results, _say))
     divergence = add("kl", "the exact KL from a reference model, in two minutes", RESULTS / "cpu")
     divergence.set_defaults(run=lambda o: run_kl(o.results, _say))
-    masses = add("masses", "the study of `drop_mass`, in about ten minutes on 2 cores", MASSES)
+    masses = add(
+        "masses", "the study of `drop_mass`, in about a quarter of an hour on 2 cores", MASSES
+    )
     masses.set_defaults(run=lambda o: run_study(o.results, say=_say))
     on_gpu = add("gpu", "all that a GPU tells, in less than nine minutes", RESULTS / "h200")
     on_gpu.add_argument("--deadline", type=float, default=gpu.DEADLINE, help=_DEADLINE)

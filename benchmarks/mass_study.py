@@ -46,7 +46,7 @@ def run_study(
     timed_rounds: int = 5,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Train a model, then measure shares, errors, times and curves; about ten minutes.
+    """Train a model, then measure shares, errors, times and curves; a quarter of an hour.
 
     Args:
         folder: where `cpu.json` goes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from bare_cli import ROOT, bare
 
+from fused_prefopt import available_losses
 from fused_prefopt.command_line.config_file import parsed_overrides, read_config
 from fused_prefopt.command_line.errors import UserError
 from fused_prefopt.losses import published_settings
@@ -135,3 +136,9 @@ def test_without_transformers_training_says_what_to_install():
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     wanted = 'training needs transformers, accelerate: pip install "fused-prefopt[trainers]"'
     assert wanted in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_read(path, tmp_path):
+    config = read_config(str(path), ["use_cpu=true", f"output_dir={tmp_path}"])
+    assert config.settings.loss in (*available_losses(), *published_settings())
