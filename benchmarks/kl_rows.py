@@ -142,12 +142,7 @@ def _row(name: str, shape: Shape) -> Row:
     """A row without figures."""
     return {
         "candidate": name,
-        "shape": shape.name,
-        "sequences": shape.sequences,
-        "length": shape.length,
-        "labelled_rows": shape.labelled_rows,
-        "hidden_size": shape.hidden_size,
-        "vocab": shape.vocab,
+        **shape.fields,
         "dtype": "fp32",
         "extra_bytes": None,
         **figures(None, ""),

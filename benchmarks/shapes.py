@@ -53,6 +53,18 @@ class Shape:
         """Rows that predict a label; the first token of a sequence is predicted by none."""
         return self.sequences * min(round(self.length * self.labelled), self.length - 1)
 
+    @property
+    def fields(self) -> dict[str, str | int]:
+        """What a row of results says of it."""
+        return {
+            "shape": self.name,
+            "sequences": self.sequences,
+            "length": self.length,
+            "labelled_rows": self.labelled_rows,
+            "hidden_size": self.hidden_size,
+            "vocab": self.vocab,
+        }
+
 
 LAPTOP = Shape("laptop", 8, 512, 512, 32_000)
 TINY = Shape("tiny", 4, 12, 16, 97)

@@ -197,12 +197,7 @@ def about(candidate: Candidate, shape: Shape, dtype: str) -> Row:
     """What a row is about."""
     return {
         "candidate": candidate.name,
-        "shape": shape.name,
-        "sequences": shape.sequences,
-        "length": shape.length,
-        "labelled_rows": shape.labelled_rows,
-        "hidden_size": shape.hidden_size,
-        "vocab": shape.vocab,
+        **shape.fields,
         "dtype": dtype,
         "trains": candidate.trains,
     }

@@ -124,6 +124,20 @@ class SlabLogits:
             raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
 
 
+def common_shape(policy: SlabLogits, reference: SlabLogits) -> tuple[int, int]:
+    """(c, v) of both slabs.
+
+    Raises:
+        ValueError: they differ in shape, or their rows are not contiguous.
+    """
+    (rows, width), other = policy.products.shape, reference.products.shape
+    if other != (rows, width):
+        raise ValueError(f"reference: got shape {tuple(other)}, wanted ({rows}, {width})")
+    policy.require_rows("policy")
+    reference.require_rows("reference")
+    return rows, width
+
+
 class Running(Protocol):
     """Running statistics of rows, each (c,) fp32: maximum, Σ exp(logit − maximum), target logit."""
 
@@ -156,11 +170,7 @@ def fold_kl_rows(
     Raises:
         ValueError: the slabs differ in shape, or their rows are not contiguous.
     """
-    (rows, width), other = policy.products.shape, reference.products.shape
-    if other != (rows, width):
-        raise ValueError(f"reference: got shape {tuple(other)}, wanted ({rows}, {width})")
-    policy.require_rows("policy")
-    reference.require_rows("reference")
+    rows, width = common_shape(policy, reference)
     if rows:
         _fold_kl_rows_kernel[(rows,)](
             policy.products,

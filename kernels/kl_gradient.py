@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.fold_kl_rows import SlabLogits
+from fused_prefopt.kernels.fold_kl_rows import SlabLogits, common_shape
 from fused_prefopt.kernels.tiles import bend, cap_slope
 
 
@@ -157,11 +157,7 @@ def kl_gradient(
     Raises:
         ValueError: the slabs differ in shape, or rows of a slab or of `out` are not contiguous.
     """
-    (count, width), other = policy.products.shape, reference.products.shape
-    if other != (count, width):
-        raise ValueError(f"reference: got shape {tuple(other)}, wanted ({count}, {width})")
-    policy.require_rows("policy")
-    reference.require_rows("reference")
+    count, width = common_shape(policy, reference)
     if out.stride(1) != 1 and width > 1:
         raise ValueError(f"out: got strides {out.stride()}, wanted contiguous rows")
     height, block = 16, 256

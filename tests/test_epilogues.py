@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 from loss_cases import random_batch
 
 from fused_prefopt.epilogue_forms import pair_form
@@ -52,16 +49,7 @@ def adaptive(gap) -> PairwiseLoss:
 
 def test_epilogues_in_the_interpreter():
     pytest.importorskip("triton")
-    tests = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(tests / "interpreted_epilogues.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=tests.parent,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    assert_passes_interpreted("interpreted_epilogues.py")
 
 
 @pytest.mark.parametrize(

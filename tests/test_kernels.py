@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 
 pytest.importorskip("triton")
 
@@ -17,16 +13,7 @@ pytest.importorskip("triton")
     "file", ["interpreted_kernels.py", "interpreted_engines.py", "interpreted_sequence_kl.py"]
 )
 def test_in_the_interpreter(file):
-    tests = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(tests / file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=tests.parent,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    assert_passes_interpreted(file)
 
 
 def test_the_triton_engine_refuses_cpu_tensors_without_the_interpreter(monkeypatch):

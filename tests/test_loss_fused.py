@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import assert_passes_interpreted
 from loss_cases import VARIANTS
 
 from fused_prefopt import LogpBatch, PreferenceLoss
@@ -76,13 +72,4 @@ def test_fused_equals_eager(name, options, path, trains):
 @pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_every_loss_on_the_triton_engines_in_the_interpreter(cases):
     pytest.importorskip("triton")
-    tests = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", cases, str(tests / "interpreted_losses.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=tests.parent,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    assert_passes_interpreted("interpreted_losses.py", "-m", cases)

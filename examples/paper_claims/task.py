@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from preference_task import small_llama, token_blocks
+from training_loop import Batch, optimise
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fused_prefopt.data import (
@@ -29,7 +30,6 @@ from fused_prefopt.data import (
     train_tokenizer,
 )
 from fused_prefopt.reference import add_reference_logps
-from paper_claims.optimiser import Batch, optimise
 from paper_claims.settings import Settings
 
 Record = dict[str, Any]

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+from training_loop import Batch, optimise, shuffled_batches
 from transformers import LlamaForCausalLM
 
 import fused_prefopt as fp
-from fused_prefopt.data import GroupBatchSampler, PairCollator, PointCollator
+from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.evaluation import score_pairs
 from fused_prefopt.integrations.transformers import preference_outputs
-from paper_claims.optimiser import Batch, optimise
 from paper_claims.settings import Settings
 from paper_claims.task import Task
 
@@ -128,8 +128,4 @@ def _batches(
     collator = (PairCollator if pairwise else PointCollator)(task.pad_token_id)
     groups = range(len(features)) if pairwise else [feature["group"] for feature in features]
     size = settings.batch_size if pairwise else 2 * settings.batch_size
-    sampler = GroupBatchSampler(groups, size, seed=seed)
-    for epoch in itertools.count():
-        sampler.set_epoch(epoch)
-        for indices in sampler:
-            yield collator([features[index] for index in indices])
+    return shuffled_batches(features, groups, collator, size, seed)

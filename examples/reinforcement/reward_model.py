@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from training_loop import Batch, optimise, shuffled_batches
+from transformers import PreTrainedModel
 
 import fused_prefopt as fp
-from fused_prefopt.data import GroupBatchSampler, PairCollator, PointCollator
+from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.integrations.causal_lm import last_hidden
 
 Features = Sequence[dict[str, Any]]
@@ -87,31 +88,21 @@ def train_reward_model(
     """
     torch.manual_seed(seed)
     model = RewardModel(language_model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
-    collator = PairCollator(pad_token_id)
-    model.train()
-    progress = tqdm(range(steps), desc=name)
-    for _, batch in zip(progress, batches(pairs, collator, batch_size, seed), strict=False):
+    progress = tqdm(total=steps, desc=name)
+
+    def loss_of(batch: Batch) -> Tensor:
         chosen, rejected = model(batch).chunk(2)
         loss = fp.bradley_terry_loss(chosen, rejected)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
         accuracy = (chosen > rejected).float().mean().item()
-        progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
-    return model.eval().requires_grad_(False)
+        progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+        progress.update()
+        return loss
 
-
-def batches(features: Features, collator: Any, batch_size: int, seed: int) -> Any:
-    """Shuffled collated batches, epoch after epoch, without end."""
-    sampler = GroupBatchSampler(range(len(features)), batch_size, seed=seed)
-    for epoch in itertools.count():
-        sampler.set_epoch(epoch)
-        for indices in sampler:
-            yield collator([features[index] for index in indices])
+    groups, collator = range(len(pairs)), PairCollator(pad_token_id)
+    order = shuffled_batches(pairs, groups, collator, batch_size, seed)
+    optimise(model, itertools.islice(order, steps), steps, _LEARNING_RATE, loss_of)
+    progress.close()
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()

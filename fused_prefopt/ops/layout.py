@@ -27,6 +27,20 @@ class Layout:
     sorted: bool
 
 
+def labelled_rows(targets: Tensor, ignore_index: int, num_labels: int) -> Tensor:
+    """(n,) int64 indices of the rows that carry a label.
+
+    Args:
+        targets: (M,).
+        ignore_index: the target of rows without a label.
+        num_labels: n, or -1: counting them costs CUDA a host sync.
+    """
+    labelled = targets != ignore_index
+    if num_labels < 0:
+        return labelled.nonzero().squeeze(1)
+    return labelled.nonzero_static(size=num_labels).squeeze(1)
+
+
 def padded_layout(labels: Tensor, *, shift: bool, ignore_index: int) -> Layout:
     """Layout of labels (S, T): row t of a sequence predicts label t + 1 if `shift`, else t."""
     sequences, length = labels.shape

@@ -16,6 +16,7 @@ from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.forward import forward
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
+from fused_prefopt.ops.layout import labelled_rows
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.registered_backward import head_logps_backward
 from fused_prefopt.ops.vocab_shard import VocabShard
@@ -75,16 +76,10 @@ def head_logps(
         (0,) where they are not wanted; index (n,) of the labelled rows; and what is kept for the
         backward: logsumexps (n,), stash, maxima, ticket and masses (see `forward.Kept`).
     """
-    labelled = targets != ignore_index
-    if num_labels < 0:
-        index = labelled.nonzero().squeeze(1)
-    else:
-        index = labelled.nonzero_static(size=num_labels).squeeze(1)
+    index = labelled_rows(targets, ignore_index, num_labels)
     math = HeadMath(softcap, logit_scale, temperature, dtype)
-    tensors, shard = (
-        HeadTensors(hidden, weight, bias, low_hidden, low_weight),
-        VocabShard(group, first),
-    )
+    tensors = HeadTensors(hidden, weight, bias, low_hidden, low_weight)
+    shard = VocabShard(group, first)
     head = HeadRows.of(
         tensors,
         targets,

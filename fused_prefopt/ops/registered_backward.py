@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fused_prefopt.ops.backward import Upstream, backward
 from fused_prefopt.ops.forward import Kept
-from fused_prefopt.ops.gradient_sums import Needs
+from fused_prefopt.ops.gradient_sums import Gradients, Needs
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.vocab_shard import VocabShard
+
+FiveTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("fused_prefopt::head_logps_backward", mutates_args=())
@@ -62,10 +64,8 @@ def head_logps_backward(
     The others are the inputs and outputs of `head_logps`.
     """
     math = HeadMath(softcap, logit_scale, temperature, dtype)
-    tensors, shard = (
-        HeadTensors(hidden, weight, bias, low_hidden, low_weight),
-        VocabShard(group, first),
-    )
+    tensors = HeadTensors(hidden, weight, bias, low_hidden, low_weight)
+    shard = VocabShard(group, first)
     head = HeadRows.of(
         tensors,
         targets,
@@ -91,8 +91,7 @@ def head_logps_backward(
     kept = Kept(logsumexps, stash, maxima, ticket, masses)
     with fixed_precision(hidden, dtype):
         grads = backward(head, kept, upstream, weight.shape[0], Needs(*needs))
-    found = [hidden.new_empty(0) if grad is None else grad for grad in grads]
-    return found[0], found[1], found[2], found[3], found[4]
+    return without_none(grads, hidden)
 
 
 @head_logps_backward.register_fake
@@ -106,9 +105,13 @@ def _(
     return empty_gradients((hidden, *rest[:4]), rest[-1])
 
 
-def empty_gradients(
-    tensors: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def without_none(grads: Gradients, hidden: Tensor) -> FiveTensors:
+    """The gradients as an op returns them: an empty tensor where there is none."""
+    found = [hidden.new_empty(0) if grad is None else grad for grad in grads]
+    return found[0], found[1], found[2], found[3], found[4]
+
+
+def empty_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> FiveTensors:
     """Gradients of the five tensors of `HeadTensors` without values, as a compiler sees them."""
     hidden = tensors[0]
     assert hidden is not None
@@ -124,11 +127,21 @@ def empty_gradients(
     return found[0], found[1], found[2], found[3], found[4]
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "sequence_logps and token_logps cannot be differentiated twice: their backward is computed"
-        " without logits. Use eager log-softmax where a second derivative is needed."
-    )
+def refuse_double_backward(op: Any, names: str) -> None:
+    """Let a registered backward raise RuntimeError where it is differentiated.
+
+    Args:
+        op: the registered op.
+        names: of the public functions whose backward it is.
+    """
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"{names} cannot be differentiated twice: the backward is computed without logits."
+            " Use eager log-softmax where a second derivative is needed."
+        )
+
+    op.register_autograd(refuse)
 
 
-head_logps_backward.register_autograd(_no_double_backward)
+refuse_double_backward(head_logps_backward, "sequence_logps and token_logps")

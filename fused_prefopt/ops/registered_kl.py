@@ -15,8 +15,13 @@ from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.kl_paths import KlResult
 from fused_prefopt.ops.kl_rows import KlRows
+from fused_prefopt.ops.layout import labelled_rows
 from fused_prefopt.ops.precision import fixed_precision
-from fused_prefopt.ops.registered_backward import empty_gradients
+from fused_prefopt.ops.registered_backward import (
+    empty_gradients,
+    refuse_double_backward,
+    without_none,
+)
 
 
 def _maths(scalars: Sequence[float], dtype: torch.dtype) -> tuple[HeadMath, HeadMath]:
@@ -73,11 +78,7 @@ def head_kl(
         index (n,) of the labelled rows, logps (n,), reference logps (n,), logsumexps (n,) and
         reference logsumexps (n,).
     """
-    labelled = targets != ignore_index
-    if num_labels < 0:
-        index = labelled.nonzero().squeeze(1)
-    else:
-        index = labelled.nonzero_static(size=num_labels).squeeze(1)
+    index = labelled_rows(targets, ignore_index, num_labels)
     head = KlRows.of(
         HeadTensors(hidden, weight, bias, low_hidden, low_weight),
         HeadTensors(ref_hidden, ref_weight, ref_bias, ref_low_hidden, ref_low_weight),
@@ -172,14 +173,12 @@ def head_kl_backward(
         True,
     )
     ids = sequence_ids[index]
-
     by_kls = None if grad_kl is None else grad_kl[ids]
     by_logps = torch.zeros_like(logps) if grad_policy is None else grad_policy[ids]
     found = KlResult(logps, logps, reference_logps, logsumexps, reference_logsumexps)
     with fixed_precision(hidden, dtype):
         grads = kl_paths.backward(head, found, by_kls, by_logps, weight.shape[0], Needs(*needs))
-    filled = [hidden.new_empty(0) if grad is None else grad for grad in grads]
-    return filled[0], filled[1], filled[2], filled[3], filled[4]
+    return without_none(grads, hidden)
 
 
 @head_kl_backward.register_fake
@@ -210,11 +209,4 @@ def _backward(
 head_kl.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "sequence_kl cannot be differentiated twice: its backward is computed without logits."
-        " Use eager log-softmax where a second derivative is needed."
-    )
-
-
-head_kl_backward.register_autograd(_no_double_backward)
+refuse_double_backward(head_kl_backward, "sequence_kl")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_prefopt.ops.call import LogpOptions, read_call
 from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.layout import labelled_rows
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.tile import Details, RowStatistics, Tile
 from fused_prefopt.types import LMHead, TokenStatistics
@@ -44,7 +45,7 @@ def token_statistics(
     call = read_call(hidden, head, labels, options)
     if call.shard.group:
         raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
-    index = (call.layout.targets != ignore_index).nonzero_static(size=call.count).squeeze(1)
+    index = labelled_rows(call.layout.targets, ignore_index, call.count)
     # The matmul is inside the only kernel that has these sums.
     chosen = "torch" if call.engines["evaluate"] == "torch" else "triton"
     rows = HeadRows.of(

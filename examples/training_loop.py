@@ -1,15 +1,41 @@
-"""A plain training loop: AdamW, warm-up, cosine."""
+"""A plain training loop: shuffled batches, AdamW, warm-up, cosine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from fused_prefopt.data import GroupBatchSampler
+
 Batch = dict[str, Any]
+
+
+def shuffled_batches(
+    features: Sequence[dict[str, Any]],
+    groups: Sequence[int],
+    collator: Callable[[list[dict[str, Any]]], Batch],
+    size: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """Collated batches, epoch after epoch, without end.
+
+    Args:
+        features: of the data set.
+        groups: of each feature; what has the same stays in one batch.
+        collator: makes a batch of features.
+        size: features of a batch.
+        seed: of the order.
+    """
+    sampler = GroupBatchSampler(groups, size, seed=seed)
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        for indices in sampler:
+            yield collator([features[index] for index in indices])
 
 
 def optimise(
