@@ -16,11 +16,12 @@ from fused_prefopt.losses import check_needs, find, length_desensitized, preset
 from fused_prefopt.losses.metrics import divergence_metrics
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_logps, takes_kernels, token_statistics
+from fused_prefopt.ops.call import LogpOptions
 from fused_prefopt.ops.shared_lengths import shared_and_tail_logps
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.reference_rows import MEASURED, policy_beside_reference
 from fused_prefopt.statistics.gather import world_size
-from fused_prefopt.types import LMHead, LogpBatch, LossOutput
+from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
 
 _EXTRAS = tuple(
     item.name for item in fields(LogpBatch) if item.name not in ("policy", "lengths", "prompt")
@@ -57,8 +58,8 @@ class PreferenceLoss(nn.Module):
         statistics: what the loss remembers, or None.
 
     Raises:
-        ValueError: the name is unknown (the message has the closest ones), or a hyperparameter
-            is out of its range.
+        ValueError: the name is unknown (the message has the closest ones), or a hyperparameter or
+            an option of the op is out of its range.
         TypeError: the loss has no such hyperparameter.
     """
 
@@ -96,6 +97,7 @@ class PreferenceLoss(nn.Module):
             "engine": engine,
             "drop_mass": drop_mass,
         }
+        LogpOptions(**self.op_options)  # A bad one is told here, not at the first batch.
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -111,13 +113,13 @@ class PreferenceLoss(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        head: LMHead | Tensor,
+        head: AnyHead,
         labels: Tensor,
         *,
         prompt_labels: Tensor | None = None,
         prompt: Tensor | None = None,
         ref_hidden: Tensor | None = None,
-        ref_head: LMHead | Tensor | None = None,
+        ref_head: AnyHead | None = None,
         shift: bool = True,
         sequence_ids: Tensor | None = None,
         num_sequences: int | None = None,
@@ -189,7 +191,7 @@ class PreferenceLoss(nn.Module):
             batch = length_desensitized(batch, tail, None, alpha=self.ld_alpha)
         return self.from_logps(batch)
 
-    def _check_reference(self, ref_hidden: Tensor | None, ref_head: LMHead | Tensor | None) -> None:
+    def _check_reference(self, ref_hidden: Tensor | None, ref_head: AnyHead | None) -> None:
         if (ref_hidden is None) != (ref_head is None):
             missing, there = ("ref_hidden", "ref_head")[:: 1 if ref_hidden is None else -1]
             raise ValueError(f"{missing}: got None with `{there}`, wanted both or neither")
@@ -247,7 +249,7 @@ def _warn_without_labels(lengths: Tensor) -> None:
 
 
 def _collisions(
-    hidden: Tensor, head: LMHead | Tensor, labels: Tensor, sequences: int, options: dict[str, Any]
+    hidden: Tensor, head: AnyHead, labels: Tensor, sequences: int, options: dict[str, Any]
 ) -> Tensor:
     """(S,) sums over tokens of ``log Σ_v π(v)²``."""
     compute = token_statistics

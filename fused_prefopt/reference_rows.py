@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import sequence_kl, sequence_logps
-from fused_prefopt.types import LMHead
+from fused_prefopt.types import AnyHead
 
 # `LogpBatch` fields that a reference's hidden states stand for.
 MEASURED = frozenset({"reference", "sequence_kl"})
@@ -17,9 +17,9 @@ MEASURED = frozenset({"reference", "sequence_kl"})
 
 def policy_beside_reference(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     ref_hidden: Tensor,
-    ref_head: LMHead | Tensor,
+    ref_head: AnyHead,
     labels: Tensor,
     missing: Collection[str],
     options: dict[str, Any],

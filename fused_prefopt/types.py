@@ -98,6 +98,10 @@ class LMHead:
         if not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature}, wanted a number > 0")
         rows = self.weight.shape[0]
+        if not self.weight.numel():
+            raise ValueError(
+                f"weight: got shape {tuple(self.weight.shape)}, wanted V > 0 and D > 0"
+            )
         if self.valid_vocab is not None and not 0 < self.valid_vocab <= rows:
             raise ValueError(f"valid_vocab: got {self.valid_vocab}, wanted None or 1..{rows}")
         for term in self.low_rank:
@@ -123,19 +127,26 @@ class LMHead:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> LMHead:
-        """The head of any Hugging Face causal language model, PEFT-wrapped ones too.
+        """The head of any Hugging Face causal language model, PEFT-wrapped ones too, or of a layer.
 
         Args:
-            model: a model with `get_output_embeddings()` and a `config`.
+            model: a model with `get_output_embeddings()` and a `config`, or a `torch.nn.Linear`,
+                whose weight and bias are all there is to its logits.
 
         Raises:
             ValueError: the model has no output embedding, one whose values are elsewhere (ZeRO-3,
                 FSDP, offloading), or one that a plain ``hidden @ weight.T + bias`` does not
                 describe. `integrations.head_check.check_head` also compares logits.
         """
+        if isinstance(model, torch.nn.Linear) and type(model).forward is torch.nn.Linear.forward:
+            return cls(model.weight, model.bias)
         from fused_prefopt.integrations.causal_lm import lm_head_of
 
         return lm_head_of(model)
+
+
+# What is taken for a head; a bare tensor is its weight.
+AnyHead = LMHead | Tensor | torch.nn.Linear
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fused_prefopt import LMHead, sequence_logps, token_logps
+from fused_prefopt import (
+    LMHead,
+    PreferenceLoss,
+    sequence_kl,
+    sequence_logps,
+    token_logps,
+    token_policy,
+    token_statistics,
+)
 
 S, T, D, V = 2, 5, 4, 11
 
@@ -158,6 +167,19 @@ ERRORS = {
         packed(num_sequences=-1),
         ["num_sequences", "-1"],
     ),
+    "hidden without values": (
+        arguments(
+            hidden=torch.ones(S, T, D, device="meta"),
+            labels=torch.zeros(S, T, dtype=torch.long, device="meta"),
+            head=torch.ones(V, D, device="meta"),
+        ),
+        ["hidden", "meta", "values"],
+    ),
+    "no hidden size": (
+        arguments(hidden=torch.ones(S, T, 0), head=torch.ones(V, 0)),
+        ["weight", f"({V}, 0)", "D > 0"],
+    ),
+    "no vocabulary": (arguments(head=torch.ones(0, D)), ["weight", f"(0, {D})", "V > 0"]),
     "too many labels announced": (arguments(num_labels=S * T), ["num_labels", f"{S * T}"]),
     "too few labels announced": (arguments(num_labels=0), ["num_labels", "0"]),
     "negative number of labels announced": (arguments(num_labels=-1), ["num_labels", "-1"]),
@@ -172,6 +194,64 @@ def test_bad_arguments(case, call):
         call(**given)
     for part in wanted:
         assert re.search(re.escape(part), str(error.value)), str(error.value)
+
+
+@pytest.mark.parametrize("call", [sequence_logps, token_logps, token_policy, token_statistics])
+@pytest.mark.parametrize(
+    "head",
+    [[[1.0] * D] * V, np.ones((V, D), dtype=np.float32), "lm_head", None, torch.nn.ReLU()],
+    ids=lambda head: type(head).__name__,
+)
+def test_a_head_that_is_none_is_named(head, call):
+    with pytest.raises(TypeError, match=f"head: got a {type(head).__name__}, wanted an LMHead"):
+        call(**arguments(head=head))
+
+
+def test_a_reference_head_that_is_none_is_named():
+    given = arguments()
+    with pytest.raises(TypeError, match="ref_head: got a list, wanted an LMHead"):
+        sequence_kl(given["hidden"], given["head"], given["hidden"], [1.0], given["labels"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_a_head(bias):
+    layer, given = torch.nn.Linear(D, V, bias=bias), arguments()
+    found = sequence_logps(given["hidden"], layer, given["labels"]).sums
+    wanted = sequence_logps(given["hidden"], LMHead(layer.weight, layer.bias), given["labels"]).sums
+    assert torch.equal(found, wanted)
+    read = LMHead.of(layer)
+    assert read.weight is layer.weight and read.bias is layer.bias
+    loss_fn = PreferenceLoss("simpo")
+    assert torch.equal(
+        loss_fn(given["hidden"], layer, given["labels"]).loss,
+        loss_fn(given["hidden"], read, given["labels"]).loss,
+    )
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_no_head():
+    class Normalised(torch.nn.Linear):
+        def forward(self, hidden):
+            return torch.nn.functional.linear(hidden, self.weight / self.weight.norm())
+
+    with pytest.raises(TypeError, match="head: got a Normalised, wanted an LMHead"):
+        sequence_logps(**arguments(head=Normalised(D, V)))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"path": "foo"}, "path: got 'foo', wanted one of 'auto', 'evaluate'"),
+        ({"engine": "foo"}, "engine: got 'foo', wanted one of 'auto', 'torch'"),
+        ({"workspace_mb": -1}, "workspace_mb: got -1, wanted a finite number > 0"),
+        ({"workspace_mb": float("inf")}, "workspace_mb: got inf"),
+        ({"workspace_mb": "big"}, "workspace_mb: got 'big'"),
+        ({"drop_mass": 2}, "drop_mass: got 2, wanted a finite number >= 0 and < 1"),
+    ],
+    ids=str,
+)
+def test_a_loss_refuses_options_of_the_op_when_it_is_made(option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PreferenceLoss("dpo", **option)
 
 
 HEADS = {

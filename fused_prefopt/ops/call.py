@@ -5,26 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from fused_prefopt.checks import (
+    require_choice,
     require_device,
     require_floating,
     require_integer,
     require_number,
     require_shape,
 )
-from fused_prefopt.ops.engines import choose_engines
+from fused_prefopt.ops.engines import ENGINES, choose_engines
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout, require
+from fused_prefopt.ops.plan import PATHS
 from fused_prefopt.ops.vocab_shard import VocabShard, local_part
-from fused_prefopt.types import LMHead
+from fused_prefopt.types import AnyHead, LMHead
 
 
 @dataclass(frozen=True)
 class LogpOptions:
-    """The options of `sequence_logps`, which documents them."""
+    """The options of `sequence_logps`, which documents them.
+
+    Raises:
+        ValueError: a path or engine that there is not, or a number out of its range.
+    """
 
     shift: bool = True
     sequence_ids: Tensor | None = None
@@ -36,6 +43,12 @@ class LogpOptions:
     engine: str = "auto"
     drop_mass: float = 0.0
     entropy: bool = False
+
+    def __post_init__(self) -> None:
+        require_number("workspace_mb", self.workspace_mb, low=0, above=True)
+        require_choice("path", self.path, ("auto", *PATHS))
+        require_choice("engine", self.engine, ("auto", *ENGINES))
+        require_number("drop_mass", self.drop_mass, low=0, high=1, below=True)
 
 
 @dataclass(frozen=True)
@@ -61,10 +74,9 @@ class Call:
     engines: dict[str, str]
 
 
-def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions) -> Call:
+def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions) -> Call:
     """Check the arguments and lay out the rows; raises what `sequence_logps` documents."""
-    require_number("drop_mass", options.drop_mass, low=0, high=1, below=True)
-    head = head if isinstance(head, LMHead) else LMHead(head)
+    head = read_head(head)
     vocab = head.vocab
     head, shard = local_part(head)
     if options.entropy and shard.group:
@@ -89,7 +101,24 @@ def read_call(hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: Lo
     count = _count(labelled, options.num_labels)
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
     engines = choose_engines(options.engine, hidden.device, math.dtype)
-    return Call(head_tensors(hidden, head), head.vocab, shard, layout, count, math, engines)
+    tensors = head_tensors(hidden, head)
+    refuse_forward_mode(tensors)
+    return Call(tensors, head.vocab, shard, layout, count, math, engines)
+
+
+def read_head(value: AnyHead, name: str = "head") -> LMHead:
+    """What a caller gave as a head, as one; TypeError, by the argument's name, if it is none."""
+    if isinstance(value, LMHead):
+        return value
+    if isinstance(value, Tensor):
+        return LMHead(value)
+    # A layer with a forward of its own may do more than its weight and bias say.
+    if isinstance(value, nn.Linear) and type(value).forward is nn.Linear.forward:
+        return LMHead.of(value)
+    raise TypeError(
+        f"{name}: got a {type(value).__name__}, wanted an LMHead, its weight, a tensor (V, D), or"
+        " an nn.Linear; `LMHead.of(model)` reads the head of a model"
+    )
 
 
 def head_tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
@@ -104,18 +133,36 @@ def head_tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
     return HeadTensors(rows, head.weight, head.bias, low[0], weights[0])
 
 
+def refuse_forward_mode(tensors: HeadTensors) -> None:
+    """Raise RuntimeError where forward-mode differentiation is at work: it would see zeros."""
+    # A compiler cannot ask; what it compiles calls the same op.
+    if torch.compiler.is_compiling():
+        return
+    if any(each is not None and unpack_dual(each).tangent is not None for each in tensors):
+        raise RuntimeError(
+            "fused_prefopt has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd): it"
+            " computes gradients without logits. Use torch.autograd.grad, or eager log-softmax."
+        )
+
+
 def _require_labels(targets: Tensor, fits: Tensor, vocab: int) -> None:
     """Raise ValueError, with the label where it can be read without waiting for a device."""
-    message = f"labels: got a label outside [0, {vocab})"
-    if fits.device.type == "cpu" and not torch.compiler.is_compiling() and not fits.all():
+
+    def message() -> str:
+        outside = f"labels: got a label outside [0, {vocab})"
+        if fits.device.type != "cpu":
+            return outside
         first = int(targets[~fits][0])
-        message += f": {first}; is the tokenizer another model's, or `ignore_index` another?"
+        return f"{outside}: {first}; is the tokenizer another model's, or `ignore_index` another?"
+
     require(fits.all(), message)
 
 
 def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | None) -> None:
     require_floating("hidden", hidden)
     require_integer("labels", labels)
+    if hidden.device.type == "meta":
+        raise ValueError("hidden: got a tensor on the meta device, wanted one that has values")
     hidden_size = head.weight.shape[1]
     if hidden.dim() == 3:
         require_shape("hidden", hidden, ("S", "T", hidden_size))
@@ -133,8 +180,10 @@ def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | 
 def _count(labelled: Tensor, num_labels: int | None) -> int:
     """Labelled rows, or -1 where a compiler traces and they cannot be counted."""
     if num_labels is not None:
-        message = f"num_labels: got {num_labels}, which is not the number of labelled rows"
-        require(labelled.sum() == num_labels, message)
+        require(
+            labelled.sum() == num_labels,
+            lambda: f"num_labels: got {num_labels}, which is not the number of labelled rows",
+        )
         return num_labels
     return -1 if torch.compiler.is_compiling() else int(labelled.sum())
 

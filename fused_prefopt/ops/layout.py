@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_device, require_integer, require_shape
+
+_COMPILED = (
+    "fused_prefopt: labels, num_labels or sequence_ids do not fit this call (a label outside the"
+    " vocabulary, or another number of labelled rows); call it without torch.compile to be told"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def packed_layout(
         num_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     require(
         ((sequence_ids >= 0) & (sequence_ids < num_sequences)).all(),
-        f"sequence_ids: got an id outside [0, {num_sequences})",
+        lambda: f"sequence_ids: got an id outside [0, {num_sequences})",
     )
     targets = labels.long()
     if shift:
@@ -84,13 +90,20 @@ def packed_layout(
     return Layout(targets, sequence_ids, num_sequences, False)
 
 
-def require(condition: Tensor, message: str) -> None:
-    """Raise ValueError on CPU, or a device-side assert without a host sync elsewhere."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(condition):
-            raise ValueError(message)
-    else:
-        torch._assert_async(condition, message)
+def require(condition: Tensor, message: Callable[[], str]) -> None:
+    """Raise ValueError on CPU, or a device-side assert without a host sync elsewhere.
+
+    Args:
+        condition: 0-d bool.
+        message: begins with the argument's name. A compiled call does not tell it: with a number
+            of the call in it, every call would be compiled anew.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, _COMPILED)
+    elif condition.device.type != "cpu":
+        torch._assert_async(condition, message())
+    elif not bool(condition):
+        raise ValueError(message())
 
 
 def _shift_left(values: Tensor, fill: int) -> Tensor:

@@ -9,12 +9,12 @@ from fused_prefopt.ops.call import LogpOptions, read_call
 from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.plan import Plan, make_plan
 from fused_prefopt.ops.registered import head_logps
-from fused_prefopt.types import LMHead, SequenceLogps, TokenPolicy
+from fused_prefopt.types import AnyHead, SequenceLogps, TokenPolicy
 
 
 def sequence_logps(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     labels: Tensor,
     *,
     shift: bool = True,
@@ -81,7 +81,7 @@ def sequence_logps(
 
 def token_logps(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     labels: Tensor,
     *,
     shift: bool = True,
@@ -117,7 +117,7 @@ def token_logps(
 
 def token_policy(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     labels: Tensor,
     *,
     shift: bool = True,
@@ -163,7 +163,7 @@ def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
 
 
 def _run(
-    hidden: Tensor, head: LMHead | Tensor, labels: Tensor, options: LogpOptions
+    hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
     call = read_call(hidden, head, labels, options)
     tensors, math, layout = call.tensors, call.math, call.layout

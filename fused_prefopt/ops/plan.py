@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fused_prefopt.checks import require_choice
+import torch
 
 _SMALLEST_TILE = 64
 PATHS = ("evaluate", "stash", "local", "recompute")
@@ -115,6 +115,16 @@ def kept_bytes(rows: int, vocab: int, itemsize: int) -> int:
     return rows * vocab * itemsize
 
 
+def _size(rows: int, vocab: int, wanted: int, workspace: int) -> str:
+    """What `local` would take of the workspace, in words; a compiler's sizes have no digits yet."""
+    if torch.compiler.is_compiling():
+        return "sizes are the compiled call's"
+    return (
+        f"{rows} rows x {vocab} entries and a tile take {wanted / 2**20:.4g} of"
+        f" {workspace / 2**20:g} MiB"
+    )
+
+
 def make_plan(
     *,
     path: str,
@@ -145,19 +155,13 @@ def make_plan(
         entropy: the entropies are wanted too, and their gradient.
 
     Raises:
-        ValueError: unknown path, or a forced path that cannot serve this call.
+        ValueError: a forced path that cannot serve this call.
     """
-    require_choice("path", path, ("auto", *PATHS))
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb: got {workspace_mb}, wanted a number of MiB > 0")
     workspace = int(workspace_mb * 2**20)
     kept = kept_bytes(rows, vocab, itemsize)
     tiles = cost.total(min(rows, _FAST_TILE), min(vocab, _FAST_TILE), hidden_size)
     fits = kept + tiles <= workspace
-    size = (
-        f"{rows} rows x {vocab} entries and a tile take {(kept + tiles) / 2**20:.4g} of"
-        f" {workspace_mb:g} MiB"
-    )
+    size = _size(rows, vocab, kept + tiles, workspace)
 
     def plan(path: str, reason: str) -> Plan:
         return Plan(path, engines[path], workspace, reason)

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_device, require_floating, require_shape
-from fused_prefopt.ops.call import LogpOptions, head_tensors, read_call
+from fused_prefopt.ops.call import (
+    LogpOptions,
+    head_tensors,
+    read_call,
+    read_head,
+    refuse_forward_mode,
+)
 from fused_prefopt.ops.registered_kl import head_kl
 from fused_prefopt.ops.vocab_shard import local_part
-from fused_prefopt.types import LMHead
+from fused_prefopt.types import AnyHead, LMHead
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,9 @@ class SequenceKl:
 
 def sequence_kl(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     ref_hidden: Tensor,
-    ref_head: LMHead | Tensor,
+    ref_head: AnyHead,
     labels: Tensor,
     *,
     shift: bool = True,
@@ -79,8 +85,6 @@ def sequence_kl(
 
     Source: TDPO (Zeng et al. 2024, arXiv:2404.11999), eq. 12.
     """
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb: got {workspace_mb}, wanted a number of MiB > 0")
     options = LogpOptions(
         shift=shift,
         sequence_ids=sequence_ids,
@@ -90,13 +94,15 @@ def sequence_kl(
         workspace_mb=workspace_mb,
         engine=engine,
     )
-    head = head if isinstance(head, LMHead) else LMHead(head)
+    head = read_head(head)
     call = read_call(hidden, head, labels, options)
     reference = _reference(hidden, ref_hidden, ref_head, head.vocab)
     if call.shard.group:
         raise ValueError("head: sequence_kl takes whole heads, got one sharded over ranks")
     with torch.no_grad():
-        others = head_tensors(ref_hidden, reference).detached()
+        others = head_tensors(ref_hidden, reference)
+        refuse_forward_mode(others)
+        others = others.detached()
     scalars = [
         value
         for side in (call.math, reference)
@@ -120,9 +126,9 @@ def sequence_kl(
     return SequenceKl(*outputs[:4])
 
 
-def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: LMHead | Tensor, vocab: int) -> LMHead:
+def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
     """The reference's head on this rank, checked against the policy's."""
-    head = ref_head if isinstance(ref_head, LMHead) else LMHead(ref_head)
+    head = read_head(ref_head, "ref_head")
     if head.vocab != vocab:
         raise ValueError(
             f"ref_head: got {head.vocab} vocabulary entries, wanted the {vocab} of `head`"

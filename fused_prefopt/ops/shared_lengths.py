@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout
 from fused_prefopt.ops.logps import sequence_logps
-from fused_prefopt.types import LMHead, SequenceLogps
+from fused_prefopt.types import AnyHead, SequenceLogps
 
 
 def shared_and_tail_logps(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     labels: Tensor,
     *,
     shift: bool = True,

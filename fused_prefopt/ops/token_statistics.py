@@ -10,13 +10,13 @@ from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.layout import labelled_rows
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.tile import Details, RowStatistics, Tile
-from fused_prefopt.types import LMHead, TokenStatistics
+from fused_prefopt.types import AnyHead, TokenStatistics
 
 
 @torch.no_grad()
 def token_statistics(
     hidden: Tensor,
-    head: LMHead | Tensor,
+    head: AnyHead,
     labels: Tensor,
     *,
     shift: bool = True,

@@ -40,6 +40,13 @@ class Statistic(nn.Module):
         """Whether a call exchanges the batch with other ranks."""
         return self.training and not self.sees_all_ranks and world_size(self.process_group) > 1
 
+    @staticmethod
+    def _store(state: Tensor, value: Tensor) -> None:
+        """Overwrite a buffer with a value of its shape."""
+        # Through a view: torch.compile loses what is written to a 0-d float64 tensor on CPU itself,
+        # which it takes for a Python number (torch 2.13, all backends but "eager").
+        state[...] = value
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `parent.half()` or `.to(bfloat16)` would round the running sums: follow the device only.
         def keep_dtype(state: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class RunningLevel(BatchStatistic):
         summary = RewardLevel(torch.where(defined, batch.mean, level), level)
         if self.training:
             # Commit only now, when nothing can fail any more.
-            self.average.copy_(average)
-            self.weight.copy_(weight)
+            self._store(self.average, average)
+            self._store(self.weight, weight)
             self.nonfinite.add_(batch.nonfinite.to(torch.int64))
         return summary

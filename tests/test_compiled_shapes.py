@@ -1,0 +1,208 @@
+"""torch.compile over batches of many shapes: eager's values, and no compilation a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+import fused_prefopt as fp
+from fused_prefopt.data import PairCollator
+from fused_prefopt.integrations.transformers import PreferenceTrainer
+
+VOCAB, HIDDEN = 37, 12
+SHAPES = ((4, 9), (6, 7), (12, 14), (8, 5))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def batch_of(sequences: int, length: int) -> dict[str, Tensor]:
+    """Hidden states, labels and everything else that a loss may want, in float64."""
+    generator = torch.Generator().manual_seed(sequences)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(VOCAB, (sequences, length), generator=generator)
+    is_prompt = torch.arange(length) < 2
+    ids = torch.arange(sequences).repeat_interleave(length)
+    prompt_labels = labels.where(is_prompt, -100)
+    labels = labels.masked_fill(is_prompt, -100)
+    labels[0, 4:] = -100
+    return {
+        "hidden": draw(sequences, length, HIDDEN),
+        "labels": labels,
+        "sequence_ids": ids,
+        "prompt_labels": prompt_labels,
+        "reference": -9 - draw(sequences).abs(),
+        "prompt_reference": -3 - draw(sequences).abs(),
+        "rewards": draw(sequences),
+        "desirable": torch.arange(sequences) % 2 == 0,
+        "ref_hidden": draw(sequences, length, HIDDEN),
+    }
+
+
+def packed(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+    sequences, rows = batch["reference"].shape[0], batch["labels"].flatten()
+    ids = {"sequence_ids": batch["sequence_ids"], "num_sequences": sequences}
+    return fp.sequence_logps(hidden.flatten(0, 1), weight, rows, **ids).means
+
+
+def counted(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+    given = {"num_labels": batch["count"], "path": "recompute"}
+    return fp.sequence_logps(hidden, weight, batch["labels"], **given).sums
+
+
+def policies(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+    tokens = fp.token_policy(hidden, weight, batch["labels"])
+    return tokens.logps + tokens.entropies
+
+
+def divergences(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+    labels, reference = batch["labels"], (batch["ref_hidden"], weight.detach() / 2)
+    out = fp.sequence_kl(hidden, weight, *reference, labels)
+    return out.kl + out.policy
+
+
+def frozen(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+    return fp.sequence_logps(hidden, weight.detach(), batch["labels"]).sums
+
+
+FUNCTIONS = {
+    "auto": lambda hidden, weight, batch: fp.sequence_logps(hidden, weight, batch["labels"]).sums,
+    "recompute": lambda hidden, weight, batch: (
+        fp.sequence_logps(hidden, weight, batch["labels"], path="recompute").sums
+    ),
+    "frozen": frozen,
+    "counted": counted,
+    "packed": packed,
+    "tokens": lambda hidden, weight, batch: fp.token_logps(hidden, weight, batch["labels"]),
+    "policies": policies,
+    "divergences": divergences,
+}
+LOSSES = {
+    "dpo": ("reference",),
+    "alpha-dpo": ("reference",),
+    "gamma-simpo": (),
+    "dro": ("reference", "rewards", "prompt_reference", "prompt_labels"),
+    "kto": ("reference", "desirable"),
+    "beta-dpo": ("reference",),
+    "tdpo2": ("ref_hidden", "ref_head"),
+}
+
+
+def assert_compiled_is_eager(backend, eager, compiled_from):
+    """Forward and backward over all shapes; from the third on nothing is compiled."""
+    compiled = torch.compile(compiled_from, backend=backend)
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    weight.requires_grad_()
+    for number, shape in enumerate(SHAPES):
+        batch = batch_of(*shape)
+        batch["count"] = int((batch["labels"][:, 1:] != -100).sum())
+        hidden = batch.pop("hidden").requires_grad_()
+        found = []
+        for function in (eager, compiled):
+            with torch._dynamo.config.patch(error_on_recompile=number > 1):
+                value = function(hidden, weight, batch)
+            grads = torch.autograd.grad(
+                value.square().sum(), (hidden, weight), allow_unused=True, materialize_grads=True
+            )
+            found.append((value.detach(), *grads))
+        for ours, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+# Inductor takes seconds a graph and meets the same graphs as "aot_eager": one of each kind.
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "aot_eager") for name in FUNCTIONS]
+    + [("auto", "eager"), pytest.param("auto", "inductor", marks=pytest.mark.slow)],
+)
+def test_the_op_for_shape_after_shape(name, backend):
+    assert_compiled_is_eager(backend, FUNCTIONS[name], FUNCTIONS[name])
+
+
+def loss_of(name):
+    loss_fn = fp.PreferenceLoss(name)
+
+    def loss(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+        given = {"ref_head": weight.detach() / 2} | batch
+        extras = {field: given[field] for field in LOSSES[name]}
+        return loss_fn(hidden, weight, batch["labels"], **extras).loss
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "aot_eager") for name in LOSSES]
+    + [("alpha-dpo", "eager"), pytest.param("alpha-dpo", "inductor", marks=pytest.mark.slow)],
+)
+def test_losses_for_shape_after_shape(name, backend):
+    # Two of them: each has statistics of its own, which must go the same way.
+    assert_compiled_is_eager(backend, loss_of(name), loss_of(name))
+
+
+def test_a_compiled_call_still_refuses_a_label_outside_the_vocabulary():
+    compiled = torch.compile(FUNCTIONS["auto"], backend="eager")
+    batch = batch_of(4, 6)
+    batch["labels"][1, 3] = VOCAB
+    with pytest.raises(RuntimeError, match="a label outside the vocabulary"):
+        compiled(batch["hidden"], torch.ones(VOCAB, HIDDEN, dtype=torch.float64), batch)
+
+
+def losses_of_training(backend: str | None, folder) -> list[float]:
+    """The losses that a trainer logs over batches of many lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+    rows = [
+        {
+            "prompt_ids": ids(3 + i % 4),
+            "chosen_ids": ids(2 + i % 5),
+            "rejected_ids": ids(3 + i % 7),
+            "ref_chosen_logps": -9.0,
+            "ref_rejected_logps": -10.0,
+        }
+        for i in range(16)
+    ]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCAB}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    args = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        torch_compile=backend is not None,
+        torch_compile_backend=backend,
+    )
+    trainer = PreferenceTrainer(
+        model,
+        args,
+        loss_fn=fp.PreferenceLoss("alpha-dpo"),
+        train_dataset=rows,
+        data_collator=PairCollator(0),
+    )
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_a_trainer_with_torch_compile(tmp_path):
+    eager, compiled = (losses_of_training(each, tmp_path) for each in (None, "aot_eager"))
+    assert len(set(eager)) == 4
+    assert compiled == pytest.approx(eager, rel=1e-4)
