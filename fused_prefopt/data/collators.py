@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_shape, require_tokens
-from fused_prefopt.data.columns import (
-    SCORES,
-    finite_number,
-    has_values,
-    judgement,
-    require_columns,
-    whole_number,
-)
+from fused_prefopt.data.columns import SCORES, require_columns
+from fused_prefopt.data.feature_columns import is_given, stacked
 from fused_prefopt.data.shared_prompt import shared_layout
 
 Feature = Mapping[str, Any]
@@ -35,9 +29,6 @@ PAIR_COLUMNS = {
     "rewards": SCORES,
     "collision": ("collision_chosen", "collision_rejected"),
 }
-# Not every row of a data set need have been scored.
-_PARTLY_SCORED = ("reward", *SCORES)
-_READ = {torch.float32: finite_number, torch.int64: whole_number, torch.bool: judgement}
 
 
 @dataclass
@@ -167,12 +158,12 @@ class PairCollator(_Collator):
         _require_features(features, ("prompt_ids", "chosen_ids", "rejected_ids"))
         batch = self._layout(features, ("chosen_ids", "rejected_ids"))
         for joined, names in PAIR_COLUMNS.items():
-            if _is_given(features, *names):
-                columns = [_column(features, name, torch.float32) for name in names]
+            if is_given(features, *names):
+                columns = [stacked(features, name) for name in names]
                 batch[joined] = torch.cat(columns)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if _is_given(features, name):
-                batch[name] = _column(features, name, torch.float32)
+            if is_given(features, name):
+                batch[name] = stacked(features, name)
         return batch
 
 
@@ -212,8 +203,8 @@ class PointCollator(_Collator):
         _require_features(features, ("prompt_ids", "completion_ids"))
         batch = self._layout(features, ("completion_ids",))
         for column, (name, dtype) in POINT_COLUMNS.items():
-            if _is_given(features, column):
-                batch[name] = _column(features, column, dtype)
+            if is_given(features, column):
+                batch[name] = stacked(features, column, dtype)
         return batch
 
 
@@ -264,29 +255,3 @@ def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> Non
         raise ValueError("features: got an empty list, wanted at least one feature")
     for index, feature in enumerate(features):
         require_columns(feature, wanted, f"feature {index}")
-
-
-def _is_given(features: Sequence[Feature], *names: str) -> bool:
-    """Whether a batch is to have columns: any feature has one; of scores, every one has all."""
-    there = [name for name in names if any(name in feature for feature in features)]
-    if len(there) == len(names) and set(names) <= set(_PARTLY_SCORED):
-        return all(has_values(feature, names) for feature in features)
-    return any(feature.get(name) is not None for feature in features for name in there)
-
-
-def _column(features: Sequence[Feature], name: str, dtype: torch.dtype) -> Tensor:
-    values = []
-    for index, feature in enumerate(features):
-        where = f"feature {index}"
-        require_columns(feature, (name,), where)
-        if feature[name] is None:
-            raise ValueError(f"{name}: got None in {where}, needs a value in each or none")
-        values.append(_READ[dtype](name, feature[name], where))
-    column = torch.tensor(values, dtype=dtype)
-    if dtype.is_floating_point and not column.isfinite().all():
-        index = int(column.isfinite().logical_not().nonzero()[0])
-        raise ValueError(
-            f"{name}: got {values[index]!r} in feature {index}, wanted a number within {dtype};"
-            " scale the column"
-        )
-    return column

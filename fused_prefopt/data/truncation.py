@@ -66,6 +66,13 @@ class RowCounts:
             return True
         return False
 
+    def add_empty(self, rows: int) -> None:
+        """Count rows that were dropped elsewhere, as their prompt left their completion no room."""
+        self.read += rows
+        self.empty += rows
+        self.completions += rows
+        self.touched += rows
+
     @property
     def message(self) -> str:
         """All counts, and what to raise where something was cut."""
