@@ -78,6 +78,13 @@ def test_ratings_under_any_name_reach_dro(job, tmp_path, capsys, name):
     assert "training completions: read 8, kept 8; completions truncated 0, prompts tr" in said
 
 
+def test_a_loss_that_needs_ratings_says_how_many_rows_are_without(job, tmp_path, capsys):
+    file = write_lines(tmp_path / "rated.jsonl", completions(score=[1.0, None] * 4))
+    assert job("train", dataset=file, loss="dro") == 2
+    problem = capsys.readouterr().err.splitlines()[-1]
+    assert "dataset: got no reward, needs it for dro; 4 of 8 rows are without: add it" in problem
+
+
 def test_labelled_completions_train_kto_without_a_word_of_an_adapter(job, tmp_path, capsys):
     file = write_lines(tmp_path / "kto.jsonl", completions(label=[1, 0, 0, 1] * 2))
     assert job("train", dataset=file, loss="kto", per_device_train_batch_size=8) == 0

@@ -206,5 +206,10 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
                 " does not compute"
             )
         names = columns[field]
-        if not all(name in feature for feature in features for name in names):
-            raise UserError(f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}")
+        lacking = sum(any(name not in feature for name in names) for feature in features)
+        if lacking:
+            raise UserError(
+                f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}; {lacking} of"
+                f" {len(features)} rows are without: add it to them, drop them, or name another"
+                " loss"
+            )
