@@ -217,8 +217,10 @@ def test_scores_and_labels_of_trls_rows_are_checked_by_the_collators(tmp_path):
     run = dpo(tmp_path, Dataset.from_list(scored))
     rows = list(run.train_dataset)
     assert run.data_collator(rows)["rewards"].tolist() == [2.0] * 3 + [1.0] * 3
-    with pytest.raises(ValueError, match="score_rejected: got nan in feature 1, wanted a finite"):
-        run.data_collator([rows[0], rows[1] | {"score_rejected": math.nan}])
+    sides = {"ref_chosen_logps": -2.0, "ref_rejected_logps": -3.0}
+    for name in ("score_rejected", *sides):
+        with pytest.raises(ValueError, match=f"{name}: got nan in feature 1, wanted a finite"):
+            run.data_collator([rows[0] | sides, rows[1] | sides | {name: math.nan}])
     rated = Dataset.from_list([COMPLETIONS[0] | {"rating": 4.0, "group": 1}] * 3)
     run = kto(tmp_path, rated, loss="dro")
     rows = list(run.train_dataset)
@@ -227,11 +229,15 @@ def test_scores_and_labels_of_trls_rows_are_checked_by_the_collators(tmp_path):
         ("rating", math.inf, "a finite number"),
         ("group", 0.5, "an integer"),
         ("label", -1, "true or false"),
+        ("ref_logps", -math.inf, "a finite number"),
+        ("ref_KL_logps", math.nan, "a finite number"),
+        ("ref_prompt_logps", math.nan, "a finite number"),
     ):
         with pytest.raises(
             ValueError, match=f"{column}: got {value} in feature 1, wanted {wanted}"
         ):
-            run.data_collator([rows[0], rows[1] | {column: value}])
+            row = rows[0] | ({column: -1.0} if column.startswith("ref_") else {})
+            run.data_collator([row, row | {column: value}])
 
 
 def test_labels_made_of_ratings_need_ratings(tmp_path):

@@ -16,6 +16,7 @@ from fused_prefopt.integrations.trl_parts import FusedOptions, FusesLoss
 from fused_prefopt.integrations.trl_points import FusedKTOConfig, FusedKTOTrainer
 from fused_prefopt.preference import PreferenceLoss
 
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 __all__ = ["FusedDPOConfig", "FusedDPOTrainer", "FusedKTOConfig", "FusedKTOTrainer"]
 
 
@@ -105,12 +106,18 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
 @dataclass
 class _WithScores:
-    """A collator of TRL's that also stacks the score columns, where all the examples have them."""
+    """A collator of TRL's that also stacks the score columns, where all the examples have them.
+
+    It checks the numbers of these and of the reference.
+    """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        for name in REFERENCES:
+            if name in batch:
+                batch[name] = stacked(examples, name)
         if all(has_values(example, SCORES) for example in examples):
             batch["rewards"] = torch.cat([stacked(examples, name) for name in SCORES])
         return batch

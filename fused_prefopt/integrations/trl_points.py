@@ -30,6 +30,7 @@ from fused_prefopt.reference import add_reference_logps
 from fused_prefopt.statistics.gather import sum_over_ranks
 
 GROUP, PROMPT_REFERENCE = "group", "ref_prompt_logps"
+REFERENCES = ("ref_logps", "ref_KL_logps", PROMPT_REFERENCE)
 
 
 @dataclass
@@ -250,6 +251,7 @@ class _PointFields:
             batch["rewards"] = stacked(examples, column)
         if GROUP in first:
             batch["groups"] = stacked(examples, GROUP, torch.int64)
-        if PROMPT_REFERENCE in first:
-            batch[PROMPT_REFERENCE] = stacked(examples, PROMPT_REFERENCE)
+        for name in REFERENCES:
+            if name in first:
+                batch[name] = stacked(examples, name)
         return batch
