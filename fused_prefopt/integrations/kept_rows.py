@@ -33,7 +33,9 @@ class KeepsTeachingRows:
         prepared = super()._prepare_dataset(  # type: ignore[misc]
             dataset, processing_class, args, dataset_name
         )
-        cut = _Cut(args.max_length, getattr(args, "truncation_mode", "keep_start"), pairwise)
+        # Single completions TRL cuts at the end, whatever the options say.
+        mode = args.truncation_mode if pairwise else "keep_start"
+        cut = _Cut(args.max_length, mode, pairwise)
         if not hasattr(prepared, "__len__"):
             return prepared.filter(_Streamed(cut, dataset_name))
         # TRL makes two rows of a pair for a trainer on single completions.
