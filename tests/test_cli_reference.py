@@ -12,18 +12,17 @@ from tiny_models import eager_sums, tiny_llama
 
 from fused_prefopt.command_line.errors import UserError
 from fused_prefopt.command_line.records import (
-    READERS,
     as_judged,
     as_pairs,
     as_points,
-    completions,
     held_out_records,
     texts_of,
     training_records,
 )
 from fused_prefopt.command_line.settings import Settings
 from fused_prefopt.command_line.task import _check_fields, _features, load_loss
-from fused_prefopt.data import tokenise_pairs
+from fused_prefopt.data import completions, tokenise_pairs
+from fused_prefopt.data.adapters import READERS
 from fused_prefopt.losses import available_losses
 
 pytest.importorskip("datasets")
@@ -37,14 +36,17 @@ RATED = [
 def test_the_command_fills_the_cache_that_a_training_then_reads(job, material, tmp_path, capsys):
     cache, held_out = tmp_path / "cache", str(material / "held_out.jsonl")
     assert job("reference", cache_dir=str(cache), held_out=held_out) == 0
-    said = capsys.readouterr().out.splitlines()
+    *about_rows, train, judged, _ = capsys.readouterr().out.splitlines()
+    assert (
+        f"{material / 'pairs.jsonl'}: read as preference pairs (adapter preference)" in about_rows
+    )
     features = tokenise_pairs(pairs(16), tiny_tokenizer(), 32, 16)
     chosen, rejected = (
         eager_sums(tiny_llama().double(), features, f"{side}_ids", "completion").mean().item()
         for side in ("chosen", "rejected")
     )
-    assert said[0].startswith("train: 16 pairs, chosen of ") and said[1].startswith("held out: 6 ")
-    numbers = [float(word) for word in said[0].split() if word.startswith("-")]
+    assert train.startswith("train: 16 pairs, chosen of ") and judged.startswith("held out: 6 ")
+    numbers = [float(word) for word in train.split() if word.startswith("-")]
     assert numbers == pytest.approx([chosen, rejected], abs=2e-4)
     files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(files) == 2
@@ -142,7 +144,10 @@ def test_files_are_read_to_the_limit_by_the_adapter_that_is_named(job, material,
     ("content", "message"),
     [
         ('{"prompt": "a"\nx', "cannot read .*: JSON parse error"),
-        ('{"prompt": "a", "text": "b"}\n', "missing column 'chosen', 'rejected'"),
+        (
+            '{"prompt": "a", "text": "b"}\n',
+            "columns: got 'prompt', 'text', which no adapter reads; needs .*adapter: NAME",
+        ),
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "got no usable row in"),
         ("", "got no usable row in"),
     ],

@@ -7,11 +7,16 @@ import pytest
 from data_tokenizer import chat, tiny_tokenizer
 
 from fused_prefopt.data.adapters import (
+    READERS,
+    adapted_records,
+    completions,
+    hh_rlhf,
     load_dataset_records,
     preference,
     ultrafeedback,
     ultrafeedback_binarized,
 )
+from fused_prefopt.data.recognition import recognise
 from fused_prefopt.data.tokenise import tokenise_pairs, tokenise_points
 
 
@@ -162,6 +167,106 @@ def test_preference_finds_an_implicit_prompt():
     ]
 
 
+def dialogue(*turns):
+    """A text in the form of HH-RLHF."""
+    roles = ("\n\nHuman:", "\n\nAssistant:")
+    return "".join(f"{roles[i % 2]} {turn}" for i, turn in enumerate(turns))
+
+
+def test_hh_rlhf_splits_at_the_last_answer(caplog):
+    shared = dialogue("hi", "yes, I may", "go on", "")[:-1]
+    rows = [
+        {"chosen": f"{shared} I may.", "rejected": f"{shared} I will."},
+        {"chosen": dialogue("a", "b"), "rejected": dialogue("c", "b d")},
+        {"chosen": dialogue("a", "b"), "rejected": dialogue("a", "b")},
+        {"chosen": dialogue("a", "b"), "rejected": dialogue("a", " ")},
+        {"chosen": dialogue("a"), "rejected": dialogue("a")},
+    ]
+    with caplog.at_level(logging.WARNING):
+        records = hh_rlhf(rows)
+    assert records == [{"prompt": shared, "chosen": " I may.", "rejected": " I will."}]
+    assert shared.endswith("Human: go on\n\nAssistant:")
+    assert caplog.messages == ["hh_rlhf: dropped 4 unusable pairs"]
+    with pytest.raises(ValueError, match=r"rejected: got list in row 1 .*, wanted a text"):
+        hh_rlhf([rows[0], rows[0] | {"rejected": chat(user="a", assistant="b")}])
+
+
+TEXTS = {"chosen": " sat", "rejected": " on"}
+CHATS = {"chosen": chat(assistant="sat"), "rejected": chat(assistant="on")}
+WHOLE = {
+    side: chat(user="the cat", assistant=answer)
+    for side, answer in (("chosen", "sat"), ("rejected", "on"))
+}
+HH = {side: dialogue("the cat", answer) for side, answer in (("chosen", "sat"), ("rejected", "on"))}
+COMPLETION = {"prompt": "the cat", "completion": " sat"}
+
+
+@pytest.mark.parametrize(
+    ("row", "adapter", "what"),
+    [
+        (TEXTS | {"prompt": "the cat"}, "preference", "preference pairs"),
+        (TEXTS, "preference", "preference pairs"),
+        (TEXTS | {"prompt": None, "completion": None}, "preference", "preference pairs"),
+        (CHATS | {"prompt": chat(user="the cat")}, "preference", "preference pairs"),
+        (WHOLE, "preference", "preference pairs"),
+        (WHOLE | {"score_chosen": 2.0, "score_rejected": 1.0}, "preference", "preference pairs"),
+        (binarized("the cat", "sat", "on"), "ultrafeedback_binarized", "pairs of whole chats"),
+        (WHOLE | {"prompt": "the cat"}, "ultrafeedback_binarized", "pairs of whole chats"),
+        (HH, "hh_rlhf", "pairs of dialogues in HH-RLHF's form"),
+        (HH | {"prompt": "the cat"}, "preference", "preference pairs"),
+        (feedback("the cat", []), "ultrafeedback", "completions of UltraFeedback"),
+        (COMPLETION | {"label": False}, "completions", "labelled completions"),
+        (COMPLETION | {"desirable": 1}, "completions", "labelled completions"),
+        (COMPLETION | {"reward": 1.0}, "completions", "rated completions"),
+        (COMPLETION | {"score": 1.0}, "completions", "rated completions"),
+        (COMPLETION | {"rating": None}, "completions", "rated completions"),
+        (COMPLETION | {"score": 1, "label": 1}, "completions", "labelled and rated completions"),
+    ],
+)
+def test_rows_are_recognised_by_their_columns(row, adapter, what):
+    fit = recognise(row)
+    assert (fit.adapter, fit.what) == (adapter, what)
+    records, said = adapted_records("my.jsonl", iter([row, row]))
+    assert records == READERS[adapter]([row, row])
+    assert said == f"my.jsonl: read as {what} (adapter {adapter})"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (COMPLETION | TEXTS | {"label": 1}, "'rejected', 'label', which fit pairs and completions"),
+        ({"completion": "a", "label": 1} | TEXTS, "which fit pairs and completions"),
+        (COMPLETION, "'prompt', 'completion', completions that nothing judges"),
+        ({"prompt": "a", "text": "b"}, "'prompt', 'text', which no adapter reads"),
+        (
+            {"prompt": "a", "choosen": "b", "rejected": "c"},
+            "which no adapter reads (missing 'chosen' (did you mean 'choosen'?))",
+        ),
+        (CHATS | {"prompt": "the cat"}, "with answers that are neither texts, as the prompt is, n"),
+    ],
+)
+def test_rows_that_fit_no_adapter_or_several_are_an_error(row, problem):
+    with pytest.raises(ValueError) as error:
+        adapted_records("my.jsonl", [row])
+    said = str(error.value)
+    assert said.startswith("columns: got '") and problem in said
+    for name in (*READERS, "adapter: NAME", "chosen, rejected", "instruction, completions"):
+        assert name in said
+
+
+def test_an_adapter_that_is_named_and_a_name_of_the_hub_decide():
+    row = COMPLETION | TEXTS | {"label": 1}
+    (pair,), said = adapted_records("my.jsonl", [row], "preference")
+    assert pair["chosen"] == " sat" and said == "my.jsonl: read by adapter preference"
+    assert "desirable" in adapted_records("my.jsonl", [row], "completions")[0][0]
+    with pytest.raises(ValueError, match="adapter: got 'prefrence' .did you mean 'preference'"):
+        adapted_records("my.jsonl", [row], "prefrence")
+    records, said = adapted_records("HuggingFaceH4/ultrafeedback_binarized", [WHOLE])
+    assert records == ultrafeedback_binarized([WHOLE])
+    assert said.endswith(": read by adapter ultrafeedback_binarized, known by the name")
+    assert adapted_records("my.jsonl", []) == ([], "my.jsonl: no rows")
+
+
 @pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize(
     ("name", "row", "adapter"),
@@ -173,6 +278,8 @@ def test_preference_finds_an_implicit_prompt():
         ),
         ("openbmb/UltraFeedback", feedback("a", [completion("b", 2.0, 1.0)]), ultrafeedback),
         ("someone/pairs", {"prompt": "a", "chosen": "b", "rejected": "c"}, preference),
+        ("someone/chats", binarized("a", "b", "c"), ultrafeedback_binarized),
+        ("someone/ratings", {"prompt": "a", "completion": "b", "score": 2.0}, completions),
     ],
 )
 def test_load_dataset_records(tmp_path, monkeypatch, name, row, adapter, limit):
@@ -185,6 +292,9 @@ def test_load_dataset_records(tmp_path, monkeypatch, name, row, adapter, limit):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     records = load_dataset_records(name, "train", limit)
     assert records == adapter([row] * (limit or 3))
+    if "completion" not in row and "instruction" not in row:
+        named = load_dataset_records(name, "train", limit, adapter="preference")
+        assert named == preference([row] * (limit or 3))
 
 
 def test_errors_name_the_column():

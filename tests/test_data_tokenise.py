@@ -51,13 +51,13 @@ def test_prompts_lose_the_left_and_completions_the_right():
     record = {"prompt": "abcdef", "chosen": "ghijkl", "rejected": "g"}
     (feature,) = tokenise_pairs([record], Letters(), 6, 4)
     assert feature == {"prompt_ids": [3, 4, 5, 6], "chosen_ids": [7, 8], "rejected_ids": [7, 0]}
-    (feature,) = tokenise_pairs([record], Letters(), 3, 2)
-    assert feature == {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [7]}
+    (feature,) = tokenise_pairs([record | {"rejected": "m"}], Letters(), 3, 2)
+    assert feature == {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [13]}
 
 
 def test_an_empty_text_is_the_eos_alone():
-    (feature,) = tokenise_points([{"prompt": "", "completion": ""}], Letters(), 3, 2)
-    assert feature == {"prompt_ids": [], "completion_ids": [0]}
+    (feature,) = tokenise_points([{"prompt": "a", "completion": ""}], Letters(), 3, 2)
+    assert feature == {"prompt_ids": [1], "completion_ids": [0]}
 
 
 def test_points_keep_reward_group_and_desirable():

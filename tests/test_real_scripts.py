@@ -141,7 +141,7 @@ def test_trls_own_scripts_with_two_changed_lines(tmp_path):
         {
             "prompt": f"the {words[i % 7]}",
             "chosen": f" sat {words[i % 5]}",
-            "rejected": f" {words[i % 3]} on",
+            "rejected": f" {words[i % 3]} 2",
         }
         for i in range(16)
     ]

@@ -43,7 +43,7 @@ class Settings:
         EMBEDDED, "hub name, folder, JSON, CSV or Parquet file; or embedded, text of the package"
     )
     adapter: str | None = _key(
-        None, "how to read its rows, such as preference; chosen by the data set's name"
+        None, "how to read its rows, such as preference; told by the name or the columns"
     )
     split: str = _key("train", "split to train on")
     held_out: str | None = _key(None, "split or file to judge on; of embedded any name will do")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,7 +20,8 @@ from fused_prefopt.command_line.records import (
     training_records,
 )
 from fused_prefopt.command_line.settings import EMBEDDED, Settings
-from fused_prefopt.data import PairCollator, PointCollator, tokenise_pairs, tokenise_points
+from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.data.tokenise import counted_pairs, counted_points
 from fused_prefopt.losses.needs import WHAT_IT_IS
 from fused_prefopt.losses.protocol import Loss
 from fused_prefopt.preference import PreferenceLoss
@@ -92,20 +95,25 @@ def load_task(config: Config) -> Task:
     if settings.dataset != EMBEDDED:
         require_packages("dataset", "datasets")
     _check_reference(settings, loss_fn)
+    say = _teller(config)
     with blaming("dataset"):
-        records = training_records(settings, seed, points=_takes_rated(loss_fn.loss))
+        records = training_records(settings, seed, points=_takes_rated(loss_fn.loss), say=say)
     with blaming("held_out"):
-        judged = held_out_records(settings, seed)
+        judged = held_out_records(settings, seed, say=say)
     with blaming("model"):
         tokenizer = load_tokenizer(settings, records)
         model = load_start(settings, tokenizer, seed)
     with blaming("dataset"):
-        train = _features(settings, loss_fn, tokenizer, records)
+        train = _features(settings, loss_fn, tokenizer, records, "training", say)
         _check_fields(loss_fn, train)
+    held_out: Features = []
+    evaluated: Features = []
     with blaming("held_out"):
-        lengths = (tokenizer, settings.max_length, settings.prompt_length)
-        held_out = tokenise_pairs(as_pairs(judged), *lengths) if judged else []
-        evaluated = _features(settings, loss_fn, tokenizer, judged) if judged else []
+        if judged:
+            held_out = _pairs(settings, tokenizer, judged, "held-out", say)
+            evaluated = held_out
+        if judged and not loss_fn.loss.pairwise:
+            evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
 
 
@@ -128,15 +136,51 @@ def _takes_rated(loss: Loss) -> bool:
     return not loss.pairwise and "desirable" not in loss.needs
 
 
+def _teller(config: Config) -> Callable[[str], None]:
+    """What prints on one process and is silent on all others."""
+    return partial(print, flush=True) if config.training.should_log else _silent
+
+
+def _silent(said: str) -> None:
+    pass
+
+
+def _tell(say: Callable[[str], None], part: str, said: str) -> None:
+    say(f"{part} data: {said}")
+
+
 def _features(
-    settings: Settings, loss_fn: PreferenceLoss, tokenizer: Any, records: Features
+    settings: Settings,
+    loss_fn: PreferenceLoss,
+    tokenizer: Any,
+    records: Features,
+    part: str = "training",
+    say: Callable[[str], None] = print,
 ) -> Features:
-    """Token ids of the records as the loss judges them."""
-    lengths = (tokenizer, settings.max_length, settings.prompt_length)
+    """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
     if loss_fn.loss.pairwise:
-        return tokenise_pairs(as_pairs(records), *lengths)
-    kind = as_points if _takes_rated(loss_fn.loss) else as_judged
-    return tokenise_points(kind(records), *lengths)
+        return _pairs(settings, tokenizer, records, part, say)
+    rated = _takes_rated(loss_fn.loss)
+    tell = partial(_tell, say, part)
+    points = as_points(records, say=tell) if rated else as_judged(records)
+    lengths = (settings.max_length, settings.prompt_length)
+    features, counts = counted_points(points, tokenizer, *lengths, f"{part} completions")
+    say(counts.message)
+    return features
+
+
+def _pairs(
+    settings: Settings,
+    tokenizer: Any,
+    records: Features,
+    part: str,
+    say: Callable[[str], None],
+) -> Features:
+    """The same as pairs, whatever the loss judges."""
+    lengths = (settings.max_length, settings.prompt_length)
+    features, counts = counted_pairs(as_pairs(records), tokenizer, *lengths, f"{part} pairs")
+    say(counts.message)
+    return features
 
 
 def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
@@ -162,5 +206,10 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
                 " does not compute"
             )
         names = columns[field]
-        if not all(name in feature for feature in features for name in names):
-            raise UserError(f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}")
+        lacking = sum(any(name not in feature for name in names) for feature in features)
+        if lacking:
+            raise UserError(
+                f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}; {lacking} of"
+                f" {len(features)} rows are without: add it to them, drop them, or name another"
+                " loss"
+            )

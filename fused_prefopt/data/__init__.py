@@ -1,6 +1,8 @@
 """Preference data: an embedded corpus, records to token ids, collators, adapters for datasets."""
 
 from fused_prefopt.data.adapters import (
+    completions,
+    hh_rlhf,
     load_dataset_records,
     preference,
     ultrafeedback,
@@ -25,6 +27,8 @@ __all__ = [
     "GroupBatchSampler",
     "PairCollator",
     "PointCollator",
+    "completions",
+    "hh_rlhf",
     "labels_of",
     "load_dataset_records",
     "load_documents",

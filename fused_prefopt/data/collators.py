@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_shape, require_tokens
-from fused_prefopt.data.columns import has_values, require_columns
+from fused_prefopt.data.columns import SCORES, require_columns
+from fused_prefopt.data.feature_columns import is_given, stacked
 from fused_prefopt.data.shared_prompt import shared_layout
 
 Feature = Mapping[str, Any]
@@ -25,11 +26,9 @@ POINT_COLUMNS = {
 }
 # Columns of a pair's two completions that become one field, chosen first.
 PAIR_COLUMNS = {
-    "rewards": ("score_chosen", "score_rejected"),
+    "rewards": SCORES,
     "collision": ("collision_chosen", "collision_rejected"),
 }
-# Not every row of a data set need have been scored.
-_SCORES = ("reward", *PAIR_COLUMNS["rewards"])
 
 
 @dataclass
@@ -153,18 +152,18 @@ class PairCollator(_Collator):
             Trainer would rescale the loss by them; see `labels_of`.
 
         Raises:
-            ValueError: no feature, a missing column or value, an empty completion, or a token id
-                outside the vocabulary.
+            ValueError: no feature, a missing column or value, an empty completion, a token id
+                outside the vocabulary, or a score or log-prob that is no finite number.
         """
         _require_features(features, ("prompt_ids", "chosen_ids", "rejected_ids"))
         batch = self._layout(features, ("chosen_ids", "rejected_ids"))
         for joined, names in PAIR_COLUMNS.items():
-            if _is_given(features, *names):
-                columns = [_column(features, name, torch.float32) for name in names]
+            if is_given(features, *names):
+                columns = [stacked(features, name) for name in names]
                 batch[joined] = torch.cat(columns)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if _is_given(features, name):
-                batch[name] = _column(features, name, torch.float32)
+            if is_given(features, name):
+                batch[name] = stacked(features, name)
         return batch
 
 
@@ -197,14 +196,15 @@ class PointCollator(_Collator):
             `sequence_kl`, `collision` (S,) float32, `groups` (S,) int64, `desirable` (S,) bool.
 
         Raises:
-            ValueError: no feature, a missing column or value, an empty completion, or a token id
-                outside the vocabulary.
+            ValueError: no feature, a missing column or value, an empty completion, a token id
+                outside the vocabulary, a number that is not finite, a group that is no integer, or
+                a label neither a bool nor 0 or 1.
         """
         _require_features(features, ("prompt_ids", "completion_ids"))
         batch = self._layout(features, ("completion_ids",))
         for column, (name, dtype) in POINT_COLUMNS.items():
-            if _is_given(features, column):
-                batch[name] = _column(features, column, dtype)
+            if is_given(features, column):
+                batch[name] = stacked(features, column, dtype)
         return batch
 
 
@@ -253,21 +253,5 @@ def _tokens(ids: Any, column: str, index: int, vocab_size: int | None) -> Tensor
 def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> None:
     if not features:
         raise ValueError("features: got an empty list, wanted at least one feature")
-    for feature in features:
-        require_columns(feature, wanted)
-
-
-def _is_given(features: Sequence[Feature], *names: str) -> bool:
-    """Whether a batch is to have columns: any feature has one; of scores, every one has all."""
-    there = [name for name in names if any(name in feature for feature in features)]
-    if len(there) == len(names) and set(names) <= set(_SCORES):
-        return all(has_values(feature, names) for feature in features)
-    return any(feature.get(name) is not None for feature in features for name in there)
-
-
-def _column(features: Sequence[Feature], name: str, dtype: torch.dtype) -> Tensor:
     for index, feature in enumerate(features):
-        require_columns(feature, (name,))
-        if feature[name] is None:
-            raise ValueError(f"{name}: got None in feature {index}, needs a value in each or none")
-    return torch.tensor([feature[name] for feature in features], dtype=dtype)
+        require_columns(feature, wanted, f"feature {index}")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from fused_prefopt.data.columns import has_values
+from fused_prefopt.data.columns import SCORES, has_values
+from fused_prefopt.data.feature_columns import stacked
 from fused_prefopt.integrations.trl_parts import FusedOptions, FusesLoss
 from fused_prefopt.integrations.trl_points import FusedKTOConfig, FusedKTOTrainer
 from fused_prefopt.preference import PreferenceLoss
 
+REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
 __all__ = ["FusedDPOConfig", "FusedDPOTrainer", "FusedKTOConfig", "FusedKTOTrainer"]
-
-SCORES = ("score_chosen", "score_rejected")
 
 
 @dataclass
@@ -56,10 +56,11 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     TRL's datasets, collation, reference handling (model, adapter switch, precomputed), PEFT and
     logging stay as they are; the reference's log-probs come from the same op as the policy's;
-    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`. A loss without a
-    reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's names;
-    its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer refuses,
-    trains like any other.
+    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`. Pairs that
+    truncation leaves equal or without a label are dropped, and a log message counts them. A loss
+    without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
+    names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
+    refuses, trains like any other.
 
     Args:
         *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`.
@@ -105,13 +106,18 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
 @dataclass
 class _WithScores:
-    """A collator of TRL's that also stacks the score columns, where all the examples have them."""
+    """A collator of TRL's that also stacks the score columns, where all the examples have them.
+
+    It checks the numbers of these and of the reference.
+    """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        for name in REFERENCES:
+            if name in batch:
+                batch[name] = stacked(examples, name)
         if all(has_values(example, SCORES) for example in examples):
-            scores = [float(example[name]) for name in SCORES for example in examples]
-            batch["rewards"] = torch.tensor(scores)
+            batch["rewards"] = torch.cat([stacked(examples, name) for name in SCORES])
         return batch

@@ -17,6 +17,7 @@ from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
 from fused_prefopt.integrations.evaluating import evaluating
+from fused_prefopt.integrations.kept_rows import KeepsTeachingRows
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
 from fused_prefopt.integrations.past_wrappers import PreparesExactly, exact_loss, past_wrappers
@@ -97,7 +98,7 @@ class FusedOptions:
         return loss_fn
 
 
-class FusesLoss(KeepsLossState, PreparesExactly):
+class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,17 +14,23 @@ from torch import Tensor
 from trl import KTOConfig, KTOTrainer, extract_prompt
 
 from fused_prefopt.data import PointCollator
-from fused_prefopt.data.columns import has_values
+from fused_prefopt.data.columns import (
+    PAIR,
+    RATINGS,
+    SCORES,
+    finite_number,
+    has_values,
+    judgement,
+    row_at,
+)
+from fused_prefopt.data.feature_columns import stacked
 from fused_prefopt.integrations.trl_parts import LAYOUT, FusedOptions, FusesLoss
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 from fused_prefopt.statistics.gather import sum_over_ranks
 
-# Names of a score's column, the first that is there counts.
-SCORES = ("reward", "score")
 GROUP, PROMPT_REFERENCE = "group", "ref_prompt_logps"
-_PAIR = ("chosen", "rejected")
-_PAIR_SCORES = ("score_chosen", "score_rejected")
+REFERENCES = ("ref_logps", "ref_KL_logps", PROMPT_REFERENCE)
 
 
 @dataclass
@@ -45,10 +52,11 @@ class FusedKTOConfig(FusedOptions, KTOConfig):
 class FusedKTOTrainer(FusesLoss, KTOTrainer):
     """`trl.KTOTrainer` whose loss is one of this package's, computed without logits.
 
-    Rows are `prompt`, `completion` and `label` (desirable or not), a `reward` or `score` (without
-    one DRO's is ±1 by the label), or both, and a `group` (DRO's mean over the completions of a
-    prompt); pairs become two rows, with their scores and a group. TRL's tokenisation, reference
-    handling (model, adapter switch, precomputed) and logging stay as they are. KTO's `kl` is
+    Rows are `prompt`, `completion` and `label` (desirable or not), a `reward`, `score` or `rating`
+    (without one DRO's is ±1 by the label), or both, and a `group` (DRO's mean over the completions
+    of a prompt); pairs become two rows, with their scores and a group. TRL's tokenisation,
+    reference handling (model, adapter switch, precomputed) and logging stay as they are; rows that
+    truncation leaves without a label are dropped, and a log message counts them. KTO's `kl` is
     estimated as TRL does, from completions set behind another prompt of their batch; a loss
     without it skips those two passes and takes any order of the rows and any batch size. The
     statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
@@ -70,7 +78,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator: Any = _PointFields(self.data_collator)
+        self.data_collator: Any = _PointFields(self.data_collator, "rewards" in self.needs)
 
     def compute_loss(
         self,
@@ -140,7 +148,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
         row = next(iter(dataset))
-        if all(name in row for name in (*_PAIR, *_PAIR_SCORES)):
+        if all(name in row for name in (*PAIR, *SCORES)):
             if "prompt" not in row:
                 dataset = dataset.map(extract_prompt)
             dataset = dataset.map(
@@ -148,10 +156,10 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             )
             row = next(iter(dataset))
         if "label" not in row and "chosen" not in row:
-            column = next((name for name in SCORES if name in row), None)
+            column = next((name for name in RATINGS if name in row), None)
             if "desirable" in self.needs or column is None:
                 raise ValueError(f"train_dataset: got {', '.join(row)}, needs a column 'label'")
-            dataset = dataset.map(lambda row: {"label": row[column] > 0})
+            dataset = dataset.map(partial(_label_of, column), with_indices=True)
         # In the data set named "train" TRL compares the labels' numbers with KTO's weights.
         name = dataset_name if "desirable" in self.needs else f"{dataset_name} (scored)"
         return super()._prepare_dataset(dataset, processing_class, args, name)
@@ -193,7 +201,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*SCORES, GROUP, PROMPT_REFERENCE)
+        extra = (*RATINGS, GROUP, PROMPT_REFERENCE)
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 
@@ -201,14 +209,18 @@ def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: inputs[f"KL_{name}"] for name in LAYOUT}
 
 
+def _label_of(column: str, row: Mapping[str, Any], index: int) -> dict[str, bool]:
+    return {"label": finite_number(column, row[column], row_at(index)) > 0}
+
+
 def _unpaired(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
     """Two rows of each pair, chosen first."""
     return {
-        "prompt": [prompt for prompt in rows["prompt"] for _ in _PAIR],
+        "prompt": [prompt for prompt in rows["prompt"] for _ in PAIR],
         "completion": _interleaved(rows["chosen"], rows["rejected"]),
         "label": [label for _ in indices for label in (True, False)],
         "reward": _interleaved(rows["score_chosen"], rows["score_rejected"]),
-        GROUP: [index for index in indices for _ in _PAIR],
+        GROUP: [index for index in indices for _ in PAIR],
     }
 
 
@@ -218,21 +230,28 @@ def _interleaved(chosen: list[Any], rejected: list[Any]) -> list[Any]:
 
 @dataclass
 class _PointFields:
-    """A collator of TRL's that also stacks whole score columns, groups, the prompts' reference."""
+    """A collator of TRL's that also stacks whole score columns, groups, the prompts' reference.
+
+    Without scores, and where the loss needs some, a desirable completion is rated 1, another −1.
+    """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    needs_rewards: bool
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for index, example in enumerate(examples):
+            judgement("label", example["label"], f"feature {index}")
         batch = self.collator(examples)
         first = examples[0]
-        column = next((name for name in SCORES if name in first), None)
+        column = next((name for name in RATINGS if name in first), None)
         if column is None:
-            batch["rewards"] = 2.0 * batch["label"].float() - 1.0
+            if self.needs_rewards:
+                batch["rewards"] = 2.0 * batch["label"].float() - 1.0
         elif all(has_values(example, (column,)) for example in examples):
-            batch["rewards"] = torch.tensor([float(example[column]) for example in examples])
+            batch["rewards"] = stacked(examples, column)
         if GROUP in first:
-            batch["groups"] = torch.tensor([int(example[GROUP]) for example in examples])
-        if PROMPT_REFERENCE in first:
-            prompts = [example[PROMPT_REFERENCE] for example in examples]
-            batch[PROMPT_REFERENCE] = torch.tensor(prompts)
+            batch["groups"] = stacked(examples, GROUP, torch.int64)
+        for name in REFERENCES:
+            if name in first:
+                batch[name] = stacked(examples, name)
         return batch
