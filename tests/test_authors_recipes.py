@@ -11,6 +11,7 @@ from loss_cases import compute, random_batch
 
 from fused_prefopt import PreferenceLoss
 from fused_prefopt.losses import DynamicMargin, DynamicScale, LogRatio, PairwiseLoss, find
+from fused_prefopt.statistics import ReferenceLevel, RunningLevel
 from fused_prefopt.types import LogpBatch
 
 SIZES = (8, 14, 2, 10)
@@ -186,3 +187,12 @@ def test_the_bound_of_the_code_is_one_of_beta(beta):
         DynamicScale(smallest=0.0)
     with pytest.raises(ValueError, match="baseline: got 'code', wanted one of 'ema', 'reference'"):
         DynamicScale(baseline="code")
+
+
+def test_the_papers_form_is_the_default():
+    composed = PairwiseLoss(LogRatio(beta=0.1), DynamicMargin(gamma=0.5))
+    assert find("gamma-dpo").build() == composed and not composed.margin.centered
+    for name in ("beta-dpo", "beta-simpo"):
+        assert type(find(name).build().scale.statistics()) is RunningLevel
+        code = find(name).build(statistics="reference").scale
+        assert type(code.statistics()) is ReferenceLevel
