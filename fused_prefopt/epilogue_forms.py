@@ -110,7 +110,8 @@ def _margin(margin: Any) -> dict[str, Any] | None:
     if type(margin) is ConstantMargin:
         return {"gamma": margin.gamma}
     if type(margin) is DynamicMargin:
-        if margin.solver != "mirror" or not contracts(margin.gamma, margin.tau):
+        known = margin.solver == "mirror" and not margin.centered
+        if not known or not contracts(margin.gamma, margin.tau):
             return None
         numbers = {"gamma": margin.gamma, "tau": margin.tau, "steps": margin.steps}
         return {"margin": Margin.DYNAMIC, **numbers}

@@ -39,8 +39,8 @@ def run_epilogue(loss: Loss, statistics: Statistic | None, batch: LogpBatch) -> 
     """The loss of a batch and the update of its statistic, in one launch.
 
     Covered are `PairwiseLoss` of the parts that `epilogue_forms` names, without scale, weighting
-    and regularisers and not with the exact solver, and `DirectRewardLoss`, on fp32 log-probs of at
-    most 4096 pairs.
+    and regularisers and not with the exact solver or centred margins, and `DirectRewardLoss`, on
+    fp32 log-probs of at most 4096 pairs.
 
     Args:
         loss: a composed loss.

@@ -114,7 +114,7 @@ def _section(name: str, info: LossInfo) -> str:
     spec = find(name)
     meanings = hyperparameters(spec.factory)
     options = (
-        (f"`{option}`", f"`{default!r}`", meanings[option])
+        (f"`{option}`", f"`{default!r}`", meanings.get(option, ""))
         for option, default in info.defaults.items()
     )
     facts = [

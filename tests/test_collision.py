@@ -96,18 +96,18 @@ def test_the_fused_call_computes_it(packed):
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-def test_without_it_the_weights_are_likelihoods_and_no_other_loss_looks_at_it():
+def test_without_it_the_weights_are_likelihoods_and_losses_that_want_none_do_not_look():
     batch = dataclasses.replace(random_batch(), collision=None)
     result = fp.PreferenceLoss("wpo").from_logps(batch)
     means = (batch.policy / batch.lengths).detach()
     weights = (means[:4] + means[4:]).exp()
     plain = fp.PreferenceLoss("dpo").from_logps(batch)
     torch.testing.assert_close(result.losses, weights * plain.losses, rtol=1e-12, atol=0)
-    for name in fp.available_losses():
+    for name, info in fp.available_losses().items():
         results = [
             fp.PreferenceLoss(name).from_logps(each).loss for each in (random_batch(), batch)
         ]
-        assert torch.equal(*results) is (name != "wpo"), name
+        assert torch.equal(*results) is ("collision" not in info.wants), name
 
 
 def test_a_policy_that_is_certain_of_every_token_weighs_every_pair_by_one():

@@ -65,6 +65,7 @@ def test_epilogues_in_the_interpreter():
         (dataclasses.replace(DPO, reward=OtherReward(beta=0.1)), BATCH),
         (dataclasses.replace(DPO, link=lambda margins, targets: margins), BATCH),
         (dynamic(solver="exact"), BATCH),
+        (dynamic(centered=True), BATCH),
         (dynamic(gamma=100.0, tau=1.0), BATCH),
         (dynamic(sample_size=LARGEST + 1, queue_size=LARGEST + 1), BATCH),
         (adaptive(Gap(lambda batch: batch.policy, frozenset())), BATCH),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fused_prefopt.command_line.losses import one_loss
 from fused_prefopt.loss_page import COMMAND, formula, hyperparameters, text, write
 from fused_prefopt.losses import available_losses, find, published_settings
 from fused_prefopt.losses.registry import _NAMES, _SPECS
@@ -78,3 +79,32 @@ def test_a_new_loss_appears_on_the_page(tmp_path):
     assert "| [test-page](#test-page) | other | pairs | `reference` |  | Me 2027 |" in found
     assert r"| `beta` | `0.1` | β, of \|y\| tokens and more. |" in found
     assert found != text()
+
+
+def test_a_hyperparameter_without_a_meaning_is_shown_without_one():
+    def factory(*, beta: float = 0.1, gamma: float = 0.5):
+        """``−log σ(βΔ)``.
+
+        Args:
+            beta: β.
+        """
+        return find("dpo").build(beta=beta)
+
+    def undocumented(*, beta: float = 0.1):
+        return find("dpo").build(beta=beta)
+
+    for number, each in enumerate((factory, undocumented)):
+        name = f"test-meaning-{number}"
+        _SPECS[name] = type(find("dpo"))(name, each, (), "Me 2027")
+        _NAMES[name] = name
+    try:
+        partly, bare = section("test-meaning-0"), section("test-meaning-1")
+        shown = [one_loss(f"test-meaning-{number}") for number in range(2)]
+    finally:
+        for name in ("test-meaning-0", "test-meaning-1"):
+            del _SPECS[name], _NAMES[name]
+    assert "| `beta` | `0.1` | β. |\n| `gamma` | `0.5` |  |" in partly
+    assert "| `beta` | `0.1` |  |" in bare
+    rows = [[line.split() for line in each.splitlines()] for each in shown]
+    assert ["beta", "0.1", "β."] in rows[0] and ["gamma", "0.5"] in rows[0]
+    assert ["beta", "0.1"] in rows[1]

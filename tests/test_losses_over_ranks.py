@@ -33,6 +33,10 @@ LOSSES = [
     ("dr-dpo", {"temperature": 0.5}),
     ("test-joint", {}),
 ]
+SPANNING = {name for name, info in available_losses().items() if info.coupled}
+# Those with nothing of their own above, with their defaults.
+LOSSES += [(name, {}) for name in sorted(SPANNING - {name for name, _ in LOSSES})]
+FURTHER = ("rewards", "prompt", "prompt_reference", "sequence_kl", "collision")
 T, D, V = 6, 5, 17
 
 
@@ -68,11 +72,13 @@ def batches(world: int) -> list[dict[str, torch.Tensor]]:
         pairs = sum(split)
         labels = torch.randint(0, V, (pairs, 2, T), generator=generator)
         ends = torch.randint(2, T + 1, (pairs, 2, 1), generator=generator)
+        spread = torch.linspace(-1, 2, 2 * pairs, dtype=torch.float64).reshape(pairs, 2)
         found.append(
             {
                 "hidden": torch.randn(pairs, 2, T, D, generator=generator, dtype=torch.float64),
                 "labels": labels.masked_fill(torch.arange(T) >= ends, -100),
                 "reference": -9 * torch.rand(pairs, 2, generator=generator, dtype=torch.float64),
+                **{name: (spread * (2 + i)).sin() for i, name in enumerate(FURTHER)},
             }
         )
     return found
@@ -91,11 +97,12 @@ def results_of(rank: int | None, world: int) -> list[dict[str, torch.Tensor]]:
             own = {key: value[here].transpose(0, 1).flatten(0, 1) for key, value in whole.items()}
             hidden, head = own["hidden"].requires_grad_(), weight.clone().requires_grad_()
             call = (hidden, head, own["labels"])
+            extras = {name: own[name] for name in ("reference", *FURTHER)}
             if rank is not None and step == rank:
                 # One rank alone evaluates: nothing is exchanged, and nothing remembered.
-                loss_fn.eval()(*call, reference=own["reference"])
+                loss_fn.eval()(*call, **extras)
                 loss_fn.train()
-            result = loss_fn(*call, reference=own["reference"])
+            result = loss_fn(*call, **extras)
             result.loss.backward()
             by_pair = {
                 "losses": result.losses.detach(),
@@ -137,15 +144,18 @@ def test_the_mean_over_ranks_is_the_loss_of_all_pairs(world, tmp_path):
 
 
 def test_which_losses_span_the_batch():
-    spanning = {name for name, info in available_losses().items() if info.coupled}
-    assert spanning == {name for name, _ in LOSSES} - {"test-joint"}
+    assert {name for name, _ in LOSSES} - {"test-joint"} == SPANNING
     for name, nll in (("cpo", "sum"), ("cpo", "sequence_mean"), ("sft", "sum")):
         assert not PreferenceLoss(name, nll=nll).loss.coupled
     assert not PreferenceLoss("cpo", nll_weight=0.0).loss.coupled
 
 
 # Of γ-PO's pool each rank knows which pairs are its own: see the test above.
-CUT = [name for name in available_losses() if not name.startswith("gamma-")]
+CUT = [
+    name
+    for name in available_losses()
+    if not isinstance(getattr(PreferenceLoss(name).loss, "margin", None), DynamicMargin)
+]
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -99,6 +99,9 @@ def test_nan_hidden_states_of_one_completion(name, options):
     extras = {"reference": -torch.ones(8).double(), "sequence_kl": torch.arange(8.0).double()}
     loss_fn = loss_fn_of(name, options)
     extras["desirable"] = torch.arange(8) % 2 == 0
+    extras["groups"] = torch.arange(8) // 2
+    for key in ("rewards", "prompt", "prompt_reference"):
+        extras[key] = torch.linspace(-2, 1, 8, dtype=torch.float64)
     extras = {key: extras[key] for key in loss_fn.loss.needs}
     loss_fn(hidden, weight, labels, **extras)
     hidden[1, 2] = math.nan

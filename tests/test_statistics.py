@@ -13,6 +13,7 @@ from fused_prefopt.statistics import (
     DatasetMoments,
     JointStatistic,
     MarginQueue,
+    ReferenceLevel,
     ReferenceMoments,
     RunningLevel,
     RunningMoments,
@@ -26,6 +27,7 @@ STATISTICS = {
     "queue": lambda: MarginQueue(queue_size=16, sample_size=8, seed=3),
     "no queue": lambda: MarginQueue(queue_size=0),
     "level": lambda: RunningLevel(0.9),
+    "reference level": lambda: ReferenceLevel(0.9),
 }
 each_statistic = pytest.mark.parametrize("make", STATISTICS.values(), ids=STATISTICS.keys())
 
@@ -116,6 +118,19 @@ def test_level_by_hand():
     assert second.average.item() == pytest.approx((0.09 * 2.0 + 0.1 * 5.0) / 0.19)
     nothing = level(vector(math.nan))
     assert nothing.batch.item() == nothing.average.item() == second.average.item()
+
+
+def test_reference_level_by_hand():
+    level = ReferenceLevel(0.9)
+    first = level(vector(1.0, 3.0))
+    assert (first.batch.item(), first.average.item()) == (2.0, 0.0)
+    second = level(vector(5.0, math.nan))
+    assert (second.batch.item(), second.average.item()) == (5.0, pytest.approx(0.2))
+    nothing = level(vector(math.nan))
+    assert nothing.batch.item() == nothing.average.item() == pytest.approx(0.9 * 0.2 + 0.5)
+    frozen = level.eval()(vector(-4.0))
+    assert (frozen.batch.item(), frozen.average.item()) == (-4.0, nothing.average.item())
+    assert level.average.item() == nothing.average.item()
 
 
 def test_joint_passes_each_row_on_and_fails_as_one(monkeypatch):
@@ -258,7 +273,9 @@ def test_steps_between_evaluations_are_those_without(make):
     assert_state(interrupted, snapshot(plain))
 
 
-@pytest.mark.parametrize("kind", [RunningMoments, ReferenceMoments, BatchMoments, RunningLevel])
+@pytest.mark.parametrize(
+    "kind", [RunningMoments, ReferenceMoments, BatchMoments, RunningLevel, ReferenceLevel]
+)
 def test_a_value_whose_square_is_infinite_is_skipped_too(kind):
     clean, dirty = kind(), kind()
     clean(vector(1.0, 2.0))
@@ -328,6 +345,7 @@ def test_summary_does_not_change_later(make):
         (lambda: DatasetMoments(0.0, 0.0), "std"),
         (lambda: DatasetMoments(math.nan, 1.0), "mean"),
         (lambda: RunningLevel(-0.1), "momentum"),
+        (lambda: ReferenceLevel(1.0), "momentum"),
         (lambda: MarginQueue(queue_size=-1), "queue_size"),
         (lambda: MarginQueue(sample_size=0), "sample_size"),
     ],

@@ -75,7 +75,7 @@ def one_loss(name: str) -> str:
         facts.append("spans   the batch of all ranks")
     parts.append("\n".join(facts))
     options = [
-        (option, f"{value!r}", meanings[option])
+        (option, f"{value!r}", meanings.get(option, ""))
         for option, value in (info.defaults | chosen).items()
     ]
     if options:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fused_prefopt.checks import require_number
+from dataclasses import replace
+
+from fused_prefopt.checks import require_choice, require_number
 from fused_prefopt.losses.feedback import BinaryFeedbackLoss
 from fused_prefopt.losses.links import Hinge, Robust, Squared, UnbiasedRobust, Weighted
 from fused_prefopt.losses.margins import ConstantMargin
@@ -192,6 +194,13 @@ def kto(
     return BinaryFeedbackLoss(LogRatio(beta=beta), desirable_weight, undesirable_weight)
 
 
+def _scale(beta: float, alpha: float, momentum: float, level: str, statistics: str) -> DynamicScale:
+    require_choice("statistics", statistics, ("ema", "reference"))
+    scale = DynamicScale(alpha=alpha, momentum=momentum, level=level, baseline=statistics)
+    # The code that "reference" follows bounds ρβ.
+    return scale if statistics == "ema" else replace(scale, smallest=scale.smallest / beta)
+
+
 @register("beta-dpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6")
 def beta_dpo(
     *,
@@ -200,8 +209,15 @@ def beta_dpo(
     alpha: float = 0.1,
     momentum: float = 0.9,
     level: str = "pair",
+    statistics: str = "ema",
 ) -> PairwiseLoss:
     """``−log σ(ρ(m − γ))``, ``ρ = sg max(1e-3, 1 + α(M − M₀))``, ``m = β(Δ_w − Δ_l)``.
+
+    γ-PO's code of β-DPO is ``statistics="reference", level="batch"``: M₀ starts from 0, is not
+    corrected and is updated after use, and ρβ, not ρ, is at least 1e-3. There M is the mean of
+    pairs drawn at random, 80 % of them; the draw is not offered, M is the mean of all. β-DPO's own
+    code updates M₀ before use, drops the pairs that are not drawn, and has M in nats: its a is our
+    αβ.
 
     Args:
         beta: β > 0, reward per nat.
@@ -209,9 +225,12 @@ def beta_dpo(
         alpha: α >= 0; 0 is DPO.
         momentum: of M₀, the running mean of m.
         level: M is m of the pair ("pair") or its mean over the batch ("batch").
+        statistics: M₀ is the bias-corrected average with the current batch ("ema"), or as in γ-PO's
+            code, with its bound of ρβ ("reference").
     """
-    scale = DynamicScale(alpha=alpha, momentum=momentum, level=level)
-    return PairwiseLoss(LogRatio(beta=beta), ConstantMargin(gamma=gamma), scale=scale)
+    reward = LogRatio(beta=beta)
+    scale = _scale(beta, alpha, momentum, level, statistics)
+    return PairwiseLoss(reward, ConstantMargin(gamma=gamma), scale=scale)
 
 
 @register("beta-simpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6, on SimPO")
@@ -222,8 +241,13 @@ def beta_simpo(
     alpha: float = 0.1,
     momentum: float = 0.9,
     level: str = "pair",
+    statistics: str = "ema",
 ) -> PairwiseLoss:
     """``−log σ(ρ(m − γ))``, ``ρ = sg max(1e-3, 1 + α(M − M₀))``, ``m = β(L̄_w − L̄_l)``.
+
+    γ-PO's code of β-SimPO is ``statistics="reference", level="batch"``, as in beta-dpo: M₀ starts
+    from 0, is not corrected and is updated after use, and ρβ, not ρ, is at least 1e-3. There M is
+    the mean of pairs drawn at random, 80 % of them; the draw is not offered, M is the mean of all.
 
     Args:
         beta: β > 0, reward per nat per token.
@@ -231,6 +255,9 @@ def beta_simpo(
         alpha: α >= 0; 0 is SimPO.
         momentum: of M₀, the running mean of m.
         level: M is m of the pair ("pair") or its mean over the batch ("batch").
+        statistics: M₀ is the bias-corrected average with the current batch ("ema"), or as in γ-PO's
+            code, with its bound of ρβ ("reference").
     """
-    scale = DynamicScale(alpha=alpha, momentum=momentum, level=level)
-    return PairwiseLoss(MeanLogp(beta=beta), ConstantMargin(gamma=gamma), scale=scale)
+    reward = MeanLogp(beta=beta)
+    scale = _scale(beta, alpha, momentum, level, statistics)
+    return PairwiseLoss(reward, ConstantMargin(gamma=gamma), scale=scale)

@@ -178,6 +178,7 @@ class DynamicMargin:
         queue_size: past margins remembered.
         sample_size: the pool is filled up to this size.
         seed: of the sampling.
+        centered: the target margins are γ_i − γ₀, of mean 0: the authors' code of γ-DPO.
 
     Raises:
         ValueError: an option is out of range.
@@ -193,6 +194,7 @@ class DynamicMargin:
     queue_size: int = 2048
     sample_size: int = 256
     seed: int = 0
+    centered: bool = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -218,7 +220,7 @@ class DynamicMargin:
         return reward_margins.detach()
 
     def solve(self, margins: Tensor) -> Tensor:
-        """(n,) float64 target margins of a pool of (n,) reward margins."""
+        """(n,) float64 γ_i, of mean γ₀, of a pool of (n,) reward margins."""
         if self.solver == "exact":
             return exact_margins(margins, gamma=self.gamma, tau=self.tau)
         return mirror_margins(margins, gamma=self.gamma, tau=self.tau, steps=self.steps)
@@ -229,6 +231,8 @@ class DynamicMargin:
         """(P,) target margins."""
         pool = _summary(summary, MarginPool)
         target_margins = pool.local(self.solve(pool.margins), reward_margins.shape[0])
+        if self.centered:
+            target_margins = target_margins - self.gamma
         return target_margins.to(reward_margins.dtype)
 
 

@@ -64,6 +64,9 @@ def alpha_dpo(
 
     ``gap = (L̄_w − L̄_ref,w) − (L̄_l − L̄_ref,l)``; μ and σ are its mean and standard deviation.
 
+    The authors' code, ``statistics="reference"``, makes σ NaN for good on a single pair, updates μ
+    and σ in evaluation too and does not save them; here none of that happens.
+
     Args:
         beta: β > 0, reward per nat (per token).
         gamma: γ, mean target margin in units of reward.
@@ -113,11 +116,18 @@ def gamma_dpo(
     queue_size: int = 2048,
     sample_size: int = 256,
     seed: int = 0,
+    centered: bool = False,
+    label_smoothing: float = 0.0,
 ) -> PairwiseLoss:
-    """``−log σ(m − γ_i)``, ``m = β(Δ_w − Δ_l)``, γ_i of mean γ₀, larger for larger m.
+    """``−(1−ε) log σ(m − γ_i) − ε log σ(γ_i − m)``, ``m = β(Δ_w − Δ_l)``, γ_i of mean γ₀.
 
-    ``γ_i = γ₀ n p_i``, where p minimises ``mean_i −log σ(m_i − γ_i) + τ Σ p_i log(n p_i)`` over
-    the simplex: n pairs, of the batch of all ranks and a sample of past ones.
+    ``γ_i = γ₀ n p_i``, larger for larger m, where p minimises
+    ``mean_i −log σ(m_i − γ_i) + τ Σ p_i log(n p_i)`` over the simplex: n pairs, of the batch of all
+    ranks and a sample of past ones.
+
+    The authors' code departs from the paper: it subtracts γ_i − γ₀ (``centered=True``) and takes
+    the γ_i before the last update (``steps=19``). Its queue is one per rank and starts with eight
+    standard normal numbers, ours starts empty and is that of all ranks.
 
     Args:
         beta: β > 0, reward per nat.
@@ -129,6 +139,8 @@ def gamma_dpo(
         queue_size: past margins remembered.
         sample_size: the pool is filled up to this size.
         seed: of the sampling.
+        centered: subtract γ_i − γ₀, of mean 0, as the authors' code does, instead of γ_i.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
     """
     margin = DynamicMargin(
         gamma=gamma,
@@ -139,8 +151,9 @@ def gamma_dpo(
         queue_size=queue_size,
         sample_size=sample_size,
         seed=seed,
+        centered=centered,
     )
-    return PairwiseLoss(LogRatio(beta=beta), margin)
+    return PairwiseLoss(LogRatio(beta=beta), margin, Logistic(label_smoothing=label_smoothing))
 
 
 @register(
@@ -163,6 +176,9 @@ def gamma_simpo(
 
     ``γ_i = γ₀ n p_i``, where p minimises ``mean_i −log σ(m_i − γ_i) + τ Σ p_i log(n p_i)`` over
     the simplex: n pairs, of the batch of all ranks and a sample of past ones.
+
+    The authors' code takes the γ_i before the last update (``steps=19``). Its queue is one per
+    rank and starts with eight standard normal numbers, ours starts empty and is that of all ranks.
 
     Args:
         beta: β > 0, reward per nat per token.

@@ -2,7 +2,7 @@
 
 from fused_prefopt.statistics.base import Statistic
 from fused_prefopt.statistics.joint import JointStatistic
-from fused_prefopt.statistics.level import RewardLevel, RunningLevel
+from fused_prefopt.statistics.level import ReferenceLevel, RewardLevel, RunningLevel
 from fused_prefopt.statistics.margin_queue import MarginPool, MarginQueue
 from fused_prefopt.statistics.moments import (
     BatchMoments,
@@ -19,6 +19,7 @@ __all__ = [
     "MarginPool",
     "MarginQueue",
     "Moments",
+    "ReferenceLevel",
     "ReferenceMoments",
     "RewardLevel",
     "RunningLevel",

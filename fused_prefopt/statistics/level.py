@@ -75,3 +75,47 @@ class RunningLevel(BatchStatistic):
             self._store(self.weight, weight)
             self.nonfinite.add_(batch.nonfinite.to(torch.int64))
         return summary
+
+
+class ReferenceLevel(BatchStatistic):
+    """The γ-PO authors' baseline for β-DPO: from zero, not corrected, of the earlier batches.
+
+    ``M₀ ← ρ M₀ + (1−ρ) E[x]``, once the batch has been judged by the M₀ before it. Expectations
+    are over the finite values of all ranks. Their code also updates it in evaluation; here eval
+    leaves it alone.
+
+    Args:
+        momentum: ρ, weight of the past.
+
+    Raises:
+        ValueError: `momentum` is outside [0, 1).
+
+    Source: the code of γ-PO (Sun et al. 2025, arXiv:2506.03690), its "b-dpo" and "b-simpo".
+    """
+
+    average: Tensor
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        super().__init__()
+        require_number("momentum", momentum, low=0, high=1, below=True)
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> RewardLevel:
+        """Return the levels of a batch, then (training only) take it in.
+
+        Args:
+            observed: (P,) this rank's reward margins; P may be 0.
+
+        Returns:
+            The batch's mean and the average of those before it.
+        """
+        batch = self._sums(observed)
+        defined, level = batch.count >= 1, self.average.clone()
+        summary = RewardLevel(torch.where(defined, batch.mean, level), level)
+        if self.training:
+            average = torch.lerp(batch.mean, level, self.momentum)
+            self.average.copy_(torch.where(defined, average, level))
+            self.nonfinite.add_(batch.nonfinite.to(torch.int64))
+        return summary
