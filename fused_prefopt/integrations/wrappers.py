@@ -35,6 +35,14 @@ def prompt_learners(model: nn.Module, *, off: bool = False) -> list[Any]:
         each
         for each in wrapped_in(model)
         if getattr(getattr(each, "active_peft_config", None), "is_prompt_learning", False)
-        # PEFT says it publicly of adapters in layers only.
-        and getattr(each, "_adapters_disabled", False) == off
+        and _is_off(each) == off
     ]
+
+
+def _is_off(learner: Any) -> bool:
+    """Whether a wrapper's learned prompt is switched off.
+
+    Not every PEFT has a name for that, and others replace its forward too; but then it also
+    generates by its base model's method.
+    """
+    return getattr(learner.prepare_inputs_for_generation, "__self__", None) is not learner
