@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import unwrapped
+from fused_prefopt.integrations.wrappers import prompt_learners
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _THREADS = 8
 # Config entries that say where a model comes from or how it was saved, not what it computes; the
 # weights' own dtypes are hashed with them.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+# The same of the config of an adapter that learns a prompt.
+_OF_ADAPTER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
 _ADAPTER_STATE = ("disable_adapters", "active_adapters", "merged", "scaling")
 
 
@@ -33,17 +36,19 @@ def model_fingerprint(model: nn.Module, *, progress: bool = False) -> str:
 
     Args:
         model: dense or sharded by FSDP2, in which case every rank must make the call; PEFT's and
-            DDP's wrappers do not count.
+            DDP's wrappers do not count, but a prompt that PEFT's adapter learned does.
         progress: show a progress bar.
 
     Raises:
         ValueError: a weight has no values here, partitioned by ZeRO-3 or offloaded.
     """
-    model = unwrapped(model)
+    learners, model = prompt_learners(model), unwrapped(model)
     _require_weights(model)
     digest = hashlib.sha256(repr(_settings(model)).encode())
     for name, hashed in _hashed(model, progress):
         digest.update(f"{name}:{hashed}\n".encode())
+    for learner in learners:
+        digest.update(_of_prompt(learner).encode())
     return digest.hexdigest()
 
 
@@ -111,6 +116,15 @@ def _settings(model: nn.Module) -> list[Any]:
         if isinstance(getattr(module, "disable_adapters", None), bool)
     ]
     return [settings, adapters]
+
+
+def _of_prompt(learner: Any) -> str:
+    """Config and weights of a learned prompt, which are no part of the model inside."""
+    encoder = learner.prompt_encoder[learner.active_adapter]
+    _require_weights(encoder)
+    config = learner.active_peft_config.to_dict()
+    lasting = {name: value for name, value in config.items() if name not in _OF_ADAPTER}
+    return repr([_lasting(lasting), list(_hashed(encoder, progress=False))])
 
 
 def _lasting(settings: Any) -> Any:

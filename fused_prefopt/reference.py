@@ -20,9 +20,10 @@ from fused_prefopt.fingerprint import (
     precision_of,
     tokenizer_fingerprint,
 )
-from fused_prefopt.integrations.causal_lm import input_vocab, unwrapped
+from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.collated import completion_logps
-from fused_prefopt.integrations.fronted_forward import put_in_front, take_away
+from fused_prefopt.integrations.fronted_forward import in_front
+from fused_prefopt.integrations.past_wrappers import batch_behind, past_wrappers
 from fused_prefopt.reference_cache import SUFFIX, Fingerprints, Known, ReferenceCache
 
 Feature = Mapping[str, Any]
@@ -168,19 +169,16 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str,
     There the hooks of engines that shard the model have gathered its weights; what they would
     round, arguments and results, does not go through them.
     """
-    inner, device = unwrapped(model), next(model.parameters()).device
+    device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     found: dict[str, Tensor] = {}
 
-    def forward(*_: Any) -> Tensor:
-        found.update(completion_logps(inner, batch, prompt=not pairs))
+    def forward(inner: nn.Module, own: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        found.update(completion_logps(inner, batch_behind(kwargs), prompt=not pairs))
         return found["completion"]
 
-    place = put_in_front(inner, forward)
-    try:
-        model(input_ids=batch["input_ids"])
-    finally:
-        take_away(inner, place)
+    with in_front(model, forward):
+        model(**past_wrappers(batch))
     if not pairs:
         return {"reference": found["completion"], "prompt_reference": found["prompt"]}
     chosen, rejected = found["completion"].chunk(2)

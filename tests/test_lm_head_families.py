@@ -13,7 +13,6 @@ transformers = pytest.importorskip("transformers")
 from model_families import FAMILIES, IMAGE, assert_same, family, fused, pairs  # noqa: E402
 
 from fused_prefopt.integrations.causal_lm import (  # noqa: E402
-    backbone_of,
     last_hidden,
 )
 from fused_prefopt.integrations.head_check import check_head  # noqa: E402
@@ -125,14 +124,6 @@ def test_a_layer_between_backbone_and_output_embedding_is_an_error():
     model = transformers.RobertaForCausalLM(config)
     with pytest.raises(ValueError, match=r"\(lm_head.dense.weight, .*before its output embedding"):
         fp.LMHead.of(model)
-
-
-def test_learned_prompts_are_an_error():
-    peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    model = peft.get_peft_model(family("llama"), config)
-    with pytest.raises(ValueError, match="its adapter learns a prompt"):
-        backbone_of(model)
 
 
 def test_a_batch_without_tokens_is_an_error():

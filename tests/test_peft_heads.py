@@ -17,6 +17,7 @@ from truth import largest_error  # noqa: E402
 from fused_prefopt.integrations.collated import completion_logps  # noqa: E402
 from fused_prefopt.integrations.head_check import check_head  # noqa: E402
 from fused_prefopt.integrations.reference_pass import Reference  # noqa: E402
+from fused_prefopt.integrations.transformers import attach  # noqa: E402
 
 BODY = ["q_proj", "v_proj"]
 # Name → family, options of LoRA, whether the head itself trains (else its weight stays frozen).
@@ -184,10 +185,44 @@ def test_tokens_of_a_head_with_a_bias_are_an_error():
         fp.LMHead.of(model)
 
 
-@pytest.mark.parametrize(
-    "config", [lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])]
-)
-def test_other_adapters_on_the_head_are_an_error(config):
-    model = peft.get_peft_model(family("llama"), config())
-    with pytest.raises(ValueError, match="its head is a Linear, which weight and bias alone"):
+OTHERS = {
+    "AdaLoraConfig": {"total_step": 10},
+    "BOFTConfig": {},
+    "FourierFTConfig": {"n_frequency": 8},
+    "HRAConfig": {"r": 2},
+    "IA3Config": {"feedforward_modules": []},
+    "LNTuningConfig": {},
+    "LoHaConfig": {},
+    "LoKrConfig": {},
+    "OFTConfig": {},
+    "RandLoraConfig": {},
+    "VeraConfig": {},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_on_the_head_are_an_error(kind):
+    config = getattr(peft, kind)(target_modules=["lm_head"], **OTHERS[kind])
+    model = peft.get_peft_model(family("llama"), config)
+    for read in (fp.LMHead.of, check_head):
+        with pytest.raises(ValueError, match="which weight and bias alone do not describe"):
+            read(model)
+    with pytest.raises(ValueError, match="which weight and bias alone do not describe"):
+        attach(model, fp.PreferenceLoss("simpo"))
+
+
+VARIANTS = {
+    "DoRA": {"use_dora": True},
+    "a bias": {"lora_bias": True},
+    "an activated one": {"alora_invocation_tokens": [3]},
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_variants_of_low_rank_terms_on_the_head_are_an_error(kind):
+    if not set(VARIANTS[kind]) <= set(peft.LoraConfig.__dataclass_fields__):
+        pytest.skip(f"this PEFT has no {', '.join(VARIANTS[kind])}")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], **VARIANTS[kind])
+    model = peft.get_peft_model(family("llama"), config)
+    with pytest.raises(ValueError, match="its head is not plain LoRA without bias"):
         fp.LMHead.of(model)

@@ -52,7 +52,7 @@ def adapted_head(module: nn.Module) -> AdaptedHead:
         layer: Any = modules[-1]
         names = _active(layer)
         adapters += [(layer, name) for name in names]
-        if hasattr(layer, "lora_A"):
+        if _is_lora(layer):
             modules += [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
         modules.append(inner)
     return AdaptedHead(modules[-1], tuple(adapters), tuple(modules))
@@ -104,7 +104,8 @@ def _active(layer: Any) -> list[str]:
 
 
 def _is_lora(module: Any) -> bool:
-    return hasattr(module, "lora_A")
+    # AdaLoRA's are bare matrices, with singular values between them.
+    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
 
 
 def _is_tokens(module: Any) -> bool:

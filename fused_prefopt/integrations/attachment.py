@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from fused_prefopt.integrations.causal_lm import through_head, unwrapped
 from fused_prefopt.integrations.collated import collated_rows, given_fields
 from fused_prefopt.integrations.fronted_forward import put_in_front, take_away
-from fused_prefopt.integrations.past_wrappers import BESIDE_KEY, PREFERENCE_KEY, require_exact
+from fused_prefopt.integrations.past_wrappers import (
+    BESIDE_KEY,
+    PREFERENCE_KEY,
+    batch_behind,
+    keep_beside,
+    require_exact,
+    without_beside,
+)
 from fused_prefopt.integrations.reference_pass import Reference, answered
 from fused_prefopt.integrations.router_loss import wants_router_loss
 from fused_prefopt.integrations.step_metrics import StepMetrics
 from fused_prefopt.integrations.token_metrics import Weighed, token_metrics
+from fused_prefopt.integrations.wrappers import prompt_learners
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LMHead, LossOutput
 
@@ -32,7 +40,7 @@ def preference_outputs(
     """Backbone, then loss, of a batch from `PairCollator` or `PointCollator`.
 
     Args:
-        model: causal language model with a backbone and an output embedding.
+        model: causal language model with a backbone and an output embedding, in its wrappers.
         loss_fn: which loss.
         batch: `input_ids`, `completion_mask`, `attention_mask` or `position_ids`, and the extras
             that the collators document; padded (S, L) or packed (1, N).
@@ -77,10 +85,17 @@ class Attachment:
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
         self._model = unwrapped(model)
         self._place = put_in_front(self._model, self._forward)
+        # Their forward keeps the token ids to itself.
+        self._hooks = [
+            each.register_forward_pre_hook(keep_beside, with_kwargs=True)
+            for each in prompt_learners(model)
+        ]
 
     def detach(self) -> None:
         """Give the model back the forward that it had."""
         take_away(self._model, self._place)
+        for hook in self._hooks:
+            hook.remove()
 
     def pop_metrics(self, mode: str) -> dict[str, float]:
         """Means of the metrics over the steps since the last call and all ranks; forgets them.
@@ -113,13 +128,14 @@ class Attachment:
         if found is not None:
             return found
         if kwargs.get(PREFERENCE_KEY) is None:
-            return own(*args, **kwargs)
+            return own(*args, **without_beside(kwargs))
+        batch = batch_behind(kwargs)
         self.loss_fn.train(model.training)
-        extras, compared = self._with_reference(kwargs)
+        extras, compared = self._with_reference(batch)
         output, weighed = _outputs(
             model,
             self.loss_fn,
-            kwargs,
+            batch,
             extras,
             compared=compared,
             of_tokens=self._log_tokens,

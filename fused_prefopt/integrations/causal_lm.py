@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from fused_prefopt.checks import require_tokens
 from fused_prefopt.integrations.adapted_head import AdaptedHead, adapted_head, require_whole
 from fused_prefopt.integrations.logit_transforms import logit_transforms
+from fused_prefopt.integrations.virtual_tokens import (
+    MADE,
+    PROMPTED,
+    require_kept_prefix,
+    with_prompt,
+)
+from fused_prefopt.integrations.wrappers import wrapped_in
 from fused_prefopt.types import LMHead, LossOutput
 
 _VOCABS = ("unpadded_vocab_size", "vocab_size")
@@ -40,24 +47,18 @@ INPUTS = (
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The causal language model inside PEFT, DDP, `torch.compile` or other wrappers."""
-    while True:
-        if "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        base = getattr(model, "get_base_model", None)
-        inner = base() if callable(base) else getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    *_, inner = wrapped_in(model)
+    return inner
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The part of a causal language model that ends in the last hidden state.
 
+    Its inputs are those behind an adapter that learns a prompt (`with_prompt`).
+
     Raises:
-        ValueError: the model has no such part, or an adapter in front of it.
+        ValueError: the model has no such part.
     """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError("model: its adapter learns a prompt, which goes in front of the backbone")
     model = unwrapped(model)
     # The prefix of some models' text halves is that of the whole.
     for name in (getattr(model, "base_model_prefix", ""), "model"):
@@ -70,22 +71,40 @@ def backbone_of(model: nn.Module) -> nn.Module:
 def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> Any:
     """What the backbone returns for a collated batch; no cache is kept.
 
+    The last hidden states are those of the batch's own tokens, which see the virtual ones of an
+    adapter that learns a prompt.
+
     Args:
-        model: causal language model.
+        model: causal language model, in its wrappers.
         batch: `input_ids` and, where they are given, `attention_mask`, `position_ids` and what
-            multimodal models take (`pixel_values` and its like, `token_type_ids`).
+            multimodal models take (`pixel_values` and its like, `token_type_ids`); or one of
+            `with_prompt`.
         **options: further arguments of the backbone.
 
     Raises:
-        ValueError: the batch has no `input_ids`, or on CPU one that the model does not know, or
-            the model has no backbone apart from its head.
+        ValueError: the batch has no `input_ids`, or on CPU one that the model does not know; the
+            model has no backbone apart from its head; or an adapter that learns a prompt does not
+            fit the batch, or gradient checkpointing it.
     """
-    if batch.get("input_ids") is None:
-        raise ValueError(f"input_ids: got none in {', '.join(map(repr, batch))}, needs token ids")
-    inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
-    if inputs["input_ids"].device.type == "cpu" and not torch.compiler.is_compiling():
-        require_tokens("input_ids", inputs["input_ids"], input_vocab(model))
-    return backbone_of(model)(**inputs, **options, use_cache=False)
+    ids = batch.get("input_ids")
+    if ids is None or (PROMPTED not in batch and batch.get("past_key_values") is not None):
+        got = "none" if ids is None else "past_key_values with them"
+        learned = "; with an adapter that learns a prompt call `model(**past_wrappers(batch))`"
+        raise ValueError(
+            f"input_ids: got {got} in {', '.join(map(repr, batch))}, needs token ids{learned}"
+        )
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        require_tokens("input_ids", ids, input_vocab(model))
+    batch = with_prompt(model, batch)
+    backbone, given = backbone_of(model), batch.get(PROMPTED, batch)
+    names = (*INPUTS, *MADE) if PROMPTED in batch else INPUTS
+    inputs = {name: given[name] for name in names if given.get(name) is not None}
+    require_kept_prefix(backbone, inputs)
+    outputs = backbone(**inputs, **options, use_cache=False)
+    if PROMPTED in batch:
+        virtual = outputs.last_hidden_state.shape[1] - ids.shape[1]
+        outputs.last_hidden_state = outputs.last_hidden_state[:, virtual:]
+    return outputs
 
 
 def input_vocab(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from fused_prefopt.integrations.causal_lm import backbone_outputs, inside_head
 from fused_prefopt.integrations.packed import require_separate_sequences
 from fused_prefopt.integrations.router_loss import router_loss
 from fused_prefopt.integrations.shared_prompt import shared_hidden
+from fused_prefopt.integrations.virtual_tokens import PROMPTED, with_prompt
 from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.shared_lengths import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
@@ -48,9 +49,9 @@ def collated_rows(
     """Run the backbone on a batch from `PairCollator`, `PointCollator` or TRL's collators.
 
     Args:
-        model: causal language model with a backbone and an output embedding.
+        model: causal language model with a backbone and an output embedding, in its wrappers.
         batch: `input_ids`, `completion_mask`, `attention_mask` or `position_ids`, and what the
-            collators add for their layouts.
+            collators add for their layouts; or one of `past_wrappers.batch_behind`.
         prompt: whether the prompts' log-probs are wanted too.
         router: whether the router loss is wanted too.
 
@@ -58,6 +59,7 @@ def collated_rows(
         ValueError: prompts or a router loss are wanted of pairs that share a prompt in one row, or
             the model does not fit the layout.
     """
+    batch = with_prompt(model, batch)
     if "segments" in batch:
         if prompt:
             raise ValueError("shared_prompt: got a loss that needs the prompt of each sequence")
@@ -75,7 +77,7 @@ def collated_rows(
     outputs = backbone_outputs(model, batch, **options)
     routed = None
     if router:
-        routed = router_loss(model, outputs.router_logits, batch.get("attention_mask"))
+        routed = router_loss(model, outputs.router_logits, _routed(batch).get("attention_mask"))
     hidden, labels = outputs.last_hidden_state, labels_of(batch)
     prompt_labels = prompt_labels_of(batch) if prompt else None
     if "sequence_ids" not in batch:
@@ -87,6 +89,12 @@ def collated_rows(
     }
     prompt_labels = None if prompt_labels is None else prompt_labels[0]
     return CollatedRows(hidden[0], labels[0], prompt_labels, layout, routed)
+
+
+def _routed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs whose tokens go through the experts: virtual ones, but no keys and values."""
+    made: Mapping[str, Any] = batch.get(PROMPTED, {})
+    return made if "inputs_embeds" in made else batch
 
 
 def given_fields(batch: Mapping[str, Any]) -> dict[str, Tensor | None]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+
+from fused_prefopt.integrations.wrappers import prompt_learners, wrapped_in
 
 # Takes the model that is called, the forward behind, and the arguments of the call.
 Run = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -73,3 +76,33 @@ def take_away(model: nn.Module, place: int) -> None:
     del behind[place:], model.forward
     if before is not None:
         model.forward = before
+
+
+@contextmanager
+def in_front(model: nn.Module, run: Run) -> Iterator[None]:
+    """`put_in_front` of the model inside the wrappers, for a while.
+
+    Args:
+        model: wrapped or not.
+        run: as in `put_in_front`.
+    """
+    *_, inner = wrapped_in(model)
+    place = put_in_front(inner, run)
+    let_wrappers_follow(model)
+    try:
+        yield
+    finally:
+        take_away(inner, place)
+        let_wrappers_follow(model)
+
+
+def let_wrappers_follow(model: nn.Module) -> None:
+    """Let wrappers call the forward that the model inside has now.
+
+    PEFT switches a learned prompt off by calling the forward that its base model had then.
+
+    Args:
+        model: wrapped or not.
+    """
+    for each in prompt_learners(model, off=True):
+        each.forward = each.get_base_model().forward

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import inside_head, last_hidden, text_config, unwrapped
+from fused_prefopt.integrations.wrappers import prompt_learners
 from fused_prefopt.types import LMHead
 
 # Roundings of the largest logit that two orders of the same operations may be apart.
@@ -37,7 +38,9 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        own: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        asked = next(iter(prompt_learners(wrapped)), model)
+        own: Tensor = asked(input_ids=input_ids, use_cache=False).logits
+        own = own[:, own.shape[1] - input_ids.shape[1] :]
         heads: list[LMHead] = []
 
         def logits(hidden: Tensor, head: LMHead) -> Tensor:

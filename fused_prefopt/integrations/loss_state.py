@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fused_prefopt.integrations.virtual_tokens import require_saved_whole
+
 if TYPE_CHECKING:
     from fused_prefopt.integrations.attachment import Attachment
 
@@ -18,11 +20,21 @@ class KeepsLossState:
     """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss.
 
     Raises:
-        ValueError: training resumes from the statistics of a loss of another kind or size.
+        ValueError: training resumes from the statistics of a loss of another kind or size, or an
+            adapter would be loaded that its checkpoints do not hold whole.
     """
 
     attachment: Attachment
     args: Any
+    model: Any
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        require_saved_whole("resume_from_checkpoint", self.model if model is None else model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        require_saved_whole("load_best_model_at_end", self.model)
+        super()._load_best_model()  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

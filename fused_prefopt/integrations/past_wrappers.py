@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import INPUTS
+from fused_prefopt.integrations.virtual_tokens import PROMPTED, REPLACED, is_prompted, prompted
 
 # A batch that carries this key is a preference batch; any other goes the model's own way.
 PREFERENCE_KEY = "completion_mask"
@@ -25,16 +26,21 @@ class Beside:
 
     Args:
         fields: floating fields of the batch.
+        inputs: those of its inputs that an adapter with a learned prompt replaces.
         wanted: what the model is asked for instead of its own results, or None.
 
     Attributes:
         fields: as given.
+        inputs: as given.
         wanted: as given.
         found: what the call leaves here, by name.
     """
 
-    def __init__(self, fields: dict[str, Tensor], wanted: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, fields: dict[str, Tensor], inputs: dict[str, Any], wanted: dict[str, Any] | None
+    ) -> None:
         self.fields = fields
+        self.inputs = inputs
         self.wanted = wanted
         self.found: dict[str, Tensor] = {}
 
@@ -54,8 +60,45 @@ def past_wrappers(batch: Mapping[str, Any], wanted: dict[str, Any] | None = None
         values) stays where it is: that is to be cast.
     """
     kept = exact_fields(batch)
-    others = {name: value for name, value in batch.items() if name not in kept}
-    return others | {BESIDE_KEY: Beside(kept, wanted)}
+    # What one model's adapter made of the batch is nothing to another model.
+    others = {name: batch[name] for name in batch if name not in kept and name != PROMPTED}
+    inputs = {name: others[name] for name in REPLACED if others.get(name) is not None}
+    return others | {BESIDE_KEY: Beside(kept, inputs, wanted)}
+
+
+def without_beside(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `past_wrappers` as they would be without it.
+
+    Args:
+        arguments: as they come out of the wrappers.
+    """
+    others = {name: value for name, value in arguments.items() if name != BESIDE_KEY}
+    beside: Beside | None = arguments.get(BESIDE_KEY)
+    return others if beside is None else others | beside.fields
+
+
+def batch_behind(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch of a call of `past_wrappers`, with what an adapter made of it that learns a prompt.
+
+    Args:
+        arguments: as they come out of the wrappers.
+
+    Raises:
+        ValueError: `prompted` does.
+    """
+    batch, beside = without_beside(arguments), arguments.get(BESIDE_KEY)
+    if beside is None or not is_prompted(batch):
+        return batch
+    return prompted(batch | beside.inputs, batch)
+
+
+def keep_beside(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: `past_wrappers` of a preference batch that comes without it."""
+    if kwargs.get(PREFERENCE_KEY) is None or BESIDE_KEY in kwargs:
+        return None
+    return args, past_wrappers(kwargs)
 
 
 def exact_fields(batch: Mapping[str, Any]) -> dict[str, Tensor]:

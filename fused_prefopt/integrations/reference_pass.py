@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from fused_prefopt.integrations.causal_lm import lm_head_of, unwrapped
 from fused_prefopt.integrations.collated import collated_rows, completion_logps
 from fused_prefopt.integrations.evaluating import evaluating
-from fused_prefopt.integrations.fronted_forward import has_front, put_in_front
-from fused_prefopt.integrations.past_wrappers import BESIDE_KEY, past_wrappers
+from fused_prefopt.integrations.fronted_forward import (
+    has_front,
+    let_wrappers_follow,
+    put_in_front,
+)
+from fused_prefopt.integrations.past_wrappers import (
+    BESIDE_KEY,
+    Beside,
+    batch_behind,
+    past_wrappers,
+    without_beside,
+)
 from fused_prefopt.reference import Collator, Feature, add_reference_logps
 from fused_prefopt.types import LMHead
 
@@ -36,29 +46,28 @@ def logps_through(model: nn.Module, batch: Mapping[str, Any], **wanted: Any) -> 
     inner = unwrapped(model)
     if not has_front(inner):
         put_in_front(inner, _answer_or_go_on)
+    let_wrappers_follow(model)
     arguments = past_wrappers(batch, wanted)
     model(**arguments)
     found: dict[str, Tensor] = arguments[BESIDE_KEY].found
     return found
 
 
-def answered(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+def answered(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """Answer a call of `logps_through`; None if it is another's.
 
     Args:
         model: causal language model without wrappers.
-        arguments: of the call; the fields beside them are put among them.
+        arguments: of the call.
     """
-    beside = arguments.pop(BESIDE_KEY, None)
-    if beside is None:
+    beside: Beside | None = arguments.get(BESIDE_KEY)
+    if beside is None or beside.wanted is None:
         return None
-    arguments |= beside.fields
-    if beside.wanted is None:
-        return None
+    batch = batch_behind(arguments)
     if beside.wanted == _HIDDEN:
-        beside.found["hidden"] = collated_rows(model, arguments, prompt=False).hidden
+        beside.found["hidden"] = collated_rows(model, batch, prompt=False).hidden
     else:
-        beside.found |= completion_logps(model, arguments, **beside.wanted)
+        beside.found |= completion_logps(model, batch, **beside.wanted)
     return beside.found
 
 
@@ -85,7 +94,7 @@ def _answer_or_go_on(
     model: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     found = answered(model, kwargs)
-    return own(*args, **kwargs) if found is None else found
+    return own(*args, **without_beside(kwargs)) if found is None else found
 
 
 class Reference:
