@@ -1,6 +1,6 @@
 """RLHF from text to table: fine-tuning, a reward model, then DPO, RPO, DRO and GRPO against it.
 
-Everything is made here, on any CPU in a few minutes: a small Llama is trained on the standard
+Everything is made here, in six minutes on two CPU cores: a small Llama is trained on the standard
 library's documentation, fine-tuned to continue its paragraphs (SFT), and a reward model on pairs of
 true and spoilt continuations (Bradley–Terry). The reward model rates two samples of the SFT model
 for each prompt. DPO and RPO (reward distillation) learn from those pairs, DRO from the ratings, and

@@ -116,6 +116,6 @@ class ReferenceLevel(BatchStatistic):
         summary = RewardLevel(torch.where(defined, batch.mean, level), level)
         if self.training:
             average = torch.lerp(batch.mean, level, self.momentum)
-            self.average.copy_(torch.where(defined, average, level))
+            self._store(self.average, torch.where(defined, average, level))
             self.nonfinite.add_(batch.nonfinite.to(torch.int64))
         return summary

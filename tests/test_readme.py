@@ -1,0 +1,78 @@
+"""The code blocks of the README and of the loss page run as they are printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from data_tokenizer import tiny_tokenizer
+from tiny_models import VOCAB, pair_features, tiny_llama
+
+import fused_prefopt as fp
+
+datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parent.parent
+# The recipe of a loss is followed by `test_recipe.py`, in a copy of the tree.
+RECIPE = "@register("
+BLOCKS = [
+    pytest.param(code, id=f"{page}-{number}")
+    for page in ("README.md", "docs/losses.md")
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    )
+    if not code.startswith(RECIPE)
+]
+
+
+def around(folder: Path) -> dict:
+    """What a reader has before a block: a model, its batch, rows, a tokenizer."""
+    model, ref_model, tokenizer = tiny_llama(), tiny_llama(seed=1), tiny_tokenizer()
+    ids = torch.arange(4 * 9).reshape(4, 9) % VOCAB
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    texts = {
+        "prompt": ["the cat", "the mat"] * 4,
+        "chosen": [" sat on mat", " 1 2"] * 4,
+        "rejected": [" on on the", " sat"] * 4,
+    }
+    return {
+        "fp": fp,
+        "model": model,
+        "ref_model": ref_model,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "reference": torch.tensor([-9.0, -8.0, -9.5, -8.5]),
+        "hidden": model.model(ids).last_hidden_state,
+        "ref_hidden": ref_model.model(ids).last_hidden_state,
+        "ref_head": fp.LMHead.of(ref_model),
+        "rows": pair_features(6),
+        "args": transformers.TrainingArguments(str(folder / "args"), report_to="none"),
+        "dataset": datasets.Dataset.from_dict(texts),
+        "tokenizer": tokenizer,
+    }
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_a_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("trl")
+    # TRL trains in bf16 unless told otherwise, and transformers then asks for a GPU.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    names = around(tmp_path)
+    exec(compile(code, "README", "exec"), names)
+    if "backward()" in code:
+        assert names["model"].lm_head.weight.grad.abs().sum() > 0
+    if "trainer" in code:
+        trainer = names["trainer"]
+        trainer.args.max_steps, trainer.args.save_strategy = 2, "no"
+        before = names["model"].lm_head.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(before, names["model"].lm_head.weight)
+
+
+def test_all_blocks_are_met():
+    assert len(BLOCKS) >= 5
