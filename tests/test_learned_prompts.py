@@ -28,6 +28,8 @@ from learned_prompts import (  # noqa: E402
 from model_families import assert_gradients, family, fused, gradients, pairs  # noqa: E402
 from tiny_models import pair_features, point_features, tiny_llama  # noqa: E402
 from torch.distributed import destroy_process_group, init_process_group  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from truth import largest_error  # noqa: E402
 
@@ -366,6 +368,30 @@ def test_behind_the_wrapper_of_distributed_data_parallel(kind, one_process):
     found = dataset_logps(wrapped, pair_features(3), PairCollator(0), progress=False)
     truth = own_sums(model, PairCollator(0)(pair_features(3)))
     close(torch.cat(list(found.values())).double(), truth.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_behind_fully_sharded_data_parallel(kind, one_process):
+    model, batch = prompted("llama", kind), pairs()
+    whole, loss_fn = copy.deepcopy(model), fp.PreferenceLoss("dpo", beta=0.4)
+    truth = own_loss(whole, batch, loss_fn, reference=base_sums(batch))
+    wanted = gradients(whole, truth)
+    inner, mesh = unwrapped(model), init_device_mesh("cpu", (1,))
+    for unit in (*inner.model.layers, inner.lm_head, model):
+        fully_shard(unit, mesh=mesh)
+    attach(model, loss_fn, reference="adapter")
+    loss = model(**past_wrappers(batch))["loss"]
+    close(loss, truth)
+    found = gradients(model, loss)
+    assert_gradients({name: value.full_tensor() for name, value in found.items()}, wanted)
+    features, collator = pair_features(3), PairCollator(0)
+    held_out = collator(features)
+    sums = dataset_logps(model, features, collator, progress=False)
+    close(torch.cat(list(sums.values())).double(), own_sums(whole, held_out).detach(), 1e-6)
+    with model.disable_adapter():
+        sums = dataset_logps(model, features, collator, progress=False)
+    close(torch.cat(list(sums.values())).double(), base_sums(held_out), 1e-6)
+    assert model_fingerprint(model) == model_fingerprint(whole)
 
 
 def test_gradient_checkpointing_of_a_prompt_changes_nothing():
