@@ -13,12 +13,14 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
+from fused_prefopt.checks import require_choice
 from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
 from fused_prefopt.integrations.evaluating import evaluating
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
+from fused_prefopt.integrations.nonfinite import CHOICES, MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.past_wrappers import PreparesExactly, exact_loss, past_wrappers
 from fused_prefopt.integrations.reference_pass import logps_through
 from fused_prefopt.integrations.trainer_checks import require_rows
@@ -43,6 +45,8 @@ class FusedOptions:
         engine: of the op; `auto`, `torch`, `cublas` or `triton`.
         log_tokens: also log what TRL logs of single tokens (`entropy`, `logits/chosen`,
             `logits/rejected`, of pairs `mean_token_accuracy`): one more evaluation of the head.
+        on_nonfinite: "stop" (with a `FloatingPointError`), "skip" or "ignore" a step whose loss or
+            gradient is NaN or infinite; see `integrations.transformers.attach`.
     """
 
     loss: str = field(default="dpo", metadata={"help": "Name of a loss."})
@@ -55,6 +59,9 @@ class FusedOptions:
     engine: str = field(default="auto", metadata={"help": "Engine of the op."})
     log_tokens: bool = field(
         default=False, metadata={"help": "Log entropy, mean logits and token accuracy."}
+    )
+    on_nonfinite: str = field(
+        default="stop", metadata={"help": "What to do at NaN: `stop`, `skip` or `ignore`."}
     )
 
     pairwise: ClassVar[bool] = True
@@ -97,7 +104,7 @@ class FusedOptions:
         return loss_fn
 
 
-class FusesLoss(KeepsLossState, PreparesExactly):
+class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
@@ -124,6 +131,7 @@ class FusesLoss(KeepsLossState, PreparesExactly):
                 f"args: got {type(config).__name__}, wanted a {self.config_type.__name__}"
             )
         loss_fn = config.build_loss()
+        require_choice("on_nonfinite", config.on_nonfinite, CHOICES)
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
         self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}
@@ -150,6 +158,7 @@ class FusesLoss(KeepsLossState, PreparesExactly):
             log_tokens=config.log_tokens,
             router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
+        mind_nonfinite(self, config.on_nonfinite)
 
     def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
         """Options as TRL's own constructor must see them."""
@@ -189,7 +198,7 @@ class FusesLoss(KeepsLossState, PreparesExactly):
         self._new_tokens = 0
         if metrics:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.needs_reference:
@@ -206,6 +215,7 @@ class FusesLoss(KeepsLossState, PreparesExactly):
         arguments = past_wrappers(batch)
         outputs = model(**arguments)
         loss = exact_loss(outputs["loss"], arguments)
+        self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
     def _at_every_step(self) -> Any:
