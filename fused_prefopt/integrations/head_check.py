@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.integrations.causal_lm import inside_head, last_hidden, text_config, unwrapped
+from fused_prefopt.integrations.evaluating import evaluating
 from fused_prefopt.types import LMHead
 
 # Roundings of the largest logit that two orders of the same operations may be apart.
@@ -34,9 +35,7 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
     wrapped, model = model, unwrapped(model)
     if input_ids is None:
         input_ids = _plain_tokens(text_config(model), model).to(next(model.parameters()).device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         own: Tensor = model(input_ids=input_ids, use_cache=False).logits
         heads: list[LMHead] = []
 
@@ -45,9 +44,6 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
             return head.logits(hidden)
 
         got = inside_head(model, last_hidden(wrapped, {"input_ids": input_ids}), logits)
-    finally:
-        for module in training:
-            module.training = True
     head = heads[0]
     own = own[..., : head.vocab]
     if got.shape != own.shape:
