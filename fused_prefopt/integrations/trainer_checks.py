@@ -18,8 +18,23 @@ from fused_prefopt.preference import PreferenceLoss
 _FILLING = ("pad_token_id", "eos_token_id")
 
 
+def refuse_functions_of_logits(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if a trainer is given a function that would never be called.
+
+    Args:
+        given: what a trainer is given, or has, by name.
+    """
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}: got a function of logits, needs None: the loss is computed without them;"
+                " log_tokens=True logs entropy, mean logits and token accuracy"
+            )
+
+
 def require_trainer(trainer: Any) -> None:
     """Raise ValueError unless a `transformers.Trainer` leaves batches and the model as they are."""
+    refuse_functions_of_logits(vars(trainer))
     args = trainer.args
     if args.remove_unused_columns or trainer.label_names != [PREFERENCE_KEY]:
         raise ValueError(

@@ -78,8 +78,8 @@ def attach(
     Raises:
         ValueError: the model's head or backbone cannot be told apart or read, the trainer's `args`
             would drop or mistake the batch's columns or split it over GPUs, it makes its models
-            itself, the first row of a data set lacks what the loss needs, or the reference does
-            not fit.
+            itself or has a function of logits (`compute_metrics`), the first row of a data set
+            lacks what the loss needs, or the reference does not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
     if trainer is not None:

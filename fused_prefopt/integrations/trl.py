@@ -11,7 +11,8 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from fused_prefopt.data.columns import has_values
-from fused_prefopt.integrations.trl_parts import FusedOptions, FusesLoss
+from fused_prefopt.integrations.trl_options import FusedOptions
+from fused_prefopt.integrations.trl_parts import FusesLoss
 from fused_prefopt.integrations.trl_points import FusedKTOConfig, FusedKTOTrainer
 from fused_prefopt.preference import PreferenceLoss
 
@@ -62,11 +63,12 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     trains like any other.
 
     Args:
-        *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`.
+        *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`, None for
+            the default one.
 
     Raises:
         ValueError: `args` is no `FusedDPOConfig`, or names an unknown or point-wise loss; the data
-            set lacks what the loss needs, or has images.
+            set lacks what the loss needs, or has images; there is a `compute_metrics`.
     """
 
     config_type = FusedDPOConfig

@@ -14,7 +14,8 @@ from trl import KTOConfig, KTOTrainer, extract_prompt
 
 from fused_prefopt.data import PointCollator
 from fused_prefopt.data.columns import has_values
-from fused_prefopt.integrations.trl_parts import LAYOUT, FusedOptions, FusesLoss
+from fused_prefopt.integrations.trl_options import FusedOptions
+from fused_prefopt.integrations.trl_parts import LAYOUT, FusesLoss
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 from fused_prefopt.statistics.gather import sum_over_ranks
@@ -59,11 +60,12 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     neighbour, which makes `kl` its log-ratio.
 
     Args:
-        *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`.
+        *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`, None for
+            the default one.
 
     Raises:
         ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
-            set lacks what the loss needs, or has images.
+            set lacks what the loss needs, or has images; there is a `compute_metrics`.
     """
 
     config_type = FusedKTOConfig
