@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from fused_prefopt.integrations.reference_pass import Reference, answered
 from fused_prefopt.integrations.router_loss import wants_router_loss
 from fused_prefopt.integrations.step_metrics import StepMetrics
 from fused_prefopt.integrations.token_metrics import Weighed, token_metrics
+from fused_prefopt.losses.needs import WHAT_IT_IS
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LMHead, LossOutput
 
@@ -41,6 +42,23 @@ def preference_outputs(
         ValueError: the loss needs a field that the batch does not have.
     """
     return _outputs(model, loss_fn, batch, given_fields(batch), of_tokens=False)[0]
+
+
+def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
+    """What to say of rows, where no reference is at hand, that lack what one gives.
+
+    Args:
+        loss_fn: the loss.
+        missing: at least one of `OF_REFERENCE`.
+    """
+    name = min(missing)
+    ways = ["reference=<a model>", "reference='adapter' (the model without its PEFT adapter)"]
+    if "sequence_kl" not in missing:
+        ways += [
+            "reference_cache=<a folder> with one of them",
+            "rows with the columns of `add_reference_logps`",
+        ]
+    return f"{loss_fn.name} needs `{name}`: {WHAT_IT_IS[name]}; give {' or '.join(ways)}"
 
 
 class Attachment:
@@ -137,8 +155,10 @@ class Attachment:
         for name in OF_REFERENCE:
             require_exact(name, extras[name])
         missing = {name for name in needs & OF_REFERENCE if extras[name] is None}
-        if not missing or self.reference is None:
+        if not missing:
             return extras, None
+        if self.reference is None:
+            raise ValueError(lacks_reference(self.loss_fn, missing))
         if "sequence_kl" in missing:
             return extras, (self.reference, self.reference.hidden(batch))
         return extras | self.reference.logps(batch, prompt="prompt_reference" in missing), None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fused_prefopt.data import PairCollator, PointCollator
-from fused_prefopt.integrations.attachment import OF_REFERENCE
+from fused_prefopt.integrations.attachment import OF_REFERENCE, lacks_reference
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.collated import given_fields
 from fused_prefopt.integrations.past_wrappers import PREFERENCE_KEY
@@ -91,7 +91,11 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
 
     def fields_of(row: Any) -> set[str]:
         given = given_fields(collator([row]))
-        return {name for name, value in given.items() if value is not None} | always
+        found = {name for name, value in given.items() if value is not None} | always
+        missing = loss_fn.loss.needs & OF_REFERENCE - found
+        if missing:
+            raise ValueError(lacks_reference(loss_fn, missing))
+        return found
 
     require_rows(trainer, loss_fn, fields_of)
 
