@@ -23,6 +23,8 @@ from fused_prefopt.types import LMHead, LossOutput
 
 # Fields that a reference gives.
 OF_REFERENCE = frozenset({"reference", "prompt_reference", "sequence_kl"})
+# Says of a batch that its `rewards` are no data's: nothing of them is logged.
+MADE_UP_KEY = "made_up_rewards"
 # A reference, and its rows of the batch.
 Compared = tuple[Reference, Tensor]
 
@@ -204,6 +206,9 @@ def _outputs(
         metrics = output.metrics | {"aux_loss": loss.detach()}
         output = replace(output, loss=output.loss + coefficient * loss, metrics=metrics)
     weights = _weights(output, desirable) | tokens[1]
+    if batch.get(MADE_UP_KEY):
+        scores = [name for name in weights if name.startswith("reward_model/")]
+        weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
     return output, (output.metrics | tokens[0], weights)
 
 

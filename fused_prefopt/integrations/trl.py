@@ -14,11 +14,14 @@ from fused_prefopt.data.columns import has_values
 from fused_prefopt.integrations.trl_options import FusedOptions
 from fused_prefopt.integrations.trl_parts import FusesLoss
 from fused_prefopt.integrations.trl_points import FusedKTOConfig, FusedKTOTrainer
+from fused_prefopt.integrations.trl_rows import require_values, require_values_of_batch
 from fused_prefopt.preference import PreferenceLoss
 
 __all__ = ["FusedDPOConfig", "FusedDPOTrainer", "FusedKTOConfig", "FusedKTOTrainer"]
 
 SCORES = ("score_chosen", "score_rejected")
+# Columns of numbers that reach the loss.
+_NUMBERS = (*SCORES, "ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
@@ -68,7 +71,8 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     Raises:
         ValueError: `args` is no `FusedDPOConfig`, or names an unknown or point-wise loss; the data
-            set lacks what the loss needs, or has images; there is a `compute_metrics`.
+            set lacks what the loss needs, has images, or a score or log-prob that is not finite;
+            there is a `compute_metrics`.
     """
 
     config_type = FusedDPOConfig
@@ -100,6 +104,12 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         given = {"reference", "sequence_kl"}
         return given | ({"rewards"} if has_values(row, SCORES) else set())
 
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        require_values(dataset_name, dataset, _NUMBERS)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in SCORES if name not in self._signature_columns]
@@ -112,6 +122,7 @@ class _WithScores:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        require_values_of_batch(examples, _NUMBERS)
         batch = self.collator(examples)
         if all(has_values(example, SCORES) for example in examples):
             scores = [float(example[name]) for name in SCORES for example in examples]

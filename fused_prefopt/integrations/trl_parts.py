@@ -26,6 +26,7 @@ from fused_prefopt.integrations.reference_pass import logps_through
 from fused_prefopt.integrations.trainer_checks import refuse_functions_of_logits, require_rows
 from fused_prefopt.integrations.transformers import attach
 from fused_prefopt.integrations.trl_options import FusedOptions
+from fused_prefopt.integrations.trl_rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.statistics.gather import sum_over_ranks
 
@@ -148,7 +149,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite):
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         key = (self._precompute_model_hash, *own)
         with _given(self, _precompute_model_hash=key):
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+            found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+        require_values(
+            name, found, [each for each in found.column_names if each.startswith("ref_")]
+        )
+        return found
 
     def _loss_of(self, model: Any, batch: dict[str, Any], return_outputs: bool) -> Any:
         if self.model.training:

@@ -14,8 +14,10 @@ from trl import KTOConfig, KTOTrainer, extract_prompt
 
 from fused_prefopt.data import PointCollator
 from fused_prefopt.data.columns import has_values
+from fused_prefopt.integrations.attachment import MADE_UP_KEY
 from fused_prefopt.integrations.trl_options import FusedOptions
 from fused_prefopt.integrations.trl_parts import LAYOUT, FusesLoss
+from fused_prefopt.integrations.trl_rows import LABEL, require_values, require_values_of_batch
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 from fused_prefopt.statistics.gather import sum_over_ranks
@@ -25,6 +27,10 @@ SCORES = ("reward", "score")
 GROUP, PROMPT_REFERENCE = "group", "ref_prompt_logps"
 _PAIR = ("chosen", "rejected")
 _PAIR_SCORES = ("score_chosen", "score_rejected")
+# Columns of values that reach the loss.
+_VALUES = (LABEL, *SCORES, *_PAIR_SCORES, "ref_logps", "ref_KL_logps", PROMPT_REFERENCE)
+# Scores that stand for labels, in a batch of the collator.
+_LABEL_REWARDS = "label_rewards"
 
 
 @dataclass
@@ -47,12 +53,13 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     """`trl.KTOTrainer` whose loss is one of this package's, computed without logits.
 
     Rows are `prompt`, `completion` and `label` (desirable or not), a `reward` or `score` (without
-    one DRO's is ±1 by the label), or both, and a `group` (DRO's mean over the completions of a
-    prompt); pairs become two rows, with their scores and a group. TRL's tokenisation, reference
-    handling (model, adapter switch, precomputed) and logging stay as they are. KTO's `kl` is
-    estimated as TRL does, from completions set behind another prompt of their batch; a loss
-    without it skips those two passes and takes any order of the rows and any batch size. The
-    statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
+    one DRO's is ±1 by the label, which no log shows), or both, and a `group` (DRO's mean over the
+    completions of a prompt); pairs become two rows, with their scores and a group. TRL's
+    tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
+    are. KTO's `kl` is estimated as TRL does, from completions set behind another prompt of their
+    batch; a loss without it skips those two passes and takes any order of the rows and any batch
+    size. The statistics of the loss are saved with the optimizer. LoRA on the head trains like any
+    other.
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
     over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
@@ -65,7 +72,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     Raises:
         ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
-            set lacks what the loss needs, or has images; there is a `compute_metrics`.
+            set lacks what the loss needs, has images, a score or log-prob that is not finite, or a
+            label that is no bool, 0 or 1; there is a `compute_metrics`.
     """
 
     config_type = FusedKTOConfig
@@ -84,7 +92,9 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         """The fused loss of a batch from TRL's collator."""
         names = (*LAYOUT, "rewards", "groups")
         batch = {name: inputs[name] for name in names if name in inputs}
-        batch["desirable"] = inputs["label"].bool()
+        batch["desirable"] = inputs[LABEL].bool()
+        if _LABEL_REWARDS in inputs:
+            batch |= {"rewards": inputs[_LABEL_REWARDS], MADE_UP_KEY: True}
         reference = self._reference_fields(model, inputs)
         reference_kl = reference.pop("kl", None)
         if reference_kl is not None:
@@ -141,6 +151,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
+        require_values(dataset_name, dataset, _VALUES)
         row = next(iter(dataset))
         if all(name in row for name in (*_PAIR, *_PAIR_SCORES)):
             if "prompt" not in row:
@@ -225,11 +236,12 @@ class _PointFields:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        require_values_of_batch(examples, _VALUES)
         batch = self.collator(examples)
         first = examples[0]
         column = next((name for name in SCORES if name in first), None)
         if column is None:
-            batch["rewards"] = 2.0 * batch["label"].float() - 1.0
+            batch[_LABEL_REWARDS] = 2.0 * batch[LABEL].float() - 1.0
         elif all(has_values(example, (column,)) for example in examples):
             batch["rewards"] = torch.tensor([float(example[column]) for example in examples])
         if GROUP in first:
