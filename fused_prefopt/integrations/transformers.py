@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from fused_prefopt.integrations.attachment import OF_REFERENCE, Attachment, preference_outputs
 from fused_prefopt.integrations.causal_lm import backbone_of, readable_head
+from fused_prefopt.integrations.head_check import require_trained_head
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
@@ -76,10 +77,10 @@ def attach(
             where the optimizer steps inside the backward pass (DeepSpeed), which cannot skip.
 
     Raises:
-        ValueError: the model's head or backbone cannot be told apart or read, the trainer's `args`
-            would drop or mistake the batch's columns or split it over GPUs, it makes its models
-            itself or has a function of logits (`compute_metrics`), the first row of a data set
-            lacks what the loss needs, or the reference does not fit.
+        ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
+            no head; the trainer's `args` would drop or mistake the batch's columns or split it over
+            GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
+            first row of a data set lacks what the loss needs, or the reference does not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
     if trainer is not None:
@@ -91,8 +92,11 @@ def attach(
     policy: nn.Module = model.model if isinstance(model, Trainer) else model
     # Their weights may be partitioned here.
     readable_head(policy), backbone_of(policy)
+    require_trained_head(policy)
     if reference is policy and reference_cache is None:
         raise ValueError("reference: got the model that trains, needs a reference_cache with it")
+    if isinstance(reference, nn.Module):
+        require_trained_head(reference, "reference")
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
     if loss_fn.ld_alpha is not None and "sequence_kl" in needs:

@@ -18,6 +18,7 @@ from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
 from fused_prefopt.integrations.evaluating import evaluating
+from fused_prefopt.integrations.head_check import require_causal_checkpoint, require_trained_head
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
 from fused_prefopt.integrations.nonfinite import CHOICES, MindsNonfinite, mind_nonfinite
@@ -32,6 +33,8 @@ from fused_prefopt.statistics.gather import sum_over_ranks
 
 # A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
 _TUNERS = "BaseTunerLayer"
+# Options that a model's config is read with, of those that the model is loaded with.
+_OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
 LAYOUT = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -66,6 +69,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite):
                 f"args: got {type(config).__name__}, wanted a {self.config_type.__name__}"
             )
         refuse_functions_of_logits(given.arguments)
+        if isinstance(given.arguments["model"], str):
+            require_causal_checkpoint(given.arguments["model"], **_of_config(config))
         loss_fn = config.build_loss()
         require_choice("on_nonfinite", config.on_nonfinite, CHOICES)
         self.needs = loss_fn.loss.needs
@@ -81,6 +86,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite):
             super().__init__(*given.args, **given.kwargs)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
+        if self.ref_model is not None:
+            require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
             raise ValueError("train_dataset: got images, needs texts only")
         require_rows(self, loss_fn, self._fields_of, streams=True)
@@ -215,6 +222,12 @@ def _any_head(trainer: Any) -> Iterator[None]:
     module = sys.modules[kind.__module__]
     with _given(module, **({_TUNERS: _NoLayer} if hasattr(module, _TUNERS) else {})):
         yield
+
+
+def _of_config(args: Any) -> dict[str, Any]:
+    """How to read the config of a model that TRL loads by its name."""
+    options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return {name: value for name, value in options.items() if name in _OF_CONFIGS}
 
 
 class _NoLayer:
