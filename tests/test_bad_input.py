@@ -52,8 +52,8 @@ def trainer(folder, features, loss="simpo", collator=None, **options):
 # Missing reference
 
 REMEDIES = (
-    r"give reference=<a model> or reference='adapter' \(the model without its PEFT adapter\) or"
-    " reference_cache=<a folder> with one of them or rows with the columns of"
+    r"give reference=<model> or reference='adapter' \(the model without its PEFT adapter\) or"
+    " reference_cache=<folder> with one of them or rows with the columns of"
     " `add_reference_logps`$"
 )
 

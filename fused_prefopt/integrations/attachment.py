@@ -54,10 +54,10 @@ def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
         missing: at least one of `OF_REFERENCE`.
     """
     name = min(missing)
-    ways = ["reference=<a model>", "reference='adapter' (the model without its PEFT adapter)"]
+    ways = ["reference=<model>", "reference='adapter' (the model without its PEFT adapter)"]
     if "sequence_kl" not in missing:
         ways += [
-            "reference_cache=<a folder> with one of them",
+            "reference_cache=<folder> with one of them",
             "rows with the columns of `add_reference_logps`",
         ]
     return f"{loss_fn.name} needs `{name}`: {WHAT_IT_IS[name]}; give {' or '.join(ways)}"
