@@ -64,7 +64,10 @@ def test_the_default_configuration_is_named_after_the_model(tmp_path, monkeypatc
     places = (model, None, None) if given == "a name by place" else (model,)
     run = make(*places, **more)
     assert run.args.output_dir == f"tiny-{kind}"
-    assert run.args == OnCpu(f"tiny-{kind}", logging_nan_inf_filter=False)
+    default = OnCpu(f"tiny-{kind}")
+    assert type(run.args) is OnCpu
+    for name in ("loss", "loss_kwargs", "beta", "on_nonfinite", "learning_rate", "max_length"):
+        assert getattr(run.args, name) == getattr(default, name), name
     assert run.attachment.loss_fn.name == kind.lower()
     assert run.train_dataset.num_rows == 16
 

@@ -100,10 +100,12 @@ class StepLosses:
         self._since_start = self._since_start + self._since_log
         found = self._since_log if name == "loss" else self._since_start
         self._since_log = self._nothing
-        bad, _, finite, every = sum_over_ranks(found).tolist()
+        bad, kept, finite, every = sum_over_ranks(found).tolist()
         if not skips:
             return value + bad
-        return value * (every / finite) if finite else math.nan
+        if finite == every:
+            return value
+        return kept / finite if finite else math.nan
 
 
 class MindsNonfinite:
