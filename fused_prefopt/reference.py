@@ -22,6 +22,7 @@ from fused_prefopt.fingerprint import (
 )
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.collated import completion_logps
+from fused_prefopt.integrations.evaluating import evaluating
 from fused_prefopt.integrations.fronted_forward import in_front
 from fused_prefopt.integrations.past_wrappers import batch_behind, past_wrappers
 from fused_prefopt.reference_cache import SUFFIX, Fingerprints, Known, ReferenceCache
@@ -150,16 +151,13 @@ def _run(
     description: str,
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """The indices of one batch after another, with its columns."""
-    training, vocab = model.training, input_vocab(model)
-    model.eval()
-    try:
+    vocab = input_vocab(model)
+    with evaluating(model):
         for indices in _bar(batches, progress, description):
             batch = collator([features[index] for index in indices])
             require_tokens("features", batch["input_ids"], vocab)
             columns = _logps(model, batch, "chosen_ids" in features[0])
             yield indices, {name: values.float().cpu() for name, values in columns.items()}
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

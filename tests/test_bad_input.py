@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from tiny_models import VOCAB, pair_features, point_features, tiny_llama
+from transformers import Trainer
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator, PointCollator, labels_of, tokenise_pairs
@@ -50,21 +51,42 @@ def trainer(folder, features, loss="simpo", collator=None, **options):
 
 # Missing reference
 
+REMEDIES = (
+    r"give reference=<model> or reference='adapter' \(the model without its PEFT adapter\) or"
+    " reference_cache=<folder> with one of them or rows with the columns of"
+    " `add_reference_logps`$"
+)
+
 
 def test_a_missing_reference_is_named_and_changes_nothing():
     model, batch = tiny_llama(), PairCollator(0)(pair_features(4))
     attachment = attach(model, fp.PreferenceLoss("alpha-dpo"))
     before = state_of(attachment.loss_fn)
-    with pytest.raises(ValueError, match="alpha-dpo needs `reference`: .* the reference model"):
+    with pytest.raises(ValueError, match=f"^alpha-dpo needs `reference`: .* model; {REMEDIES}"):
         model(**batch)
     assert_unchanged(attachment.loss_fn, before)
     assert attachment.pop_metrics("train") == {}
 
 
 def test_a_missing_reference_is_an_error_before_training(tmp_path):
-    with pytest.raises(ValueError, match="train_dataset: dpo needs `reference`"):
+    wanted = f"^train_dataset: dpo needs `reference`: .* model; {REMEDIES}"
+    with pytest.raises(ValueError, match=wanted):
         trainer(tmp_path, pair_features(8), "dpo", save_strategy="steps", save_steps=1)
+    plain = Trainer(
+        tiny_llama(),
+        arguments(tmp_path),
+        train_dataset=pair_features(8),
+        data_collator=PairCollator(0),
+    )
+    with pytest.raises(ValueError, match=wanted):
+        attach(plain, fp.PreferenceLoss("dpo"))
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_missing_divergence_is_not_to_be_had_from_a_cache(tmp_path):
+    with pytest.raises(ValueError, match="^train_dataset: tdpo1 needs `reference`") as caught:
+        trainer(tmp_path, pair_features(8), "tdpo1")
+    assert str(caught.value).endswith("or reference='adapter' (the model without its PEFT adapter)")
 
 
 # Wrong names
@@ -312,9 +334,10 @@ def test_nan_of_the_backbone_is_seen_in_loss_and_metrics(name):
 
 
 def test_nan_of_the_backbone_is_logged_by_a_trainer(tmp_path):
-    built = trainer(tmp_path, pair_features(8), max_steps=1, logging_nan_inf_filter=False)
+    built = trainer(tmp_path, pair_features(8), max_steps=1)
     with torch.no_grad():
         built.model.model.norm.weight[0] = math.nan
-    built.train()
+    with pytest.raises(FloatingPointError, match="step 1: got a loss of nan"):
+        built.train()
     (row,) = [row for row in built.state.log_history if "loss" in row]
     assert math.isnan(row["loss"]) and row["nonfinite"] == 4 * 2

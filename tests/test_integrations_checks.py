@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -333,3 +334,20 @@ def test_ktos_trainer_takes_an_adapter_on_the_head(tmp_path):
     run.train()
     trained = dict(run.model.named_parameters())
     assert any("lm_head.lora_B" in name and value.any() for name, value in trained.items())
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics"])
+def test_functions_of_logits_are_refused(tmp_path, name):
+    wanted = f"^{name}: got a function of logits, needs None: .*; log_tokens=True logs entropy"
+    features = pairs_with_reference()
+    with pytest.raises(ValueError, match=wanted):
+        trainer(tmp_path, train_dataset=features, **{name: print})
+    names = list(inspect.signature(Trainer).parameters)
+    by_place = {"model": tiny_llama(), "args": arguments(tmp_path), "optimizers": (None, None)}
+    by_place |= {"data_collator": PairCollator(0), "train_dataset": features}
+    given = [by_place.get(each) for each in names[: names.index(name)]]
+    with pytest.raises(ValueError, match=wanted):
+        PreferenceTrainer(*given, print, loss_fn=fp.PreferenceLoss("dpo"))
+    plain = Trainer(tiny_llama(), arguments(tmp_path), **{name: print})
+    with pytest.raises(ValueError, match=wanted):
+        attach(plain, fp.PreferenceLoss("simpo"))

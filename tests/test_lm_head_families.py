@@ -112,10 +112,11 @@ def test_check_head_finds_what_the_head_does_not_describe():
     model = family("granite")
     check_head(model)
     model.train()
+    model.model.norm.eval()
     model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 0.01 * logits**2)
     with pytest.raises(ValueError, match="GraniteForCausalLM does more than `LMHead` describes"):
         check_head(model)
-    assert model.training and model.model.training
+    assert model.training and model.model.training and not model.model.norm.training
 
 
 def test_a_layer_between_backbone_and_output_embedding_is_an_error():

@@ -8,7 +8,7 @@ from tiny_models import eager_sums, pair_features, point_features, tiny_llama
 
 from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.integrations import collated
-from fused_prefopt.reference import add_reference_logps
+from fused_prefopt.reference import add_reference_logps, dataset_logps
 
 
 @torch.no_grad()
@@ -79,6 +79,16 @@ def test_training_mode_and_forward_are_given_back():
     own = model.forward = lambda **_: None
     add_reference_logps(model, pair_features(2), PairCollator(0), progress=False)
     assert model.forward is own
+
+
+def test_a_module_frozen_in_eval_mode_stays_in_it():
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    for run in (add_reference_logps, dataset_logps):
+        run(model, pair_features(2), PairCollator(0), progress=False)
+        assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_the_cache_is_used_for_the_same_content_only(tmp_path):

@@ -121,6 +121,13 @@ def test_a_sample_ends_with_its_first_end_of_text(monkeypatch):
     assert [each["completion_ids"] for each in got] == [[7, 2], [8, 9, 9]]
 
 
+def test_sampling_leaves_a_module_frozen_in_eval_mode_in_it():
+    model = tiny_llama().train()
+    model.model.norm.eval()
+    sample(model, PROMPTS, 0, new_tokens=1)
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
+
+
 def test_the_policy_of_a_batch_is_that_of_the_models_logits():
     model = tiny_llama()
     points = [

@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from fused_prefopt.integrations.evaluating import evaluating
+
 _PROMPTS = 128
 
 
@@ -33,14 +35,12 @@ def sample(
     Returns:
         Features with `prompt_ids` and `completion_ids`; those that ended have the end's token.
     """
-    training = model.training
-    model.eval()
     starts = range(0, len(prompts), _PROMPTS)
     features = []
-    for start in tqdm(starts, desc=name) if name else starts:
-        chunk = [list(prompt) for prompt in prompts[start : start + _PROMPTS]]
-        features += _sample(model, chunk, pad_token_id, new_tokens)
-    model.train(training)
+    with evaluating(model):
+        for start in tqdm(starts, desc=name) if name else starts:
+            chunk = [list(prompt) for prompt in prompts[start : start + _PROMPTS]]
+            features += _sample(model, chunk, pad_token_id, new_tokens)
     return features
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,14 @@ from fused_prefopt.integrations.router_loss import wants_router_loss
 from fused_prefopt.integrations.step_metrics import StepMetrics
 from fused_prefopt.integrations.token_metrics import Weighed, token_metrics
 from fused_prefopt.integrations.wrappers import prompt_learners
+from fused_prefopt.losses.needs import WHAT_IT_IS
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import LMHead, LossOutput
 
 # Fields that a reference gives.
 OF_REFERENCE = frozenset({"reference", "prompt_reference", "sequence_kl"})
+# Says of a batch that its `rewards` are no data's: nothing of them is logged.
+MADE_UP_KEY = "made_up_rewards"
 # A reference, and its rows of the batch.
 Compared = tuple[Reference, Tensor]
 
@@ -49,6 +52,23 @@ def preference_outputs(
         ValueError: the loss needs a field that the batch does not have.
     """
     return _outputs(model, loss_fn, batch, given_fields(batch), of_tokens=False)[0]
+
+
+def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
+    """What to say of rows, where no reference is at hand, that lack what one gives.
+
+    Args:
+        loss_fn: the loss.
+        missing: at least one of `OF_REFERENCE`.
+    """
+    name = min(missing)
+    ways = ["reference=<model>", "reference='adapter' (the model without its PEFT adapter)"]
+    if "sequence_kl" not in missing:
+        ways += [
+            "reference_cache=<folder> with one of them",
+            "rows with the columns of `add_reference_logps`",
+        ]
+    return f"{loss_fn.name} needs `{name}`: {WHAT_IT_IS[name]}; give {' or '.join(ways)}"
 
 
 class Attachment:
@@ -153,8 +173,10 @@ class Attachment:
         for name in OF_REFERENCE:
             require_exact(name, extras[name])
         missing = {name for name in needs & OF_REFERENCE if extras[name] is None}
-        if not missing or self.reference is None:
+        if not missing:
             return extras, None
+        if self.reference is None:
+            raise ValueError(lacks_reference(self.loss_fn, missing))
         if "sequence_kl" in missing:
             return extras, (self.reference, self.reference.hidden(batch))
         return extras | self.reference.logps(batch, prompt="prompt_reference" in missing), None
@@ -200,6 +222,9 @@ def _outputs(
         metrics = output.metrics | {"aux_loss": loss.detach()}
         output = replace(output, loss=output.loss + coefficient * loss, metrics=metrics)
     weights = _weights(output, desirable) | tokens[1]
+    if batch.get(MADE_UP_KEY):
+        scores = [name for name in weights if name.startswith("reward_model/")]
+        weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
     return output, (output.metrics | tokens[0], weights)
 
 

@@ -1,4 +1,4 @@
-"""Whether the head that was read from a model is the one the model uses."""
+"""Whether a model's head is what was read from it, and whether anything has trained it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
-from fused_prefopt.integrations.causal_lm import inside_head, last_hidden, text_config, unwrapped
+from fused_prefopt.integrations.causal_lm import (
+    inside_head,
+    last_hidden,
+    readable_head,
+    text_config,
+    unwrapped,
+)
+from fused_prefopt.integrations.evaluating import evaluating
 from fused_prefopt.integrations.wrappers import prompt_learners
 from fused_prefopt.types import LMHead
 
 # Roundings of the largest logit that two orders of the same operations may be apart.
 _ROUNDINGS = 16
 _TOKENS = 8
+# Classes of models, by a part of their names, whose checkpoints have no language model's head.
+_OTHER_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "RewardModel",
+)
 
 
 @torch.no_grad()
@@ -35,9 +50,7 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
     wrapped, model = model, unwrapped(model)
     if input_ids is None:
         input_ids = _plain_tokens(text_config(model), model).to(next(model.parameters()).device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         asked = next(iter(prompt_learners(wrapped)), model)
         own: Tensor = asked(input_ids=input_ids, use_cache=False).logits
         own = own[:, own.shape[1] - input_ids.shape[1] :]
@@ -48,9 +61,6 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
             return head.logits(hidden)
 
         got = inside_head(model, last_hidden(wrapped, {"input_ids": input_ids}), logits)
-    finally:
-        for module in training:
-            module.training = True
     head = heads[0]
     own = own[..., : head.vocab]
     if got.shape != own.shape:
@@ -68,6 +78,58 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> LMHead:
             f" {type(model).__name__} does more than `LMHead` describes"
         )
     return head
+
+
+def require_trained_head(model: nn.Module, name: str = "model") -> None:
+    """Raise ValueError if a model's checkpoint had no head, which then is random.
+
+    It goes by the class that the checkpoint was saved as, in the model's config.
+
+    Args:
+        model: Hugging Face causal language model, PEFT-wrapped ones too.
+        name: of the model, for the message.
+    """
+    inner: Any = unwrapped(model)
+    config = getattr(inner, "config", None)
+    saved_as = getattr(config, "architectures", None) or []
+    folder = getattr(config, "_name_or_path", "")
+    if not folder or not saved_as or type(inner).__name__ in saved_as:
+        return
+    if all(map(_has_no_head, saved_as)) and not _is_tied(inner):
+        raise ValueError(
+            f"{name}: got a checkpoint ({folder}) of a {saved_as[0]}, which has no head of a"
+            f" {type(inner).__name__}, so this one's is random; needs a causal language model's"
+            f" checkpoint, or, where the head is trained after all, config.architectures="
+            f"[{type(inner).__name__!r}]"
+        )
+
+
+def require_causal_checkpoint(name: str, **options: Any) -> None:
+    """Raise ValueError if a checkpoint, to be loaded as the class it was saved as, has no head.
+
+    Args:
+        name: folder, or name on the hub.
+        **options: of `AutoConfig.from_pretrained`.
+    """
+    saved_as = AutoConfig.from_pretrained(name, **options).architectures or []
+    if saved_as and all(map(_has_no_head, saved_as)):
+        raise ValueError(
+            f"model: got a checkpoint ({name}) of a {saved_as[0]}, which has no language model's"
+            " head; needs a causal language model's checkpoint, or, where the head is tied to the"
+            " input embedding, the model that `AutoModelForCausalLM` loads from it"
+        )
+
+
+def _has_no_head(architecture: str) -> bool:
+    bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    return bare or any(part in architecture for part in _OTHER_HEADS)
+
+
+def _is_tied(model: Any) -> bool:
+    if model.config.tie_word_embeddings or text_config(model).tie_word_embeddings:
+        return True
+    head = readable_head(model).layer.weight
+    return any(value is head for value in model.get_input_embeddings().parameters())
 
 
 def _plain_tokens(config: Any, model: nn.Module) -> Tensor:

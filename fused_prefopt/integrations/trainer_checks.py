@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fused_prefopt.data import PairCollator, PointCollator
-from fused_prefopt.integrations.attachment import OF_REFERENCE
+from fused_prefopt.integrations.attachment import OF_REFERENCE, lacks_reference
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.collated import given_fields
 from fused_prefopt.integrations.past_wrappers import PREFERENCE_KEY
@@ -18,8 +18,23 @@ from fused_prefopt.preference import PreferenceLoss
 _FILLING = ("pad_token_id", "eos_token_id")
 
 
+def refuse_functions_of_logits(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if a trainer is given a function that would never be called.
+
+    Args:
+        given: what a trainer is given, or has, by name.
+    """
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}: got a function of logits, needs None: the loss is computed without them;"
+                " log_tokens=True logs entropy, mean logits and token accuracy"
+            )
+
+
 def require_trainer(trainer: Any) -> None:
     """Raise ValueError unless a `transformers.Trainer` leaves batches and the model as they are."""
+    refuse_functions_of_logits(vars(trainer))
     args = trainer.args
     if args.remove_unused_columns or trainer.label_names != [PREFERENCE_KEY]:
         raise ValueError(
@@ -76,7 +91,11 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
 
     def fields_of(row: Any) -> set[str]:
         given = given_fields(collator([row]))
-        return {name for name, value in given.items() if value is not None} | always
+        found = {name for name, value in given.items() if value is not None} | always
+        missing = loss_fn.loss.needs & OF_REFERENCE - found
+        if missing:
+            raise ValueError(lacks_reference(loss_fn, missing))
+        return found
 
     require_rows(trainer, loss_fn, fields_of)
 

@@ -15,8 +15,10 @@ from transformers import Trainer, TrainingArguments
 
 from fused_prefopt.integrations.attachment import OF_REFERENCE, Attachment, preference_outputs
 from fused_prefopt.integrations.causal_lm import backbone_of, readable_head
+from fused_prefopt.integrations.head_check import require_trained_head
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
+from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.past_wrappers import (
     PREFERENCE_KEY,
     PreparesExactly,
@@ -43,6 +45,7 @@ def attach(
     reference_cache: str | os.PathLike[str] | None = None,
     log_tokens: bool = False,
     router_coefficient: float | None = None,
+    on_nonfinite: str = "stop",
 ) -> Attachment:
     """Let `model.forward` return the preference loss of batches that carry `completion_mask`.
 
@@ -66,21 +69,34 @@ def attach(
             `mean_token_accuracy`; one more evaluation of the head a step.
         router_coefficient: of a mixture of experts' load-balancing loss, 0 for none; None adds it
             as the model does, where ``config.output_router_logits``.
+        on_nonfinite: what a trainer does where a step's loss or gradient is NaN or infinite, before
+            it moves a weight. "stop": logs the loss and raises `FloatingPointError`. "skip": leaves
+            the optimizer's step out, though not the learning rate schedule's, and logs
+            `skipped_steps` so far and the mean of the finite losses. "ignore": takes the step. In
+            fp16 the loss alone is judged, as the scaler skips infinite gradients itself; so it is
+            where the optimizer steps inside the backward pass (DeepSpeed), which cannot skip.
 
     Raises:
-        ValueError: the model's head or backbone cannot be told apart or read, the trainer's `args`
-            would drop or mistake the batch's columns or split it over GPUs, it makes its models
-            itself, the first row of a data set lacks what the loss needs, or the reference does
-            not fit.
+        ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
+            no head; the trainer's `args` would drop or mistake the batch's columns or split it over
+            GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
+            first row of a data set lacks what the loss needs, or the reference does not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
     if trainer is not None:
         require_trainer(trainer)
+    elif on_nonfinite != "stop":
+        raise ValueError(
+            f"on_nonfinite: got {on_nonfinite!r} with a model, needs the trainer that holds it"
+        )
     policy: nn.Module = model.model if isinstance(model, Trainer) else model
     # Their weights may be partitioned here.
     readable_head(policy), backbone_of(policy)
+    require_trained_head(policy)
     if reference is policy and reference_cache is None:
         raise ValueError("reference: got the model that trains, needs a reference_cache with it")
+    if isinstance(reference, nn.Module):
+        require_trained_head(reference, "reference")
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
     if loss_fn.ld_alpha is not None and "sequence_kl" in needs:
@@ -111,10 +127,11 @@ def attach(
         leave_out_ligers_loss(trainer.args)
         let_collator_check_tokens(trainer)
         _log_in(trainer, attachment)
+        mind_nonfinite(trainer, on_nonfinite)
     return attachment
 
 
-class LogsPreferences(KeepsLossState, PreparesExactly):
+class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
     """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
 
     compute_loss_func: Any
@@ -124,18 +141,21 @@ class LogsPreferences(KeepsLossState, PreparesExactly):
     ) -> Any:
         """The trainer's own, of fields that the model's wrappers do not round."""
         if PREFERENCE_KEY not in inputs or self.compute_loss_func is not None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+            found = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+            self.judge_before_backward(model, found[0] if return_outputs else found)
+            return found
         inputs = past_wrappers(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, **kwargs)  # type: ignore[misc]
         if loss is outputs["loss"]:
             loss = exact_loss(loss, inputs)
+        self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics of training since the last log to a log of training steps."""
         if "loss" in logs or "train_runtime" in logs:
             logs.update(self.attachment.pop_metrics("train"))
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Add the metrics of the evaluated data set, with its prefix.
@@ -165,10 +185,12 @@ class PreferenceTrainer(LogsPreferences, Trainer):
         data_collator: None takes the padding collator of `fused_prefopt.data` that fits the
             columns of the data.
         loss_fn: the loss.
-        reference, reference_cache, log_tokens: as in `attach`.
+        reference, reference_cache, log_tokens, on_nonfinite: as in `attach`.
 
     Raises:
         ValueError: as in `attach`; or there is no collator and the data are no token ids.
+        FloatingPointError: training meets a loss or gradient that is not finite, with
+            ``on_nonfinite="stop"``.
     """
 
     def __init__(
@@ -184,6 +206,7 @@ class PreferenceTrainer(LogsPreferences, Trainer):
         reference: nn.Module | str = "precomputed",
         reference_cache: str | os.PathLike[str] | None = None,
         log_tokens: bool = False,
+        on_nonfinite: str = "stop",
         **kwargs: Any,
     ) -> None:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
@@ -200,6 +223,7 @@ class PreferenceTrainer(LogsPreferences, Trainer):
             reference=reference,
             reference_cache=reference_cache,
             log_tokens=log_tokens,
+            on_nonfinite=on_nonfinite,
         )
 
 

@@ -12,8 +12,10 @@ from trl import DPOConfig, DPOTrainer
 
 from fused_prefopt.data.columns import SCORES, has_values
 from fused_prefopt.data.feature_columns import stacked
-from fused_prefopt.integrations.trl_parts import FusedOptions, FusesLoss
+from fused_prefopt.integrations.trl_options import FusedOptions
+from fused_prefopt.integrations.trl_parts import FusesLoss
 from fused_prefopt.integrations.trl_points import FusedKTOConfig, FusedKTOTrainer
+from fused_prefopt.integrations.trl_rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 
 REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -63,11 +65,13 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     refuses, trains like any other.
 
     Args:
-        *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`.
+        *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`, None for
+            the default one.
 
     Raises:
         ValueError: `args` is no `FusedDPOConfig`, or names an unknown or point-wise loss; the data
-            set lacks what the loss needs, or has images.
+            set lacks what the loss needs, has images, or a score or log-prob that is not finite;
+            there is a `compute_metrics`.
     """
 
     config_type = FusedDPOConfig
@@ -87,7 +91,9 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         batch = dict(inputs)
         separate = "reference" in self.needs and "sequence_kl" not in self.needs
         if separate and "ref_chosen_logps" not in batch:
-            logps = self.compute_ref_log_probs(self.ref_model or model, inputs)
+            # Not `or`: a compiled model has no truth value.
+            source = model if self.ref_model is None else self.ref_model
+            logps = self.compute_ref_log_probs(source, inputs)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = logps
         return self._loss_of(model, batch, return_outputs)
 
@@ -98,6 +104,12 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         given = {"reference", "sequence_kl"}
         return given | ({"rewards"} if has_values(row, SCORES) else set())
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        require_values(dataset_name, dataset, (*SCORES, *REFERENCES))
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,104 +1,45 @@
-"""What the fused trainers on top of TRL's share: their options, references and logs."""
+"""What the fused trainers on top of TRL's share: their references, steps and logs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import MISSING, Field, dataclass, field, fields
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import get_config_model_id, use_adapter
 
+from fused_prefopt.checks import require_choice
 from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
 from fused_prefopt.integrations.evaluating import evaluating
+from fused_prefopt.integrations.head_check import require_causal_checkpoint, require_trained_head
 from fused_prefopt.integrations.kept_rows import KeepsTeachingRows
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
+from fused_prefopt.integrations.nonfinite import CHOICES, MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.past_wrappers import PreparesExactly, exact_loss, past_wrappers
 from fused_prefopt.integrations.reference_pass import logps_through
-from fused_prefopt.integrations.trainer_checks import require_rows
+from fused_prefopt.integrations.trainer_checks import refuse_functions_of_logits, require_rows
 from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.trl_options import FusedOptions
+from fused_prefopt.integrations.trl_rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.statistics.gather import sum_over_ranks
 
 # A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
 _TUNERS = "BaseTunerLayer"
+# Options that a model's config is read with, of those that the model is loaded with.
+_OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
 LAYOUT = ("input_ids", "attention_mask", "completion_mask")
 
 
-@dataclass
-class FusedOptions:
-    """The options that a fused trainer adds to TRL's.
-
-    Args:
-        loss: name of a loss; see `fused_prefopt.available_losses()`.
-        loss_kwargs: its hyperparameters.
-        beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
-        workspace_mb: budget of the op in MiB.
-        engine: of the op; `auto`, `torch`, `cublas` or `triton`.
-        log_tokens: also log what TRL logs of single tokens (`entropy`, `logits/chosen`,
-            `logits/rejected`, of pairs `mean_token_accuracy`): one more evaluation of the head.
-    """
-
-    loss: str = field(default="dpo", metadata={"help": "Name of a loss."})
-    # A string of JSON on the command line, as transformers reads its own dictionaries.
-    loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Hyperparameters of the loss."}
-    )
-    beta: float | None = field(default=None, metadata={"help": "β, if not in `loss_kwargs`."})
-    workspace_mb: float = field(default=256, metadata={"help": "Workspace of the op in MiB."})
-    engine: str = field(default="auto", metadata={"help": "Engine of the op."})
-    log_tokens: bool = field(
-        default=False, metadata={"help": "Log entropy, mean logits and token accuracy."}
-    )
-
-    pairwise: ClassVar[bool] = True
-    # TRL's options that choose or shape its own loss, and those that are hyperparameters here too.
-    _trls_own: ClassVar[tuple[str, ...]] = ()
-    _shared: ClassVar[tuple[str, ...]] = ("beta",)
-
-    def build_loss(self) -> PreferenceLoss:
-        """The loss that the configuration names.
-
-        Raises:
-            ValueError: there is no such loss, it is not of the trainer's kind, an option of TRL's
-                own losses is given, or a hyperparameter is given twice.
-            TypeError: the loss has no such hyperparameter.
-        """
-        options: dict[str, Any] = dict(self.loss_kwargs or {})  # type: ignore[arg-type]
-        for item in fields(self):
-            name, value = item.name, getattr(self, item.name)
-            if name not in (*self._trls_own, *self._shared) or value == _default(item):
-                continue
-            if name in self._trls_own:
-                raise ValueError(
-                    f"{name}: got {value!r}, an option of TRL's own losses; name a loss in `loss`"
-                    " and give its hyperparameters in `loss_kwargs`"
-                )
-            if options.setdefault(name, value) != value:
-                raise ValueError(
-                    f"{name}: got {value!r} and {options[name]!r} in loss_kwargs, needs one of them"
-                )
-        loss_fn = PreferenceLoss(
-            self.loss,
-            workspace_mb=self.workspace_mb,
-            engine=self.engine,
-            ld_alpha=getattr(self, "ld_alpha", None),
-            **options,
-        )
-        if loss_fn.loss.pairwise != self.pairwise:
-            kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
-            raise ValueError(f"loss: {self.loss!r} is {kind}, wanted one on {wanted}")
-        return loss_fn
-
-
-class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
+class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
@@ -117,14 +58,22 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
     _metrics: dict[str, Any]
     _total_train_tokens: int
     _tp_size: int
+    _name: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        config = kwargs.get("args") or next((a for a in args if hasattr(a, "output_dir")), None)
+        given = signature(super().__init__).bind(*args, **kwargs)
+        config = given.arguments.get("args")
+        if config is None:
+            config = given.arguments["args"] = self._default_config(given.arguments["model"])
         if not isinstance(config, self.config_type):
             raise ValueError(
                 f"args: got {type(config).__name__}, wanted a {self.config_type.__name__}"
             )
+        refuse_functions_of_logits(given.arguments)
+        if isinstance(given.arguments["model"], str):
+            require_causal_checkpoint(given.arguments["model"], **_of_config(config))
         loss_fn = config.build_loss()
+        require_choice("on_nonfinite", config.on_nonfinite, CHOICES)
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
         self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}
@@ -135,9 +84,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
                 f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
             )
         with _given(config, **self._given_to_trl(config, loss_fn)), _any_head(self):
-            super().__init__(*args, **kwargs)
+            super().__init__(*given.args, **given.kwargs)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
+        if self.ref_model is not None:
+            require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
             raise ValueError("train_dataset: got images, needs texts only")
         require_rows(self, loss_fn, self._fields_of, streams=True)
@@ -151,6 +102,13 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
             log_tokens=config.log_tokens,
             router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
+        mind_nonfinite(self, config.on_nonfinite)
+
+    def _default_config(self, model: Any) -> FusedOptions:
+        """The configuration that TRL makes where it is given none."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        folder = f"{name.split('/')[-1]}-{self._name}"
+        return self.config_type(output_dir=folder)  # type: ignore[call-arg]
 
     def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
         """Options as TRL's own constructor must see them."""
@@ -190,7 +148,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
         self._new_tokens = 0
         if metrics:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.needs_reference:
@@ -199,7 +157,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         key = (self._precompute_model_hash, *own)
         with _given(self, _precompute_model_hash=key):
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+            found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+        require_values(
+            name, found, [each for each in found.column_names if each.startswith("ref_")]
+        )
+        return found
 
     def _loss_of(self, model: Any, batch: dict[str, Any], return_outputs: bool) -> Any:
         if self.model.training:
@@ -207,6 +169,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
         arguments = past_wrappers(batch)
         outputs = model(**arguments)
         loss = exact_loss(outputs["loss"], arguments)
+        self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
     def _at_every_step(self) -> Any:
@@ -220,7 +183,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, KeepsTeachingRows):
                 " precomputed log-probs nor a copy of an adapter give; needs a reference model or a"
                 " new adapter"
             )
-        return self.ref_model or "adapter"
+        return "adapter" if self.ref_model is None else self.ref_model
 
     def _logps(
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
@@ -262,12 +225,14 @@ def _any_head(trainer: Any) -> Iterator[None]:
         yield
 
 
+def _of_config(args: Any) -> dict[str, Any]:
+    """How to read the config of a model that TRL loads by its name."""
+    options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return {name: value for name, value in options.items() if name in _OF_CONFIGS}
+
+
 class _NoLayer:
     """A class of which no layer is."""
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 @contextmanager

@@ -24,13 +24,20 @@ from fused_prefopt.data.columns import (
     row_at,
 )
 from fused_prefopt.data.feature_columns import stacked
-from fused_prefopt.integrations.trl_parts import LAYOUT, FusedOptions, FusesLoss
+from fused_prefopt.integrations.attachment import MADE_UP_KEY
+from fused_prefopt.integrations.trl_options import FusedOptions
+from fused_prefopt.integrations.trl_parts import LAYOUT, FusesLoss
+from fused_prefopt.integrations.trl_rows import LABEL, require_values
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 from fused_prefopt.statistics.gather import sum_over_ranks
 
 GROUP, PROMPT_REFERENCE = "group", "ref_prompt_logps"
 REFERENCES = ("ref_logps", "ref_KL_logps", PROMPT_REFERENCE)
+# Columns of values that reach the loss.
+_VALUES = (LABEL, *RATINGS, *SCORES, *REFERENCES)
+# Scores that stand for labels, in a batch of the collator.
+_LABEL_REWARDS = "label_rewards"
 
 
 @dataclass
@@ -53,13 +60,13 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     """`trl.KTOTrainer` whose loss is one of this package's, computed without logits.
 
     Rows are `prompt`, `completion` and `label` (desirable or not), a `reward`, `score` or `rating`
-    (without one DRO's is ±1 by the label), or both, and a `group` (DRO's mean over the completions
-    of a prompt); pairs become two rows, with their scores and a group. TRL's tokenisation,
-    reference handling (model, adapter switch, precomputed) and logging stay as they are; rows that
-    truncation leaves without a label are dropped, and a log message counts them. KTO's `kl` is
-    estimated as TRL does, from completions set behind another prompt of their batch; a loss
-    without it skips those two passes and takes any order of the rows and any batch size. The
-    statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
+    (without one DRO's is ±1 by the label, which no log shows), or both, and a `group` (DRO's mean
+    over the completions of a prompt); pairs become two rows, with their scores and a group. TRL's
+    tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
+    are; rows that truncation leaves without a label are dropped, and a log message counts them.
+    KTO's `kl` is estimated as TRL does, from completions set behind another prompt of their batch;
+    a loss without it skips those two passes and takes any order of the rows and any batch size.
+    The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
     over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
@@ -67,11 +74,13 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     neighbour, which makes `kl` its log-ratio.
 
     Args:
-        *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`.
+        *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`, None for
+            the default one.
 
     Raises:
         ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
-            set lacks what the loss needs, or has images.
+            set lacks what the loss needs, has images, a score or log-prob that is not finite, or a
+            label that is no bool, 0 or 1; there is a `compute_metrics`.
     """
 
     config_type = FusedKTOConfig
@@ -90,7 +99,9 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         """The fused loss of a batch from TRL's collator."""
         names = (*LAYOUT, "rewards", "groups")
         batch = {name: inputs[name] for name in names if name in inputs}
-        batch["desirable"] = inputs["label"].bool()
+        batch["desirable"] = inputs[LABEL].bool()
+        if _LABEL_REWARDS in inputs:
+            batch |= {"rewards": inputs[_LABEL_REWARDS], MADE_UP_KEY: True}
         reference = self._reference_fields(model, inputs)
         reference_kl = reference.pop("kl", None)
         if reference_kl is not None:
@@ -114,7 +125,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         """`reference`, `prompt_reference` and the reference's part of `kl`, where they are used."""
         if not self.needs_reference:
             return {}
-        source = self.ref_model or model
+        source = model if self.ref_model is None else self.ref_model
         if "prompt_reference" in self.needs:
             if PROMPT_REFERENCE in inputs:
                 own, prompt = inputs["ref_logps"], inputs[PROMPT_REFERENCE]
@@ -147,6 +158,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
+        require_values(dataset_name, dataset, _VALUES)
         row = next(iter(dataset))
         if all(name in row for name in (*PAIR, *SCORES)):
             if "prompt" not in row:
@@ -182,7 +194,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             }
             for row in dataset
         ]
-        model = self.ref_model or self.model
+        model = self.model if self.ref_model is None else self.ref_model
         with self._as_reference(model), self.accelerator.autocast():
             rows = add_reference_logps(
                 model,
@@ -240,13 +252,13 @@ class _PointFields:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         for index, example in enumerate(examples):
-            judgement("label", example["label"], f"feature {index}")
+            judgement(LABEL, example[LABEL], f"feature {index}")
         batch = self.collator(examples)
         first = examples[0]
         column = next((name for name in RATINGS if name in first), None)
         if column is None:
             if self.needs_rewards:
-                batch["rewards"] = 2.0 * batch["label"].float() - 1.0
+                batch[_LABEL_REWARDS] = 2.0 * batch[LABEL].float() - 1.0
         elif all(has_values(example, (column,)) for example in examples):
             batch["rewards"] = stacked(examples, column)
         if GROUP in first:
