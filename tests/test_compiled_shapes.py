@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from data_tokenizer import tiny_tokenizer
+from datasets import Dataset
+from tiny_models import tiny_llama
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -93,6 +96,7 @@ LOSSES = {
     "dro": ("reference", "rewards", "prompt_reference", "prompt_labels"),
     "kto": ("reference", "desirable"),
     "beta-dpo": ("reference",),
+    "beta-simpo": (),
     "tdpo2": ("ref_hidden", "ref_head"),
 }
 
@@ -130,7 +134,9 @@ def test_the_op_for_shape_after_shape(name, backend):
 
 
 def loss_of(name):
-    loss_fn = fp.PreferenceLoss(name)
+    # Both of its baselines, and so every statistic that there is.
+    options = {"statistics": "reference"} if name == "beta-simpo" else {}
+    loss_fn = fp.PreferenceLoss(name, **options)
 
     def loss(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
         given = {"ref_head": weight.detach() / 2} | batch
@@ -206,3 +212,40 @@ def test_a_trainer_with_torch_compile(tmp_path):
     eager, compiled = (losses_of_training(each, tmp_path) for each in (None, "aot_eager"))
     assert len(set(eager)) == 4
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+def test_trls_trainers_with_torch_compile_and_a_reference(kind, tmp_path):
+    trl = pytest.importorskip("fused_prefopt.integrations.trl")
+    texts = {"prompt": ["the cat", "the mat sat on", "cat"] * 4}
+    sides = {"chosen": [" sat on mat", " 1 2", " the mat on"], "rejected": [" on", " sat", " 1 1"]}
+    labels = {"completion": sides["chosen"] * 4, "label": [True, False] * 6}
+    columns = {name: values * 4 for name, values in sides.items()} if kind == "DPO" else labels
+    config, make = getattr(trl, f"Fused{kind}Config"), getattr(trl, f"Fused{kind}Trainer")
+    losses = []
+    for backend in (None, "aot_eager"):
+        torch.compiler.reset()
+        args = config(
+            output_dir=str(tmp_path),
+            bf16=False,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            torch_compile=backend is not None,
+            torch_compile_backend=backend,
+            gradient_checkpointing=False,
+        )
+        trainer = make(
+            tiny_llama(),
+            tiny_llama(seed=1),
+            args=args,
+            train_dataset=Dataset.from_dict(texts | columns),
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

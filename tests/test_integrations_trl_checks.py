@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -97,25 +98,28 @@ NUMBERS = [
 LABELS_OF_NONE = [("KTO", "label", -1), ("KTO", "label", 2), ("KTO", "label", "false")]
 
 
-def wanted_of(column, value):
-    needs = "True, False, 1 or 0" if column == "label" else "a finite number or None"
-    row = 0 if isinstance(value, str) else 5
-    return (
-        f"got {column}={value!r} in row {row}{{}}, needs {needs}; correct the row or leave it out$"
-    )
+def wanted_of(column, value, where):
+    wanted = "true or false, or 1 or 0; map" if column == "label" else "a finite number; repair"
+    return re.escape(f"{column}: got {value!r} in {where}, wanted {wanted}")
+
+
+def row_of(value):
+    return f"row {0 if isinstance(value, str) else 5} (counted from 0)"
 
 
 @pytest.mark.parametrize(("kind", "column", "value"), NUMBERS + LABELS_OF_NONE)
 def test_a_value_that_no_loss_can_take_is_refused_with_its_row(tmp_path, kind, column, value):
     make, config, data = KINDS[kind]
-    wanted, bad = wanted_of(column, value).format(""), spoiled(kind, column, value)
+    bad, row = spoiled(kind, column, value), row_of(value)
     given = {"train_dataset": bad, "processing_class": tiny_tokenizer()}
     given["ref_model"] = tiny_llama(5)
     args = config(**options(tmp_path))
-    with pytest.raises(ValueError, match=f"^train_dataset: {wanted}"):
+    wanted = wanted_of(column, value, f"{row} of train_dataset")
+    with pytest.raises(ValueError, match=f"^{wanted}"):
         make(tiny_llama(), args=args, **given)
     given |= {"train_dataset": data(), "eval_dataset": {"hard": bad}}
-    with pytest.raises(ValueError, match=rf"^eval_dataset\['hard'\]: {wanted}"):
+    wanted = wanted_of(column, value, f"{row} of eval_dataset['hard']")
+    with pytest.raises(ValueError, match=f"^{wanted}"):
         make(tiny_llama(), args=args, **given)
 
 
@@ -126,8 +130,7 @@ def test_in_a_stream_it_is_refused_when_it_comes(tmp_path, kind, column, value):
     stream = IterableDataset.from_generator(lambda: iter(bad))
     args = config(**options(tmp_path, per_device_train_batch_size=8, max_steps=1))
     run = trainer(make, args, stream, ref_model=tiny_llama(5))
-    wanted = wanted_of(column, value).format(" of a batch")
-    with pytest.raises(ValueError, match=f"^data set: {wanted}"):
+    with pytest.raises(ValueError, match=f"^{wanted_of(column, value, 'feature 5')}"):
         run.train()
 
 
@@ -137,7 +140,7 @@ def test_a_reference_that_gives_nan_is_refused_before_training(tmp_path, kind):
     reference = tiny_llama(5)
     torch.nn.init.constant_(reference.model.norm.weight, math.nan)
     args = config(**options(tmp_path, precompute_ref_log_probs=True))
-    with pytest.raises(ValueError, match=r"^train_dataset: got ref_\w+=nan in row 0, needs a fin"):
+    with pytest.raises(ValueError, match=r"^ref_\w+: got nan in row 0 .*of train_dataset"):
         trainer(make, args, data(), ref_model=reference)
 
 
