@@ -61,7 +61,7 @@ def test_missing_field(name, field):
 
 
 def test_unknown_loss():
-    with pytest.raises(ValueError, match="'gama-dpo' .did you mean 'gamma-dpo'.*known: alpha-dpo"):
+    with pytest.raises(ValueError, match="'gama-dpo' .did you mean 'gamma-dpo'.*losses` lists all"):
         find("gama-dpo")
 
 

@@ -133,12 +133,14 @@ def find(name: str) -> LossSpec:
     """The registered loss of a name or alias; case and "_" for "-" do not matter.
 
     Raises:
-        ValueError: there is none; the message lists the closest names and all of them.
+        ValueError: there is none; the message has the closest names.
     """
     key = name.lower().replace("_", "-")
     if key not in _NAMES:
-        known = ", ".join(sorted(_SPECS))
-        raise ValueError(f"unknown loss {name!r}{closest(key, _NAMES)}; known: {known}")
+        raise ValueError(
+            f"unknown loss {name!r}{closest(key, _NAMES)}; `fused-prefopt losses` lists all"
+            f" {len(_SPECS)}"
+        )
     return _SPECS[_NAMES[key]]
 
 
