@@ -193,6 +193,7 @@ def test_an_untrained_model_gets_a_tokenizer_of_the_data_and_the_seed_decides(tm
         ({"max_stepz": 3}, "unknown key 'max_stepz' (did you mean 'max_steps'"),
         ({"peft": {"r": "x"}}, "peft: r: got 'x', wanted an integer >= 1"),
         ({"loss_kwargs": {"beta": "big"}}, "loss: beta: got 'big', wanted a finite number > 0"),
+        ({"loss": "gamma-dpo", "loss_kwargs": {"queue": "no"}}, "loss: queue: got 'no', wanted Tr"),
         ({"loss_kwargs": {"path": "x"}}, "loss: path: got 'x', wanted one of 'auto', 'evaluate'"),
         ({"loss_kwargs": {"drop_mass": 7}}, "loss: drop_mass: got 7, wanted a finite number"),
         ({"loss_kwargs": {"engine": "torch"}}, "loss_kwargs: got engine, needs it as a key of its"),

@@ -79,6 +79,10 @@ class LossSpec:
                 f"{self.name} has no hyperparameter {unknown!r}"
                 f"{closest(unknown, defaults)}; it accepts {accepted}"
             )
+        for name, value in hyperparameters.items():
+            # Any value would be taken for one of the two: YAML's `no` is a text, and true.
+            if isinstance(defaults[name], bool) and not isinstance(value, bool):
+                raise ValueError(f"{name}: got {value!r}, wanted True or False")
         return self.factory(**hyperparameters)
 
     def info(self) -> LossInfo:
