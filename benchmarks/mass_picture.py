@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.mass_study import DROPS
 from benchmarks.pictures import FAINT, OURS, STYLE, pyplot, save
 from fused_prefopt.ops.dropped_mass import PART
+from fused_prefopt.report import legends_below
 
 
 def draw_masses(content: Mapping[str, Any], path: Path) -> None:
@@ -16,6 +17,7 @@ def draw_masses(content: Mapping[str, Any], path: Path) -> None:
     with pyplot.rc_context(STYLE):
         figure, (errors, times) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
         _draw_panels(content, errors, times)
+        legends_below(figure)
         save(figure, path)
 
 
@@ -62,4 +64,3 @@ def _draw_panels(content: Mapping[str, Any], errors: Any, times: Any) -> None:
     times.set_ylim(bottom=0)
     for panel in (errors, times):
         panel.grid(color=FAINT)
-        panel.legend(frameon=False, fontsize=7)

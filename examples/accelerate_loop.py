@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from preference_task import small_llama
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    get_cosine_schedule_with_warmup,
+)
 
 import fused_prefopt as fp
 from fused_prefopt import data
 from fused_prefopt.integrations.transformers import attach, past_wrappers
 from fused_prefopt.reference import add_reference_logps
+
+MODEL, STEP = "model", "step.txt"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,13 +48,16 @@ def train(
     options: argparse.Namespace, model: PreTrainedModel, pairs: Any, collator: data.PairCollator
 ) -> None:
     """Train on pairs of token ids; leaves a log, checkpoints and the model in the output folder."""
-    options.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         mixed_precision=options.precision, gradient_accumulation_steps=options.accumulation
     )
     done, checkpoint = last_checkpoint(options.output)
     if checkpoint and not options.resume:
         raise SystemExit(f"{checkpoint} is there: --resume from it, or name another --output")
+    if checkpoint and finished_step(options.output) == done >= options.steps:
+        accelerator.print(f"already finished at step {done}")
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
 
     model.to(accelerator.device)
     loss_fn = fp.PreferenceLoss(options.loss)
@@ -85,13 +95,21 @@ def train(
             if not accelerator.sync_gradients:
                 continue
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), options.max_norm)
+            mean = accelerator.reduce(total, "mean")
             # NaN must not reach the weights; fp16's scaler sees to that itself, and learns from it.
-            if norm.isfinite() or accelerator.scaler is not None:
+            scaled = accelerator.scaler is not None
+            skipped = not (mean.isfinite() and (scaled or norm.isfinite()))
+            if skipped:
+                found = f"step {done + 1}: the loss is {mean:.4g}, the gradient's norm {norm:.4g}"
+                if options.on_nonfinite == "stop":
+                    raise SystemExit(f"{found}: stopped; --on-nonfinite=skip leaves such steps out")
+                accelerator.print(f"{found}: skipped")
+            if scaled or not skipped:
                 optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
         done += 1
-        row = {"step": done, "loss": accelerator.reduce(total, "mean").item(), "norm": norm.item()}
+        row = {"step": done, "loss": mean.item(), "norm": norm.item(), "skipped": int(skipped)}
         row |= attachment.pop_metrics("train")
         total.zero_()
         bar.update()
@@ -105,7 +123,7 @@ def train(
     attachment.detach()
     state = accelerator.get_state_dict(wrapped)
     if accelerator.is_main_process:
-        model.save_pretrained(options.output / "model", state_dict=state)
+        save_model(model, state, options.output / MODEL, done)
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
@@ -115,6 +133,21 @@ def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         unfinished.rename(folder)
+
+
+def save_model(model: PreTrainedModel, state: dict[str, Any], folder: Path, step: int) -> None:
+    """The model and the step it is of, also elsewhere first."""
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    model.save_pretrained(unfinished, state_dict=state)
+    (unfinished / STEP).write_text(str(step))
+    shutil.rmtree(folder, ignore_errors=True)  # of fewer steps
+    unfinished.rename(folder)
+
+
+def finished_step(output: Path) -> int | None:
+    """Steps of the model that a run has left at its end, if it has come that far."""
+    path = output / MODEL / STEP
+    return int(path.read_text()) if path.is_file() else None
 
 
 def last_checkpoint(output: Path) -> tuple[int, Path | None]:
@@ -137,10 +170,20 @@ def small_task(options: argparse.Namespace) -> tuple[PreTrainedModel, Any, data.
     documents = data.load_documents()
     texts = [text for document in documents for text in data.paragraphs(document)]
     tokenizer = data.train_tokenizer(texts, vocab_size=2048)
-    model = small_llama(tokenizer, options.max_length, hidden_size=96, layers=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=options.max_length,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     records = data.make_pairs(documents, seed=options.seed, limit=options.limit)
     pairs = data.tokenise_pairs(records, tokenizer, options.max_length, options.max_length // 2)
-    return model, pairs, data.PairCollator(tokenizer.pad_token_id)
+    return LlamaForCausalLM(config), pairs, data.PairCollator(tokenizer.pad_token_id)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -158,6 +201,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--precision", default="bf16", choices=["no", "bf16", "fp16"], help="of autocast")
     add("--learning-rate", type=float, default=1e-3, help="after warming up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add(
+        "--on-nonfinite",
+        default="stop",
+        choices=["stop", "skip"],
+        help="loss or gradient: what then",
+    )
     add("--save-every", type=int, default=10, help="steps between checkpoints")
     add("--limit", type=int, default=400, help="pairs to train on at most")
     add("--max-length", type=int, default=64, help="tokens of prompt and completion")

@@ -19,7 +19,10 @@ _COMMANDS: dict[str, ModuleType] = {
     "report": report,
     "losses": losses,
 }
-_EXIT_CODES = "Exit status: 0 done, 1 a finding of doctor or tune, 2 something to put right."
+_EXIT_CODES = (
+    "Exit status: 0 done; 1 a finding of doctor or tune, or a loss that was not finite and stopped"
+    " a training; 2 something to put right; 130 interrupted; 141 the reader of the output left."
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,12 +32,26 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: words after the program's name; those of the process by default.
 
     Returns:
-        0, or 1 where `doctor` finds a fault or `tune` no GPU, or 2 where the user has to put
-        something right, which is then said on the standard error stream.
+        0, or 1 where `doctor` finds a fault, `tune` no GPU or a training a loss or gradient that
+        is not finite, or 2 where the user has to put something right, which is then said on the
+        standard error stream. As of a program that a signal ends: 130 where the user interrupts
+        it, 141 where whoever reads its output leaves.
 
     Raises:
         SystemExit: the words are no command (2), or ask for help (0).
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141
+
+
+def _run(arguments: list[str] | None) -> int:
     options, others = _parser().parse_known_args(arguments)
     try:
         if others and not hasattr(options, "overrides"):
@@ -43,12 +60,22 @@ def main(arguments: list[str] | None = None) -> int:
             options.overrides = others
         return int(options.run(options))
     except UserError as error:
-        print(f"fused-prefopt: {error}", file=sys.stderr)
+        lines = [line.strip() for line in str(error).splitlines()]
+        print(f"fused-prefopt: {' '.join(filter(None, lines))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fused-prefopt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _reader_left() -> bool:
+    """Whether the standard output is closed (`| head`); then nothing is left to flush at exit."""
+    try:
+        print(flush=True)
     except BrokenPipeError:
-        # Whoever read the output has closed it (`| head`); nothing is left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _PICTURES = {
     ),
     "logps": ("summed log-prob, nats", ("logps/chosen", "logps/rejected", "logps/mean")),
 }
+_LONG_LABEL, _LEGEND_ROW = 24, 0.22  # characters; inches
 _LABELS = {"rewards/margins": "reward margin", "margin/mean": "target margin γ_i, mean ± std"}
 
 
@@ -58,7 +60,6 @@ def plot_margins(before: Tensor, after: Mapping[str, Tensor], path: Path) -> Non
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(name)
         axis.set_xlabel("log-prob margin, nats per token")
-        axis.legend()
     axes[0].set_ylabel("held-out pairs")
     _save(figure, path)
 
@@ -79,7 +80,6 @@ def plot_target_margins(
     axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label="γ₀")
     axis.set_xlabel("reward margin r_w − r_l")
     axis.set_ylabel("target margin γ_i")
-    axis.legend()
     _save(figure, path)
 
 
@@ -98,7 +98,6 @@ def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker=".", label=metric)
         axis.set_title(name)
         axis.set_xlabel("optimizer step")
-        axis.legend()
     axes[0].set_ylabel("implicit reward")
     _save(figure, path)
 
@@ -130,10 +129,27 @@ def plot_histories(histories: Mapping[str, History], folder: Path) -> list[Path]
                 _curve(axis, history, metric, label if alone else name, color)
             axis.set_title(next(iter(histories)) if alone else label)
             axis.set_xlabel("optimizer step")
-            axis.legend()
         written.append(folder / f"{picture}.png")
         _save(figure, written[-1])
     return written
+
+
+def legends_below(figure: Any) -> None:
+    """Give each axis of a figure its legend below it, where no curve runs, and room for that.
+
+    Args:
+        figure: of matplotlib, with a layout that arranges it; it becomes higher.
+    """
+    rows = 0
+    for axis in figure.axes:
+        labels = axis.get_legend_handles_labels()[1]
+        if labels:
+            columns = 1 if max(map(len, labels)) > _LONG_LABEL else 2
+            # Of the axis the edge, and below it ticks and their label, in units of the font size.
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.8}
+            axis.legend(ncols=columns, frameon=False, **place)
+            rows = max(rows, math.ceil(len(labels) / columns))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * rows)
 
 
 def _curve(axis: Any, history: History, metric: str, label: str, color: str) -> None:
@@ -165,5 +181,6 @@ def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
 
 
 def _save(figure: Any, path: Path) -> None:
+    legends_below(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

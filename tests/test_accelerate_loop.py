@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import accelerate_loop
@@ -130,23 +134,44 @@ def test_accumulation_equals_one_larger_batch(tmp_path, monkeypatch):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["gamma-simpo", "alpha-dpo", "beta-dpo"])
-def test_a_batch_of_nan_leaves_weights_and_statistics_as_they_were(tmp_path, loss):
-    """Its loss and metrics are NaN in the log, its pairs are counted, training goes on."""
+def nan_in_pass(number: int):
+    """A hook that makes one forward pass of the training give NaN."""
     passes = []
 
     def hook(module, _, output):
         passes.append(module.training)
-        if sum(passes) == 5:
+        if sum(passes) == number:
             output.last_hidden_state = output.last_hidden_state * torch.nan
         return output
 
-    run(tmp_path, hook=hook, loss=loss, accumulation=1, save_every=1)
+    return hook
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_of_nan_stops_the_run_before_a_weight_is_touched(tmp_path, accumulation):
+    given = {"loss": "gamma-simpo", "accumulation": accumulation, "save_every": 1}
+    with pytest.raises(SystemExit, match="step 5: the loss is nan, the gradient's norm nan: stop"):
+        run(tmp_path, hook=nan_in_pass(5 * accumulation), **given)
+    assert accelerate_loop.last_checkpoint(tmp_path)[0] == 4 == len(log(tmp_path))
+    assert not (tmp_path / "model").exists()
+    run(tmp_path, "--resume", **given)
+    run(tmp_path / "whole", **given)
+    assert_same_run(tmp_path / "whole", tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["gamma-simpo", "alpha-dpo", "beta-dpo"])
+def test_a_batch_of_nan_that_is_skipped_leaves_weights_and_statistics(tmp_path, loss, capsys):
+    """Its loss and metrics are NaN in the log, its pairs are counted, training goes on."""
+    hook = nan_in_pass(5)
+    given = {"loss": loss, "accumulation": 1, "on_nonfinite": "skip"}
+    run(tmp_path, hook=hook, save_every=1, **given)
     rows = log(tmp_path)
     finite = [row["step"] for row in rows if torch.tensor(list(row.values())).isfinite().all()]
     assert finite == [step for step in range(1, STEPS + 1) if step != 5]
     assert not torch.tensor([rows[4]["loss"], rows[4]["norm"]]).isfinite().any()
     assert rows[4]["nonfinite"] == 2
+    assert [row["skipped"] for row in rows] == [0] * 4 + [1] + [0] * 4
+    assert capsys.readouterr().out == "step 5: the loss is nan, the gradient's norm nan: skipped\n"
     before, after = (state(tmp_path, step) for step in (4, 5))
     assert_bit_equal(before["optimizer.bin"]["state"], after["optimizer.bin"]["state"])
     statistics = [each["custom_checkpoint_0.pkl"] for each in (before, after)]
@@ -158,7 +183,7 @@ def test_a_batch_of_nan_leaves_weights_and_statistics_as_they_were(tmp_path, los
     assert counts == [0, 2]
     weights = [tmp_path / f"checkpoint-{step}" / "model.safetensors" for step in (4, 5, 6)]
     assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
-    run(tmp_path, "--resume", loss=loss, accumulation=1, steps=STEPS + 1)
+    run(tmp_path, "--resume", steps=STEPS + 1, **given)
     assert len(log(tmp_path)) == STEPS + 1
 
 
@@ -166,8 +191,54 @@ def test_a_folder_with_checkpoints_is_only_continued_on_demand(tmp_path):
     run(tmp_path, loss="simpo")
     with pytest.raises(SystemExit, match="checkpoint-9 is there: --resume"):
         run(tmp_path, loss="simpo")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
+    run(tmp_path, loss="simpo")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    capsys.readouterr()
     run(tmp_path, "--resume", loss="simpo")
-    assert len(log(tmp_path)) == STEPS
+    assert capsys.readouterr().out == f"already finished at step {STEPS}\n"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files} == before
+    run(tmp_path, "--resume", loss="simpo", steps=STEPS + 1)
+    assert len(log(tmp_path)) == STEPS + 1
+    assert (tmp_path / "model" / "step.txt").read_text() == str(STEPS + 1)
+
+
+def test_a_run_killed_before_its_model_is_written_writes_it_without_a_step(tmp_path, monkeypatch):
+    run(tmp_path / "whole", loss="gamma-simpo")
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate_loop, "save_model", killed)
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", loss="gamma-simpo")
+    run(tmp_path / "killed", "--resume", loss="gamma-simpo")
+    assert len(log(tmp_path / "killed")) == STEPS
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_the_example_runs_alone_in_an_empty_folder(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    shutil.copy(root / "examples" / "accelerate_loop.py", tmp_path)
+    words = "--steps=2 --limit=16 --max-length=32 --batch-size=2 --accumulation=1".split()
+    for resume in ([], ["--resume"]):
+        done = subprocess.run(
+            [sys.executable, "accelerate_loop.py", "--output=out", *words, *resume],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "already finished at step 2\n"
+    assert len(log(tmp_path / "out")) == 2
 
 
 @pytest.mark.slow

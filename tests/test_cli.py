@@ -32,7 +32,9 @@ def test_help_names_every_command_and_the_exit_statuses(capsys):
     text = capsys.readouterr().out
     for command in COMMANDS:
         assert f"\n    {command}" in text
-    assert "Exit status: 0 done, 1" in text
+    said = " ".join(text.split())
+    for status in ("0 done;", "1 a finding of doctor", "2 something to put right", "130 interrupt"):
+        assert status in said.partition("Exit status: ")[2], status
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -63,20 +65,32 @@ def test_words_that_are_no_command_end_with_2(capsys):
         assert "Traceback" not in capsys.readouterr().err
 
 
-def test_losses_is_a_table_of_every_loss(capsys):
+def test_losses_is_a_table_of_every_loss_that_fits_100_columns(capsys):
     text, _ = said(capsys, "losses")
-    heading, _, *rows = text.splitlines()
-    assert heading.split() == ["loss", "judges", "needs", "hyperparameters", "paper"]
-    paper = heading.index("paper")
-    assert [row.split()[0] for row in rows] == list(available_losses())
+    heading, _, *lines = text.partition("\n\n")[0].splitlines()
+    assert max(map(len, text.splitlines())) <= 100
+    assert heading.split() == ["loss", "judges", "needs", "hyperparameters"]
+    starts = [heading.index(word) for word in heading.split()]
+    rows: list[list[str]] = []
+    for line in lines:
+        cells = [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        if cells[0]:
+            rows.append(cells)
+        else:  # goes on from the line above
+            rows[-1] = [" ".join(filter(None, both)) for both in zip(rows[-1], cells, strict=True)]
+    assert [row[0] for row in rows] == list(available_losses())
     for row, (name, info) in zip(rows, available_losses().items(), strict=True):
-        judged = row[heading.index("judges") : heading.index("needs")].strip()
-        assert judged == ("pairs" if info.pairwise else "completions"), name
-        assert row[heading.index("needs") :].startswith(", ".join(info.needs) or "-"), name
-        options = row[heading.index("hyperparameters") : paper].strip()
-        given = ", ".join(f"{k}={v!r}" for k, v in info.defaults.items())
-        assert options == (given or "-"), name
-        assert row[paper:] == info.paper, name
+        assert row[1] == ("pairs" if info.pairwise else "completions"), name
+        assert row[2] == (", ".join(info.needs) or "-"), name
+        options = ", ".join(f"{k}={v!r}" for k, v in info.defaults.items()) or "-"
+        begun = row[3].removesuffix(" …")
+        assert options.startswith(begun) and (begun == options or len(begun) > 50), name
+
+
+@pytest.mark.parametrize("name", [*available_losses(), *published_settings()])
+def test_one_loss_fits_100_columns(capsys, name):
+    text, _ = said(capsys, "losses", name)
+    assert max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize("name", available_losses())
@@ -109,9 +123,15 @@ def test_a_published_setting_shows_its_values(capsys):
 def test_a_wrong_loss_gets_the_closest_names(capsys):
     text, problem = said(capsys, "losses", "gama-simpo", status=2)
     assert text == "" and problem.startswith("fused-prefopt: losses: unknown loss 'gama-simpo'")
-    assert "did you mean 'gamma-simpo'" in problem
+    assert "did you mean 'gamma-simpo'" in problem and "'dpo'" not in problem
+    count = len(available_losses())
+    assert problem.endswith(f"; `fused-prefopt losses` lists all {count}\n")
+    _, problem = said(capsys, "losses", "xyz", status=2)
+    wanted = f"unknown loss 'xyz'; `fused-prefopt losses` lists all {count}"
+    assert problem == f"fused-prefopt: losses: {wanted}\n"
     _, problem = said(capsys, "losses", "alpha-dpo/gemma", status=2)
-    assert "unknown setting 'alpha-dpo/gemma'" in problem
+    assert "unknown setting 'alpha-dpo/gemma' (did you mean 'alpha-dpo/gemma-2-9b-it'" in problem
+    assert "`fused-prefopt losses gamma-simpo` list all" in problem
 
 
 def test_the_doctor_lists_packages_and_refuses_a_device_that_is_not_there(capsys):
@@ -121,6 +141,31 @@ def test_the_doctor_lists_packages_and_refuses_a_device_that_is_not_there(capsys
     assert f"transformers {transformers.__version__}" in text
     text, problem = said(capsys, "doctor", "--device", "tpu:9", status=2)
     assert text == "" and "--device: got 'tpu:9'" in problem
+
+
+@pytest.mark.parametrize("words", ["losses dpo", "losses", "losses --help"])
+def test_a_reader_that_reads_nothing_ends_it_quietly(words):
+    done = subprocess.run(
+        f"set -o pipefail; {sys.executable} -m fused_prefopt {words} | true",
+        shell=True,
+        executable="/bin/bash",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode in (0, 141) and done.stdout == done.stderr == ""
+
+
+def test_a_broken_pipe_that_is_not_the_outputs_is_an_error(monkeypatch, capsys):
+    from fused_prefopt.command_line import losses
+
+    def broken() -> str:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(losses, "losses_table", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main(["losses"])
 
 
 def test_losses_and_the_doctor_need_torch_alone():

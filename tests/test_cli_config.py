@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from bare_cli import ROOT, bare
 
 from fused_prefopt import available_losses
@@ -113,6 +114,34 @@ def test_a_published_setting_brings_its_learning_rate(config):
         ("label_names: [labels]\n", [], "label_names: got ['labels'], needs to be left out"),
         ("", ["stray"], "stray: got a word alone, needs key=value"),
         ("", ["loss={a"], "loss: got no YAML"),
+        ("workspace_mb: 0\n", [], "workspace_mb: got 0.0, wanted a number of MiB > 0"),
+        ("workspace_mb: -1\n", [], "workspace_mb: got -1.0, wanted a number of MiB > 0"),
+        ("workspace_mb: .nan\n", [], "workspace_mb: got nan, wanted a number of MiB > 0"),
+        ("flip_rate: 2\n", [], "flip_rate: got 2.0, wanted a finite number >= 0 and <= 1"),
+        ("", ["loss="], "loss: got None, needs a name"),
+        ("", ["loss=''"], "loss: got '', needs a name"),
+        ("", ["dataset=''"], "dataset: got '', needs a name"),
+        ("", ["tokenizer=' '"], "tokenizer: got ' ', needs a name"),
+        ("loss_kwargs: {1: 7}\n", [], "loss_kwargs: got the key 1, needs names as keys"),
+        ("on_nonfinite: halt\n", [], "on_nonfinite: got 'halt', wanted one of 'stop', 'skip'"),
+        ("learning_rate: .nan\n", [], "learning_rate: got nan, wanted a finite number >= 0"),
+        ("learning_rate: -1\n", [], "learning_rate: got -1.0, wanted a finite number >= 0"),
+        ("max_steps: 0\n", [], "max_steps: got 0, wanted an integer >= 1; leave it out to train"),
+        ("max_steps: -5\nnum_train_epochs: 0\n", [], "max_steps: got -5, wanted an integer >= 1"),
+        ("num_train_epochs: 0\n", [], "num_train_epochs: got 0.0, wanted a finite number > 0"),
+        ("num_train_epochs: .nan\n", [], "num_train_epochs: got nan, wanted a finite number > 0"),
+        ("gradient_accumulation_steps: 0\n", [], "gradient_accumulation_steps: got 0, wanted an"),
+        ("save_strategy: steps\nsave_steps: 0\n", [], "save_steps: got 0.0, wanted a finite"),
+        ("dataloader_num_workers: -1\n", [], "dataloader_num_workers: got -1, wanted an integer"),
+        ("adam_beta2: 1\n", [], "adam_beta2: got 1.0, wanted a finite number >= 0 and < 1"),
+        ("report_to: wandbb\n", [], "report_to: got 'wandbb' (did you mean 'wandb'"),
+        ("warmup_steps: -5\n", [], "warmup_steps: got -5: "),
+        ("optim: adamw\n", [], "optim: got 'adamw': adamw is not a valid OptimizerNames"),
+        ("resume_from_checkpoint: a\n", [], "resume_from_checkpoint: got one, needs --resume"),
+        ("limit: 1\nloss: dpo\nlimit: 2\n", [], "got the key 'limit' twice, in lines 3 and 5"),
+        ("peft: {r: 2, r: 3}\n", [], "got the key 'r' twice, in lines 3 and 3, needs it once"),
+        ("peft:\n\tr: 2\n", [], "got no YAML in line 4, column 1: found character '\\t'"),
+        ("peft:\n\tr: 2\n", [], "; indent with spaces"),
         ("- 1\n", [], "got no YAML"),
     ],
 )
@@ -120,6 +149,36 @@ def test_a_wrong_configuration_is_told_what_it_needs(config, text, words, messag
     with pytest.raises(UserError) as raised:
         config(text, *words)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_batch_of_no_row_is_told_so(config, name):
+    key = f"per_device_{name}_batch_size"
+    with pytest.raises(UserError, match=f"job.yaml: {key}: got 0, wanted an integer >= 1"):
+        config(f"{key}: 0\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+def test_bf16_without_a_gpu_is_blamed_by_its_key(config):
+    with pytest.raises(UserError, match="job.yaml: bf16: got True: .*use_cpu"):
+        config("bf16: true\n", "use_cpu=false")
+
+
+def test_a_tracker_that_is_not_installed_is_named(config, monkeypatch):
+    import transformers.integrations
+
+    found = "get_available_reporting_integrations"
+    monkeypatch.setattr(transformers.integrations, found, lambda: ["tensorboard"])
+    with pytest.raises(UserError, match="report_to: got 'wandb', which is not installed: pip inst"):
+        config("report_to: wandb\n")
+    assert config("report_to: tensorboard\n").training.report_to == ["tensorboard"]
+
+
+def test_keys_that_are_merged_in_may_be_given_again(config):
+    text = "peft: &base {r: 2, lora_alpha: 4}\nloss_kwargs: &more\n  <<: *base\n  r: 3\n"
+    read = config(f"{text}model_config:\n  <<: *more\n  r: 5\n", "model=null")
+    assert read.settings.loss_kwargs == {"r": 3, "lora_alpha": 4}
+    assert read.settings.model_config == {"r": 5, "lora_alpha": 4}
 
 
 def test_a_file_that_is_not_there_or_no_mapping(tmp_path):

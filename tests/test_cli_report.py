@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from bare_cli import ROOT, bare
 
 from fused_prefopt import report
@@ -136,6 +138,50 @@ def test_lines_of_several_runs_are_named_after_them(runs, drawn):
     (kl, _) = curves(drawn["kl.png"])
     assert set(kl) == {"ours"}
     assert (ours.parent / "both" / "table.json").is_file()
+
+
+def assert_legends_are_outside(figure) -> int:
+    """Every legend is below its axis and its axis's label, and on the picture; their number."""
+    figure.canvas.draw()
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend() is not None]
+    for legend in legends:
+        box, axis = legend.get_window_extent(), legend.axes
+        assert box.y1 <= axis.xaxis.label.get_window_extent().y0 < axis.get_window_extent().y0
+        assert figure.bbox.y0 <= box.y0 and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert axis.get_window_extent().height > 0.4 * figure.bbox.height
+    return len(legends)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_legend_covers_a_curve(runs, drawn, tmp_path, count):
+    main(["report", *map(str, runs[:count]), "--output", str(tmp_path / "pictures")])
+    assert len(drawn) == 6
+    for name, figure in drawn.items():
+        assert assert_legends_are_outside(figure) == len(figure.axes), name
+    labels = [text.get_text() for text in drawn["loss.png"].axes[0].get_legend().get_texts()]
+    alone = ["loss", "loss, held out"]
+    assert labels == (alone if count == 1 else ["ours", "ours, held out", "trl", "trl, held out"])
+
+
+def test_no_legend_covers_a_picture_of_the_main_job(drawn, tmp_path):
+    margins = torch.linspace(-1, 1, 50)
+    report.plot_margins(margins, {"a": margins + 0.5, "b": margins * 2}, tmp_path / "margins.png")
+    report.plot_target_margins(margins, margins + 2, 2.0, tmp_path / "targets.png")
+    report.plot_rewards({"a": history(1.0), "b": history(2.0)}, tmp_path / "rewards.png")
+    found = {name: assert_legends_are_outside(figure) for name, figure in drawn.items()}
+    assert found == {"margins.png": 2, "targets.png": 1, "rewards.png": 2}
+
+
+def test_every_other_picture_has_its_legends_from_there_or_outside_its_axes():
+    folders = ("fused_prefopt", "benchmarks", "examples")
+    files = [path for name in folders for path in (ROOT / name).rglob("*.py")]
+    found = {
+        (path.name, receiver)
+        for path in files
+        for receiver in re.findall(r"(\w+)\.legend\(", path.read_text(encoding="utf-8"))
+        if receiver != "figure"
+    }
+    assert found == {("report.py", "axis")}
 
 
 def test_names_are_the_shortest_ends_that_differ(tmp_path):

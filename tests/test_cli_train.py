@@ -134,13 +134,13 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(job, tmp_path, capsy
     assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(broken)]
 
 
-def test_the_configuration_is_there_before_anything_is_computed(job, tmp_path, monkeypatch):
-    def killed(*_):
+def test_the_configuration_is_there_before_anything_is_computed(job, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_add_reference_columns", killed)
-    with pytest.raises(KeyboardInterrupt):
-        job("train", "max_steps=3", loss="gamma-dpo")
+    monkeypatch.setattr(train, "_add_reference_columns", interrupted)
+    assert job("train", "max_steps=3", loss="gamma-dpo") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "fused-prefopt: interrupted"
     given = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert given["max_steps"] == 3 and given["loss"] == "gamma-dpo"
     assert given["output_dir"] == str(tmp_path / "run")
@@ -191,6 +191,17 @@ def test_an_untrained_model_gets_a_tokenizer_of_the_data_and_the_seed_decides(tm
         ({"loss": "kto", "layout": "shared_prompt"}, "layout: got shared_prompt, and kto judges"),
         ({"max_prompt_length": 32}, "dataset: max_prompt_length: got 32, wanted 1..31"),
         ({"max_stepz": 3}, "unknown key 'max_stepz' (did you mean 'max_steps'"),
+        ({"peft": {"r": "x"}}, "peft: r: got 'x', wanted an integer >= 1"),
+        ({"loss_kwargs": {"beta": "big"}}, "loss: beta: got 'big', wanted a finite number > 0"),
+        ({"loss": "gamma-dpo", "loss_kwargs": {"queue": "no"}}, "loss: queue: got 'no', wanted Tr"),
+        ({"loss_kwargs": {"path": "x"}}, "loss: path: got 'x', wanted one of 'auto', 'evaluate'"),
+        ({"loss_kwargs": {"drop_mass": 7}}, "loss: drop_mass: got 7, wanted a finite number"),
+        ({"loss_kwargs": {"engine": "torch"}}, "loss_kwargs: got engine, needs it as a key of its"),
+        ({"held_out": "/no/such/file.jsonl"}, "held_out: "),
+        ({"tokenizer": "no/such/one"}, "tokenizer: got 'no/such/one', whose tokenizer cannot be"),
+        ({"reference_model": "no/such/one"}, "reference_model: got 'no/such/one', which cannot be"),
+        ({"attn_implementation": "nope"}, "attn_implementation: got 'nope': "),
+        ({"optim": "adamw_bnb_8bit"}, "optim: "),
         ({"eval_strategy": "steps"}, "fused-prefopt: You have set `args.eval_strategy` to"),
     ],
 )

@@ -61,7 +61,7 @@ def test_missing_field(name, field):
 
 
 def test_unknown_loss():
-    with pytest.raises(ValueError, match="'gama-dpo' .did you mean 'gamma-dpo'.*known: alpha-dpo"):
+    with pytest.raises(ValueError, match="'gama-dpo' .did you mean 'gamma-dpo'.*losses` lists all"):
         find("gama-dpo")
 
 
@@ -113,3 +113,13 @@ def test_registering_one_function_is_enough():
             register("test-other", paper="none")(lambda beta: None)
     finally:
         del _SPECS["test-hinge"], _NAMES["test-hinge"], _NAMES["test-slic"]
+
+
+@pytest.mark.parametrize("name", available_losses())
+def test_no_hyperparameter_takes_a_value_of_another_kind(name):
+    for option, default in available_losses()[name].defaults.items():
+        wrong = [[1], {}] + ([] if isinstance(default, str | None) else ["no"])
+        wrong += [1, None] if isinstance(default, bool) else []
+        for value in wrong:
+            with pytest.raises((ValueError, TypeError), match=option):
+                find(name).build(**{option: value})

@@ -223,7 +223,7 @@ def test_published_settings_are_those_of_the_papers():
 
 
 def test_unknown_setting():
-    with pytest.raises(ValueError, match="did you mean 'gamma-simpo/llama-3-8b-instruct'.*known:"):
+    with pytest.raises(ValueError, match="did you mean 'gamma-simpo/llama-3-8b-instruct'.*list"):
         preset("gamma-simpo/llama3-8b-instruct")
 
 

@@ -180,9 +180,9 @@ def test_every_published_setting_builds_its_loss(name):
         (
             "gamma-simpo/llama3-8b-instruct",
             "unknown setting 'gamma-simpo/llama3-8b-instruct' .did you mean"
-            " 'gamma-simpo/llama-3-8b-instruct'.*known: alpha-dpo/gemma-2-9b-it",
+            " 'gamma-simpo/llama-3-8b-instruct'.*losses alpha-dpo` and .*list all 8",
         ),
-        ("simp", "unknown loss 'simp' .did you mean 'simpo'.*known: alpha-dpo"),
+        ("simp", "unknown loss 'simp' .did you mean 'simpo'.*`fused-prefopt losses` lists all"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_closest_ones(name, wanted):

@@ -115,7 +115,6 @@ def draw(results: Results, path: Path) -> None:
             curve(axis, [z + 0.5 * place for z in LOG_Z0S], values, f"β = {beta:g}")
         axis.set_title(title)
         axis.set_xlabel("log Z₀")
-        axis.legend()
     save(figure, path)
 
 

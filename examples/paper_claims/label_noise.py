@@ -93,7 +93,6 @@ def draw(results: Results, path: Path) -> None:
     right.axhline(0, color="black", linewidth=0.8)
     for axis in (left, right):
         axis.set_xlabel("wrong labels in training, %")
-        axis.legend()
     save(figure, path)
 
 

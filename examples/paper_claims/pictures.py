@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fused_prefopt.report import legends_below
 from paper_claims.intervals import interval
 
 
@@ -40,6 +41,7 @@ def bars(axis: Any, names: Sequence[str], values: Sequence[Sequence[float]]) -> 
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG."""
+    """Write the PNG, with legends below what they explain."""
+    legends_below(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)

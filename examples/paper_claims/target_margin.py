@@ -72,7 +72,6 @@ def draw(results: Results, path: Path) -> None:
         axis.axhline(GAMMA, color="black", linewidth=0.8, linestyle="--", label="γ₀")
         axis.set_title(f"τ = {tau:g}: R² = {fitted.r_squared:.3f}")
         axis.set_xlabel("reward gap r_w − r_l")
-        axis.legend()
     axes[0].set_ylabel("target margin γ_i")
     save(figure, path)
 

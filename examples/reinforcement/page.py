@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fused_prefopt.report import legends_below
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "rlhf" / "cpu.json"
 PAGE = ROOT / "docs" / "rlhf.md"
@@ -113,11 +115,10 @@ def picture(
             )
     left.set_xlabel("KL(policy || SFT), nats per token")
     left.set_ylabel("held-out reward")
-    left.legend(fontsize="x-small")
     rounds = [row["round"] for row in log]
     right.plot(rounds, [row["reward"] for row in log], label="reward")
     right.plot(rounds, [row["entropy"] for row in log], label="entropy, nats")
     right.plot(rounds, [row["kl"] for row in log], label="KL, nats per token")
     right.set_xlabel("GRPO round")
-    right.legend()
+    legends_below(figure)
     figure.savefig(path, dpi=120)

@@ -14,6 +14,7 @@ import torch
 from fused_prefopt.checks import closest
 from fused_prefopt.command_line.errors import UserError, blaming, require_packages
 from fused_prefopt.command_line.settings import Settings
+from fused_prefopt.command_line.training_checks import check_training
 from fused_prefopt.losses import published_settings
 
 EPILOG = """\
@@ -24,6 +25,7 @@ TrainingArguments (max_steps, learning_rate, output_dir, bf16, …) and the foll
 """
 # YAML 1.1 would read `no` as false and 1e-6 as a string.
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_MERGE = "tag:yaml.org,2002:merge"
 _BOOLS = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _FLOATS = re.compile(
     r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
@@ -138,17 +140,36 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Booleans and numbers of YAML 1.2."""
+        """Booleans and numbers of YAML 1.2, and each key once."""
 
         yaml_implicit_resolvers = {
             first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
             for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node, lines = super().compose_mapping_node(anchor), dict[str, int]()
+            for key, _ in node.value:
+                if key.tag == _MERGE or not isinstance(key.value, str):
+                    continue
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"got the key {key.value!r} twice, in lines {lines[key.value]} and {line},"
+                        " needs it once"
+                    )
+                lines[key.value] = line
+            return node
+
     Loader.add_implicit_resolver(_BOOL, _BOOLS, list("tTfF"))
     Loader.add_implicit_resolver(_FLOAT, _FLOATS, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        mark, said = error.problem_mark, error.problem or "something else"
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        remedy = "; indent with spaces" if "\\t" in said else ""
+        raise ValueError(f"got no YAML{place}: {said}{remedy}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"got no YAML: {error}") from error
 
@@ -178,10 +199,28 @@ def _parsed(path: str, values: dict[str, Any]) -> tuple[Settings, Any]:
     own = {"remove_unused_columns": False, "label_names": ["completion_mask"]}
     for name in own.keys() & values.keys():
         raise UserError(f"{name}: got {values[name]!r}, needs to be left out: training sets it")
+    if values.get("resume_from_checkpoint") is not None:
+        raise UserError("resume_from_checkpoint: got one, needs --resume after the file instead")
     # Strings are what the parser converts and checks.
     numbers = {k: str(v) for k, v in values.items() if type(v) in (int, float)}
     parser.set_defaults(**values, **own)
     parser.set_defaults(**numbers)
-    with blaming(path):
+    try:
         settings, training = parser.parse_args_into_dataclasses([], look_for_args_file=False)
+        check_training(training)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        own_keys = {each.name for each in fields(Settings)}
+        of_training = {name: value for name, value in values.items() if name not in own_keys}
+        raise UserError(f"{path}: {_with_key(str(error), of_training)}") from error
     return settings, training
+
+
+def _with_key(said: str, given: dict[str, Any]) -> str:
+    """What transformers says of a value, begun with its key, where that can be told."""
+    if re.match(r"\w+: ", said):
+        return said
+    places = {name: re.search(rf"\b{re.escape(str(name))}\b", said) for name in given}
+    named = {name: found.start() for name, found in places.items() if found}
+    quoted = [name for name, value in given.items() if said.startswith(f"{value} is not")]
+    name = min(named, key=lambda each: named[each]) if named else next(iter(quoted), None)
+    return said if name is None else f"{name}: got {given[name]!r}: {said}"

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
-# Package → what installs it.
-_INSTALLS = {
-    "transformers": 'pip install "fused-prefopt[trainers]"',
-    "accelerate": 'pip install "fused-prefopt[trainers]"',
-    "datasets": 'pip install "fused-prefopt[trainers]"',
-    "tokenizers": 'pip install "fused-prefopt[trainers]"',
-    "yaml": 'pip install "fused-prefopt[trainers]"',
-    "matplotlib": 'pip install "fused-prefopt[plots]"',
-    "peft": 'pip install "peft>=0.17"',
-}
+from fused_prefopt import extras
 
 
 class UserError(Exception):
@@ -34,6 +24,8 @@ def blaming(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # an OSError, of whoever reads the output
+        raise
     except (ValueError, TypeError, OSError, ImportError) as error:
         said = str(error)
         raise UserError(said if said.startswith(f"{what}:") else f"{what}: {said}") from error
@@ -46,7 +38,7 @@ def require_packages(who: str, *packages: str) -> None:
         who: what needs them, for the message.
         *packages: names to import.
     """
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        commands = " and ".join(dict.fromkeys(_INSTALLS[name] for name in missing))
-        raise UserError(f"{who} needs {', '.join(missing)}: {commands}")
+    try:
+        extras.require_packages(who, *packages)
+    except ImportError as error:
+        raise UserError(str(error)) from error

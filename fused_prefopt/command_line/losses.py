@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 from fused_prefopt.command_line.errors import blaming
-from fused_prefopt.command_line.table import text_table
+from fused_prefopt.command_line.table import text_table, wrapped
 from fused_prefopt.loss_page import formula, hyperparameters
 from fused_prefopt.losses import available_losses, find, preset, published_settings
 from fused_prefopt.losses.needs import WHAT_IT_IS
 
+_WIDTH = 100
 HELP = "the registered losses, or one of them with its formula"
 
 
@@ -31,23 +33,25 @@ def run(options: argparse.Namespace) -> int:
         print(losses_table())
         return 0
     with blaming("losses"):
-        print(one_loss(options.name))
+        text = one_loss(options.name)
+    print(text)
     return 0
 
 
 def losses_table() -> str:
-    """Every registered loss by name: what it judges and needs, its options and its paper."""
+    """Every registered loss by name: what it judges and needs, and its first options."""
+    heading = ("loss", "judges", "needs", "hyperparameters")
     rows = [
         (
             name,
             "pairs" if info.pairwise else "completions",
             ", ".join(info.needs) or "-",
-            _values(info.defaults) or "-",
-            info.paper,
+            textwrap.shorten(_values(info.defaults) or "-", 80, placeholder=" …"),
         )
         for name, info in available_losses().items()
     ]
-    return text_table(("loss", "judges", "needs", "hyperparameters", "paper"), rows)
+    more = "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper."
+    return f"{text_table(heading, wrapped(rows, (None, None, 22, 42)))}\n\n{more}"
 
 
 def one_loss(name: str) -> str:
@@ -73,22 +77,27 @@ def one_loss(name: str) -> str:
         facts.append("keeps   a statistic, which belongs in checkpoints")
     if info.coupled:
         facts.append("spans   the batch of all ranks")
-    parts.append("\n".join(facts))
+    wide = [textwrap.fill(fact, _WIDTH, subsequent_indent=" " * 8) for fact in facts]
+    parts.append("\n".join(wide))
     options = [
         (option, f"{value!r}", meanings.get(option, ""))
         for option, value in (info.defaults | chosen).items()
     ]
     if options:
         column = "published" if chosen else "default"
-        parts.append(text_table(("hyperparameter", column, "meaning"), options))
-    settings = [
-        (key, _values(setting.hyperparameters), f"{setting.learning_rate:g}", setting.paper)
-        for key, setting in published_settings().items()
-        if setting.loss == spec.name
-    ]
-    if settings:
-        heading = ("published setting", "hyperparameters", "learning rate", "paper")
-        parts.append(text_table(heading, settings))
+        meaning = _WIDTH - 4 - max(len(name) for name in ("hyperparameter", *info.defaults))
+        meaning -= max(len(value) for _, value, _ in [("", column, ""), *options])
+        rows = wrapped(options, (None, None, meaning))
+        parts.append(text_table(("hyperparameter", column, "meaning"), rows))
+    published = {k: each for k, each in published_settings().items() if each.loss == spec.name}
+    if published:
+        settings = [
+            (key, _values(each.hyperparameters), f"{each.learning_rate:g}")
+            for key, each in published.items()
+        ]
+        heading = ("published setting", "hyperparameters", "learning rate")
+        papers = " and ".join(dict.fromkeys(each.paper for each in published.values()))
+        parts.append(f"{text_table(heading, settings)}\n\nThey are those of {papers}.")
     return "\n\n".join(parts)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from torch import nn
 
 from fused_prefopt.command_line import config_file
 from fused_prefopt.command_line.autocast import training_autocast
 from fused_prefopt.command_line.config_file import read_config
-from fused_prefopt.command_line.errors import blaming
+from fused_prefopt.command_line.errors import UserError
 from fused_prefopt.command_line.task import Features, Task, load_task
 from fused_prefopt.data import PairCollator
 
@@ -62,22 +63,35 @@ def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: b
         pairs: which of the two.
 
     Raises:
-        UserError: a cache that lies there belongs to something else.
+        UserError: a cache that lies there is damaged or cannot be written, or the model gives no
+            finite log-probs of the features.
     """
     from fused_prefopt.reference import add_reference_logps
 
     settings, training = task.config.settings, task.config.training
     collator = PairCollator(task.tokenizer.pad_token_id) if pairs else task.collator()
-    with blaming("cache_dir"), training_autocast(training):
-        return add_reference_logps(
-            model,
-            features,
-            collator,
-            tokenizer=task.tokenizer,
-            batch_size=settings.reference_batch_size,
-            cache_dir=task.config.cache_dir,
-            progress=not training.disable_tqdm,
-        )
+    try:
+        with training_autocast(training):
+            return add_reference_logps(
+                model,
+                features,
+                collator,
+                tokenizer=task.tokenizer,
+                batch_size=settings.reference_batch_size,
+                cache_dir=task.config.cache_dir,
+                progress=not training.disable_tqdm,
+            )
+    except OSError as error:  # nothing else is read or written there
+        raise UserError(f"cache_dir: {error}") from error
+    except ValueError as error:
+        subject, _, said = str(error).partition(": ")
+        key = {"model": "reference_model" if settings.reference_model else "model"}
+        key |= {"features": "dataset", "cache_file": "cache_dir"}
+        if Path(subject).parent == task.config.cache_dir:
+            raise UserError(f"cache_dir: {error}") from error
+        if subject not in key:
+            raise
+        raise UserError(f"{key[subject]}: {said}") from error
 
 
 def _means(features: Features) -> str:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fused_prefopt.checks import require_choice, require_count
+from fused_prefopt.checks import require_choice, require_count, require_number
 from fused_prefopt.ops.engines import ENGINES
 
 EMBEDDED = "embedded"
 REFERENCES = ("precomputed", "model", "adapter")
 LAYOUTS = ("padded", "packed", "shared_prompt")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NONFINITE = ("stop", "skip", "ignore")
+_TEXTS = ("dataset", "split", "loss")
+_OPTIONAL_TEXTS = (
+    *("model", "tokenizer", "attn_implementation", "adapter", "held_out", "reference_model"),
+    "cache_dir",
+)
 
 
 def _key(default: Any, help_text: str) -> Any:
@@ -23,7 +29,7 @@ class Settings:
     """What to train, on what, with which loss.
 
     Raises:
-        ValueError: a value is none of its choices, or a number is too small.
+        ValueError: a value is none of its choices, a name is empty, or a number is out of range.
     """
 
     model: str | None = _key(None, "hub name or folder of the causal LM to start from")
@@ -68,18 +74,33 @@ class Settings:
     )
     cache_dir: str | None = _key(None, "of precomputed log-probs; OUTPUT_DIR/cache")
     reference_batch_size: int = _key(16, "rows of a forward pass that trains nothing")
+    on_nonfinite: str = _key(
+        "stop", "at a step whose loss or gradient is not finite: stop, skip it, or ignore"
+    )
     log_tokens: bool = _key(False, "also log entropy, mean logits and accuracy of tokens")
     pictures: bool = _key(True, "draw the report's pictures at the end")
 
     def __post_init__(self) -> None:
+        for name in (*_TEXTS, *_OPTIONAL_TEXTS):
+            text = getattr(self, name)
+            missing = text is None and name in _OPTIONAL_TEXTS
+            if not missing and (not isinstance(text, str) or not text.strip()):
+                raise ValueError(f"{name}: got {text!r}, needs a name")
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("layout", self.layout, LAYOUTS)
         require_choice("reference", self.reference, REFERENCES)
         require_choice("engine", self.engine, ("auto", *ENGINES))
+        require_choice("on_nonfinite", self.on_nonfinite, NONFINITE)
+        if not self.workspace_mb > 0:
+            raise ValueError(f"workspace_mb: got {self.workspace_mb}, wanted a number of MiB > 0")
+        require_number("flip_rate", self.flip_rate, low=0, high=1)
         for name in ("model_config", "peft", "loss_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}: got {value!r}, needs keys with values")
+            for key in value or {}:
+                if not isinstance(key, str):
+                    raise ValueError(f"{name}: got the key {key!r}, needs names as keys")
         require_count("max_length", self.max_length, low=2)
         require_count("reference_batch_size", self.reference_batch_size, low=1)
         for name in ("limit", "held_out_limit", "max_prompt_length"):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from fused_prefopt.checks import require_choice, require_number, require_tokens
 from fused_prefopt.command_line.config_file import Config
 from fused_prefopt.command_line.errors import UserError, blaming, require_packages
 from fused_prefopt.command_line.models import load_reference, load_start, load_tokenizer
@@ -22,8 +24,12 @@ from fused_prefopt.command_line.records import (
 from fused_prefopt.command_line.settings import EMBEDDED, Settings
 from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.data.tokenise import counted_pairs, counted_points
+from fused_prefopt.fingerprint import TOKEN_COLUMNS
+from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.losses.needs import WHAT_IT_IS
 from fused_prefopt.losses.protocol import Loss
+from fused_prefopt.ops.engines import choose_engines
+from fused_prefopt.ops.plan import PATHS
 from fused_prefopt.preference import PreferenceLoss
 
 Features = list[dict[str, Any]]
@@ -78,6 +84,12 @@ class Task:
         settings, training = self.config.settings, self.config.training
         with blaming("reference_model"):
             model = load_reference(settings, self.tokenizer, training.seed)
+            got, needed = input_vocab(model), input_vocab(self.model)
+            if got != needed:
+                raise ValueError(
+                    f"got {settings.reference_model!r} with a vocabulary of {got}, needs the"
+                    f" {needed} of the model that trains; name one with the same vocabulary"
+                )
         return model.requires_grad_(False).to(training.device)
 
 
@@ -94,6 +106,7 @@ def load_task(config: Config) -> Task:
     loss_fn = load_loss(settings)
     if settings.dataset != EMBEDDED:
         require_packages("dataset", "datasets")
+    _check_engine(loss_fn, config.training.device)
     _check_reference(settings, loss_fn)
     say = _teller(config)
     with blaming("dataset"):
@@ -114,6 +127,7 @@ def load_task(config: Config) -> Task:
             evaluated = held_out
         if judged and not loss_fn.loss.pairwise:
             evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
+    _check_tokens(tokenizer, model, [*train, *held_out, *evaluated])
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
 
 
@@ -123,13 +137,15 @@ def load_loss(settings: Settings) -> PreferenceLoss:
     Raises:
         UserError: there is no such loss or hyperparameter.
     """
-    options: dict[str, Any] = {
-        "workspace_mb": settings.workspace_mb,
-        "engine": settings.engine,
-        **(settings.loss_kwargs or {}),
-    }
+    options: dict[str, Any] = {"workspace_mb": settings.workspace_mb, "engine": settings.engine}
+    hyperparameters = settings.loss_kwargs or {}
+    for name in options.keys() & hyperparameters.keys():
+        raise UserError(f"loss_kwargs: got {name}, needs it as a key of its own: {name}=…")
     with blaming("loss"):
-        return PreferenceLoss(settings.loss, **options)
+        loss_fn = PreferenceLoss(settings.loss, **options, **hyperparameters)
+        require_choice("path", loss_fn.op_options["path"], ("auto", *PATHS))
+        require_number("drop_mass", loss_fn.op_options["drop_mass"], low=0, high=1, below=True)
+    return loss_fn
 
 
 def _takes_rated(loss: Loss) -> bool:
@@ -183,6 +199,18 @@ def _pairs(
     return features
 
 
+def _check_engine(loss_fn: PreferenceLoss, device: torch.device) -> None:
+    """Raise where the engine that is asked for cannot run on the device that trains."""
+    name = loss_fn.op_options["engine"]
+    try:
+        choose_engines(name, device, torch.float32)
+    except ValueError as error:
+        raise UserError(
+            f"engine: got {name!r} on {device.type}, needs a GPU, or TRITON_INTERPRET=1 to try it"
+            " slowly; auto takes what there is"
+        ) from error
+
+
 def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
     """Raise where log-probs of whole completions, computed before training, are not enough."""
     needs = loss_fn.loss.needs
@@ -192,6 +220,19 @@ def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
             f"reference: got precomputed, needs model or adapter: {loss_fn.name} wants more of the"
             " reference than the log-probs of whole completions"
         )
+
+
+def _check_tokens(tokenizer: Any, model: nn.Module, features: Features) -> None:
+    """Raise where a token is none of the model's, or batches cannot be padded."""
+    if tokenizer.pad_token_id is None:
+        raise UserError("tokenizer: got neither a padding nor an end token, needs one of them")
+    found = [tokenizer.pad_token_id]
+    for feature in features:
+        for column in TOKEN_COLUMNS:
+            ids = feature.get(column)
+            found += [min(ids), max(ids)] if ids else []
+    with blaming("tokenizer"):
+        require_tokens("data", torch.tensor(found), input_vocab(model))
 
 
 def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,18 @@ from torch import nn
 from fused_prefopt.command_line import config_file
 from fused_prefopt.command_line.autocast import training_autocast
 from fused_prefopt.command_line.config_file import Config, read_config
-from fused_prefopt.command_line.errors import UserError, blaming
+from fused_prefopt.command_line.errors import UserError, blaming, require_packages
 from fused_prefopt.command_line.models import with_adapters
 from fused_prefopt.command_line.reference import reference_for_columns, with_reference
 from fused_prefopt.command_line.report import write_report
-from fused_prefopt.command_line.runs import EVALUATION, newest_checkpoint, read_runs
+from fused_prefopt.command_line.resuming import (
+    Beginning,
+    find_beginning,
+    how_to_continue,
+    load_trained,
+)
+from fused_prefopt.command_line.runs import EVALUATION, read_runs
+from fused_prefopt.command_line.step_lines import shorten_step_lines
 from fused_prefopt.command_line.task import Features, Task, load_task
 from fused_prefopt.integrations.loss_state import LOSS_STATE
 from fused_prefopt.types import LogpBatch
@@ -34,47 +42,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in output_dir, if there is one",
+        help="go on from the newest checkpoint in output_dir, if there is one; a run that has"
+        " ended is left as it is",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, judge, and write it all to `output_dir`.
 
-    There: `config.yaml`, before anything is computed; then the model and tokenizer, the trainer's
-    `trainer_state.json`, the loss's statistics, numbers on held-out pairs (`evaluation.json`) and
-    the pictures of `report`.
+    There: `config.yaml`, before anything is computed; then the model and tokenizer, the loss's
+    statistics, numbers on held-out pairs (`evaluation.json`), the trainer's `trainer_state.json`,
+    by which a run is known that has ended, and the pictures of `report`.
+
+    Returns:
+        0; 1 where a loss or gradient that is not finite stopped the training, 130 where the user
+        did.
 
     Raises:
         UserError: the configuration or something it names does not fit, or `output_dir` has an
-            earlier run's checkpoints and `--resume` is not given.
+            earlier run and `--resume` is not given.
     """
     config = read_config(options.config, options.overrides)
-    checkpoint = _checkpoint(config, options.resume)
+    beginning = find_beginning(config, options.resume)
+    if beginning.finished is not None:
+        print(f"already finished at step {beginning.finished}", flush=True)
+        return 0
+    if options.resume:
+        checkpoint = beginning.checkpoint
+        whence = "no checkpoint, from the start" if checkpoint is None else f"from {checkpoint}"
+        print(f"resuming {whence}", flush=True)
+    _check_folder(config)
+    if config.settings.pictures:
+        require_packages("pictures", "matplotlib")
     task = load_task(config)
     _write_config(config)
     held_out = _add_reference_columns(task)
     trainer = _trainer(task)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    status = _train(trainer, config, beginning)
+    if status:
+        return status
     trainer.save_model(str(config.folder))
+    if trainer.is_world_process_zero():
+        _write_loss_and_judge(task, trainer, held_out)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        _write(task, trainer, held_out)
+        if config.settings.pictures:
+            write_report(read_runs([str(config.folder)]), config.folder / "report")
+        print(f"model, log and evaluation are in {config.folder}", flush=True)
     trainer.accelerator.wait_for_everyone()
     return 0
 
 
-def _checkpoint(config: Config, resume: bool) -> Path | None:
-    checkpoint = newest_checkpoint(config.folder)
-    if checkpoint is not None and not resume:
-        raise UserError(
-            f"output_dir: {config.folder} has checkpoints of an earlier run, needs --resume or"
-            " another folder"
-        )
-    if resume:
-        whence = "no checkpoint, from the start" if checkpoint is None else f"from {checkpoint}"
-        print(f"resuming {whence}", flush=True)
-    return checkpoint
+def _train(trainer: Any, config: Config, beginning: Beginning) -> int:
+    """The training itself; returns the status to exit with where it ended early, else 0."""
+    checkpoint = beginning.checkpoint
+    try:
+        if checkpoint is not None and beginning.is_trained:
+            print("nothing is left to train", flush=True)
+            load_trained(trainer, checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except FloatingPointError as error:
+        _say_why_it_ended(f"{error}; {how_to_continue(config)}")
+        return 1
+    except KeyboardInterrupt:
+        if trainer.is_world_process_zero():
+            step = trainer.state.global_step
+            _say_why_it_ended(f"interrupted at step {step}; {how_to_continue(config)}")
+        return 130
+    return 0
+
+
+def _say_why_it_ended(message: str) -> None:
+    # A progress bar has not ended its line.
+    begin = "\n" if sys.stderr.isatty() else ""
+    print(f"{begin}fused-prefopt: {message}", file=sys.stderr, flush=True)
+
+
+def _check_folder(config: Config) -> None:
+    """Raise where nothing could be written at the end."""
+    folder = config.folder.absolute()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir: got {config.folder}, but {there} is a file; needs a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir: got {config.folder}, but {there} cannot be written to")
 
 
 def _write_config(config: Config) -> None:
@@ -124,12 +177,13 @@ def _trainer(task: Task) -> Any:
     with blaming("layout"):
         collator = task.collator(settings.layout)
     try:
-        return PreferenceTrainer(
+        trainer = PreferenceTrainer(
             model,
             training,
             loss_fn=task.loss_fn,
             reference=reference,
             log_tokens=settings.log_tokens,
+            on_nonfinite=settings.on_nonfinite,
             train_dataset=task.train,
             eval_dataset=task.evaluated if _evaluates(task) else None,
             data_collator=collator,
@@ -138,20 +192,21 @@ def _trainer(task: Task) -> Any:
     except (ValueError, ImportError) as error:
         # Of any key: the message itself says which.
         raise UserError(str(error)) from error
+    with blaming("optim"):
+        trainer.get_optimizer_cls_and_kwargs(training, trainer.model)
+    if sys.stdout.isatty():
+        shorten_step_lines(trainer)
+    return trainer
 
 
-def _write(task: Task, trainer: Any, held_out: Features) -> None:
-    """Everything but the configuration, the model and the trainer's state."""
-    config, folder = task.config, task.config.folder
-    torch.save(task.loss_fn.state_dict(), folder / LOSS_STATE)
+def _write_loss_and_judge(task: Task, trainer: Any, held_out: Features) -> None:
+    """The loss's statistics, and what held-out pairs say."""
+    torch.save(task.loss_fn.state_dict(), task.config.folder / LOSS_STATE)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if held_out and sharded:
         print("held-out pairs are not judged: the model is sharded", flush=True)
     elif held_out:
         _judge(task, trainer, held_out)
-    if config.settings.pictures:
-        write_report(read_runs([str(folder)]), folder / "report")
-    print(f"model, log and evaluation are in {folder}", flush=True)
 
 
 def _judge(task: Task, trainer: Any, held_out: Features) -> None:

@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+
+from fused_prefopt.extras import require_packages
+
+try:
+    from transformers import Trainer, TrainingArguments
+except (ImportError, RuntimeError):  # of a lazy module, which tells less than what follows
+    require_packages(__name__, "transformers", "accelerate")
+    raise
 
 from fused_prefopt.integrations.attachment import OF_REFERENCE, Attachment, preference_outputs
 from fused_prefopt.integrations.causal_lm import backbone_of, readable_head

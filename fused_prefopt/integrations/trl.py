@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from trl import DPOConfig, DPOTrainer
+
+from fused_prefopt.extras import require_packages
+
+try:
+    from trl import DPOConfig, DPOTrainer
+except (ImportError, RuntimeError):  # of a lazy module, which tells less than what follows
+    require_packages(__name__, "trl", "transformers", "accelerate", "datasets")
+    raise
 
 from fused_prefopt.data.columns import SCORES, has_values
 from fused_prefopt.data.feature_columns import stacked

@@ -65,11 +65,16 @@ def preset(name: str) -> tuple[str, dict[str, Any]]:
         Name of the loss, and hyperparameters for it.
 
     Raises:
-        ValueError: there is none; the message lists the closest names and all of them.
+        ValueError: there is none; the message has the closest names.
     """
     settings, key = published_settings(), name.lower().replace("_", "-")
     if key not in settings:
-        known = ", ".join(settings)
-        raise ValueError(f"unknown setting {name!r}{closest(key, settings)}; known: {known}")
+        losses = " and ".join(
+            f"`fused-prefopt losses {loss}`"
+            for loss in dict.fromkeys(each.loss for each in settings.values())
+        )
+        raise ValueError(
+            f"unknown setting {name!r}{closest(key, settings)}; {losses} list all {len(settings)}"
+        )
     setting = settings[key]
     return setting.loss, dict(setting.hyperparameters)

@@ -79,6 +79,10 @@ class LossSpec:
                 f"{self.name} has no hyperparameter {unknown!r}"
                 f"{closest(unknown, defaults)}; it accepts {accepted}"
             )
+        for name, value in hyperparameters.items():
+            # Any value would be taken for one of the two: YAML's `no` is a text, and true.
+            if isinstance(defaults[name], bool) and not isinstance(value, bool):
+                raise ValueError(f"{name}: got {value!r}, wanted True or False")
         return self.factory(**hyperparameters)
 
     def info(self) -> LossInfo:
@@ -133,12 +137,14 @@ def find(name: str) -> LossSpec:
     """The registered loss of a name or alias; case and "_" for "-" do not matter.
 
     Raises:
-        ValueError: there is none; the message lists the closest names and all of them.
+        ValueError: there is none; the message has the closest names.
     """
     key = name.lower().replace("_", "-")
     if key not in _NAMES:
-        known = ", ".join(sorted(_SPECS))
-        raise ValueError(f"unknown loss {name!r}{closest(key, _NAMES)}; known: {known}")
+        raise ValueError(
+            f"unknown loss {name!r}{closest(key, _NAMES)}; `fused-prefopt losses` lists all"
+            f" {len(_SPECS)}"
+        )
     return _SPECS[_NAMES[key]]
 
 

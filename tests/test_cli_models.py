@@ -1,0 +1,207 @@
+"""Models, tokenizers, engines and folders that a training cannot use: which key is blamed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from command_line_jobs import log_of, pairs, write_lines
+from data_tokenizer import tiny_tokenizer
+from tiny_models import VOCAB, tiny_llama
+
+pytest.importorskip("datasets")
+pytest_plugins = ["command_line_fixtures"]
+
+
+@pytest.fixture
+def refused(job, tmp_path, capsys):
+    """Runs a training that must end with 2 before it writes a model; returns its last line."""
+
+    def run(*words, **keys):
+        assert job("train", *words, **keys) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert not list((tmp_path / "run").glob("*.safetensors"))
+        return said.splitlines()[-1].removeprefix("fused-prefopt: ")
+
+    return run
+
+
+@pytest.fixture
+def saved(material, tmp_path):
+    """A copy of the tiny model's folder, without some of its files."""
+
+    def copy(*without):
+        folder = shutil.copytree(material / "model", tmp_path / "copy")
+        for name in without:
+            (folder / name).unlink()
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("key", ["model", "reference_model"])
+def test_a_base_model_has_no_head(refused, tmp_path, key):
+    folder = tmp_path / "base"
+    tiny_llama().model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert refused(**{key: str(folder)}) == (
+        f"{key}: {folder} has no lm_head.weight (it was saved as LlamaModel), so its head would be"
+        " random; name a causal language model"
+    )
+
+
+def test_a_reward_model_has_no_head(refused, tmp_path):
+    config = tiny_llama(pad_token_id=0).config
+    folder = tmp_path / "reward"
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    said = refused(model=str(folder))
+    assert "has no lm_head.weight (it was saved as LlamaForSequenceClassification)" in said
+
+
+def test_a_tied_head_is_not_missing(job, tmp_path):
+    folder = tmp_path / "tied"
+    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert job("train", model=str(folder)) == 0
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("reference", ["precomputed", "model"])
+def test_a_reference_of_another_vocabulary_is_refused(refused, tmp_path, reference):
+    folder = tmp_path / "wider"
+    wider = tiny_llama()
+    wider.resize_token_embeddings(VOCAB + 9)
+    wider.save_pretrained(folder)
+    assert refused(reference_model=str(folder), reference=reference) == (
+        f"reference_model: got '{folder}' with a vocabulary of 70, needs the 61 of the model that"
+        " trains; name one with the same vocabulary"
+    )
+
+
+def test_a_reference_whose_tokenizer_numbers_otherwise_is_refused(refused, saved):
+    folder = saved()
+    path = folder / "tokenizer.json"
+    ids = tiny_tokenizer().get_vocab()
+    text = path.read_text()
+    for word, number in (("cat", ids["mat"]), ("mat", ids["cat"])):
+        assert f'"{word}": {ids[word]}' in text
+        text = text.replace(f'"{word}": {ids[word]}', f'"{word}_": {number}')
+    path.write_text(text.replace("cat_", "cat").replace("mat_", "mat"))
+    said = refused(reference_model=str(folder))
+    assert said.startswith(f"reference_model: got '{folder}', whose tokenizer has '")
+    assert said.endswith("as the policy's has; name a model of the same tokenizer")
+
+
+def test_a_tokenizer_of_tokens_that_the_model_has_not_is_refused(refused, tmp_path):
+    folder, tokenizer = tmp_path / "tokenizer", tiny_tokenizer()
+    tokenizer.add_tokens([f"more{number}" for number in range(VOCAB)])
+    tokenizer.save_pretrained(folder)
+    rows = [row | {"chosen": f"more{VOCAB - 1}"} for row in pairs(4)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    said = refused(tokenizer=str(folder), dataset=data, loss="simpo")
+    assert said.startswith(f"tokenizer: data: got token id {len(tokenizer) - 1}, needs ids of at")
+
+
+def test_a_folder_that_is_no_whole_model_is_told_what_it_lacks(refused, saved, tmp_path):
+    folder = saved("config.json")
+    needs = "a folder without config.json, needs one that save_pretrained wrote"
+    assert refused(model=str(folder)) == f"model: got '{folder}', {needs}"
+    shutil.rmtree(folder)
+    folder = saved("model.safetensors")
+    said = refused(model=str(folder))
+    assert said.startswith(f"model: got '{folder}', which cannot be loaded (Error no file named")
+    assert said.endswith("needs a hub name or a folder with config and weights")
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert f"model: got '{folder}', whose weights are damaged: " in refused(model=str(folder))
+    (tmp_path / "empty").mkdir()
+    said = refused(tokenizer=str(tmp_path / "empty"))
+    assert said.startswith(f"tokenizer: got '{tmp_path / 'empty'}', whose tokenizer cannot be load")
+
+
+def test_a_model_without_a_tokenizer_is_told_to_name_one(refused, saved):
+    folder = saved("tokenizer.json", "tokenizer_config.json")
+    said = refused(model=str(folder))
+    assert said.startswith(f"model: got '{folder}', whose tokenizer cannot be loaded (")
+    assert said.endswith("; name one with the key tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, "model_type: got 'lama' (did you mean 'llama'"),
+        ({"model_type": "t5"}, "model_type: got 't5', needs that of a causal language model"),
+        ({"hidden_size": 7}, "got no model_type, needs one such as llama"),
+        ({"model_type": "llama", "hidden_size": "x"}, "hidden_size"),
+    ],
+)
+def test_a_config_of_no_language_model_is_told_so(refused, material, config, message):
+    said = refused(model=None, model_config=config, tokenizer=str(material / "model"))
+    assert said.startswith("model_config: ") and message in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+@pytest.mark.parametrize("engine", ["triton", "cublas"])
+def test_an_engine_of_gpus_is_refused_before_anything_is_loaded(refused, monkeypatch, engine):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    said = refused(engine=engine, model="no/such/model")
+    assert said.startswith(f"engine: got '{engine}' on cpu, needs a GPU, or TRITON_INTERPRET=1")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    refused, tmp_path, monkeypatch
+):
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        said = refused(f"output_dir={folder}", model="no/such/model")
+        assert said == f"output_dir: got {folder}, but {file} is a file; needs a folder"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    said = refused(f"output_dir={tmp_path / 'a' / 'b'}", model="no/such/model")
+    assert said == f"output_dir: got {tmp_path / 'a' / 'b'}, but {tmp_path} cannot be written to"
+
+
+def test_what_the_reference_pass_meets_is_blamed_on_its_own_key(refused, material, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert refused(cache_dir=str(file)).startswith("cache_dir: [Errno ")
+    broken = transformers.AutoModelForCausalLM.from_pretrained(material / "model")
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    broken.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    for key in ("model", "reference_model"):
+        said = refused(**{key: str(tmp_path / "nan")})
+        assert said.startswith(f"{key}: got ref_chosen_logps=nan for feature "), said
+
+
+def test_a_damaged_cache_is_blamed_on_its_folder(job, refused, tmp_path):
+    assert job("reference", cache_dir=str(tmp_path / "cache")) == 0
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-5])
+    said = refused(cache_dir=str(tmp_path / "cache"))
+    assert said.startswith(f"cache_dir: {kept}: got a damaged or truncated file")
+
+
+def test_a_mistake_of_the_code_keeps_its_traceback(job, monkeypatch):
+    from fused_prefopt import reference
+
+    def wrong(*_, **__):
+        raise ValueError("of the code")
+
+    monkeypatch.setattr(reference, "add_reference_logps", wrong)
+    with pytest.raises(ValueError, match="of the code"):
+        job("train")
+
+
+def test_pictures_want_matplotlib_before_anything_is_loaded(refused, monkeypatch):
+    from fused_prefopt import extras
+
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == "matplotlib" else find(n))
+    wanted = 'pictures needs matplotlib: pip install "fused-prefopt[plots]"'
+    assert refused(pictures=True, model="no/such/model") == wanted
