@@ -10,6 +10,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+# What to do about a loss or gradient that is not finite.
+ON_NONFINITE = ("stop", "skip", "ignore")
+
 
 def require_shape(name: str, value: Tensor, wanted: Sequence[int | str]) -> None:
     """Raise ValueError unless `value` has the wanted shape; a string stands for any size."""

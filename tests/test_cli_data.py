@@ -50,7 +50,8 @@ def test_truncated_pairs_are_counted_and_those_left_equal_are_not_trained_on(job
         "training pairs: read 5, kept 3; completions truncated 3, prompts truncated 0, sides equal"
         " 2, without a completion 0; raise max_length (5), which cuts 60% of the rows\n"
     ) in capsys.readouterr().out
-    assert job("train", dataset=file, max_length=2, max_prompt_length=1) == 2
+    other = str(tmp_path / "shorter")
+    assert job("train", dataset=file, max_length=2, max_prompt_length=1, output_dir=other) == 2
     problem = capsys.readouterr().err.splitlines()[-1]
     assert "dataset: records: no row is left, needs at least one; training pairs: read 5" in problem
     assert "sides equal 5" in problem and "raise max_length (2)" in problem
@@ -173,7 +174,8 @@ def test_the_adapter_of_the_configuration_decides(job, tmp_path, capsys):
     assert "which fit pairs and completions" in problem and "adapter: NAME" in problem
     assert job("train", dataset=file, loss="dpo", adapter="preference") == 0
     assert f"{file}: read by adapter preference\n" in capsys.readouterr().out
-    assert job("train", dataset=file, loss="kto", adapter="completions") == 0
+    other = str(tmp_path / "kto")
+    assert job("train", dataset=file, loss="kto", adapter="completions", output_dir=other) == 0
     assert "training completions: read 8, kept 8" in capsys.readouterr().out
 
 
@@ -200,6 +202,6 @@ def test_dialogues_and_raw_chats_train_without_an_adapter(job, tmp_path, capsys)
         for index, row in enumerate(pairs(8))
     ]
     file = write_lines(tmp_path / "raw.jsonl", rows)
-    assert job("train", dataset=file, loss="odpo") == 0
+    assert job("train", dataset=file, loss="odpo", output_dir=str(tmp_path / "odpo")) == 0
     said = capsys.readouterr().out
     assert f"{file}: read as pairs of whole chats (adapter ultrafeedback_binarized)\n" in said

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fused_prefopt.checks import require_choice, require_count, require_number
+from fused_prefopt.checks import ON_NONFINITE, require_choice, require_count, require_number
 from fused_prefopt.ops.engines import ENGINES
 
 EMBEDDED = "embedded"
 REFERENCES = ("precomputed", "model", "adapter")
 LAYOUTS = ("padded", "packed", "shared_prompt")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-NONFINITE = ("stop", "skip", "ignore")
 _TEXTS = ("dataset", "split", "loss")
 _OPTIONAL_TEXTS = (
     *("model", "tokenizer", "attn_implementation", "adapter", "held_out", "reference_model"),
@@ -90,7 +89,7 @@ class Settings:
         require_choice("layout", self.layout, LAYOUTS)
         require_choice("reference", self.reference, REFERENCES)
         require_choice("engine", self.engine, ("auto", *ENGINES))
-        require_choice("on_nonfinite", self.on_nonfinite, NONFINITE)
+        require_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         if not self.workspace_mb > 0:
             raise ValueError(f"workspace_mb: got {self.workspace_mb}, wanted a number of MiB > 0")
         require_number("flip_rate", self.flip_rate, low=0, high=1)

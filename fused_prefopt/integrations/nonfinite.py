@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
-from fused_prefopt.checks import require_choice
+from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.statistics.gather import sum_over_ranks, world_size
 
-CHOICES = ("stop", "skip", "ignore")
 _SKIPPED = "skipped_steps"
 
 
@@ -30,7 +29,7 @@ def mind_nonfinite(trainer: Any, on_nonfinite: str) -> None:
         ValueError: `on_nonfinite` is another word, or "skip" with an optimizer that steps inside
             the backward pass.
     """
-    require_choice("on_nonfinite", on_nonfinite, CHOICES)
+    require_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
     inside = _steps_in_backward(trainer)
     if on_nonfinite == "skip" and inside:
         raise ValueError(

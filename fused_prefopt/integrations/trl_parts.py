@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from fused_prefopt.checks import require_choice
+from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
@@ -22,7 +22,7 @@ from fused_prefopt.integrations.head_check import require_causal_checkpoint, req
 from fused_prefopt.integrations.kept_rows import KeepsTeachingRows
 from fused_prefopt.integrations.liger import leave_out_ligers_loss
 from fused_prefopt.integrations.loss_state import KeepsLossState
-from fused_prefopt.integrations.nonfinite import CHOICES, MindsNonfinite, mind_nonfinite
+from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.past_wrappers import PreparesExactly, exact_loss, past_wrappers
 from fused_prefopt.integrations.reference_pass import logps_through
 from fused_prefopt.integrations.trainer_checks import refuse_functions_of_logits, require_rows
@@ -73,7 +73,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         if isinstance(given.arguments["model"], str):
             require_causal_checkpoint(given.arguments["model"], **_of_config(config))
         loss_fn = config.build_loss()
-        require_choice("on_nonfinite", config.on_nonfinite, CHOICES)
+        require_choice("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
         self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}

@@ -81,6 +81,7 @@ def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") 
         nll: NLL is "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" (TRL's), the mean of
             −log π over all chosen tokens of the batch, of all ranks.
     """
+    require_number("nll_weight", nll_weight, low=0)
     term = ChosenNll(weight=nll_weight, nll=nll)
     return PairwiseLoss(SumLogp(beta=beta), regularisers=(term,))
 
@@ -119,6 +120,7 @@ def slic_hf(*, delta: float = 1.0, nll_weight: float = 0.1) -> PairwiseLoss:
         delta: δ, margin in nats.
         nll_weight: λ >= 0.
     """
+    require_number("nll_weight", nll_weight, low=0)
     nll = ChosenNll(weight=nll_weight)
     return PairwiseLoss(SumLogp(beta=1.0), link=Hinge(delta=delta), regularisers=(nll,))
 
@@ -174,8 +176,8 @@ def tdpo2(*, beta: float = 0.1, alpha: float = 0.5) -> PairwiseLoss:
         alpha: α, weight of the divergence.
     """
     require_number("alpha", alpha)
-    margin = SequenceKlMargin(scale=alpha * beta, stop_chosen=True)
-    return PairwiseLoss(LogRatio(beta=beta), margin)
+    reward = LogRatio(beta=beta)
+    return PairwiseLoss(reward, SequenceKlMargin(scale=alpha * beta, stop_chosen=True))
 
 
 @register("kto", paper="Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 7")
