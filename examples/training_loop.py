@@ -53,14 +53,37 @@ def optimise(
         steps: how many, for the schedule.
         learning_rate: at its highest, after a tenth of the steps.
         loss_of: scalar loss of a batch.
+
+    Raises:
+        FloatingPointError: `update` does.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimiser, max(1, steps // 10), steps)
     model.train()
     for batch in batches:
-        loss_of(batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        update(model, optimiser, loss_of(batch))
         schedule.step()
-        optimiser.zero_grad()
     model.eval()
+
+
+def update(model: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down a loss, with a gradient of norm 1 at most.
+
+    Args:
+        model: whose weights are trained.
+        optimiser: of its weights.
+        loss: scalar.
+
+    Raises:
+        FloatingPointError: the loss or its gradient is not finite; no weight has moved.
+    """
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not (loss.isfinite() and norm.isfinite()):
+        raise FloatingPointError(
+            f"got a loss of {loss.item():.4g} whose gradient has the norm {norm.item():.4g}, needs"
+            " finite numbers; the weights are those before this step: look at the data and the"
+            " learning rate"
+        )
+    optimiser.step()
+    optimiser.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from reinforcement.policy_gradient import (
 from reinforcement.reward_model import RewardModel, pair_accuracy, train_reward_model
 from reinforcement.sampling import sample
 from tiny_models import tiny_llama
+from training_loop import update
 
 from fused_prefopt import TokenPolicy
 from fused_prefopt.data import PointCollator, labels_of
@@ -100,6 +102,19 @@ def test_a_reward_model_learns_which_token_is_preferred():
     model = train_reward_model(start, pairs, 0, steps=25, batch_size=4, seed=0, name="test")
     assert pair_accuracy(model, pairs, 0) == 1.0
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_of_the_examples_stops_before_a_weight_moves(value):
+    layer = torch.nn.Linear(2, 1)
+    before = [each.detach().clone() for each in layer.parameters()]
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match=f"a loss of {value}"):
+        update(layer, optimiser, layer(torch.tensor([1.0, value])).square().sum())
+    assert all(torch.equal(*each) for each in zip(before, layer.parameters(), strict=True))
+    optimiser.zero_grad()
+    update(layer, optimiser, layer(torch.ones(2)).square().sum())
+    assert not any(torch.equal(*each) for each in zip(before, layer.parameters(), strict=True))
 
 
 def test_samples_follow_the_model_whatever_their_padding():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from training_loop import update
 from transformers import PreTrainedModel
 
 import fused_prefopt as fp
@@ -129,10 +130,7 @@ def train_policy(
         for _ in range(updates):
             now, labelled = token_policy_of(policy, batch), labels_of(batch) != -100
             loss = clipped_loss(now, old, anchor, advantages, labelled, settings)
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            update(policy, optimizer, loss)
         tokens = labelled.sum()
         log.append(
             {
