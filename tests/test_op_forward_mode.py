@@ -55,6 +55,17 @@ def test_is_an_error(name, mode):
                 function(forward_ad.make_dual(point, torch.ones_like(point)))
 
 
+def test_is_an_error_where_it_is_compiled():
+    def slope(hidden):
+        function = CALLS["sequence_logps of hidden"][0]
+        return torch.func.jvp(function, (hidden,), (torch.ones_like(hidden),))
+
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.compile(slope, backend="eager")(HIDDEN)
+    torch.compiler.reset()
+
+
 def test_losses_of_known_log_probs_have_one():
     loss_fn = fp.PreferenceLoss("simpo")
     lengths = torch.tensor([3, 4])

@@ -135,9 +135,6 @@ def head_tensors(hidden: Tensor, head: LMHead) -> HeadTensors:
 
 def refuse_forward_mode(tensors: HeadTensors) -> None:
     """Raise RuntimeError where forward-mode differentiation is at work: it would see zeros."""
-    # A compiler cannot ask; what it compiles calls the same op.
-    if torch.compiler.is_compiling():
-        return
     if any(each is not None and unpack_dual(each).tangent is not None for each in tensors):
         raise RuntimeError(
             "fused_prefopt has no forward-mode derivative (torch.func.jvp, torch.func.jacfwd): it"
