@@ -1,4 +1,4 @@
-# make train   trains three preference methods on real text (3 minutes on two cores)
+# make train   trains three preference methods on real text (4 minutes on two cores)
 # make rlhf    fine-tunes, trains a reward model, then DPO, RPO, DRO and GRPO against it (6 minutes)
 # make claims  tries what the papers claim on a small model (20 minutes)
 # make test    lint, types, kernels and all tests

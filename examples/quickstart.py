@@ -1,6 +1,6 @@
 """Train three preference methods on real text and compare them.
 
-Without --model and --dataset everything is made here, in three minutes on two CPU cores: the text
+Without --model and --dataset everything is made here, in four minutes on two CPU cores: the text
 is the standard library's documentation, the tokenizer and a small Llama are trained on it, and that
 model is the reference. α-DPO, γ-SimPO and DRO then start from it, through transformers' Trainer.
 """
