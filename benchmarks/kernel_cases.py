@@ -20,7 +20,8 @@ from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.ops.tile import Details
+from fused_prefopt.kernels.spread_rows import spread_rows
+from fused_prefopt.ops.tile import Details, WeighedRows
 
 # Labelled rows, seldom a multiple of anything; vocabulary and hidden size of Llama-3; a hidden size
 # whose rows are not whole 16 bytes; the width of a slab of logits; sequences.
@@ -81,7 +82,11 @@ def _recompute_gradient(s: Setting, *, depth: int = D, bent: bool = False) -> No
     )
 
 
-def _fold_rows(s: Setting, *, bent: bool = False, kept: bool = False) -> None:
+def _fold_rows(
+    s: Setting, *, bent: bool = False, kept: bool = False, weighed: bool = False
+) -> None:
+    weights = s.new(N, 2 * SLAB)
+    given = WeighedRows(s.floats(N), weights, SLAB, s.floats(N, D)) if weighed else None
     fold_rows(
         s.floats(N, SLAB),
         s.new(SLAB) if bent else None,
@@ -91,8 +96,9 @@ def _fold_rows(s: Setting, *, bent: bool = False, kept: bool = False) -> None:
         s.floats(N),
         alpha=1.0,
         ceiling=CEILING if bent else None,
-        kept=s.new(N, SLAB) if kept else None,
-        slope=bent,
+        kept=weights[:, SLAB:] if weighed else s.new(N, SLAB) if kept else None,
+        weighed=given,
+        slack=60.0,
     )
 
 
@@ -121,7 +127,13 @@ def _merge_partials(s: Setting, *, details: bool = False) -> None:
     if details:
         best = s.new(N, dtype=torch.int32)
         extra = Details(s.floats(N), s.floats(N), s.floats(N), best)
-    merge_partials(_partials(s, details), s.floats(N), s.floats(N), extra)
+    reference = None if details else s.floats(N)
+    merge_partials(_partials(s, details), s.floats(N), s.floats(N), extra, reference=reference)
+
+
+def _spread_rows(s: Setting, *, added: bool = False) -> None:
+    own = (s.floats(N), s.new(N, D), s.floats(N)) if added else ()
+    spread_rows(s.floats(N, D), s.indices(N), s.new(2 * N, D), s.floats(N), *own)
 
 
 def _sequence_sums(s: Setting, *, sorted_ids: bool) -> None:
@@ -144,6 +156,8 @@ CASES = {
     "fold rows": Case(_fold_rows, STATISTICS),
     "fold rows, kept": Case(lambda s: _fold_rows(s, kept=True)),
     "fold rows, kept, bias and softcap": Case(lambda s: _fold_rows(s, bent=True, kept=True)),
+    "fold rows, weighed": Case(lambda s: _fold_rows(s, weighed=True)),
+    "fold rows, weighed, bias and softcap": Case(lambda s: _fold_rows(s, bent=True, weighed=True)),
     "logits gradient": Case(_logits_gradient),
     "logits gradient, bias and softcap": Case(lambda s: _logits_gradient(s, bent=True)),
     "logits gradient, entropy, bias and softcap": Case(
@@ -154,6 +168,8 @@ CASES = {
     "merge partials": Case(_merge_partials, STATISTICS),
     "merge partials, details": Case(lambda s: _merge_partials(s, details=True), STATISTICS),
     "rescale rows": Case(lambda s: rescale_rows(s.floats(N, D), s.floats(N)), STATISTICS),
+    "spread rows": Case(_spread_rows),
+    "spread rows, added": Case(lambda s: _spread_rows(s, added=True)),
     "sequence sums": Case(lambda s: _sequence_sums(s, sorted_ids=True), STATISTICS),
     "sequence sums, unsorted": Case(lambda s: _sequence_sums(s, sorted_ids=False), STATISTICS),
     **KL_CASES,

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 
 from fused_prefopt.ops import sequence_logps
-from fused_prefopt.ops.engines import ENGINES, MISSING_TRITON, choose_engines
+from fused_prefopt.ops.engines import ENGINES, MISSING_TRITON, choose_engine, role_engine
 from fused_prefopt.ops.plan import PATHS
 
 # Of fp32 log-probs with logits up to 30, in nats; of fp32 gradients, relative.
 _LOGPS, _GRADIENTS = 2e-5, 1e-5
+_ROLES, _SIZES = ("fold", "keep", "rebuild"), (896, 2048, 4096)
 _OPTIONAL = ("transformers", "accelerate", "datasets", "peft", "trl", "matplotlib")
 
 
@@ -30,8 +31,7 @@ def examine(device: str | None = None) -> Iterator[tuple[str, str, bool]]:
     yield "with", ", ".join(map(_found, _OPTIONAL)), True
     yield "device", _describe(place), True
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for engine, paths in _grouped(choose_engines("auto", place, dtype)).items():
-            yield f"auto, {_short(dtype)}", f"{engine} for {', '.join(paths)}", True
+        yield f"auto, {_short(dtype)}", _choices(choose_engine("auto", place, dtype), place), True
     yield "why", _why(place), True
     for engine in ENGINES:
         yield from _self_check(engine, place)
@@ -60,11 +60,12 @@ def _describe(place: torch.device) -> str:
     return f"{found.name}, sm_{found.major}{found.minor}, {gigabytes:.0f} GiB"
 
 
-def _grouped(engines: dict[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for path in PATHS:
-        groups.setdefault(engines[path], []).append(path)
-    return groups
+def _choices(engine: str, place: torch.device) -> str:
+    """Which engine a forward, kept and rebuilt probabilities get, by hidden size."""
+    if engine != "auto":
+        return engine
+    sizes = {size: [role_engine(engine, r, place, size, False) for r in _ROLES] for size in _SIZES}
+    return "; ".join(f"D {size}: {', '.join(names)}" for size, names in sizes.items())
 
 
 def _why(place: torch.device) -> str:
@@ -72,7 +73,7 @@ def _why(place: torch.device) -> str:
         return "Triton kernels need a GPU (or TRITON_INTERPRET=1 and an engine that is asked for)"
     if MISSING_TRITON is not None:
         return MISSING_TRITON
-    return "the fastest engine of each path on this architecture (kernels/architectures.py)"
+    return f"the faster engine for {', '.join(_ROLES)} (kernels/architectures.py)"
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -82,7 +83,7 @@ def _short(dtype: torch.dtype) -> str:
 def _self_check(engine: str, place: torch.device) -> Iterator[tuple[str, str, bool]]:
     """Log-probs and gradients of a small fp32 head against eager float64, on every path."""
     try:
-        chosen = choose_engines(engine, place, torch.float32)["local"]
+        chosen = choose_engine(engine, place, torch.float32)
     except ValueError as error:
         yield f"check {engine}", f"not run: {error}", True
         return

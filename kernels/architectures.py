@@ -44,7 +44,8 @@ class Architecture:
         rich: the same where registers go to more than that: a softcap, sums of a gradient, stored
             exponentials, loads of rows that are not whole 16 bytes.
         single: shape on fp32, which is multiplied without tensor cores, exactly.
-        engines: path → the engine that `auto` takes.
+        fused: role of an engine → the largest hidden sizes, without a softcap and with one, up to
+            which its matmul is faster inside the kernel than beside the library's.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Architecture:
     plain: Block
     rich: Block
     single: Block
-    engines: dict[str, str]
+    fused: dict[str, tuple[int, int]]
 
     def block(self, itemsize: int, rich: bool) -> Block:
         """The shape for operands of `itemsize` bytes."""
@@ -62,20 +63,32 @@ class Architecture:
             return self.single
         return self.rich if rich else self.plain
 
+    def engine(self, role: str, hidden_size: int, bent: bool) -> str:
+        """`triton` or `cublas`, whichever is faster.
+
+        Args:
+            role: one of `fused_prefopt.ops.engines.ROLES`.
+            hidden_size: D.
+            bent: whether the head has a softcap.
+        """
+        largest = self.fused.get(role, (0, 0))[bent]
+        return "triton" if hidden_size <= largest else "cublas"
+
 
 _SINGLE = Block(rows=64, vocab=64, depth=32, group=8, warps=4, stages=2)
 # The widest tile that compiles without a spill, and one that leaves room for an epilogue.
 _WIDE = Block(rows=128, vocab=256, depth=64, group=8, warps=8, stages=3)
 _SQUARE = Block(rows=128, vocab=128, depth=64, group=8, warps=8, stages=3)
-# Predicted, not measured: chunked cuBLAS reaches about 80 % of an A100's and an H100's peak in
-# public figures, a fused Triton forward about 67 %.
-_CUBLAS = dict.fromkeys(("evaluate", "stash", "local", "recompute"), "cublas")
+# Predicted, not measured (`python -m benchmarks replay`): a library's matmul is faster than a fused
+# kernel's, by a fifth with the wide tile and by half with the square one; its fp32 logits then pass
+# through memory, which takes the larger share of the time the smaller the hidden size.
+_FUSED = {"fold": (1600, 880), "keep": (1088, 1088), "rebuild": (2080, 1120)}
 
 ARCHITECTURES = (
-    Architecture("sm_80", (8, 0), 163 * 1024, False, _WIDE, _SQUARE, _SINGLE, _CUBLAS),
-    Architecture("sm_89", (8, 9), 99 * 1024, False, _SQUARE, _SQUARE, _SINGLE, _CUBLAS),
-    Architecture("sm_90", (9, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _CUBLAS),
-    Architecture("sm_100", (10, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _CUBLAS),
+    Architecture("sm_80", (8, 0), 163 * 1024, False, _WIDE, _SQUARE, _SINGLE, _FUSED),
+    Architecture("sm_89", (8, 9), 99 * 1024, False, _SQUARE, _SQUARE, _SINGLE, _FUSED),
+    Architecture("sm_90", (9, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _FUSED),
+    Architecture("sm_100", (10, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _FUSED),
 )
 
 # What `autotune` tries; a shape that does not fit a GPU drops out by itself.

@@ -54,6 +54,7 @@ def _logits_gradient_kernel(
     maxima_stride,
     out_stride,
     part_width,
+    first,
     rows,
     width,
     alpha,
@@ -77,7 +78,7 @@ def _logits_gradient_kernel(
     values = tl.load(source + far * source_stride + columns[None, :], mask=there, other=0.0)
     values = values.to(tl.float32)
     if HAS_MAXIMA:
-        part = first_column // part_width
+        part = (first + first_column) // part_width
         highest = tl.load(maxima + part.to(tl.int64) * maxima_stride + row, mask=inside, other=0.0)
         probabilities = values * tl.exp(highest - logsumexp)[:, None]
         # Where the exponential has underflowed to 0, 0 · slope of -inf would be NaN.
@@ -129,6 +130,7 @@ def logits_gradient(
     ceiling: float | None = None,
     maxima: Tensor | None = None,
     part_width: int = 0,
+    first: int = 0,
     entropies: Tensor | None = None,
     entropy_scale: Tensor | None = None,
     sums: bool = False,
@@ -149,7 +151,8 @@ def logits_gradient(
         alpha: factor on the products.
         ceiling: bound of the logits, or None.
         maxima: (parts, c) fp32, where the source holds exponentials.
-        part_width: vocabulary entries of a part: at least v, or a multiple of 64.
+        part_width: vocabulary entries of a part; parts begin where blocks of a power of two do.
+        first: vocabulary entry at which the slab starts, where maxima are the whole vocabulary's.
         entropies: (c,) fp32 H of the whole rows, or None.
         entropy_scale: (c,) fp32, given with them.
         sums: whether the gradient's sums over rows are wanted.
@@ -165,10 +168,14 @@ def logits_gradient(
         if value.stride(1) != 1 and width > 1:
             raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
     height, block = 16, 256
-    if maxima is not None and part_width < width:
-        block = min(block, part_width)
-        if block < 1 or part_width % block or block & (block - 1):
-            raise ValueError(f"part_width: got {part_width}, wanted >= {width} or a multiple of 64")
+    if maxima is not None and part_width < first + width:
+        # A block meets one maximum: the largest that divides every part.
+        while block > 1 and (part_width % block or first % block):
+            block //= 2
+        if block < 16 and part_width > 1:
+            raise ValueError(
+                f"part_width: got {part_width} and a slab at {first}, wanted multiples of 16"
+            )
     row_blocks = triton.cdiv(rows, height)
     column_sums = None
     if sums:
@@ -190,6 +197,7 @@ def logits_gradient(
             0 if maxima is None else maxima.stride(0),
             out.stride(0),
             max(1, part_width),
+            first,
             rows,
             width,
             alpha,

@@ -26,18 +26,21 @@ def _merge_partials_kernel(
     squares,  # (rows,)
     logit_sum,  # (rows,)
     best,  # (rows,)
+    reference,  # (rows,)
     factor,  # (rows,)
     parts,
     rows,
     offset,
+    slack,
     HAS_DETAILS: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    old = tl.load(maximum + row, mask=inside, other=0.0)
-    highest, sums = old, tl.load(total + row, mask=inside, other=0.0)
+    highest = tl.load(maximum + row, mask=inside, other=0.0)
+    sums = tl.load(total + row, mask=inside, other=0.0)
     if HAS_DETAILS:
         terms = tl.load(weighted + row, mask=inside, other=0.0)
         squared = tl.load(squares + row, mask=inside, other=0.0)
@@ -66,7 +69,11 @@ def _merge_partials_kernel(
             winner = tl.where(above > highest, chosen + offset, winner)
         sums = sums * shrink + tl.sum(added * shares, 0)
         highest = above
-    tl.store(factor + row, tl.exp(old - highest), mask=inside)
+    if HAS_REFERENCE:
+        before = tl.load(reference + row, mask=inside, other=0.0)
+        moved = tl.where(highest - before > slack, highest, before)
+        tl.store(reference + row, moved, mask=inside)
+        tl.store(factor + row, tl.exp(before - moved), mask=inside)
     tl.store(maximum + row, highest, mask=inside)
     tl.store(total + row, sums, mask=inside)
     if HAS_DETAILS:
@@ -95,6 +102,8 @@ def merge_partials(
     total: Tensor,
     details: Details | None = None,
     offset: int = 0,
+    reference: Tensor | None = None,
+    slack: float = 0.0,
 ) -> Tensor:
     """Fold partial statistics into running ones, part by part in a fixed order.
 
@@ -104,9 +113,11 @@ def merge_partials(
         total: (c,) fp32 running Σ exp(logit − maximum), updated in place.
         details: the same for the optional statistics; `partials` must have them.
         offset: vocabulary index at which these parts start.
+        reference: (c,) fp32 that follows the maximum where that exceeds it by more than `slack`,
+            updated in place; or None.
 
     Returns:
-        (c,) exp(old maximum − new maximum).
+        (c,) exp(old reference − new reference); without one it means nothing.
     """
     parts, rows = partials.maximum.shape
     factor = torch.empty_like(maximum)
@@ -125,11 +136,14 @@ def merge_partials(
             None if details is None else details.squares,
             None if details is None else details.logit_sum,
             None if details is None else details.best,
+            reference,
             factor,
             parts,
             rows,
             offset,
+            slack,
             HAS_DETAILS=details is not None,
+            HAS_REFERENCE=reference is not None,
             PARTS=32,
             ROWS=block,
             num_warps=4,

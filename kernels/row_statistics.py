@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Protocol
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,17 +31,25 @@ def _fold_rows_kernel(
     maximum,  # (c,)
     total,  # (c,)
     target_logit,  # (c,)
-    factor,  # (c,)
-    kept,  # (c, v)
+    kept,  # (k, v)
+    reference,  # (c,)
+    earlier,  # (c, done)
+    sums,  # (c, D)
     row_stride,
     kept_stride,
+    sums_stride,
+    kept_rows,
     width,
+    done,
+    depth,
+    slack,
     alpha,
     ceiling,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_KEPT: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -48,34 +57,74 @@ def _fold_rows_kernel(
     target = tl.load(targets + row)
     # A finite floor instead of -inf: rows whose logits are all -inf then sum to zero, not NaN.
     running = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
+    folded = tl.zeros((BLOCK,), tl.float32)
     found = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logits = slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
         above = tl.maximum(running, logits)
-        sums = sums * tl.exp(running - above) + tl.exp(logits - above)
+        folded = folded * tl.exp(running - above) + tl.exp(logits - above)
         found = tl.where(columns == target, logits, found)
         running = above
 
     old = tl.load(maximum + row)
     new = tl.maximum(old, tl.max(running, 0))
     shrink = tl.exp(old - new)
-    tl.store(factor + row, shrink)
     tl.store(maximum + row, new)
-    added = tl.sum(sums * tl.exp(running - new), 0)
+    added = tl.sum(folded * tl.exp(running - new), 0)
     tl.store(total + row, tl.load(total + row) * shrink + added)
     tl.store(target_logit + row, tl.sum(found, 0), mask=(target >= 0) & (target < width))
 
+    if HAS_REFERENCE:
+        before = tl.load(reference + row)
+        # NaN is not above: a row that has one is lost either way.
+        moves = new - before > slack
+        new = tl.where(moves, new, before)
+        if moves:
+            tl.store(reference + row, new)
+            smaller = tl.exp(before - new)
+            earlier += row * kept_stride
+            for start in range(0, done, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                values = tl.load(earlier + columns, mask=columns < done, other=0.0).to(tl.float32)
+                values = (values * smaller).to(earlier.dtype.element_ty)
+                tl.store(earlier + columns, values, mask=columns < done)
+            if HAS_SUMS:
+                sums += row * sums_stride
+                for start in range(0, depth, BLOCK):
+                    columns = start + tl.arange(0, BLOCK)
+                    values = tl.load(sums + columns, mask=columns < depth, other=0.0)
+                    tl.store(sums + columns, values * smaller, mask=columns < depth)
+
     if HAS_KEPT:
-        kept += row * kept_stride
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            logits = slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
-            values = tl.exp(logits - new)
-            if HAS_SLOPE:
-                values *= cap_slope(logits, ceiling)
-            tl.store(kept + columns, values.to(kept.dtype.element_ty), mask=columns < width)
+        if row < kept_rows:
+            kept += row * kept_stride
+            for start in range(0, width, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                logits = slab_logits(
+                    products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP
+                )
+                values = tl.exp(logits - new)
+                if HAS_CAP and HAS_REFERENCE:
+                    values *= cap_slope(logits, ceiling)
+                tl.store(kept + columns, values.to(kept.dtype.element_ty), mask=columns < width)
+
+
+class Weighed(Protocol):
+    """What `fold_rows` weighs rows by: exp(logit − reference) · slope, see `ops.tile`.
+
+    `reference` (c,) fp32; `weights` (c, ≥ done + v) whose first `done` columns refer to it, with
+    the strides of `kept`; `sums` (c, D) fp32 that do, or None.
+    """
+
+    @property
+    def reference(self) -> Tensor: ...
+    @property
+    def weights(self) -> Tensor: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def sums(self) -> Tensor | None: ...
 
 
 def fold_rows(
@@ -89,8 +138,9 @@ def fold_rows(
     alpha: float,
     ceiling: float | None,
     kept: Tensor | None = None,
-    slope: bool = False,
-) -> Tensor:
+    weighed: Weighed | None = None,
+    slack: float = 0.0,
+) -> None:
     """Update running statistics by ``logits = alpha (products + bias)``; one program a row.
 
     With a `ceiling` the logits are ``ceiling · tanh`` of that. The slab is read once from memory,
@@ -105,11 +155,11 @@ def fold_rows(
         target_logit: (c,) fp32, updated in place where the target is inside.
         alpha: factor on the products.
         ceiling: bound of the logits, or None.
-        kept: (c, v) becomes exp(logit − new maximum), or None; it may be `products`.
-        slope: multiply `kept` by the softcap's slope.
-
-    Returns:
-        (c,) exp(old maximum − new maximum).
+        kept: (k, v) becomes exp(logit − new maximum) of the first k rows; with `weighed` it is a
+            part of its weights and becomes exp(logit − reference) times the softcap's slope. It
+            may be `products`.
+        weighed: its references are updated, and where one moves what refers to it is rescaled.
+        slack: by how much a maximum may exceed its reference before that moves.
 
     Raises:
         ValueError: rows of `products` or `kept` are not contiguous.
@@ -118,7 +168,7 @@ def fold_rows(
     for name, value in (("products", products), ("kept", kept)):
         if value is not None and value.stride(1) != 1 and width > 1:
             raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
-    factor = torch.empty_like(maximum)
+    sums = None if weighed is None else weighed.sums
     if rows:
         _fold_rows_kernel[(rows,)](
             products,
@@ -127,20 +177,27 @@ def fold_rows(
             maximum,
             total,
             target_logit,
-            factor,
             kept,
+            None if weighed is None else weighed.reference,
+            None if weighed is None else weighed.weights,
+            sums,
             products.stride(0),
             0 if kept is None else kept.stride(0),
+            0 if sums is None else sums.stride(0),
+            0 if kept is None else kept.shape[0],
             width,
+            0 if weighed is None else weighed.done,
+            0 if sums is None else sums.shape[1],
+            slack,
             alpha,
             0.0 if ceiling is None else ceiling,
             HAS_BIAS=bias is not None,
             HAS_CAP=ceiling is not None,
             HAS_KEPT=kept is not None,
-            HAS_SLOPE=slope and ceiling is not None,
+            HAS_REFERENCE=weighed is not None,
+            HAS_SUMS=sums is not None,
             BLOCK=min(4096, triton.next_power_of_2(width)),
             num_warps=8,
             # logit − maximum must be exactly 0 at the maximum: no log-prob may be positive.
             enable_fp_fusion=False,
         )
-    return factor

@@ -29,7 +29,7 @@ from fused_prefopt import (
     token_logps,
     token_statistics,
 )
-from fused_prefopt.ops import cublas_engine, dropped_mass, forward, gradient_sums
+from fused_prefopt.ops import cublas_engine, dropped_mass, gradients, passes
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import PATHS
 
@@ -205,16 +205,14 @@ def as_on_a_gpu(monkeypatch):
         total = alpha * (left.double() @ right.double())
         return out.copy_(out.double() + total if accumulate else total)
 
-    for module in (forward, gradient_sums, cublas_engine):
+    for module in (passes, gradients, cublas_engine):
         monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
-    first = cublas_engine.CublasEngine.__init__
 
-    def in_place(engine, math, shape, device):
-        first(engine, math, shape, device)
-        engine.in_place = math.kept == math.dtype
+    def in_place(math, device):
+        return math.kept == math.dtype
 
-    monkeypatch.setattr(cublas_engine.CublasEngine, "__init__", in_place)
+    monkeypatch.setattr(cublas_engine.CublasEngine, "in_place", staticmethod(in_place))
 
 
 # The interpreter multiplies no bf16 tiles.

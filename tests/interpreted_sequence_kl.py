@@ -13,7 +13,7 @@ from truth import SMALLEST, TRANSFORMS, assert_gradients, largest_error, leaves_
 
 from fused_prefopt.kernels.fold_kl_rows import SlabLogits, fold_kl_rows
 from fused_prefopt.kernels.kl_gradient import kl_gradient
-from fused_prefopt.ops import cublas_engine, gradient_sums
+from fused_prefopt.ops import cublas_engine, gradients, kl_cublas_engine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
 
@@ -163,7 +163,7 @@ def as_on_a_gpu(monkeypatch):
         total = alpha * (left.double() @ right.double())
         return out.copy_(out.double() + total if accumulate else total)
 
-    for module in (gradient_sums, cublas_engine):
+    for module in (gradients, cublas_engine, kl_cublas_engine):
         monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
 

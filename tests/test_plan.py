@@ -17,7 +17,15 @@ from fused_prefopt import Plan, release_workspace, sequence_logps
 from fused_prefopt.ops.dropped_mass import PART
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
-from fused_prefopt.ops.plan import COST_IN_P, PATHS, TileCost, TileShape, make_plan, tile_shape
+from fused_prefopt.ops.plan import (
+    COST_IN_P,
+    PATHS,
+    TileCost,
+    TileShape,
+    make_plan,
+    room_of,
+    tile_shape,
+)
 from fused_prefopt.ops.vocab_shard import VocabShard
 
 MIB = 2**20
@@ -32,17 +40,17 @@ COST = TileCost(logit=4, hidden=4, weight=4, preferred=PREFERRED)
 def planned(**changes) -> Plan:
     given = {
         "path": "auto",
-        "engines": dict.fromkeys(PATHS, "torch"),
+        "engine": lambda path, kept: "torch",
         "rows": 1000,
         "vocab": 1024,
-        "hidden_size": 16,
-        "workspace_mb": 8,
-        "itemsize": 4,
-        "cost": COST,
+        "workspace": 8 * MIB,
         "head_trains": True,
         "hidden_trains": True,
     }
-    return make_plan(**given | changes)
+    itemsize = changes.pop("itemsize", 4)
+    given |= changes
+    room = room_of(given["rows"], given["vocab"], 16, itemsize, COST, gpu=False)
+    return make_plan(**given, room=room)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +61,7 @@ def planned(**changes) -> Plan:
         ({}, "local"),
         ({"hidden_trains": False}, "local"),
         ({"rows": 3000}, "recompute"),
-        ({"workspace_mb": 4}, "recompute"),
+        ({"workspace": 4 * MIB}, "recompute"),
         ({"itemsize": 8}, "recompute"),
         ({"path": "recompute"}, "recompute"),
         ({"path": "recompute", "head_trains": False}, "recompute"),
@@ -65,7 +73,7 @@ def planned(**changes) -> Plan:
 def test_the_path(changes, path):
     plan = planned(**changes)
     assert plan.path == path
-    assert plan.workspace == changes.get("workspace_mb", 8) * MIB
+    assert plan.workspace == changes.get("workspace", 8 * MIB)
     assert plan.engine == "torch"
     assert plan.reason
 
@@ -80,6 +88,23 @@ def test_local_needs_room_for_a_tile_beside_what_it_keeps():
 def test_costs_rise_from_path_to_path():
     assert [COST_IN_P[path] for path in PATHS] == [1, 2, 3, 4]
     assert planned().cost == 3
+    assert planned(path="recompute").cost == 4
+
+
+def test_rows_are_kept_as_far_as_the_workspace_goes():
+    kept = [planned(rows=rows).kept_rows for rows in (1000, 2100, 3000, 20_000, 40_000)]
+    # All; then what a tile leaves, in steps of 128; none where too few would remain.
+    assert kept[0] == 1000 and 0 < kept[1] < 2100 and kept[1] % 128 == 0
+    assert kept[2] == kept[1] and kept[3:] == [0, 0]
+    plans = [planned(rows=rows) for rows in (1000, 2100, 3000, 40_000)]
+    assert [plan.path for plan in plans] == ["local", *["recompute"] * 3]
+    assert [plan.cost for plan in plans] == [4 - plan.kept_rows / plan.rows for plan in plans]
+    costs = [plan.cost for plan in plans]
+    assert costs == sorted(costs) and costs[-1] == 4
+    # Whoever asks for `recompute` keeps nothing; rows in any order are all kept or none.
+    assert planned(rows=2100, path="recompute").kept_rows == 0
+    assert planned(rows=2100, drop_mass=0.1).kept_rows == 0
+    assert planned(rows=1000, drop_mass=0.1).kept_rows == 1000
 
 
 def test_the_plan_is_visible():
@@ -275,12 +300,15 @@ def test_local_meets_the_tiles_of_its_forward_again(device, engine, dtype, drop_
     for rows in range(64, workspace // (vocab * math.kept.itemsize), 61):
         index = torch.empty(rows, dtype=torch.int64, device=device)
         tensors = HeadTensors(torch.empty(rows, hidden_size, dtype=dtype, device=device), weight)
-        shapes = [
+        passes = [
             HeadRows(
-                *(tensors, index, index, VocabShard(), math, "local", engine, workspace),
+                *(tensors, index, index, VocabShard(), math, "local", engine, workspace, rows),
                 backward=backward,
                 drop_mass=drop_mass,
-            ).shape
+            )
             for backward in (False, True)
         ]
-        assert shapes[0] == shapes[1], rows
+        assert passes[0].kept_width == passes[1].kept_width, rows
+        if engine == "torch":
+            # It takes one maximum a tile.
+            assert passes[0].tiles == passes[1].tiles, rows

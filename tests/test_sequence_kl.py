@@ -35,7 +35,7 @@ from truth import (
 
 from fused_prefopt import LMHead, LowRank, sequence_kl, sequence_logps
 from fused_prefopt.ops import kl_paths
-from fused_prefopt.ops.gradient_sums import Needs
+from fused_prefopt.ops.gradients import Needs
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.kl_rows import KlRows

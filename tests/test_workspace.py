@@ -7,7 +7,7 @@ import torch
 from truth import assert_gradients, computed, leaves_of, make_case, needs_of, true_result
 
 from fused_prefopt import release_workspace, sequence_logps
-from fused_prefopt.ops import workspace
+from fused_prefopt.ops import kept_buffer as workspace
 
 NEEDS = needs_of("local")
 

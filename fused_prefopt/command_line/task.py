@@ -28,7 +28,7 @@ from fused_prefopt.fingerprint import TOKEN_COLUMNS
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.losses.needs import WHAT_IT_IS
 from fused_prefopt.losses.protocol import Loss
-from fused_prefopt.ops.engines import choose_engines
+from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.plan import PATHS
 from fused_prefopt.preference import PreferenceLoss
 
@@ -203,7 +203,7 @@ def _check_engine(loss_fn: PreferenceLoss, device: torch.device) -> None:
     """Raise where the engine that is asked for cannot run on the device that trains."""
     name = loss_fn.op_options["engine"]
     try:
-        choose_engines(name, device, torch.float32)
+        choose_engine(name, device, torch.float32)
     except ValueError as error:
         raise UserError(
             f"engine: got {name!r} on {device.type}, needs a GPU, or TRITON_INTERPRET=1 to try it"

@@ -16,11 +16,11 @@ from fused_prefopt.checks import (
     require_number,
     require_shape,
 )
-from fused_prefopt.ops.engines import ENGINES, choose_engines
+from fused_prefopt.ops.engines import ENGINES, choose_engine, device_memory
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout, require
-from fused_prefopt.ops.plan import PATHS
+from fused_prefopt.ops.plan import MIB, PATHS, default_workspace
 from fused_prefopt.ops.vocab_shard import VocabShard, local_part
 from fused_prefopt.types import AnyHead, LMHead
 
@@ -38,14 +38,15 @@ class LogpOptions:
     num_sequences: int | None = None
     num_labels: int | None = None
     ignore_index: int = -100
-    workspace_mb: float = 256
+    workspace_mb: float | None = None
     path: str = "auto"
     engine: str = "auto"
     drop_mass: float = 0.0
     entropy: bool = False
 
     def __post_init__(self) -> None:
-        require_number("workspace_mb", self.workspace_mb, low=0, above=True)
+        if self.workspace_mb is not None:
+            require_number("workspace_mb", self.workspace_mb, low=0, above=True)
         require_choice("path", self.path, ("auto", *PATHS))
         require_choice("engine", self.engine, ("auto", *ENGINES))
         require_number("drop_mass", self.drop_mass, low=0, high=1, below=True)
@@ -62,7 +63,7 @@ class Call:
         layout: where each row's target is.
         count: labelled rows, or -1 where a compiler traces and they cannot be counted.
         math: the head's scalars and the dtype to compute in.
-        engines: path → engine.
+        engine: of `choose_engine`.
     """
 
     tensors: HeadTensors
@@ -71,7 +72,21 @@ class Call:
     layout: Layout
     count: int
     math: HeadMath
-    engines: dict[str, str]
+    engine: str
+
+    @property
+    def hidden_size(self) -> int:
+        """D + r, what the products are summed over."""
+        low = self.tensors.low_hidden
+        return self.tensors.hidden.shape[1] + (0 if low is None else low.shape[1])
+
+    def workspace(self, megabytes: float | None, rows: int, head_trains: bool) -> int:
+        """Bytes of the workspace that is asked for, or of the device's default."""
+        if megabytes is not None:
+            return int(megabytes * MIB)
+        memory = device_memory(self.tensors.hidden.device)
+        weight = (self.vocab, self.hidden_size)
+        return default_workspace(memory, rows, weight, self.math.dtype.itemsize, head_trains)
 
 
 def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions) -> Call:
@@ -100,10 +115,10 @@ def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOption
     shard.require_same(layout.targets)
     count = _count(labelled, options.num_labels)
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
-    engines = choose_engines(options.engine, hidden.device, math.dtype)
+    engine = choose_engine(options.engine, hidden.device, math.dtype)
     tensors = head_tensors(hidden, head)
     refuse_forward_mode(tensors)
-    return Call(tensors, head.vocab, shard, layout, count, math, engines)
+    return Call(tensors, head.vocab, shard, layout, count, math, engine)
 
 
 def read_head(value: AnyHead, name: str = "head") -> LMHead:

@@ -2,63 +2,69 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.kernels import logits_gradient as gradients
-from fused_prefopt.kernels.rescale import rescale_rows
+from fused_prefopt.kernels.logits_gradient import logits_gradient
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
+from fused_prefopt.kernels.spread_rows import spread_rows
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import TileCost, TileShape, aligned
-from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, TileGradient
+from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, WeighedRows
 from fused_prefopt.ops.torch_engine import TorchEngine, product
+
+_ANY = 1 << 30
+# Slabs of `weigh` gain by width alone, and few rows leave room for it.
+_WEIGHED_ROWS = 4096
 
 
 class CublasEngine(TorchEngine):
     """As `TorchEngine`; a slab's transforms, statistics and gradient cost one read each."""
 
     name: ClassVar[str] = "cublas"
-
-    def __init__(self, math: HeadMath, shape: TileShape, device: torch.device) -> None:
-        super().__init__(math, shape, device)
-        self.in_place = math.kept == math.operand(device) and device.type != "cpu"
-        self._narrow: Tensor | None = None
+    keeps_some: ClassVar[bool] = True
 
     @staticmethod
-    def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
-        """fp32 products and, where operands are narrower, the operand beside them."""
-        operand = math.operand(weight.device)
-        logit = float(math.accumulator.itemsize)
-        # Nothing here may depend on the pass for `local`, whose parts are the forward's tiles.
-        rebuilt = path in ("stash", "recompute") or (backward and path == "details")
-        if operand != math.accumulator and rebuilt:
-            logit += operand.itemsize
+    def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
+        """fp32 products, and the slab of a gradient in the operand dtype."""
+        operand, single = math.operand(weight.device), math.accumulator.itemsize
+        gradient = role in ("kept", "rebuild", "entropy")
+        slab = float(operand.itemsize) if gradient or role == "weigh" else 0.0
+        # Products of fp32 operands become their gradient where they are.
+        logit = 0.0 if role == "kept" or (slab and operand == math.accumulator) else float(single)
         slabs = operand.itemsize if weight.dtype != operand else 0
-        if weight.dtype not in (math.accumulator, operand) or operand == torch.float16:
-            slabs += math.accumulator.itemsize
-        preferred = TileShape(8192, 16384)
-        return TileCost(logit, operand.itemsize, slabs, preferred)
+        once = weight.dtype == math.accumulator or weight.dtype == operand == torch.bfloat16
+        if gradient and not once:
+            slabs += single
+        sliced = single if gradient and once and weight.dtype != math.accumulator else 0
+        rows = _WEIGHED_ROWS if role == "weigh" else _ANY
+        shape = TileShape(rows, _ANY)
+        return TileCost(logit, operand.itemsize, slabs, shape, slab=slab, sliced=sliced)
+
+    @staticmethod
+    def in_place(math: HeadMath, device: torch.device) -> bool:
+        return math.kept == math.operand(device) and device.type != "cpu"
 
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
-        self._fold_rows(tile, statistics, None)
+        self._fold_rows(tile, statistics, self._tile(tile.shape))
 
     def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
-        self._fold_rows(tile, statistics, kept)
-        return statistics.maximum.unsqueeze(0)
+        self._fold_rows(tile, statistics, self._tile(tile.shape), kept=kept)
+        return statistics.maximum[: kept.shape[0]].unsqueeze(0)
 
-    def fold_and_weigh(self, tile: Tile, statistics: RowStatistics, gradient: Tensor) -> Tensor:
-        weights = self._operand(tile.shape)
-        factor = self._fold_rows(tile, statistics, weights, slope=True)
-        rescale_rows(gradient, factor)
-        return weights
+    def fold_and_weigh(
+        self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
+    ) -> None:
+        out = weighed.at(columns)
+        options = {"kept": out, "weighed": weighed, "slack": self.math.slack}
+        self._fold_rows(tile, statistics, self._beside(out), **options)
 
-    def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
-        out = self._operand(tile.shape)
-        sums = gradients.logits_gradient(
-            self._products(tile),
+    def gradient(self, tile: Tile, rows: RowGradients, out: Tensor, bias: bool) -> Tensor | None:
+        return logits_gradient(
+            product(tile.hidden, tile.weight.t(), self._beside(out)),
             rows.logsumexps,
             out,
             targets=tile.targets,
@@ -71,13 +77,19 @@ class CublasEngine(TorchEngine):
             entropy_scale=None if rows.entropy is None else rows.entropy.scale,
             sums=bias,
         )
-        return TileGradient(out, sums)
 
     def kept_gradient(
-        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients, bias: bool
-    ) -> TileGradient:
-        out = kept if self.in_place else self._operand((kept.shape[0], kept.shape[1]))
-        sums = gradients.logits_gradient(
+        self,
+        kept: Tensor,
+        maxima: Tensor,
+        part_width: int,
+        first: int,
+        targets: Tensor,
+        rows: RowGradients,
+        out: Tensor,
+        bias: bool,
+    ) -> Tensor | None:
+        return logits_gradient(
             kept,
             rows.logsumexps,
             out,
@@ -86,18 +98,19 @@ class CublasEngine(TorchEngine):
             scale=rows.scale,
             ceiling=self.math.ceiling,
             maxima=maxima,
-            part_width=self.part_width,
+            part_width=part_width,
+            first=first,
             sums=bias,
         )
-        return TileGradient(out, sums)
 
     sequence_sums = staticmethod(sequence_sums)
+    spread_rows = staticmethod(spread_rows)
 
     def _fold_rows(
-        self, tile: Tile, statistics: RowStatistics, kept: Tensor | None, slope: bool = False
-    ) -> Tensor:
-        return fold_rows(
-            self._products(tile),
+        self, tile: Tile, statistics: RowStatistics, products: Tensor, **options: Any
+    ) -> None:
+        fold_rows(
+            product(tile.hidden, tile.weight.t(), products),
             tile.bias,
             tile.targets,
             statistics.maximum,
@@ -105,28 +118,18 @@ class CublasEngine(TorchEngine):
             statistics.target,
             alpha=self.math.alpha,
             ceiling=self.math.ceiling,
-            kept=kept,
-            slope=slope,
+            **options,
         )
 
-    def _products(self, tile: Tile) -> Tensor:
-        return product(tile.hidden, tile.weight.t(), self._tile(tile.shape))
+    def _beside(self, out: Tensor) -> Tensor:
+        """Where the products of `out` (c, v) go: there if it takes fp32, else into a tile."""
+        if out.dtype == self.math.accumulator:
+            return out
+        return self._tile((out.shape[0], out.shape[1]))
 
     def _tile(self, shape: tuple[int, int]) -> Tensor:
         """Rows keep the stride of the widest tile: those of the last slab are aligned as well."""
         if self._buffer is None:
-            self._buffer = self._new(self.math.accumulator)
+            size = (self.tiles.rows, aligned(self.tiles.products))
+            self._buffer = torch.empty(size, dtype=self.math.accumulator, device=self.device)
         return self._buffer[: shape[0], : shape[1]]
-
-    def _operand(self, shape: tuple[int, int]) -> Tensor:
-        """A tile in the operand dtype: over the products where that is theirs, else beside them."""
-        operand = self.math.operand(self.device)
-        if operand == self.math.accumulator:
-            return self._tile(shape)
-        if self._narrow is None:
-            self._narrow = self._new(operand)
-        return self._narrow[: shape[0], : shape[1]]
-
-    def _new(self, dtype: torch.dtype) -> Tensor:
-        size = (self.shape.rows, aligned(self.shape.vocab))
-        return torch.empty(size, dtype=dtype, device=self.device)

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from fused_prefopt.checks import require_choice
-from fused_prefopt.ops.plan import PATHS
 
 if TYPE_CHECKING:
     from fused_prefopt.ops.torch_engine import TorchEngine
 
 ENGINES = ("torch", "cublas", "triton")
+# What is asked of an engine: fold a tile's logits into statistics; the same and keep their
+# exponentials; the same and weigh the head's rows by them; the same and more statistics; turn what
+# was kept into its gradient; build logits again for theirs; the same with entropies' gradient.
+ROLES = ("fold", "keep", "weigh", "details", "kept", "rebuild", "entropy")
+# The only kernel that has these sums; in a matmul's epilogue entropies take too many registers.
+_ONLY = {"details": "triton", "entropy": "cublas"}
 _OLDEST_TRITON = "3.4"
 
 
@@ -35,8 +40,8 @@ def load_engine(name: str) -> type[TorchEngine]:
     return TorchEngine
 
 
-def choose_engines(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Path → engine that `auto` stands for, or that is asked for and can run here.
+def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The engine of a device: one of `ENGINES`, or `auto` where `role_engine` chooses.
 
     Without a Triton that is new enough everything runs on the torch engine, with one warning.
 
@@ -51,23 +56,58 @@ def choose_engines(name: str, device: torch.device, dtype: torch.dtype) -> dict[
     """
     require_choice("engine", name, ("auto", *ENGINES))
     if name == "torch":
-        return _everywhere("torch")
+        return "torch"
     if name == "auto":
-        if device.type != "cuda" or dtype == torch.float64:
-            return _everywhere("torch")
-        return _fastest(device.index) if triton_is_usable() else _everywhere("torch")
+        if device.type != "cuda" or dtype == torch.float64 or not triton_is_usable():
+            return "torch"
+        return "auto" if _has_kernels(device.index) else "torch"
     if dtype == torch.float64:
         raise ValueError(f"engine: {name!r} computes in fp32 at most, got float64")
     if not triton_is_usable():
-        return _everywhere("torch")
+        return "torch"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"engine: {name!r} takes CPU tensors under TRITON_INTERPRET=1 only")
-    return _everywhere(name)
+    return name
+
+
+def role_engine(name: str, role: str, device: torch.device, hidden_size: int, bent: bool) -> str:
+    """Which engine does a part of a pass over a head: the choice of `auto`, or the one named.
+
+    Args:
+        name: of `choose_engine`.
+        role: one of `ROLES`.
+        device: of the tensors.
+        hidden_size: D: the fewer sums a logit takes, the more its way through memory costs.
+        bent: whether the head has a softcap, which takes a fused kernel's registers.
+    """
+    if role in _ONLY and name != "torch":
+        return _ONLY[role]
+    if name != "auto":
+        return name
+    if role == "kept":
+        role = "keep"  # what was kept is as its engine has left it
+    from fused_prefopt.ops.tuning import tuning_of
+
+    return tuning_of(device).architecture.engine(role, hidden_size, bent)
 
 
 def takes_kernels(engine: str, device: torch.device) -> bool:
     """Whether an engine's name stands for Triton kernels on this device, for fp32 log-probs."""
-    return choose_engines(engine, device, torch.float32)["evaluate"] != "torch"
+    return choose_engine(engine, device, torch.float32) != "torch"
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where a tile is as good as another."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory, or None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def triton_is_usable() -> bool:
@@ -98,15 +138,8 @@ def missing_triton() -> str | None:
 MISSING_TRITON = missing_triton()
 
 
-def _fastest(index: int | None) -> dict[str, str]:
-    """What the architecture's table says; the torch engine on GPUs older than all of it."""
-    from fused_prefopt.kernels.architectures import ARCHITECTURES, architecture
+def _has_kernels(index: int | None) -> bool:
+    """Whether a GPU is not older than every architecture of the table."""
+    from fused_prefopt.kernels.architectures import ARCHITECTURES
 
-    capability = torch.cuda.get_device_capability(index)
-    if capability < ARCHITECTURES[0].capability:
-        return _everywhere("torch")
-    return architecture(capability).engines
-
-
-def _everywhere(engine: str) -> dict[str, str]:
-    return dict.fromkeys(PATHS, engine)
+    return torch.cuda.get_device_capability(index) >= ARCHITECTURES[0].capability

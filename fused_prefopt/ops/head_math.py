@@ -43,6 +43,11 @@ class HeadMath:
         """d logit / d (hidden @ weight.T + bias) where the softcap does not bend it."""
         return self.logit_scale / self.temperature
 
+    @property
+    def slack(self) -> float:
+        """By how much a logit may exceed what exponentials refer to, in the operand dtype."""
+        return 8.0 if self.dtype == torch.float16 else 60.0
+
     def cap_slope(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
         """1 − tanh² of the softcap, from the logits it has left; any shape; `out` may be those."""
         assert self.ceiling is not None

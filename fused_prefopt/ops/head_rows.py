@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import dropped_mass
-from fused_prefopt.ops.engines import load_engine
+from fused_prefopt.ops.engines import load_engine, processors, role_engine
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import TileShape, aligned, kept_bytes, tile_shape
+from fused_prefopt.ops.plan import (
+    Tiles,
+    aligned,
+    kept_bytes,
+    slab_tiles,
+    statistics_bytes,
+    tile_shape,
+    wide_tiles,
+)
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.ops.vocab_shard import VocabShard
 
@@ -62,6 +70,7 @@ class HeadRows:
         shard: which rows of the head these are.
         math: the head's scalars.
         path, engine, workspace: of the plan.
+        kept_rows: k, the first rows, whose probabilities are kept for the backward.
         backward: whether the pass is a backward.
         drop_mass: probability that a row's gradient may leave out.
         entropy: whether the rows' entropies are wanted, or their gradient.
@@ -75,6 +84,7 @@ class HeadRows:
     path: str
     engine: str
     workspace: int
+    kept_rows: int
     backward: bool
     drop_mass: float = 0.0
     entropy: bool = False
@@ -94,15 +104,35 @@ class HeadRows:
         Args:
             *rest: the attributes from `math` on.
         """
-        return cls(tensors.first(vocab), index, targets[index] - shard.first, shard, *rest)
+        own = targets[index]
+        if shard.first:
+            own -= shard.first
+        return cls(tensors.first(vocab), index, own, shard, *rest)
 
-    def build_engine(self) -> TorchEngine:
-        """The plan's engine, for tiles of this shape."""
-        return load_engine(self.engine)(self.math, self.shape, self.device)
+    def build_engine(self, role: str) -> TorchEngine:
+        """The plan's engine for a role, one of `engines.ROLES`; for tiles of this pass."""
+        name = self.engine_of(role)
+        if name not in self._engines:
+            self._engines[name] = load_engine(name)(self.math, self.tiles, self.device)
+        return self._engines[name]
+
+    def engine_of(self, role: str) -> str:
+        """Name of the engine for a role."""
+        bent = self.math.softcap is not None
+        return role_engine(self.engine, role, self.device, self.hidden_size, bent)
+
+    @cached_property
+    def _engines(self) -> dict[str, TorchEngine]:
+        return {}
 
     @property
     def rows(self) -> int:
         return self.index.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """k, of the rows that there are."""
+        return self.rows if self.path == "local" else min(self.kept_rows, self.rows)
 
     @property
     def vocab(self) -> int:
@@ -124,59 +154,56 @@ class HeadRows:
         return self.tensors.hidden.device
 
     @cached_property
-    def tiling(self) -> tuple[TileShape, bool]:
-        """Shape of the tiles, and whether the hidden rows are gathered once for all of them."""
-        vocab, hidden_size = self.vocab, self.hidden_size
-        engine = load_engine(self.engine)
-        path = "details" if self.entropy else self.path
-        cost = engine.cost(self.math, self.tensors.weight, path, self.backward)
-        if self.rank:
-            # A slab of both weights, and its gradient before it is parted.
-            both = self.operand.itemsize + self.math.accumulator.itemsize
-            cost = replace(cost, weight=cost.weight + both)
-        copied = 0
-        if self.drop_mass:
-            narrow = min(cost.preferred.vocab, dropped_mass.PART)
-            cost = replace(cost, preferred=replace(cost.preferred, vocab=narrow))
-            # The rows that need a part are copied from all of them, and so are their sums.
-            copied = self.operand.itemsize + self.math.accumulator.itemsize
-            if self.path == "local":
-                cost = replace(cost, logit=cost.logit + self.math.kept.itemsize)
-        budget = self.workspace
-        if self.path == "local":
-            budget -= kept_bytes(self.rows, vocab, self.math.kept.itemsize)
-        elif self.device.type != "cpu" and self.path != "evaluate":
-            # The fp32 sums of d hidden are part of what a GPU user's `workspace_mb` stands for.
-            budget -= min(self.rows * hidden_size * self.math.accumulator.itemsize, budget // 2)
-        gathered = self.rows * hidden_size * cost.hidden
-        once = 3 * gathered <= 2 * budget
-        if once:
-            budget, cost = budget - gathered, replace(cost, hidden=0)
-        cost = replace(cost, hidden=cost.hidden + copied)
-        return tile_shape(self.rows, vocab, hidden_size, budget, cost), once
+    def tiles(self) -> Tiles:
+        """How this pass is cut."""
+        return tiles_of(self)
 
     @property
-    def shape(self) -> TileShape:
-        return self.tiling[0]
+    def kept_width(self) -> int:
+        """Vocabulary entries that share one of the forward's maxima of kept probabilities."""
+        if not self.kept:
+            return self.vocab
+        forward = replace(self, backward=False) if self.backward else self
+        return forward.build_engine("keep").part_width
 
     @property
     def kept_size(self) -> tuple[int, int]:
-        """(n, V or a little more) of what `local` keeps."""
-        return self.rows, self.vocab if self.device.type == "cpu" else aligned(self.vocab)
+        """(k, V or a little more) of the kept probabilities."""
+        return self.kept, self.vocab if self.device.type == "cpu" else aligned(self.vocab)
 
     @property
     def operand(self) -> torch.dtype:
         return self.math.operand(self.device)
 
-    def row_slices(self) -> list[slice]:
-        return list(_slices(self.rows, self.shape.rows))
+    @property
+    def in_place(self) -> bool:
+        """Whether the kept probabilities of all rows become their gradient where they are."""
+        engine = load_engine(self.engine_of("kept"))
+        return self.kept == self.rows > 0 and engine.in_place(self.math, self.device)
+
+    def row_slices(self, *, kept_apart: bool = False) -> list[slice]:
+        """Rows of each tile; with `kept_apart` no tile has both kept rows and others."""
+        if not kept_apart or self.kept in (0, self.rows):
+            return list(_slices(0, self.rows, self.tiles.rows))
+        parts = (0, self.kept), (self.kept, self.rows)
+        return [rows for part in parts for rows in _slices(*part, self.tiles.rows)]
 
     def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
         bias = self.tensors.bias
-        for slab in _slices(self.vocab, self.shape.vocab):
+        for slab in _slices(0, self.vocab, self.tiles.vocab):
             weight = self.weight_rows(slab).to(self.operand)
             yield slab, weight, None if bias is None else self.rounded(bias[slab])
+
+    def parts(self, size: int) -> list[slice]:
+        """Columns of a slab of `size` entries that are multiplied at a time."""
+        return list(_slices(0, size, self.tiles.products))
+
+    def slab_buffer(self) -> Tensor:
+        """(c, v) in the operand dtype, for the slab that a gradient's product reads."""
+        rows, vocab = min(self.rows, self.tiles.rows), self.tiles.vocab
+        width = vocab if self.device.type == "cpu" else aligned(vocab)
+        return torch.empty(rows, width, dtype=self.operand, device=self.device)
 
     def weight_rows(self, rows: slice | Tensor) -> Tensor:
         """(v, D + r) rows of the weight and of the low-rank term's, rounded."""
@@ -201,7 +228,7 @@ class HiddenRows:
 
     def __init__(self, head: HeadRows) -> None:
         self._head, self._all = head, None
-        if head.tiling[1]:
+        if head.tiles.gathered:
             self._all = self._gather(slice(None))
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
@@ -215,6 +242,65 @@ class HiddenRows:
         return hidden.to(head.operand)
 
 
-def _slices(size: int, step: int) -> Iterator[slice]:
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+def tiles_of(head: HeadRows) -> Tiles:
+    """How a pass over a head is cut, within its workspace."""
+    rows, vocab, hidden_size = head.rows, head.vocab, head.hidden_size
+    math, weight = head.math, head.tensors.weight
+    costs = [load_engine(head.engine_of(role)).cost(math, weight, role) for role in _roles(head)]
+    cost = replace(
+        costs[0],
+        logit=max(each.logit for each in costs),
+        weight=max(each.weight for each in costs),
+        slab=0 if head.backward and head.in_place else max(each.slab for each in costs),
+        smallest=max(each.smallest for each in costs),
+    )
+    if head.rank:
+        # A slab of both weights, and its gradient before it is parted.
+        cost = replace(cost, weight=cost.weight + head.operand.itemsize + math.accumulator.itemsize)
+    gpu = head.engine != "torch"
+    if gpu and head.backward and head.tensors.bias is not None:
+        # Sums over the rows, a number for every 16 of them.
+        cost = replace(cost, slab=cost.slab + math.accumulator.itemsize / 16)
+    copied = 0
+    if head.drop_mass:
+        narrow = min(cost.preferred.vocab, dropped_mass.PART)
+        cost = replace(cost, preferred=replace(cost.preferred, vocab=narrow))
+        # The rows that need a part are copied from all of them, and so are their sums.
+        copied = head.operand.itemsize + math.accumulator.itemsize
+        if head.kept:
+            cost = replace(cost, logit=cost.logit + math.kept.itemsize)
+    budget = head.workspace - kept_bytes(head.kept, vocab, math.kept.itemsize)
+    if gpu:
+        budget -= min(statistics_bytes(rows), budget // 2)
+        budget -= 4 * head.kept * -(-vocab // 128)
+    gathered = rows * hidden_size * cost.hidden
+    once = 3 * gathered <= 2 * budget
+    if once:
+        budget, cost = budget - gathered, replace(cost, hidden=0)
+    cost = replace(cost, hidden=cost.hidden + copied)
+    if not gpu or head.drop_mass:
+        whole = replace(cost, logit=cost.logit + cost.slab)
+        shape = tile_shape(rows, vocab, hidden_size, budget, whole)
+        return Tiles(shape.rows, shape.vocab, shape.vocab, once)
+    given = (rows, vocab, hidden_size, budget, cost, processors(head.device))
+    if cost.slab:
+        shape, products = slab_tiles(*given)
+        return Tiles(shape.rows, shape.vocab, products, once)
+    shape = wide_tiles(*given)
+    return Tiles(shape.rows, shape.vocab, shape.vocab, once)
+
+
+def _roles(head: HeadRows) -> list[str]:
+    """What a pass asks of its engines."""
+    if head.entropy:
+        return ["entropy" if head.backward else "details"]
+    if head.path in ("evaluate", "stash"):
+        return ["fold" if head.path == "evaluate" else "weigh"]
+    kept, others = ("kept", "rebuild") if head.backward else ("keep", "fold")
+    # Without a row there is still a pass.
+    return [kept] * (head.kept > 0) + [others] * (head.kept < head.rows or not head.rows)
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))

@@ -10,31 +10,35 @@ from fused_prefopt.kernels.kl_gradient import kl_gradient
 from fused_prefopt.ops.cublas_engine import CublasEngine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
-from fused_prefopt.ops.plan import TileCost, TileShape
-from fused_prefopt.ops.tile import Tile, TileGradient
+from fused_prefopt.ops.plan import TileCost, Tiles, TileShape
+from fused_prefopt.ops.tile import Tile
+from fused_prefopt.ops.torch_engine import product
+
+_PREFERRED = TileShape(8192, 16384)
 
 
 class CublasKlEngine(CublasEngine):
     """As `TorchKlEngine`; statistics and gradient cost one read of each slab."""
 
     def __init__(
-        self, math: HeadMath, reference: HeadMath, shape: TileShape, device: torch.device
+        self, math: HeadMath, reference: HeadMath, tiles: Tiles, device: torch.device
     ) -> None:
-        super().__init__(math, shape, device)
-        self._reference = CublasEngine(reference, shape, device)
+        super().__init__(math, tiles, device)
+        self._reference = CublasEngine(reference, tiles, device)
 
     @staticmethod
     def costs(math: HeadMath, weight: Tensor, other: Tensor, backward: bool) -> TileCost:
         """What the buffers take for a tile of both heads, whose hidden sizes add up."""
-        policy = CublasEngine.cost(math, weight, "recompute", backward)
-        reference = CublasEngine.cost(math, other, "evaluate", False)
-        slab = max(policy.weight, reference.weight)
-        return TileCost(policy.logit + reference.logit, policy.hidden, slab, policy.preferred)
+        policy = CublasEngine.cost(math, weight, "rebuild" if backward else "fold")
+        reference = CublasEngine.cost(math, other, "fold")
+        slab = max(policy.weight + policy.sliced, reference.weight)
+        logit = policy.logit + policy.slab + reference.logit
+        return TileCost(logit, policy.hidden, slab, _PREFERRED)
 
     def fold_both(self, tile: Tile, reference: Tile, statistics: KlStatistics) -> None:
         """Fold both tiles' logits into the running statistics of their rows, in place."""
         fold_kl_rows(
-            *self._both(tile, reference),
+            *self._both(tile, reference, self._tile(tile.shape)),
             tile.targets,
             statistics.policy,
             statistics.reference,
@@ -42,15 +46,19 @@ class CublasKlEngine(CublasEngine):
         )
 
     def kl_gradient(
-        self, tile: Tile, reference: Tile, rows: KlGradients, bias: bool
-    ) -> TileGradient:
-        """The gradient of the policy's logits; with its sums over the rows if `bias`."""
-        both, out = self._both(tile, reference), self._operand(tile.shape)
-        return TileGradient(out, kl_gradient(*both, tile.targets, rows, out, sums=bias))
+        self, tile: Tile, reference: Tile, rows: KlGradients, out: Tensor, bias: bool
+    ) -> Tensor | None:
+        """Fill `out` (c, v) with the gradient of the policy's logits; its sums if `bias`."""
+        both = self._both(tile, reference, self._beside(out))
+        return kl_gradient(*both, tile.targets, rows, out, sums=bias)
 
-    def _both(self, tile: Tile, reference: Tile) -> tuple[SlabLogits, SlabLogits]:
-        def logits(engine: CublasEngine, part: Tile) -> SlabLogits:
-            math = engine.math
-            return SlabLogits(engine._products(part), part.bias, math.alpha, math.ceiling)
+    def _both(self, tile: Tile, reference: Tile, products: Tensor) -> tuple[SlabLogits, SlabLogits]:
+        def logits(math: HeadMath, part: Tile, out: Tensor) -> SlabLogits:
+            values = product(part.hidden, part.weight.t(), out)
+            return SlabLogits(values, part.bias, math.alpha, math.ceiling)
 
-        return logits(self, tile), logits(self._reference, reference)
+        others = self._reference
+        return (
+            logits(self.math, tile, products),
+            logits(others.math, reference, others._tile(reference.shape)),
+        )

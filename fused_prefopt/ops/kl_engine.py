@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
-from fused_prefopt.ops.plan import TileCost, TileShape
-from fused_prefopt.ops.tile import Tile, TileGradient
+from fused_prefopt.ops.plan import TileCost, Tiles
+from fused_prefopt.ops.tile import Tile
 from fused_prefopt.ops.torch_engine import TorchEngine, exp_below
 
 
@@ -18,16 +18,16 @@ class TorchKlEngine(TorchEngine):
     Args:
         math: of the policy's head.
         reference: of the reference's, with the same dtype.
-        shape: of the largest tile.
+        tiles: how the pass is cut.
         device: of all tensors.
     """
 
     def __init__(
-        self, math: HeadMath, reference: HeadMath, shape: TileShape, device: torch.device
+        self, math: HeadMath, reference: HeadMath, tiles: Tiles, device: torch.device
     ) -> None:
-        super().__init__(math, shape, device)
-        self._reference = TorchEngine(reference, shape, device)
-        self._differences = TorchEngine(reference, shape, device)
+        super().__init__(math, tiles, device)
+        self._reference = TorchEngine(reference, tiles, device)
+        self._differences = TorchEngine(reference, tiles, device)
 
     @staticmethod
     def costs(math: HeadMath, weight: Tensor, other: Tensor, backward: bool) -> TileCost:
@@ -39,8 +39,8 @@ class TorchKlEngine(TorchEngine):
             other: (V, D') of the reference.
             backward: whether the pass is a backward.
         """
-        policy = TorchEngine.cost(math, weight, "recompute", backward)
-        reference = TorchEngine.cost(math, other, "recompute", backward)
+        policy = TorchEngine.cost(math, weight, "rebuild")
+        reference = TorchEngine.cost(math, other, "rebuild")
         logit = policy.logit + reference.logit + (0 if backward else math.accumulator.itemsize)
         slab = max(policy.weight, reference.weight)
         return TileCost(logit, policy.hidden, slab, policy.preferred)
@@ -64,10 +64,15 @@ class TorchKlEngine(TorchEngine):
         statistics.weighted.mul_(factor).add_(terms)
 
     def kl_gradient(
-        self, tile: Tile, reference: Tile, rows: KlGradients, bias: bool
-    ) -> TileGradient:
-        """The gradient of the policy's logits; with its sums over the rows if `bias`."""
-        logits = self._logits(tile, self._tile(tile.shape))
+        self, tile: Tile, reference: Tile, rows: KlGradients, out: Tensor, bias: bool
+    ) -> Tensor | None:
+        """Fill `out` (c, v) with the gradient of the policy's logits.
+
+        Returns:
+            (v,) its sums over the rows if `bias`, or None.
+        """
+        in_place = out.dtype == self.math.accumulator
+        logits = self._logits(tile, out if in_place else self._tile(tile.shape))
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
         exp_below(logits, rows.logsumexps)
         logits.mul_(rows.scale.unsqueeze(1))
@@ -82,7 +87,7 @@ class TorchKlEngine(TorchEngine):
         column = tile.targets.clamp(0, tile.shape[1] - 1).unsqueeze(1)
         own = rows.targets.where(inside, logits.gather(1, column).squeeze(1))
         logits.scatter_(1, column, own.unsqueeze(1))
-        return self._summed(logits, bias)
+        return self._summed(logits, out, bias)
 
     def _of_reference(self, tile: Tile) -> Tensor:
         return self._reference._logits(tile, self._reference._tile(tile.shape))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.backward import Upstream
-from fused_prefopt.ops.backward import backward as gradients_of_logps
-from fused_prefopt.ops.forward import Kept
-from fused_prefopt.ops.gradient_sums import Gradients, GradientSums, Needs, row_factors
+from fused_prefopt.ops.gradients import Gradients, GradientSums, Needs, row_factors
 from fused_prefopt.ops.kl_rows import KlRows
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
+from fused_prefopt.ops.passes import Kept, Upstream
+from fused_prefopt.ops.passes import backward as gradients_of_logps
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,15 @@ def backward(
         return GradientSums(head.policy, padded, needs).gradients()
     numbers, unit = _row_gradients(head, found, by_kls, by_logps)
     sums = GradientSums(head.policy, padded, needs, unit)
-    engine = head.build_engine()
+    engine, buffer = head.build_engine(), head.policy.slab_buffer()
     for slab in head.slabs():
         sums.begin(slab.columns)
         for rows, policy, reference in slab.tiles():
-            gradient = engine.kl_gradient(policy, reference, numbers[rows], sums.wants_bias)
-            sums.add(gradient, rows, policy.hidden, policy.weight)
+            size, width = policy.shape
+            out = buffer[:size, :width]
+            by_bias = engine.kl_gradient(policy, reference, numbers[rows], out, sums.wants_bias)
+            sums.add_bias(by_bias, slice(0, width))
+            sums.add(out, rows, policy.hidden, policy.weight)
         sums.finish()
     return sums.gradients()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, HiddenRows
 from fused_prefopt.ops.kl_engine import TorchKlEngine
-from fused_prefopt.ops.plan import TileShape, tile_shape
+from fused_prefopt.ops.plan import Tiles, statistics_bytes, tile_shape
 from fused_prefopt.ops.tile import Tile
 from fused_prefopt.ops.vocab_shard import WHOLE
 
@@ -25,15 +24,10 @@ class _Side(HeadRows):
     """The rows before one of the heads.
 
     Attributes:
-        tiles: shape of the tiles, and whether the hidden rows are gathered once for all of them.
+        tiles: how both are cut.
     """
 
-    tiles: tuple[TileShape, bool] = (TileShape(1, 1), False)
-
-    @cached_property
-    def tiling(self) -> tuple[TileShape, bool]:
-        """`tiles`: both heads are cut alike."""
-        return self.tiles
+    tiles: Tiles = Tiles(1, 1, 1, False)
 
 
 @dataclass(frozen=True)
@@ -110,19 +104,19 @@ class KlRows:
             size = bent.operand(index.device).itemsize + bent.accumulator.itemsize
             cost = replace(cost, weight=cost.weight + size)
         rows = index.shape[0]
-        if index.device.type != "cpu" and backward:
-            # The fp32 sums of d hidden are part of what a GPU user's `workspace_mb` stands for.
-            workspace -= min(rows * widths[0] * bent.accumulator.itemsize, workspace // 2)
+        if index.device.type != "cpu":
+            workspace -= min(statistics_bytes(rows), workspace // 2)
         gathered = rows * sum(widths) * cost.hidden
         once = 3 * gathered <= 2 * workspace
         budget = workspace
         if once:
             budget, cost = budget - gathered, replace(cost, hidden=0)
-        tiles = tile_shape(rows, vocab, sum(widths), budget, cost), once
+        shape = tile_shape(rows, vocab, sum(widths), budget, cost)
+        tiles = Tiles(shape.rows, shape.vocab, shape.vocab, once)
         own = targets[index]
 
         def side(tensors: HeadTensors, math: HeadMath) -> HeadRows:
-            options = (math, "recompute", engine, workspace, backward)
+            options = (math, "recompute", engine, workspace, 0, backward)
             return _Side(tensors, index, own, WHOLE, *options, tiles=tiles)
 
         return cls(side(both[0], maths[0]), side(both[1], maths[1]), kind)
@@ -134,7 +128,7 @@ class KlRows:
     def build_engine(self) -> TorchKlEngine | CublasKlEngine:
         """The engine, for tiles of this shape."""
         policy = self.policy
-        return self.engine(policy.math, self.reference.math, policy.shape, policy.device)
+        return self.engine(policy.math, self.reference.math, policy.tiles, policy.device)
 
     def slabs(self) -> Iterator[KlSlab]:
         """Slabs of the vocabulary."""

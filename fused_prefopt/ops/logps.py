@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.call import LogpOptions, read_call
-from fused_prefopt.ops.engines import load_engine
-from fused_prefopt.ops.plan import Plan, make_plan
+from fused_prefopt.ops.call import Call, LogpOptions, read_call
+from fused_prefopt.ops.engines import load_engine, role_engine
+from fused_prefopt.ops.plan import Plan, make_plan, room_of
 from fused_prefopt.ops.registered import head_logps
 from fused_prefopt.types import AnyHead, SequenceLogps, TokenPolicy
 
@@ -22,7 +22,7 @@ def sequence_logps(
     num_sequences: int | None = None,
     num_labels: int | None = None,
     ignore_index: int = -100,
-    workspace_mb: float = 256,
+    workspace_mb: float | None = None,
     path: str = "auto",
     engine: str = "auto",
     drop_mass: float = 0.0,
@@ -44,7 +44,10 @@ def sequence_logps(
         num_labels: number of labelled rows *after the shift*, if known: it spares CUDA the one
             host sync of counting them. Checked.
         ignore_index: label of rows that take no part.
-        workspace_mb: budget in MiB for everything but statistics and gradients.
+        workspace_mb: budget in MiB for everything but statistics, gradients and the fp32 sums of
+            d hidden. None: 256 on a CPU; on a GPU also the labelled rows and, where the head
+            trains, up to what an fp32 sum of its gradient would take, a 64th of the GPU's memory
+            at most (`ops.plan.default_workspace`).
         path: `auto`, `evaluate`, `stash`, `local` or `recompute` (see `fused_prefopt.ops.plan`).
         engine: `auto`, `torch`, `cublas` (the library's matmuls, Triton kernels for the rest) or
             `triton` (matmuls inside the kernels). The last two take CUDA tensors, or CPU tensors
@@ -89,7 +92,7 @@ def token_logps(
     num_sequences: int | None = None,
     num_labels: int | None = None,
     ignore_index: int = -100,
-    workspace_mb: float = 256,
+    workspace_mb: float | None = None,
     path: str = "auto",
     engine: str = "auto",
     drop_mass: float = 0.0,
@@ -125,7 +128,7 @@ def token_policy(
     num_sequences: int | None = None,
     num_labels: int | None = None,
     ignore_index: int = -100,
-    workspace_mb: float = 256,
+    workspace_mb: float | None = None,
     path: str = "auto",
     engine: str = "auto",
 ) -> TokenPolicy:
@@ -166,26 +169,8 @@ def _run(
     hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
     call = read_call(hidden, head, labels, options)
+    plan = _plan(call, labels.numel() if call.count < 0 else call.count, options)
     tensors, math, layout = call.tensors, call.math, call.layout
-    # What `local` would need: it decides between that path and `recompute`.
-    local = load_engine(call.engines["local"])
-    gradients = torch.is_grad_enabled()
-    parameters = (tensors.weight, tensors.bias, tensors.low_weight)
-    inputs = (tensors.hidden, tensors.low_hidden)
-    width = sum(value.shape[1] for value in inputs if value is not None)
-    plan = make_plan(
-        path=options.path,
-        engines=call.engines,
-        rows=labels.numel() if call.count < 0 else call.count,
-        vocab=call.vocab,
-        hidden_size=width,
-        workspace_mb=options.workspace_mb,
-        itemsize=math.kept.itemsize,
-        cost=local.cost(math, tensors.weight, "local", backward=False),
-        head_trains=gradients and any(p is not None and p.requires_grad for p in parameters),
-        hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
-        entropy=options.entropy,
-    )
     if plan.path == "evaluate":
         tensors = tensors.detached()
     outputs = head_logps(
@@ -202,11 +187,48 @@ def _run(
         math.temperature,
         math.dtype,
         plan.path,
-        plan.engine,
+        call.engine,
         plan.workspace,
+        plan.kept_rows,
         call.shard.group,
         call.shard.first,
         options.drop_mass if plan.path in ("local", "recompute") else 0.0,
         options.entropy,
     )
     return plan, outputs
+
+
+def _plan(call: Call, rows: int, options: LogpOptions) -> Plan:
+    tensors, math, device = call.tensors, call.math, call.tensors.hidden.device
+    gradients = torch.is_grad_enabled()
+    parameters = (tensors.weight, tensors.bias, tensors.low_weight)
+    inputs = (tensors.hidden, tensors.low_hidden)
+    head_trains = gradients and any(p is not None and p.requires_grad for p in parameters)
+
+    def engine_of(role: str) -> str:
+        bent = math.softcap is not None
+        return role_engine(call.engine, role, device, call.hidden_size, bent)
+
+    def engine(path: str, kept: int) -> str:
+        if options.entropy:
+            roles = ["details", "entropy"]
+        elif path in ("evaluate", "stash"):
+            roles = ["fold" if path == "evaluate" else "weigh"]
+        else:
+            roles = ["keep"] * (kept > 0) + ["fold", "rebuild"] * (kept < rows)
+        return "+".join(sorted(set(map(engine_of, roles)))) or engine_of("fold")
+
+    cost = load_engine(engine_of("rebuild")).cost(math, tensors.weight, "rebuild")
+    sizes = (rows, call.vocab, call.hidden_size)
+    return make_plan(
+        path=options.path,
+        engine=engine,
+        rows=rows,
+        vocab=call.vocab,
+        workspace=call.workspace(options.workspace_mb, rows, head_trains),
+        room=room_of(*sizes, math.kept.itemsize, cost, gpu=call.engine != "torch"),
+        head_trains=head_trains,
+        hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
+        entropy=options.entropy,
+        drop_mass=options.drop_mass,
+    )

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import dropped_mass
-from fused_prefopt.ops.engines import load_engine
-from fused_prefopt.ops.forward import forward
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.layout import labelled_rows
+from fused_prefopt.ops.passes import forward
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.registered_backward import head_logps_backward
 from fused_prefopt.ops.vocab_shard import VocabShard
@@ -43,6 +42,7 @@ def head_logps(
     path: str,
     engine: str,
     workspace: int,
+    kept_rows: int,
     group: str,
     first: int,
     drop_mass: float,
@@ -64,7 +64,7 @@ def head_logps(
         vocab: rows of `weight` that are no padding.
         softcap, logit_scale, temperature: of the head.
         dtype: what the matmuls compute in.
-        path, engine, workspace: of the plan.
+        path, engine, workspace, kept_rows: of the plan; the engine may be `auto`.
         group: the process group whose ranks share the head's rows; empty for a whole head.
         first: vocabulary index of this rank's first row.
         drop_mass: probability that the gradient of a row may leave out; 0 but for `local` and
@@ -74,7 +74,7 @@ def head_logps(
     Returns:
         logps (M,), 0 where there is no label; sums (S,); lengths (S,) int64; entropies (M,), or
         (0,) where they are not wanted; index (n,) of the labelled rows; and what is kept for the
-        backward: logsumexps (n,), stash, maxima, ticket and masses (see `forward.Kept`).
+        backward: logsumexps (n,), stash, maxima, ticket and masses (see `passes.Kept`).
     """
     index = labelled_rows(targets, ignore_index, num_labels)
     math = HeadMath(softcap, logit_scale, temperature, dtype)
@@ -90,6 +90,7 @@ def head_logps(
         path,
         engine,
         workspace,
+        kept_rows,
         False,
         drop_mass,
         entropy,
@@ -102,7 +103,7 @@ def head_logps(
     if entropy:
         entropies = torch.zeros_like(logps)
         entropies[index] = row_entropies
-    add = load_engine(engine).sequence_sums
+    add = head.build_engine("fold").sequence_sums
     sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
     return (
         logps,
@@ -139,6 +140,7 @@ def _(
     path: str,
     engine: str,
     workspace: int,
+    kept_rows: int,
     group: str,
     first: int,
     drop_mass: float,
@@ -155,8 +157,9 @@ def _(
     stash, maxima = empty(0), empty(0)
     if path == "stash":
         stash = empty(rows, hidden.shape[1] + (0 if low_hidden is None else low_hidden.shape[1]))
-    elif path == "local":
-        maxima = empty(context.new_dynamic_size(), rows)
+        maxima = empty(1, rows)
+    elif path == "local" or kept_rows:
+        maxima = empty(context.new_dynamic_size(), context.new_dynamic_size())
     masses = empty(-(-vocab // dropped_mass.PART), rows) if drop_mass else empty(0)
     ticket = torch.empty(1, dtype=torch.int64, device="cpu")
     lengths = targets.new_empty(num_sequences)
@@ -167,7 +170,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, targets, sequence_ids = inputs[:7]
-    options = inputs[-12:]  # from `vocab` on
+    options = inputs[-13:]  # from `vocab` on
     logps, _, lengths, entropies, index, *kept = output
     ctx.mark_non_differentiable(lengths, index, *kept)
     # Zeros for the gradient of `stash` would take as much memory as the stash.
@@ -188,7 +191,7 @@ def _backward(
     upstream = (grad_logps, grad_sums, grad_entropies)
     grads = head_logps_backward(*upstream, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 18)
+    return (*wanted, *(None,) * 19)
 
 
 head_logps.register_autograd(_backward, setup_context=_setup_context)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.backward import Upstream, backward
-from fused_prefopt.ops.forward import Kept
-from fused_prefopt.ops.gradient_sums import Gradients, Needs
+from fused_prefopt.ops.gradients import Gradients, Needs
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
+from fused_prefopt.ops.passes import Kept, Upstream, backward
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.vocab_shard import VocabShard
 
@@ -47,6 +46,7 @@ def head_logps_backward(
     path: str,
     engine: str,
     workspace: int,
+    kept_rows: int,
     group: str,
     first: int,
     drop_mass: float,
@@ -76,6 +76,7 @@ def head_logps_backward(
         path,
         engine,
         workspace,
+        kept_rows,
         True,
         drop_mass,
         entropy,

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import kl_paths
-from fused_prefopt.ops.engines import load_engine
-from fused_prefopt.ops.gradient_sums import Needs
+from fused_prefopt.ops.gradients import Needs
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.kl_paths import KlResult
-from fused_prefopt.ops.kl_rows import KlRows
+from fused_prefopt.ops.kl_rows import KlRows, load_kl_engine
 from fused_prefopt.ops.layout import labelled_rows
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.registered_backward import (
@@ -92,7 +91,7 @@ def head_kl(
     )
     with fixed_precision(hidden, dtype):
         found = kl_paths.forward(head)
-    ids, add = sequence_ids[index], load_engine(engine).sequence_sums
+    ids, add = sequence_ids[index], load_kl_engine(engine).sequence_sums
     kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
     policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
     others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)

@@ -50,7 +50,7 @@ def sequence_kl(
     num_sequences: int | None = None,
     num_labels: int | None = None,
     ignore_index: int = -100,
-    workspace_mb: float = 256,
+    workspace_mb: float | None = None,
     engine: str = "auto",
 ) -> SequenceKl:
     """KL divergence of a policy from its reference over the labelled tokens of each sequence.
@@ -108,6 +108,7 @@ def sequence_kl(
         for side in (call.math, reference)
         for value in (side.softcap or 0.0, side.logit_scale, side.temperature)
     ]
+    rows = labels.numel() if call.count < 0 else call.count
     outputs = head_kl(
         *call.tensors,
         *others,
@@ -120,8 +121,8 @@ def sequence_kl(
         call.vocab,
         scalars,
         call.math.dtype,
-        call.engines["recompute"],
-        int(workspace_mb * 2**20),
+        call.engine,
+        call.workspace(workspace_mb, rows, False),
     )
     return SequenceKl(*outputs[:4])
 

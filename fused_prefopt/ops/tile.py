@@ -42,8 +42,8 @@ class RowStatistics:
     def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> RowStatistics:
         # The lowest finite number, not -inf: a slab whose logits are all -inf then gives zeros.
         lowest = torch.finfo(dtype).min
-        maximum = torch.full((rows,), lowest, dtype=dtype, device=device)
-        return cls(maximum, torch.zeros_like(maximum), torch.zeros_like(maximum))
+        maximum, total, target = torch.zeros(3, rows, dtype=dtype, device=device)
+        return cls(maximum.fill_(lowest), total, target)
 
     def __getitem__(self, rows: slice) -> RowStatistics:
         return RowStatistics(self.maximum[rows], self.sum[rows], self.target[rows])
@@ -61,6 +61,30 @@ class RowStatistics:
 
     def logsumexps(self) -> Tensor:
         return self.maximum + self.sum.log()
+
+
+@dataclass(frozen=True)
+class WeighedRows:
+    """Running Σ exp(logit − reference) · slope · W of each row, and the slab that is being added.
+
+    The reference is the row's first maximum. It moves only where a logit exceeds it by more than
+    the operand dtype can bear: nearly always the sums stay as they are.
+
+    Attributes:
+        reference: (c,).
+        weights: (c, ≥ done + v) operand of the slab's product.
+        done: columns of `weights` that refer to the reference already.
+        sums: (c, D) of the slabs before, or None at the first.
+    """
+
+    reference: Tensor
+    weights: Tensor
+    done: int
+    sums: Tensor | None
+
+    def at(self, columns: slice) -> Tensor:
+        """(c, v) the columns that are to be filled."""
+        return self.weights[:, columns]
 
 
 @dataclass(frozen=True)
@@ -130,16 +154,3 @@ class RowGradients:
     def __getitem__(self, rows: slice | Tensor) -> RowGradients:
         entropy = None if self.entropy is None else self.entropy[rows]
         return RowGradients(self.logsumexps[rows], self.residuals[rows], self.scale[rows], entropy)
-
-
-@dataclass(frozen=True)
-class TileGradient:
-    """scale · (softmax − one-hot) · slope of a tile, and what the entropies add to it.
-
-    Attributes:
-        logits: (c, v) in the operand dtype; valid until the engine's next call.
-        bias: (v,) its sums over the rows, or None where they are not wanted.
-    """
-
-    logits: Tensor
-    bias: Tensor | None

@@ -24,7 +24,7 @@ def token_statistics(
     num_sequences: int | None = None,
     num_labels: int | None = None,
     ignore_index: int = -100,
-    workspace_mb: float = 256,
+    workspace_mb: float | None = None,
     engine: str = "auto",
 ) -> TokenStatistics:
     """Log-prob, entropy, collision, mean logit and correctness of every labelled token.
@@ -46,8 +46,6 @@ def token_statistics(
     if call.shard.group:
         raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
     index = labelled_rows(call.layout.targets, ignore_index, call.count)
-    # The matmul is inside the only kernel that has these sums.
-    chosen = "torch" if call.engines["evaluate"] == "torch" else "triton"
     rows = HeadRows.of(
         call.tensors,
         call.layout.targets,
@@ -55,10 +53,13 @@ def token_statistics(
         call.vocab,
         call.shard,
         call.math,
-        "details",
-        chosen,
-        int(workspace_mb * 2**20),
+        "evaluate",
+        call.engine,
+        call.workspace(workspace_mb, index.shape[0], False),
+        0,
         False,
+        0.0,
+        True,
     )
     with fixed_precision(hidden, call.math.dtype):
         statistics, details = _fold(rows)
@@ -79,7 +80,7 @@ def token_statistics(
 
 
 def _fold(head: HeadRows) -> tuple[RowStatistics, Details]:
-    engine, hidden = head.build_engine(), head.hidden_rows()
+    engine, hidden = head.build_engine("details"), head.hidden_rows()
     statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
     details = Details.empty(head.rows, head.math.accumulator, head.device)
     for slab, weight, bias in head.slabs():

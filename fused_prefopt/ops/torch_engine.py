@@ -1,6 +1,6 @@
 """The torch engine: what happens to one tile of logits (c rows × v vocabulary entries).
 
-The loops over tiles are in `forward` and `backward`. Matmuls take their operands in
+The loops over tiles are in `passes`. Matmuls take their operands in
 `HeadMath.operand` and leave an accumulator (fp32, or float64 for float64 inputs) that nothing
 rounds before it is used.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import TileCost, TileShape
-from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, TileGradient
+from fused_prefopt.ops.plan import TileCost, Tiles, TileShape
+from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 
 # exp(-46) is about 1e-20. Probabilities below it change no sum, but as denormals, their own or
 # those of their product with an upstream gradient, they make a CPU matmul 20 times slower.
@@ -29,30 +29,29 @@ class TorchEngine:
 
     Args:
         math: the head's scalars.
-        shape: of the largest tile.
+        tiles: how the pass is cut.
         device: of hidden and weight.
 
     Attributes:
         part_width: vocabulary entries that share one of `fold_and_keep`'s maxima.
-        in_place: whether `kept_gradient` overwrites what was kept.
+        keeps_some: whether `fold_and_keep` may keep some rows of a tile and not others.
     """
 
     name: ClassVar[str] = "torch"
-    in_place: bool = False
+    keeps_some: ClassVar[bool] = False
 
-    def __init__(self, math: HeadMath, shape: TileShape, device: torch.device) -> None:
-        self.math, self.shape, self.device = math, shape, device
-        self.part_width = shape.vocab
+    def __init__(self, math: HeadMath, tiles: Tiles, device: torch.device) -> None:
+        self.math, self.tiles, self.device = math, tiles, device
+        self.part_width = tiles.products
         self._buffer: Tensor | None = None
 
-    def parts(self, slab: slice) -> slice:
-        """The parts of `fold_and_keep`'s maxima that belong to a vocabulary slab."""
-        width = self.part_width
-        return slice(slab.start // width, (slab.stop - 1) // width + 1)
-
     @staticmethod
-    def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
-        """What the buffers take for a tile of a head with this weight (V, D)."""
+    def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
+        """What the buffers take for a tile of a head with this weight (V, D).
+
+        Args:
+            role: what is asked, one of `engines.ROLES`.
+        """
         operand, accumulator = math.operand(weight.device), math.accumulator
         logit = accumulator.itemsize * (1 if math.softcap is None else 2)
         if operand != accumulator:
@@ -65,14 +64,18 @@ class TorchEngine:
             logit += operand.itemsize
             hidden += math.dtype.itemsize
             slabs += 0 if weight.dtype == math.dtype else math.dtype.itemsize
-        # Nothing here may depend on the pass for `local`, whose parts are the forward's tiles.
-        trains = path in ("local", "recompute") or (backward and path == "details")
-        if weight.dtype != accumulator and trains:
+        # Nothing here may depend on the pass: what is kept has a maximum for each forward's tile.
+        if weight.dtype != accumulator and role not in ("weigh", "details"):
             slabs += accumulator.itemsize
-        if path == "details":
+        if role == "details":
             logit += accumulator.itemsize  # of the logarithms
         preferred = _PREFERRED.get(weight.device.type, _PREFERRED_ELSEWHERE)
         return TileCost(logit, hidden, slabs, preferred)
+
+    @staticmethod
+    def in_place(math: HeadMath, device: torch.device) -> bool:
+        """Whether `kept_gradient` may overwrite what was kept."""
+        return False
 
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
         """Fold the tile's logits into the running statistics of its rows, in place."""
@@ -96,10 +99,13 @@ class TorchEngine:
         details.weighted.copy_(moved.where(sums > 0, 0.0) + terms)
 
     def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
-        """`fold`, and leave exp(logit − maximum) in `kept`, (c, v) in `HeadMath.kept`.
+        """`fold`, and leave exp(logit − maximum) in `kept`, (k, v) in `HeadMath.kept`.
+
+        Args:
+            kept: of the first k rows; of all unless the engine `keeps_some`.
 
         Returns:
-            (parts, c) the maxima, one for each `part_width` entries.
+            (parts, k) the maxima, one for each `part_width` entries.
         """
         in_place = kept.dtype == self.math.accumulator
         logits = self._logits(tile, kept if in_place else self._tile(tile.shape))
@@ -108,22 +114,44 @@ class TorchEngine:
             kept.copy_(logits)
         return statistics.maximum.unsqueeze(0)
 
-    def fold_and_weigh(self, tile: Tile, statistics: RowStatistics, gradient: Tensor) -> Tensor:
-        """`fold`, and rescale `gradient` (c, D), summed with the old maxima, to the new ones.
+    def fold_and_weigh(
+        self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
+    ) -> None:
+        """`fold`, and leave exp(logit − reference) · slope in `columns` of the weighed slab.
+
+        Where a row's reference moves, what was weighed by it is rescaled.
+        """
+        out = weighed.at(columns)
+        in_place = out.dtype == self.math.accumulator
+        logits = self._logits(tile, out if in_place else self._tile(tile.shape))
+        slope = None if self.math.softcap is None else self.math.cap_slope(logits)
+        factor = self._fold(logits, tile.targets, statistics).unsqueeze(1)
+        # Always the running maximum: what has been summed by it passes through the cache anyway.
+        weighed.reference.copy_(statistics.maximum)
+        if weighed.done:
+            weighed.weights[:, : weighed.done].mul_(factor)
+        if weighed.sums is not None:
+            weighed.sums.mul_(factor)
+        if slope is not None:
+            logits.mul_(slope)
+        if not in_place:
+            out.copy_(logits)
+
+    def gradient(self, tile: Tile, rows: RowGradients, out: Tensor, bias: bool) -> Tensor | None:
+        """The gradient of a tile's logits, ``scale · (softmax − one-hot) · slope``.
+
+        With entropies, what they add to it.
+
+        Args:
+            rows: of these rows.
+            out: (c, v) in the operand dtype, filled.
+            bias: whether its sums over the rows are wanted.
 
         Returns:
-            exp(logit − maximum) · slope, (c, v) in the operand dtype, valid until the next call.
+            (v,) the sums, or None.
         """
-        logits = self._logits(tile, self._tile(tile.shape))
-        slope = None if self.math.softcap is None else self.math.cap_slope(logits)
-        factor = self._fold(logits, tile.targets, statistics)
-        gradient.mul_(factor.unsqueeze(1))
-        weights = logits if slope is None else logits.mul_(slope)
-        return weights.to(self.math.operand(self.device))
-
-    def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
-        """The gradient of a tile's logits; with its sums over the rows if `bias`."""
-        logits = self._logits(tile, self._tile(tile.shape))
+        in_place = out.dtype == self.math.accumulator
+        logits = self._logits(tile, out if in_place else self._tile(tile.shape))
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
         added = None
         if rows.entropy is not None:
@@ -138,27 +166,42 @@ class TorchEngine:
             added.mul_(logits)
         logits.mul_(rows.scale.unsqueeze(1))
         gradient = self._finish(logits, tile.targets, rows)
-        return self._summed(gradient if added is None else gradient.add_(added), bias)
+        return self._summed(gradient if added is None else gradient.add_(added), out, bias)
 
     def kept_gradient(
-        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients, bias: bool
-    ) -> TileGradient:
+        self,
+        kept: Tensor,
+        maxima: Tensor,
+        part_width: int,
+        first: int,
+        targets: Tensor,
+        rows: RowGradients,
+        out: Tensor,
+        bias: bool,
+    ) -> Tensor | None:
         """The same from what `fold_and_keep` has left.
 
         Args:
-            kept: (c, v).
-            maxima: (parts, c).
-            targets: (c,) target index within the tile.
+            kept: (c, v), a slab of it.
+            maxima: (parts, c), of the whole vocabulary.
+            part_width: entries of a part.
+            first: vocabulary entry at which the slab starts.
+            targets: (c,) target index within the slab.
+            rows: of these rows.
+            out: (c, v) in the operand dtype, filled; with `in_place` it may be `kept`.
+            bias: whether its sums over the rows are wanted.
         """
-        out = self._tile((kept.shape[0], kept.shape[1]))
-        factor = (maxima[0] - rows.logsumexps).exp_().mul_(rows.scale)
-        torch.mul(kept, factor.unsqueeze(1), out=out)
+        in_place = out.dtype == self.math.accumulator
+        gradient = out if in_place else self._tile((kept.shape[0], kept.shape[1]))
+        maximum = maxima[first // part_width]
+        factor = (maximum - rows.logsumexps).exp_().mul_(rows.scale)
+        torch.mul(kept, factor.unsqueeze(1), out=gradient)
         if self.math.softcap is not None:
             # Where `kept` has underflowed to 0, 0 times the slope of its log, -inf, would be NaN.
-            logits = kept.to(out.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
-            logits.add_(maxima[0].unsqueeze(1))
-            out.mul_(self.math.cap_slope(logits, out=logits))
-        return self._summed(self._finish(out, targets, rows), bias)
+            logits = kept.to(gradient.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
+            logits.add_(maximum.unsqueeze(1))
+            gradient.mul_(self.math.cap_slope(logits, out=logits))
+        return self._summed(self._finish(gradient, targets, rows), out, bias)
 
     @staticmethod
     def sequence_sums(
@@ -179,10 +222,39 @@ class TorchEngine:
         sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
         return sums.to(values.dtype), lengths
 
+    @staticmethod
+    def spread_rows(
+        values: Tensor,
+        index: Tensor,
+        out: Tensor,
+        factor: Tensor | None = None,
+        scale: Tensor | None = None,
+        added: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> None:
+        """``out[index] = factor · values``, or ``factor · (scale · values + own · added)``.
+
+        Rounded once.
+
+        Args:
+            values: (c, D) in the accumulator's dtype.
+            index: (c,) rows of `out`, each once.
+            out: (M, D).
+            factor: (c,) or None for 1.
+            scale: (c,), given with `added`, or None.
+            added: (c, D) in any dtype, or None.
+            own: (c,), given with it.
+        """
+        if scale is not None and added is not None and own is not None:
+            values = values * scale.unsqueeze(1) + added.to(values.dtype).mul_(own.unsqueeze(1))
+        if factor is not None:
+            values = values * factor.unsqueeze(1)
+        out[index] = values.to(out.dtype)
+
     def _tile(self, shape: tuple[int, int]) -> Tensor:
         """A contiguous tile in the one buffer of accumulators."""
         if self._buffer is None:
-            size = self.shape.rows * self.shape.vocab
+            size = self.tiles.rows * self.tiles.products
             self._buffer = torch.empty(size, dtype=self.math.accumulator, device=self.device)
         return self._buffer[: shape[0] * shape[1]].view(shape)
 
@@ -216,9 +288,11 @@ class TorchEngine:
         own = rows.residuals * rows.scale
         return tile.scatter_(1, column, own.where(inside, others).unsqueeze(1))
 
-    def _summed(self, tile: Tensor, bias: bool) -> TileGradient:
-        sums = tile.sum(0) if bias else None
-        return TileGradient(tile.to(self.math.operand(self.device)), sums)
+    @staticmethod
+    def _summed(tile: Tensor, out: Tensor, bias: bool) -> Tensor | None:
+        if tile is not out:
+            out.copy_(tile)
+        return tile.sum(0) if bias else None
 
 
 def product(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,9 @@ from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.ops.cublas_engine import CublasEngine
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import TileCost, TileShape
-from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, TileGradient
+from fused_prefopt.ops.plan import TileCost, Tiles
+from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 from fused_prefopt.ops.tuning import Tuning, tuning_of
-
-_ANY = 1 << 30
 
 
 class TritonEngine(CublasEngine):
@@ -27,33 +26,23 @@ class TritonEngine(CublasEngine):
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, math: HeadMath, shape: TileShape, device: torch.device) -> None:
-        super().__init__(math, shape, device)
+    keeps_some: ClassVar[bool] = False
+
+    def __init__(self, math: HeadMath, tiles: Tiles, device: torch.device) -> None:
+        super().__init__(math, tiles, device)
         self._tuning: Tuning = tuning_of(device)
         self.part_width = self._tuning.block("kept", math.operand(device), rich=True).vocab
 
     @staticmethod
-    def cost(math: HeadMath, weight: Tensor, path: str, backward: bool) -> TileCost:
+    def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
         """Partial statistics of the forward, the gradient's slab of the backward."""
-        cost = CublasEngine.cost(math, weight, path, backward)
-        operand = math.operand(weight.device)
-        block = tuning_of(weight.device).block("kept", operand, rich=True)
+        cost = CublasEngine.cost(math, weight, role)
+        block = tuning_of(weight.device).block("kept", math.operand(weight.device), rich=True)
         partials = 2 * math.accumulator.itemsize / block.vocab
-        if path == "details" and not backward:
-            logit = 2.5 * partials
-        elif path == "details":
-            logit = cost.logit
-        elif not backward:
-            logit = partials + (operand.itemsize if path == "stash" else 0)
-        elif path == "recompute":
-            logit = operand.itemsize + math.accumulator.itemsize / block.rows
-        else:
-            logit = 0.0 if math.kept == operand else float(operand.itemsize)
-        wide = not backward and path != "stash"
-        preferred = TileShape(_ANY, _ANY if wide else 16384)
-        slabs = cost.weight + (0 if weight.stride(1) == 1 else operand.itemsize)
-        # A slab below a program's width would split the parts that `local` keeps the maxima of.
-        return TileCost(logit, cost.hidden, slabs, preferred, block.vocab)
+        logits = {"fold": partials, "keep": partials, "details": 2.5 * partials, "weigh": partials}
+        slabs = cost.weight + (0 if weight.stride(1) == 1 else weight.itemsize)
+        # A slab below a program's width would split the parts that are kept the maxima of.
+        return replace(cost, logit=logits.get(role, 0.0), weight=slabs, smallest=block.vocab)
 
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
         partials = self._partials(tile, statistics, "fold", None)
@@ -70,27 +59,33 @@ class TritonEngine(CublasEngine):
         merge_partials(partials, statistics.maximum, statistics.sum)
         return partials.maximum
 
-    def fold_and_weigh(self, tile: Tile, statistics: RowStatistics, gradient: Tensor) -> Tensor:
-        weights = self._operand(tile.shape)
-        partials = self._partials(tile, statistics, "kept", weights)
-        factor = merge_partials(partials, statistics.maximum, statistics.sum)
-        logits_gradient(
-            weights,
+    def fold_and_weigh(
+        self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
+    ) -> None:
+        out, reference = weighed.at(columns), weighed.reference
+        partials = self._partials(tile, statistics, "kept", out)
+        factor = merge_partials(
+            partials,
             statistics.maximum,
-            weights,
+            statistics.sum,
+            reference=reference,
+            slack=self.math.slack,
+        )
+        logits_gradient(
+            out,
+            reference,
+            out,
             ceiling=self.math.ceiling,
             maxima=partials.maximum,
             part_width=self.part_width,
         )
-        rescale_rows(gradient, factor)
-        return weights
+        if weighed.done:
+            rescale_rows(weighed.at(slice(0, weighed.done)), factor)
+        if weighed.sums is not None:
+            rescale_rows(weighed.sums, factor)
 
-    def gradient(self, tile: Tile, rows: RowGradients, bias: bool) -> TileGradient:
-        if rows.entropy is not None:
-            # In the matmul's epilogue it would take more registers than there are.
-            return super().gradient(tile, rows, bias)
-        out = self._operand(tile.shape)
-        sums = recompute_gradient(
+    def gradient(self, tile: Tile, rows: RowGradients, out: Tensor, bias: bool) -> Tensor | None:
+        return recompute_gradient(
             tile.hidden,
             tile.weight.contiguous(),
             tile.bias,
@@ -105,7 +100,6 @@ class TritonEngine(CublasEngine):
             descriptors=self._tuning.descriptors,
             sums=bias,
         )
-        return TileGradient(out, sums)
 
     def _partials(
         self, tile: Tile, statistics: RowStatistics, kernel: str, kept: Tensor | None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops.head_rows import HeadRows
-from fused_prefopt.ops.tile import TileGradient
 from fused_prefopt.ops.torch_engine import product
 
 # Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
@@ -126,26 +125,27 @@ class GradientSums:
         self._slab_bias = self._head.new(size).zero_() if self.wants_bias else None
         self._slab_weight = self._buffer(slab)
 
-    def add(
-        self, gradient: TileGradient, rows: slice | Tensor, hidden: Tensor, weight: Tensor
-    ) -> None:
+    def add_bias(self, sums: Tensor | None, columns: slice) -> None:
+        """Add a tile's sums over its rows (v,), at columns of the slab."""
+        if self._slab_bias is not None and sums is not None:
+            self._slab_bias[columns] += sums
+
+    def add(self, gradient: Tensor, rows: slice | Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Add a tile of the slab.
 
         Args:
-            gradient: of its logits (c, v).
+            gradient: of its logits (c, v), in the operand dtype.
             rows: which rows these are: `HeadRows.row_slices` in their order, or indices (c,).
             hidden: (c, D + r) in the operand dtype.
             weight: (v, D + r) in the operand dtype.
         """
-        if self._slab_bias is not None and gradient.bias is not None:
-            self._slab_bias += gradient.bias
         if self._slab_weight is not None:
             columns = hidden[:, self._columns]
-            product(gradient.logits.t(), columns, self._slab_weight, accumulate=not self._empty)
+            product(gradient.t(), columns, self._slab_weight, accumulate=not self._empty)
         self._empty = False
         if self._hidden is not None:
             later = self._scattered or self._slab.start > 0
-            total = product(gradient.logits, weight, self._hidden[rows], accumulate=later)
+            total = product(gradient, weight, self._hidden[rows], accumulate=later)
             if self._scattered:
                 self._hidden[rows] = total
 
@@ -165,13 +165,13 @@ class GradientSums:
 
     def gradients(self) -> Gradients:
         """All of them, each in its tensor's shape and dtype."""
+        found = Gradients()
         if self._hidden is not None:
-            if self._unit is not None:
-                self._hidden.mul_(self._unit)
-            self._head.shard.add(self._hidden)
-        return of_rows(self._head, self._hidden, self._needs)._replace(
-            weight=self._weight, bias=self._bias, low_weight=self._low_weight
-        )
+            head = self._head
+            head.shard.add(self._hidden)
+            factor = None if self._unit is None else self._unit.repeat(head.rows)
+            found = spread(head, self._hidden, self._needs, factor)
+        return found._replace(weight=self._weight, bias=self._bias, low_weight=self._low_weight)
 
     def _buffer(self, slab: slice) -> Tensor | None:
         """In the gradient itself where nothing is rounded twice, else (v, columns) beside it."""
@@ -180,7 +180,8 @@ class GradientSums:
             return None
         only = self._weight if self._low_weight is None else None
         if only is not None:
-            one_product = head.rows <= head.shape.rows and only.dtype == head.operand
+            one_product = head.rows <= head.tiles.rows and only.dtype == head.operand
+            one_product = one_product and not self._scattered
             if only.dtype == head.math.accumulator or (
                 one_product and only.dtype == torch.bfloat16
             ):
@@ -188,23 +189,65 @@ class GradientSums:
         return head.new(slab.stop - slab.start, len(range(head.hidden_size)[self._columns]))
 
 
-def of_rows(head: HeadRows, rows: Tensor | None, needs: Needs) -> Gradients:
-    """Gradients of all rows, (M, D) and (M, r), from those of the labelled ones, (n, D + r)."""
+def spread(
+    head: HeadRows,
+    rows: Tensor,
+    needs: Needs,
+    factor: Tensor | None = None,
+    shares: tuple[Tensor, Tensor] | None = None,
+) -> Gradients:
+    """Gradients of all rows, (M, D) and (M, r), from those of the labelled ones, (n, D + r).
 
-    def spread(whole: Tensor | None, part: Tensor) -> Tensor | None:
-        if whole is None:
-            return None
-        full = torch.zeros_like(whole)
-        full[head.index] = part.to(full.dtype)
-        return full
-
-    if rows is None:
-        return Gradients()
+    Args:
+        rows: (n, D + r) in the accumulator's dtype.
+        needs: which gradients are wanted.
+        factor: (n,) on each row, or None.
+        shares: (n,) of each row, and (n,) of the weight's row of its target, which is added; or
+            None for 1 and 0.
+    """
     width = head.tensors.weight.shape[1]
-    return Gradients(
-        hidden=spread(head.tensors.hidden, rows[:, :width]) if needs.hidden else None,
-        low_hidden=spread(head.tensors.low_hidden, rows[:, width:]) if needs.low_hidden else None,
-    )
+    places = {"hidden": slice(0, width), "low_hidden": slice(width, None)}
+    found: dict[str, Tensor] = {}
+    for name, columns in places.items():
+        whole = getattr(head.tensors, name)
+        if whole is None or not getattr(needs, name):
+            continue
+        full = found[name] = torch.zeros_like(whole)
+        # What passes through copies is cut: they may take no more than the workspace does.
+        step = max(1, head.workspace // (12 * max(1, rows.shape[1])))
+        for start in range(0, head.rows, step):
+            part = slice(start, start + step)
+            options = {} if shares is None else _shares(head, part, columns, shares)
+            scale = None if factor is None else factor[part]
+            _spread_part(head, rows[part, columns], head.index[part], full, scale, options)
+    return Gradients(**found)
+
+
+def _shares(
+    head: HeadRows, part: slice, columns: slice, shares: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    targets = head.targets[part].clamp(0, head.vocab - 1)
+    added = head.weight_rows(targets)[:, columns]
+    return {"scale": shares[0][part], "added": added, "own": shares[1][part]}
+
+
+def _spread_part(
+    head: HeadRows,
+    values: Tensor,
+    index: Tensor,
+    full: Tensor,
+    factor: Tensor | None,
+    options: dict[str, Tensor],
+) -> None:
+    engine = head.build_engine("fold")
+    if not (head.shard.group and options):
+        engine.spread_rows(values, index, full, factor, **options)
+        return
+    # Every rank has a part of the sums, and one of them the target's row.
+    whole = torch.empty_like(values, memory_format=torch.contiguous_format)
+    places = torch.arange(len(index), device=index.device)
+    engine.spread_rows(values, places, whole, **options)
+    engine.spread_rows(head.shard.add(whole), index, full, factor)
 
 
 def _write(gradient: Tensor | None, slab: slice, total: Tensor | None) -> None:

@@ -1,0 +1,322 @@
+"""The forward and the backward pass of every path: loops over tiles, vocabulary slab by slab.
+
+The vocabulary is the outer loop: a slab of the weight is cast once, and a slab of its gradient is
+written once, in the weight's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.ops import dropped_mass
+from fused_prefopt.ops.gradients import Gradients, GradientSums, Needs, row_factors, spread
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.kept_buffer import find, give_back, lease
+from fused_prefopt.ops.tile import (
+    Details,
+    EntropyGradients,
+    RowGradients,
+    RowStatistics,
+    Tile,
+    WeighedRows,
+)
+from fused_prefopt.ops.torch_engine import product
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a forward leaves for its backward.
+
+    Attributes:
+        logsumexps: (n,).
+        stash: `stash`: (n, D) Σ_v exp(logit − reference) · slope · W_v. Otherwise empty.
+        maxima: (parts, k) the maxima that kept probabilities refer to; `stash`: (1, n) its
+            references. Otherwise empty.
+        ticket: (1,) finds the (k, V) tensor of exp(logit − maximum), 0 where nothing is kept.
+        masses: with `drop_mass`: (parts, n) logsumexps of each part of the vocabulary. Otherwise
+            empty.
+    """
+
+    logsumexps: Tensor
+    stash: Tensor
+    maxima: Tensor
+    ticket: Tensor
+    masses: Tensor
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a forward has returned for each labelled row, and the loss's gradient by it, all (n,).
+
+    Attributes:
+        logps: log-probs.
+        by_logps: d loss / d logp.
+        entropies: or None where they are not wanted.
+        by_entropies: d loss / d entropy, or None.
+    """
+
+    logps: Tensor
+    by_logps: Tensor
+    entropies: Tensor | None = None
+    by_entropies: Tensor | None = None
+
+
+def forward(head: HeadRows) -> tuple[Tensor, Tensor, Kept]:
+    """Log-probs of the labelled rows (n,), entropies (n,) or (0,), and what `backward` needs."""
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
+    stash, maxima, masses, details = head.new(0), head.new(0), head.new(0), None
+    ticket = torch.zeros(1, dtype=torch.int64)
+    if head.path == "stash":
+        stash, maxima = _weigh(head, statistics)
+    elif head.entropy:
+        details = Details.empty(head.rows, head.math.accumulator, head.device)
+        _fold_details(head, statistics, details)
+    else:
+        if head.drop_mass:
+            masses = dropped_mass.no_mass(head.vocab, statistics)
+        if head.kept:
+            kept, ticket = lease(head.kept_size, head.math.kept, head.device)
+            maxima = head.new(-(-head.vocab // head.kept_width), head.kept)
+            _fold(head, statistics, masses, kept, maxima)
+        else:
+            _fold(head, statistics, masses)
+    merged = head.shard.merge(statistics)
+    entropies = head.new(0) if details is None else details.entropies(merged)
+    return merged.logps(), entropies, Kept(merged.logsumexps(), stash, maxima, ticket, masses)
+
+
+def _fold(
+    head: HeadRows,
+    statistics: RowStatistics,
+    masses: Tensor,
+    kept: Tensor | None = None,
+    maxima: Tensor | None = None,
+) -> None:
+    """Fold all logits into the statistics; keep those of the first rows, if there is a tensor."""
+    hidden = head.hidden_rows()
+    folder = head.build_engine("fold" if head.kept < head.rows or kept is None else "keep")
+    keeper = folder if kept is None else head.build_engine("keep")
+    together = keeper is folder and folder.keeps_some
+    width = head.kept_width
+    slices = head.row_slices(kept_apart=not together)
+    for slab, weight, bias in head.slabs():
+        parts = slice(slab.start // width, -(-slab.stop // width))
+        for rows in slices:
+            tile = Tile(hidden[rows], weight, bias, _within(head.targets[rows], slab))
+            own = dropped_mass.fresh(statistics[rows]) if head.drop_mass else statistics[rows]
+            if kept is not None and maxima is not None and rows.start < head.kept:
+                here = slice(rows.start, min(rows.stop, head.kept))
+                maxima[parts, here] = keeper.fold_and_keep(tile, own, kept[here, slab])
+            else:
+                folder.fold(tile, own)
+            if head.drop_mass:
+                dropped_mass.add_mass(masses[slab.start // dropped_mass.PART, rows], own)
+                statistics[rows].merge(own)
+
+
+def _fold_details(head: HeadRows, statistics: RowStatistics, details: Details) -> None:
+    engine, hidden = head.build_engine("details"), head.hidden_rows()
+    for slab, weight, bias in head.slabs():
+        for rows in head.row_slices():
+            tile = Tile(hidden[rows], weight, bias, _within(head.targets[rows], slab))
+            engine.fold_details(tile, statistics[rows], details[rows], slab.start)
+
+
+def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
+    """Fold all logits, and sum the weight's rows weighed by their exponentials.
+
+    Returns:
+        The sums (n, D) and the references (1, n) that they are in.
+    """
+    engine, hidden = head.build_engine("weigh"), head.hidden_rows()
+    sums = head.new(head.rows, head.hidden_size)
+    lowest = torch.finfo(head.math.accumulator).min
+    references = head.new(1, head.rows).fill_(lowest)
+    buffer = head.slab_buffer()
+    for slab, weight, bias in head.slabs():
+        for rows in head.row_slices():
+            weights = buffer[: rows.stop - rows.start, : slab.stop - slab.start]
+            before = sums[rows] if slab.start else None
+            for part in head.parts(slab.stop - slab.start):
+                targets = _within(head.targets[rows], slab, part.start)
+                tile = Tile(
+                    hidden[rows], weight[part], None if bias is None else bias[part], targets
+                )
+                weighed = WeighedRows(references[0, rows], weights, part.start, before)
+                engine.fold_and_weigh(tile, statistics[rows], weighed, part)
+            product(weights, weight, sums[rows], accumulate=slab.start > 0)
+    return sums, references
+
+
+def backward(
+    head: HeadRows, kept: Kept, upstream: Upstream, padded_vocab: int, needs: Needs
+) -> Gradients:
+    """Gradients of ``(by_logps * logps + by_entropies * entropies).sum()``.
+
+    Args:
+        kept: what `forward` has returned.
+        upstream: of the labelled rows.
+        padded_vocab: rows of the weight with its padding.
+        needs: which gradients are wanted.
+    """
+    if head.path == "stash":
+        return _unstash(head, kept, upstream, needs)
+    probabilities = None
+    if head.kept:
+        probabilities = find(kept.ticket, head.kept_size, head.math.kept)
+        if probabilities is None:
+            head = replace(head, path="recompute", kept_rows=0)
+    factors = [upstream.by_logps * -head.math.slope]
+    if upstream.by_entropies is not None:
+        factors.append(upstream.by_entropies * -head.math.slope)
+    scales, unit = row_factors(factors, head.operand)
+    sums = GradientSums(head, padded_vocab, needs, unit, scattered=head.drop_mass > 0)
+    if head.rows:
+        entropy = None
+        if upstream.entropies is not None and len(scales) == 2:
+            entropy = EntropyGradients(upstream.entropies, scales[1])
+        _add_tiles(head, kept, probabilities, upstream.logps, scales[0], entropy, sums)
+    del probabilities
+    give_back(kept.ticket)
+    return sums.gradients()
+
+
+def _unstash(head: HeadRows, kept: Kept, upstream: Upstream, needs: Needs) -> Gradients:
+    """``by_logps · (W_y − Σ_v p_v W_v)`` of each row, with the slopes of the head's scalars."""
+    shares = (kept.maxima[0] - kept.logsumexps).exp_().neg_()
+    own = ((head.targets >= 0) & (head.targets < head.vocab)).to(shares.dtype)
+    if head.math.softcap is not None:
+        own.mul_(head.math.cap_slope(upstream.logps + kept.logsumexps))
+    return spread(head, kept.stash, needs, upstream.by_logps * head.math.slope, (shares, own))
+
+
+def _add_tiles(
+    head: HeadRows,
+    kept: Kept,
+    probabilities: Tensor | None,
+    logps: Tensor,
+    scale: Tensor,
+    entropy: EntropyGradients | None,
+    sums: GradientSums,
+) -> None:
+    parts, logsumexps = None, kept.logsumexps
+    if head.drop_mass:
+        budget = head.drop_mass / head.shard.size
+        parts = dropped_mass.choose_parts(kept.masses, logsumexps, head.targets, budget)
+        left, out = head.shard.add(parts.kept_mass), head.shard.add(parts.dropped_mass)
+        # The exact gradient of the log-prob among what is kept: it still sums to zero.
+        remaining = torch.where(out < 0.5, torch.log1p(-out), left.log())
+        logps, logsumexps = logps - remaining, logsumexps + remaining
+    residuals = head.math.target_residual(logps, logsumexps)
+    numbers = RowGradients(logsumexps, residuals, scale, entropy)
+    filler = SlabGradients(head, numbers, probabilities, kept.maxima)
+    hidden = filler.hidden
+    for slab, weight, bias in head.slabs():
+        sums.begin(slab)
+        slices: Sequence[slice | Tensor] = head.row_slices()
+        if parts is not None:
+            slices = parts.rows(slab, head.tiles.rows)
+        for rows in slices:
+            gradient = filler.fill(slab, rows, weight, bias, sums)
+            sums.add(gradient, rows, hidden[rows], weight)
+        sums.finish()
+
+
+class SlabGradients:
+    """Fills slabs of the gradient of the logits: from what was kept, and by building logits again.
+
+    Args:
+        head: the rows.
+        numbers: what their gradients are made of.
+        kept: (k, V) probabilities of the first rows, or None.
+        maxima: (parts, k) that they refer to.
+    """
+
+    def __init__(
+        self, head: HeadRows, numbers: RowGradients, kept: Tensor | None, maxima: Tensor
+    ) -> None:
+        self._head, self._numbers, self._kept, self._maxima = head, numbers, kept, maxima
+        self.hidden = head.hidden_rows()
+        self._in_place = kept is not None and head.in_place and not head.drop_mass
+        self._buffer = None if self._in_place else head.slab_buffer()
+
+    def fill(
+        self,
+        slab: slice,
+        rows: slice | Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sums: GradientSums,
+    ) -> Tensor:
+        """The gradient (c, v) of a tile's logits, valid until the next; its bias sums are added."""
+        if isinstance(rows, Tensor):
+            # Scattered rows have all been kept, or none.
+            size, kept = rows.shape[0], None if self._kept is None else slice(0, rows.shape[0])
+        else:
+            size = rows.stop - rows.start
+            kept = slice(0, min(size, max(0, self._head.kept - rows.start)))
+        width = slab.stop - slab.start
+        if self._in_place:
+            assert self._kept is not None
+            out = self._kept[rows, slab]
+        else:
+            assert self._buffer is not None
+            out = self._buffer[:size, :width]
+        targets = _within(self._head.targets[rows], slab)
+        found = 0 if kept is None else kept.stop
+        if found:
+            self._from_kept(slab, _first(rows, found), targets[:found], out[:found], sums)
+        if found < size:
+            rest = _beyond(rows, found)
+            self._rebuild(rest, targets[found:], weight, bias, out[found:], sums)
+        return out
+
+    def _from_kept(
+        self, slab: slice, rows: slice | Tensor, targets: Tensor, out: Tensor, sums: GradientSums
+    ) -> None:
+        assert self._kept is not None
+        found = self._head.build_engine("kept").kept_gradient(
+            self._kept[rows, slab],
+            self._maxima[:, rows],
+            self._head.kept_width,
+            slab.start,
+            targets,
+            self._numbers[rows],
+            out,
+            sums.wants_bias,
+        )
+        sums.add_bias(found, slice(0, slab.stop - slab.start))
+
+    def _rebuild(
+        self,
+        rows: slice | Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        sums: GradientSums,
+    ) -> None:
+        numbers, hidden = self._numbers[rows], self.hidden[rows]
+        engine = self._head.build_engine("rebuild" if numbers.entropy is None else "entropy")
+        for part in self._head.parts(out.shape[1]):
+            own = targets - part.start if part.start else targets
+            tile = Tile(hidden, weight[part], None if bias is None else bias[part], own)
+            sums.add_bias(engine.gradient(tile, numbers, out[:, part], sums.wants_bias), part)
+
+
+def _within(targets: Tensor, slab: slice, further: int = 0) -> Tensor:
+    """Targets counted from the start of a slab, or of a part of it."""
+    start = slab.start + further
+    return targets - start if start else targets
+
+
+def _first(rows: slice | Tensor, count: int) -> slice | Tensor:
+    return slice(rows.start, rows.start + count) if isinstance(rows, slice) else rows[:count]
+
+
+def _beyond(rows: slice | Tensor, count: int) -> slice | Tensor:
+    return slice(rows.start + count, rows.stop) if isinstance(rows, slice) else rows[count:]
