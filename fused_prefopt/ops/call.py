@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from fused_prefopt.checks import (
+    is_on_host,
     require_choice,
     require_device,
     require_floating,
@@ -162,7 +163,7 @@ def _require_labels(targets: Tensor, fits: Tensor, vocab: int) -> None:
 
     def message() -> str:
         outside = f"labels: got a label outside [0, {vocab})"
-        if fits.device.type != "cpu":
+        if not is_on_host(fits):
             return outside
         first = int(targets[~fits][0])
         return f"{outside}: {first}; is the tokenizer another model's, or `ignore_index` another?"
