@@ -9,21 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_prefopt.devices import current
+
 
 class fixed_precision:
-    """Autocast off (the op has chosen its dtype) and the CPU matmul precision of that dtype."""
+    """What a pass over the head runs under.
+
+    Autocast is off (the op has chosen its dtype), matmuls have the precision of that dtype, and
+    the GPU that holds the tensors is the current one.
+    """
 
     def __init__(self, hidden: Tensor, dtype: torch.dtype) -> None:
+        self._device = current(hidden.device)
         self._autocast = torch.autocast(hidden.device.type, enabled=False)
         self._precision = _matmul_precision(dtype, hidden.device)
 
     def __enter__(self) -> None:
+        self._device.__enter__()
         self._autocast.__enter__()
         self._precision.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._precision.__exit__(*error)
         self._autocast.__exit__(*error)
+        self._device.__exit__(*error)
 
 
 def _matmul_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:

@@ -97,14 +97,14 @@ def head_logps(
     )
     with fixed_precision(hidden, dtype):
         row_logps, row_entropies, kept = forward(head)
+        add = head.build_engine("fold").sequence_sums
+        sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
     entropies = row_entropies
     if entropy:
         entropies = torch.zeros_like(logps)
         entropies[index] = row_entropies
-    add = head.build_engine("fold").sequence_sums
-    sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
     return (
         logps,
         sums,

@@ -89,12 +89,12 @@ def head_kl(
         workspace,
         False,
     )
+    ids, add = sequence_ids[index], load_kl_engine(engine).sequence_sums
     with fixed_precision(hidden, dtype):
         found = kl_paths.forward(head)
-    ids, add = sequence_ids[index], load_kl_engine(engine).sequence_sums
-    kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
-    policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
-    others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)
+        kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
+        policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
+        others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)
     return (
         kls,
         policy,
