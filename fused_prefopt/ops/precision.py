@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fused_prefopt.devices import current
 
+_REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
 
 class fixed_precision:
     """What a pass over the head runs under.
@@ -64,15 +66,24 @@ def _bf16_products() -> Iterator[None]:
 
 @contextmanager
 def _full_sums() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = (
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-    )
-    matmul.allow_fp16_reduced_precision_reduction = False
-    matmul.allow_bf16_reduced_precision_reduction = False
+    before = {name: _reduction(name) for name in _REDUCTIONS}
+    for name, (_, *split_k) in before.items():
+        _set_reduction(name, (False, *split_k))
     try:
         yield
     finally:
-        matmul.allow_fp16_reduced_precision_reduction = before[0]
-        matmul.allow_bf16_reduced_precision_reduction = before[1]
+        for name, values in before.items():
+            _set_reduction(name, values)
+
+
+def _reduction(name: str) -> tuple[bool, ...]:
+    """Whether sums may be rounded on the way, and from torch 2.10 on whether they may be split."""
+    matmul: Any = torch.backends.cuda.matmul
+    split_k: bool | None = getattr(matmul, f"{name}_split_k", None)
+    allowed: bool = getattr(matmul, name)
+    return (allowed,) if split_k is None else (allowed, split_k)
+
+
+def _set_reduction(name: str, values: tuple[bool, ...]) -> None:
+    # Older torch takes no tuple; a bool alone would let a newer one split again.
+    setattr(torch.backends.cuda.matmul, name, values if len(values) > 1 else values[0])
