@@ -1,8 +1,9 @@
-"""Which GPU is the current one: Triton launches on it, wherever the tensors are."""
+"""GPUs: which is the current one, and what each is."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,3 +24,14 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return _NOTHING
     return torch.cuda.device(device)
+
+
+def gpu_index(device: torch.device) -> int:
+    """The number of a GPU, the current one's where the device has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def gpu_properties(index: int) -> Any:
+    """What CUDA or HIP says of a GPU, asked once: to ask takes longer than to plan a call."""
+    return torch.cuda.get_device_properties(index)
