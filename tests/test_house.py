@@ -21,6 +21,7 @@ CODE = ("fused_prefopt", "kernels", "benchmarks", "examples")
 FORBIDDEN = {
     "kernels": {"*"},
     "checks": {"*"},
+    "devices": {"*"},
     "ranges": {"*"},
     "types": {"losses", "preference", "statistics", "data", "reference"},
     "ops": {"losses", "preference", "integrations", "statistics", "data", "reference"},

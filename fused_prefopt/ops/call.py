@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from fused_prefopt.checks import (
+    is_on_host,
     require_choice,
     require_device,
     require_floating,
@@ -123,7 +124,7 @@ def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOption
             ignore_index=ignore_index,
         )
     check = partial(_check_labels, layout.targets, ignore_index, options.num_labels, vocab)
-    at_once = hidden.device.type == "cpu" or torch.compiler.is_compiling()
+    at_once = is_on_host(hidden) or torch.compiler.is_compiling()
     if at_once:
         check()
     shard.require_same(layout.targets)
@@ -190,7 +191,7 @@ def _check_labels(targets: Tensor, ignore_index: int, num_labels: int | None, vo
 
     def message() -> str:
         outside = f"labels: got a label outside [0, {vocab})"
-        if fits.device.type != "cpu":
+        if not is_on_host(fits):
             return outside
         first = int(targets[~fits][0])
         return f"{outside}: {first}; is the tokenizer another model's, or `ignore_index` another?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import is_on_host
 from fused_prefopt.ops.cutting import TileCost, Tiles
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
@@ -76,8 +77,8 @@ class TorchKlEngine(TorchEngine):
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
         exp_below(logits, rows.logsumexps)
         logits.mul_(rows.scale.unsqueeze(1))
-        # Half of TDPO2's rows; elsewhere than on a CPU, to ask would be to wait.
-        if self.device.type != "cpu" or rows.reference_scale.any():
+        # Half of TDPO2's rows.
+        if not is_on_host(rows.reference_scale) or rows.reference_scale.any():
             others = self._of_reference(reference)
             exp_below(others, rows.reference_logsumexps)
             logits.addcmul_(others, rows.reference_scale.unsqueeze(1))

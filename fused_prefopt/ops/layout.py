@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_device, require_integer, require_shape
+from fused_prefopt.checks import is_on_host, require_device, require_integer, require_shape
 
 _COMPILED = (
     "fused_prefopt: labels, num_labels or sequence_ids do not fit this call (a label outside the"
@@ -109,7 +109,7 @@ def require(condition: Tensor, message: Callable[[], str]) -> None:
     """
     if torch.compiler.is_compiling():
         torch._assert_async(condition, _COMPILED)
-    elif condition.device.type != "cpu":
+    elif not is_on_host(condition):
         torch._assert_async(condition, message())
     elif not bool(condition):
         raise ValueError(message())

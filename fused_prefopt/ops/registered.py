@@ -95,15 +95,15 @@ def head_logps(
     )
     with fixed_precision(hidden, dtype):
         row_logps, row_entropies, kept = forward(head)
+        add = head.build_engine("fold").sequence_sums
+        ids = sequences_of(index, sequence_ids, num_sequences, targets.shape[0])
+        sums, lengths = add(row_logps, ids, num_sequences, sequence_ids is None)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
     entropies = row_entropies
     if entropy:
         entropies = torch.zeros_like(logps)
         entropies[index] = row_entropies
-    add = head.build_engine("fold").sequence_sums
-    ids = sequences_of(index, sequence_ids, num_sequences, targets.shape[0])
-    sums, lengths = add(row_logps, ids, num_sequences, sequence_ids is None)
     return (
         logps,
         sums,

@@ -62,7 +62,6 @@ def head_kl(
         targets: (M,) int64, `ignore_index` where a row has no label.
         sequence_ids: (M,) int64 in [0, S), or None for M / S rows each, in order.
         num_sequences: S.
-        sorted_ids: the sequence ids never fall from one row to the next.
         ignore_index: the target of rows without a label.
         num_labels: labelled rows, or -1.
         vocab: rows of both weights that are no padding.
@@ -88,13 +87,13 @@ def head_kl(
         workspace,
         False,
     )
-    with fixed_precision(hidden, dtype):
-        found = kl_paths.forward(head)
     ids = sequences_of(index, sequence_ids, num_sequences, targets.shape[0])
     sorted_ids, add = sequence_ids is None, load_kl_engine(engine).sequence_sums
-    kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
-    policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
-    others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)
+    with fixed_precision(hidden, dtype):
+        found = kl_paths.forward(head)
+        kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
+        policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
+        others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)
     return (
         kls,
         policy,
