@@ -82,7 +82,9 @@ def event_seconds(machine: Machine, events: Sequence[Event], place: int) -> floa
     )
 
 
-def play(machine: Machine, events: Sequence[Event], python: Sequence[float] | None = None) -> Played:
+def play(
+    machine: Machine, events: Sequence[Event], python: Sequence[float] | None = None
+) -> Played:
     """Play events in their order.
 
     Args:

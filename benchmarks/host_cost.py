@@ -1,6 +1,6 @@
 """What the host's own code takes of a step: the real code on a CPU, its kernels and matmuls mocked.
 
-Tensors take no memory of their size: rows are one value, expanded. What is left is the Python that
+Rows have one entry, and the planner is told the real hidden size. What is left is the Python that
 plans, makes views and launches, on one core.
 """
 
@@ -21,6 +21,7 @@ from benchmarks.machines import Machine
 from benchmarks.recording import Event, gpu_answers
 from fused_prefopt import checks
 from fused_prefopt.ops import cublas_engine, head_rows, registered
+from fused_prefopt.ops.call import Call
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.layout import labelled_rows
 
@@ -28,15 +29,16 @@ _WARM, _ROUNDS = 3, 9
 
 
 def host_seconds(
-    step: Callable[[], object], machine: Machine, anchors: list[str]
+    step: Callable[[], object], machine: Machine, hidden_size: int, anchors: list[str]
 ) -> list[float]:
     """Seconds of the host before each anchor: a kernel's launch, or a matmul into an output.
 
     The median over several steps: what is searched once for a shape has been found.
 
     Args:
-        step: a forward, and its backward if there is one, on CPU tensors.
+        step: a forward, and its backward if there is one, on CPU tensors of hidden size 1.
         machine: that is asked for.
+        hidden_size: D that the planner is told.
         anchors: their names as a recording has them.
 
     Raises:
@@ -47,7 +49,7 @@ def host_seconds(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _mocked(machine, lambda name: marks.append((name, thread_time()))):
+        with _mocked(machine, hidden_size, lambda name: marks.append((name, thread_time()))):
             for _ in range(_WARM + _ROUNDS):
                 marks.clear()
                 start = thread_time()
@@ -75,7 +77,7 @@ def spread_over(events: list[Event], seconds: list[float]) -> list[float]:
 
 
 @contextmanager
-def _mocked(machine: Machine, mark: Callable[[str], None]) -> Iterator[None]:
+def _mocked(machine: Machine, hidden_size: int, mark: Callable[[str], None]) -> Iterator[None]:
     """Within the block CPU tensors are treated as a GPU's, and nothing of size is computed."""
     real_addmm, real_mm = torch.addmm, torch.mm
     known: dict[Any, Tensor] = {}
@@ -88,13 +90,6 @@ def _mocked(machine: Machine, mark: Callable[[str], None]) -> Iterator[None]:
             return out
 
         return call
-
-    def gathered(rows: Any, part: slice) -> Tensor:
-        head = rows._head
-        key = (len(range(head.rows)[part]), head.hidden_size)
-        if key not in known:
-            known[key] = torch.empty(key, dtype=head.math.dtype)
-        return known[key]
 
     def found(targets: Tensor, ignore_index: int, num_labels: int) -> Tensor:
         key = (targets.shape, ignore_index, num_labels)
@@ -113,10 +108,10 @@ def _mocked(machine: Machine, mark: Callable[[str], None]) -> Iterator[None]:
         put(JITFunction, "run", run)
         put(torch, "mm", matmul("mm", real_mm))
         put(torch, "addmm", matmul("addmm", real_addmm))
-        put(torch, "zeros_like", torch.empty_like)
         put(checks, "_HOSTS", ())
         put(registered, "labelled_rows", found)
-        put(head_rows.HiddenRows, "_gather", gathered)
+        for kind in (Call, head_rows.HeadRows):
+            put(kind, "hidden_size", hidden_size)
         put(HeadMath, "operand", lambda math, device: math.dtype)
         in_place = staticmethod(lambda math, device: math.kept == math.dtype)
         put(cublas_engine.CublasEngine, "in_place", in_place)

@@ -42,7 +42,9 @@ def traffic_of(kernel: str, arguments: Any, grid: Any) -> Traffic:
         KeyError: a kernel that is not known here, and so would cost nothing.
     """
     if kernel not in _KERNELS:
-        raise KeyError(f"{kernel}: its traffic is not known, add it to benchmarks/kernel_traffic.py")
+        raise KeyError(
+            f"{kernel}: its traffic is not known, add it to benchmarks/kernel_traffic.py"
+        )
     return _KERNELS[kernel](arguments)
 
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.device_model import Played, play
+from benchmarks.device_model import play
 from benchmarks.host_cost import host_seconds, spread_over
 from benchmarks.machines import MACHINES, Machine
 from benchmarks.objectives import BETA
@@ -27,11 +27,11 @@ from benchmarks.shapes import HEADS, LARGEST_OUTPUT, Problem, Shape
 from fused_prefopt.ops.plan import MIB
 
 SITUATIONS = (NOTHING, HIDDEN, HEAD)
-OURS, TRL = "ours", "TRL"
-TRL_NAMES = {NOTHING: "TRL: no gradient", HIDDEN: "TRL: frozen head", HEAD: "TRL"}
-_PATHS = {"evaluate": NOTHING, "stash": HIDDEN, "recompute": HEAD, "local": HEAD}
-_ENGINES = ("cublas", "triton")
-_TIGHT = 256
+OURS = {NOTHING: "ours: no gradient", HIDDEN: "ours: frozen head", HEAD: "ours"}
+TRL = {NOTHING: "TRL: no gradient", HIDDEN: "TRL: frozen head", HEAD: "TRL"}
+PATHS = {"evaluate": NOTHING, "stash": HIDDEN, "recompute": HEAD, "local": HEAD}
+ENGINES = ("cublas", "triton")
+TIGHT = 256
 _LONG = 65536
 
 
@@ -57,24 +57,25 @@ def cases() -> list[Case]:
     found = []
     for shape in HEADS.values():
         for trains in SITUATIONS:
-            found += [Case(_ours(OURS, trains, shape), shape), Case(_trl(trains), shape)]
+            found.append(Case(_ours(OURS[trains], trains, shape), shape))
+            found.append(Case(CANDIDATES[TRL[trains]], shape))
         if shape.softcap is None:
             dense = replace(shape, length=shape.length // 2 + 1, labelled=1.0)
             for name, given in (("all rows", shape), ("labelled rows", dense)):
                 liger = Candidate(f"Liger: {name}", _liger, HEAD)
                 found.append(Case(liger, given, host=False, bare=True))
-        for path, trains in _PATHS.items():
-            for engine in _ENGINES:
-                room = _room(shape) if path == "local" else _TIGHT
-                options = {"path": path, "engine": engine, "workspace_mb": room}
-                name = f"ours: {path}, {engine}"
-                found.append(Case(_ours(name, trains, shape, **options), shape, host=False))
+        for path, trains in PATHS.items():
+            for engine in ENGINES:
+                options: dict[str, Any] = {"engine": engine, "workspace_mb": TIGHT}
+                if path == "local":
+                    options["workspace_mb"] = _room(shape)
+                candidate = _ours(f"ours: {path}, {engine}", trains, shape, path, **options)
+                found.append(Case(candidate, shape, host=False))
         for rows in (shape.labelled_rows, _LONG):
             given = replace(shape, sequences=shape.sequences * rows // shape.labelled_rows)
             for path in ("evaluate", "stash", "recompute"):
-                options = {"path": path, "workspace_mb": _TIGHT}
-                name = f"ours: {path} in {_TIGHT} MiB"
-                candidate = _ours(name, _PATHS[path], given, **options)
+                name = tight_name(path)
+                candidate = _ours(name, PATHS[path], given, path, workspace_mb=TIGHT)
                 found.append(Case(candidate, given, host=False))
     return found
 
@@ -102,12 +103,12 @@ def replayed(case: Case, machine: Machine, unit: float) -> Row:
     python = None
     if case.host:
         anchors = [event.name for event in events if event.anchor]
-        seconds = host_seconds(_on_host(case), machine, anchors)
+        seconds = host_seconds(_on_host(case), machine, case.shape.hidden_size, anchors)
         python = spread_over(events, seconds)
     played = play(machine, events, python)
     gradients = _gradient_bytes(case)
     return {
-        "machine": machine.name,
+        "gpu": machine.name,
         "candidate": case.candidate.name,
         **case.shape.fields,
         "dtype": "bf16",
@@ -144,19 +145,15 @@ def unit_seconds(machine: Machine, shape: Shape) -> float:
     return play(machine, record(products, rows, machine).events).seconds
 
 
-def predicted(machine: Machine, case: Case) -> Played:
-    """Of a case, with a host that costs nothing."""
-    return play(machine, recorded(case, machine).events)
-
-
 def _ours(name: str, trains: str, shape: Shape, path: str = "auto", **options: Any) -> Candidate:
     """Ours; it is told the number of labelled rows, as trainers tell it."""
     forward = partial(ours, path, num_labels=shape.labelled_rows, **options)
     return Candidate(name, forward, trains, ours=True)
 
 
-def _trl(trains: str) -> Candidate:
-    return replace(CANDIDATES[TRL_NAMES[trains]], name=TRL)
+def tight_name(path: str) -> str:
+    """Of a path in the smallest workspace that a goal is set for."""
+    return f"ours: {path} in {TIGHT} MiB"
 
 
 def _room(shape: Shape) -> float:
@@ -199,9 +196,8 @@ def _meta(*size: int) -> Tensor:
 
 
 def _on_host(case: Case) -> Callable[[], object]:
-    """The step on CPU tensors; a peer's loops do not look at the hidden size, which is 1 there."""
-    shape = case.shape if case.candidate.ours else replace(case.shape, hidden_size=1)
-    problem = _problem(shape, torch.device("cpu"))
+    """The step on CPU tensors of hidden size 1, which the loops do not look at."""
+    problem = _problem(replace(case.shape, hidden_size=1), torch.device("cpu"))
 
     def run() -> None:
         with _peers_on_a_gpu():

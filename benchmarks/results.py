@@ -24,7 +24,7 @@ Row = dict[str, Any]
 _LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cross-entropy")
 _SHAPE_KEY = ("candidate", "shape", "dtype", "sequences", "length", "labelled_rows")
 # A section without one of them has nothing there.
-_KEY = (*_SHAPE_KEY, "capacity_bytes")
+_KEY = (*_SHAPE_KEY, "capacity_bytes", "gpu")
 _NUMBER = (int, float, type(None))
 _SHAPE_FIELDS: dict[str, tuple[type, ...]] = {
     "candidate": (str,),
@@ -112,6 +112,19 @@ FIELDS["context"] = {
     "ended_by": (str,),
     "probes": (int,),
     "status": (str,),
+}
+# A prediction: what a step would take on a GPU.
+FIELDS["replay"] = {
+    **{name: kinds for name, kinds in _SHAPE_FIELDS.items() if name != "status"},
+    "gpu": (str,),
+    "p_ms": (float,),
+    "ms": (float,),
+    "in_p": (float,),
+    "launches": (int,),
+    "moved_bytes": (int,),
+    # Of the host: what the GPU waits for it, and its own code; null where it was not measured.
+    "exposed_ms": _NUMBER,
+    "host_ms": _NUMBER,
 }
 FIELDS["kl"] = {
     **{

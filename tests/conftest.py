@@ -11,3 +11,26 @@ from fused_prefopt.ops import cutting
 def tiny_tiles(monkeypatch):
     """Let tiles shrink to 3 × 3, so that small cases meet many slabs and many row slices."""
     monkeypatch.setattr(cutting, "_SMALLEST_TILE", 3)
+    # Of the engines that are planned for a GPU.
+    monkeypatch.setattr(cutting, "_TILE", 3)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Operands in the dtype computed in, library products of them, and kept values in place."""
+    from fused_prefopt.ops import cublas_engine, gradients, kl_cublas_engine, passes
+    from fused_prefopt.ops.head_math import HeadMath
+
+    def product(left, right, out, *, alpha=1.0, accumulate=False):
+        assert left.dtype == right.dtype
+        total = alpha * (left.double() @ right.double())
+        return out.copy_(out.double() + total if accumulate else total)
+
+    for module in (passes, gradients, cublas_engine, kl_cublas_engine):
+        monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
+
+    def in_place(math, device):
+        return math.kept == math.dtype
+
+    monkeypatch.setattr(cublas_engine.CublasEngine, "in_place", staticmethod(in_place))

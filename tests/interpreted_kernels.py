@@ -20,7 +20,7 @@ from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.ops.tile import Details
+from fused_prefopt.ops.tile import Details, WeighedRows
 
 LOWEST = torch.finfo(torch.float32).min
 # Absolute for log-sum-exps of logits up to 30, relative (Frobenius) for gradients.
@@ -101,7 +101,7 @@ def test_fused_forward_of_two_slabs(dtype, shape, bias, transform, descriptors):
     given = problem(shape, dtype, bias=bias, transform=transform)
     rows, vocab, _ = shape
     maximum, total, target_logit = statistics(rows)
-    cut = (vocab + 1) // 2
+    reference, cut = maximum.clone(), (vocab + 1) // 2
     for slab in (slice(0, cut), slice(cut, vocab)):
         if slab.start == slab.stop:
             continue
@@ -111,17 +111,20 @@ def test_fused_forward_of_two_slabs(dtype, shape, bias, transform, descriptors):
             given.hidden,
             given.weight[slab],
             None if given.bias is None else given.bias[slab],
-            given.targets - slab.start,
+            given.targets,
             target_logit,
             **given.head,
             block=BLOCK,
             descriptors=descriptors,
+            first=slab.start,
             kept=kept[:, slab],
         )
         parts = partials.maximum.repeat_interleave(BLOCK.vocab, 0)[: slab.stop - slab.start].t()
         wanted = (given.logits[:, slab] - parts.double()).exp()
         torch.testing.assert_close(kept[:, slab].double(), wanted, rtol=3e-5, atol=1e-7)
-        factor = merge_partials(partials, maximum, total)
+        # A reference without slack is the maximum.
+        factor = merge_partials(partials, maximum, total, reference=reference)
+        assert torch.equal(reference, maximum)
         torch.testing.assert_close(factor, (before - maximum).exp())
     logsumexps = maximum.double() + total.double().log()
     assert (logsumexps - given.logsumexps).abs().max() <= 1e-5
@@ -145,11 +148,12 @@ def test_entropy_mean_and_best_of_the_fused_forward(shape):
             given.hidden,
             given.weight[slab],
             given.bias[slab],
-            given.targets - slab.start,
+            given.targets,
             target_logit,
             **given.head,
             block=BLOCK,
             descriptors=False,
+            first=slab.start,
             details=True,
         )
         merge_partials(partials, maximum, total, details, offset=slab.start)
@@ -192,7 +196,7 @@ def test_fused_gradient(dtype, shape, transform, descriptors):
     assert_close(sums, wanted.sum(0), 1e-4 if vocab == 1 else 1e-5)
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept", [None, "kept", "weighed"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap", "scale"])
 @pytest.mark.parametrize("width", [1, 2, 64, 777, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,29 +211,37 @@ def test_row_statistics_of_two_slabs(dtype, width, transform, kept):
         logits, alpha = softcap * torch.tanh(logits / softcap), alpha / softcap
     targets = torch.randint(0, 2 * width, (7,))
     maximum, total, target_logit = statistics(7)
+    reference, sums = maximum.clone(), torch.randn(7, 3)
+    weights = torch.full((7, 2 * width), torch.nan)
     for start in (0, width):
         slab = slice(start, start + width)
-        # A strided view, as `local` passes them.
-        out = torch.full((7, 2 * width), torch.nan)[:, slab] if kept else None
-        before = maximum.clone()
-        factor = fold_rows(
+        # A strided view, as the paths pass them.
+        out = weights[:, slab] if kept else None
+        before, earlier = maximum.clone(), sums.clone()
+        fold_rows(
             products[:, slab],
             bias[slab],
-            targets - start,
+            targets,
             maximum,
             total,
             target_logit,
             alpha=alpha,
             ceiling=softcap,
             kept=out,
-            slope=softcap is not None,
+            # Without slack the reference is the maximum.
+            weighed=WeighedRows(reference, weights, start, sums) if kept == "weighed" else None,
+            first=start,
         )
-        torch.testing.assert_close(factor, (before - maximum).exp())
+        if kept == "weighed":
+            assert torch.equal(reference, maximum)
+            torch.testing.assert_close(sums, earlier * (before - maximum).exp()[:, None])
+            # What came before the slab refers to the new maximum as well.
+            slab = slice(0, start + width)
         if out is not None:
             wanted = (logits[:, slab] - maximum.double()[:, None]).exp()
-            if softcap is not None:
+            if softcap is not None and kept == "weighed":
                 wanted *= 1 - (logits[:, slab] / softcap) ** 2
-            torch.testing.assert_close(out.double(), wanted, rtol=5e-5, atol=1e-6)
+            torch.testing.assert_close(weights[:, slab].double(), wanted, rtol=5e-5, atol=1e-6)
     logsumexps = (maximum + total.log()).double()
     torch.testing.assert_close(logsumexps, logits.logsumexp(1), rtol=2e-7, atol=1e-5)
     found = logits.gather(1, targets[:, None])[:, 0]
@@ -305,10 +317,14 @@ def test_gradient_of_a_slab_from_kept_exponentials(dtype, cap, part_width):
     assert_close(kept, given.logits.softmax(1) * slope, tolerance)
 
 
-def test_parts_that_do_not_fit_are_refused():
+@pytest.mark.parametrize(("part_width", "first"), [(40, 0), (64, 40), (24, 48)])
+def test_parts_that_do_not_fit_are_refused(part_width, first):
     kept, row = torch.rand(2, 100), torch.zeros(2)
-    with pytest.raises(ValueError, match="part_width: got 48, wanted >= 100 or a multiple of 64"):
-        logits_gradient(kept, row, kept, maxima=torch.zeros(3, 2), part_width=48)
+    message = f"part_width: got {part_width} and a slab at {first}, wanted multiples of 16"
+    with pytest.raises(ValueError, match=message):
+        logits_gradient(
+            kept, row, kept, maxima=torch.zeros(9, 2), part_width=part_width, first=first
+        )
 
 
 @pytest.mark.parametrize("in_order", [True, False])

@@ -18,7 +18,14 @@ from fused_prefopt import devices, sequence_logps
 from fused_prefopt.cli import main
 from fused_prefopt.kernels.architectures import ARCHITECTURES, CANDIDATES, Block, architecture
 from fused_prefopt.ops import engines, tuning
-from fused_prefopt.ops.engines import ENGINES, choose_engines, missing_triton
+from fused_prefopt.ops.engines import (
+    ENGINES,
+    ROLES,
+    choose_engine,
+    load_engine,
+    missing_triton,
+    role_engine,
+)
 from fused_prefopt.ops.plan import PATHS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -47,19 +54,53 @@ def no_triton(monkeypatch):
 
 
 def test_auto_is_torch_on_a_cpu_and_for_float64(gpu):
-    assert set(choose_engines("auto", CPU, torch.float32).values()) == {"torch"}
-    assert set(choose_engines("auto", gpu(9, 0), torch.float64).values()) == {"torch"}
+    assert choose_engine("auto", CPU, torch.float32) == "torch"
+    assert choose_engine("auto", gpu(9, 0), torch.float64) == "torch"
 
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
-def test_auto_takes_the_table_of_the_architecture(gpu, entry):
-    chosen = choose_engines("auto", gpu(*entry.capability), torch.bfloat16)
-    assert chosen == entry.engines
-    assert set(chosen) == set(PATHS) and set(chosen.values()) <= set(ENGINES)
+def test_auto_takes_the_table_of_the_architecture(gpu, entry, monkeypatch):
+    place = gpu(*entry.capability)
+    assert choose_engine("auto", place, torch.bfloat16) == "auto"
+    monkeypatch.setattr(tuning, "tuning_of", lambda device: tuning.Tuning(entry))
+    assert entry.fused and set(entry.fused) <= set(ROLES)
+    for role, largest in entry.fused.items():
+        for bent, size in enumerate(largest):
+            # Up to this hidden size the logits' way through memory costs more.
+            assert role_engine("auto", role, place, size, bool(bent)) == "triton"
+            assert role_engine("auto", role, place, size + 1, bool(bent)) == "cublas"
+    for role in {"weigh"} - set(entry.fused):
+        assert role_engine("auto", role, place, 1, False) == "cublas"
+
+
+@pytest.mark.parametrize("size", [1, 896, 4096])
+@pytest.mark.parametrize("bent", [False, True])
+def test_what_was_kept_is_read_by_the_engine_that_kept_it(size, bent, monkeypatch):
+    monkeypatch.setattr(tuning, "tuning_of", lambda device: tuning.Tuning(ARCHITECTURES[0]))
+    for name in ("auto", *ENGINES):
+        keeps, reads = (role_engine(name, role, GPU, size, bent) for role in ("keep", "kept"))
+        assert keeps == reads
+
+
+def test_roles_that_one_engine_has_go_to_it():
+    for name in ("auto", "cublas", "triton"):
+        assert role_engine(name, "details", GPU, 4096, False) == "triton"
+        assert role_engine(name, "entropy", GPU, 64, False) == "cublas"
+    for role in ROLES:
+        assert role_engine("torch", role, CPU, 64, True) == "torch"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_name_stands_for_one_engine(name):
+    if name != "torch":
+        pytest.importorskip("triton")
+    assert load_engine(name).name == name
+    named = [role for role in ROLES if role not in ("details", "entropy")]
+    assert {role_engine(name, role, GPU, 4096, False) for role in named} == {name}
 
 
 def test_auto_is_torch_on_a_gpu_older_than_the_table(gpu):
-    assert set(choose_engines("auto", gpu(7, 5), torch.float16).values()) == {"torch"}
+    assert choose_engine("auto", gpu(7, 5), torch.float16) == "torch"
 
 
 def test_a_newer_gpu_takes_the_newest_known_architecture():
@@ -73,10 +114,10 @@ def test_a_newer_gpu_takes_the_newest_known_architecture():
 @pytest.mark.usefixtures("no_triton")
 def test_without_triton_the_torch_engine_stands_in_with_one_warning(name):
     with pytest.warns(UserWarning, match="Triton is not installed; the torch engine stands in"):
-        assert set(choose_engines(name, GPU, torch.bfloat16).values()) == {"torch"}
+        assert choose_engine(name, GPU, torch.bfloat16) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose_engines(name, GPU, torch.bfloat16)
+        assert choose_engine(name, GPU, torch.bfloat16) == "torch"
 
 
 @pytest.mark.usefixtures("no_triton")
@@ -183,7 +224,7 @@ def test_the_doctor_names_engines_and_checks_numbers(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert f"torch                  {torch.__version__}" in said
-    assert "auto, bfloat16         torch for evaluate, stash, local, recompute" in said
+    assert "auto, bfloat16         torch\n" in said
     for path in PATHS:
         assert f"check torch, {path}" in said
     assert "check triton           not run" in said and "BAD" not in said

@@ -14,17 +14,18 @@ from torch.utils._pytree import tree_leaves
 from truth import TRAINING_PATHS, leaves_of, make_case, needs_of
 
 from fused_prefopt import Plan, release_workspace, sequence_logps
+from fused_prefopt.ops.cutting import TileCost, TileShape, tile_shape
 from fused_prefopt.ops.dropped_mass import PART
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.plan import (
     COST_IN_P,
     PATHS,
-    TileCost,
-    TileShape,
+    default_workspace,
+    kept_bytes,
     make_plan,
     room_of,
-    tile_shape,
+    statistics_bytes,
 )
 from fused_prefopt.ops.vocab_shard import VocabShard
 

@@ -456,8 +456,8 @@ def test_bad_arguments(case):
         sequence_kl(**arguments(**changes))
 
 
-def op_arguments(two: Two, counted: bool):
-    """Arguments of `head_kl`, rows without a shift, ids unsorted."""
+def op_arguments(two: Two, counted: bool, in_order: bool = False):
+    """Arguments of `head_kl`, rows without a shift; `in_order` has no sequence ids."""
     policy, reference = two
     rows = policy.labels.numel()
 
@@ -473,28 +473,33 @@ def op_arguments(two: Two, counted: bool):
         ]
 
     count = int((policy.labels != -100).sum()) if counted else -1
-    layout = (policy.labels.flatten(), torch.arange(rows) % 3, 3, False, -100, count)
+    ids, sequences = torch.arange(rows) % 3, 3
+    if in_order:
+        ids, sequences = None, policy.labels.shape[0]
+    layout = (policy.labels.flatten(), ids, sequences, -100, count)
     numbers = scalars(policy) + scalars(reference)
     options = (policy.vocab, numbers, policy.hidden.dtype, "torch", 2**20)
     return (*tensors(policy), *tensors(reference), *layout, *options)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
-def test_opcheck(counted):
+def test_opcheck(counted, in_order):
     two = make_two(2, 5, 4, 70, transform="all", dtype=torch.float64)
     two = two._replace(policy=leaves_of(two.policy, (True, True, True)))
-    torch.library.opcheck(head_kl, op_arguments(two, counted))
+    torch.library.opcheck(head_kl, op_arguments(two, counted, in_order))
 
 
-def test_opcheck_of_the_backward():
+@pytest.mark.parametrize("in_order", [False, True])
+def test_opcheck_of_the_backward(in_order):
     two = make_two(2, 5, 4, 70, transform="all", other="bias")
-    given = op_arguments(two, False)
+    given = op_arguments(two, False, in_order)
     kl, policy, _, _, *saved = head_kl(*given)
     upstream = (torch.ones_like(kl), torch.ones_like(policy))
     needs = [True, True, True, False, False]
     torch.library.opcheck(
         head_kl_backward,
-        (*upstream, *given[:12], *saved, *given[16:], needs),
+        (*upstream, *given[:12], *saved, *given[15:], needs),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

@@ -75,8 +75,9 @@ class CublasEngine(TorchEngine):
     ) -> Tensor:
         shift = maxima[0] - rows.logsumexps
         inside, column = locate(targets, 0, kept.shape[1])
-        own = (rows.residuals * (-shift).exp_()).to(kept.dtype).unsqueeze(1)
-        kept.scatter_(1, column, own.where(inside.unsqueeze(1), kept.gather(1, column)))
+        place = torch.arange(kept.shape[0], device=kept.device), column.squeeze(1)
+        own = (rows.residuals * (-shift).exp_()).to(kept.dtype)
+        kept[place] = own.where(inside, kept[place])
         return shift.exp_().mul_(rows.scale)
 
     def fold_and_weigh(

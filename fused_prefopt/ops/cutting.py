@@ -6,7 +6,7 @@ the library, and is cut so that each fills whole waves of the GPU's multiprocess
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -117,6 +117,7 @@ class GpuPass:
         budget: bytes.
         cost: of the engine's buffers.
         processors: multiprocessors; 1 where a width is as good as another.
+        cuts_rows: whether a slice of rows can go through the whole vocabulary before the next.
     """
 
     rows: int
@@ -126,38 +127,43 @@ class GpuPass:
     budget: int
     cost: TileCost
     processors: int
+    cuts_rows: bool
 
     @lru_cache(maxsize=4096)  # noqa: B019
-    def tiles(self, gathered: bool) -> Tiles:
+    def tiles(self) -> Tiles:
         """All rows in a tile if they fit beside a slab of some width, or fewer.
 
-        Where nothing is summed over rows, they are cut as it is fastest.
-
-        Args:
-            gathered: whether the labelled rows are copied once.
+        Where rows may be cut, they are cut as it is fastest.
         """
+        copied = self.cost.hidden * self.rows * self.hidden_size
+        once = 3 * copied <= 2 * self.budget
+        if not self.cuts_rows:
+            return next(self._cuts(once, copied))[2]
+        found = [*(self._cuts(True, copied) if once else ()), *self._cuts(False, copied)]
+        return min(found)[2]
+
+    def _cuts(self, gathered: bool, copied: int) -> Iterator[tuple[float, int, Tiles]]:
+        """Time, number of row slices and tiles, from the fewest slices on that leave room."""
         least = min(self.vocab, 2048 if self.cost.slab else 1024)
-        found: list[tuple[float, int, Tiles]] = []
         parts = 1
         while True:
             rows = max(1, self.rows if parts == 1 else -(-self.rows // parts // _TILE) * _TILE)
             multiplied = min(rows, self.multiplied)
-            slab, products = self._slab(rows, multiplied)
+            hidden = copied if gathered else self.cost.hidden * rows * self.hidden_size
+            slab, products = self._slab(rows, multiplied, self.budget - hidden)
             smallest = rows <= max(_TILE, self.cost.smallest)
             if slab >= least or smallest:
                 tiles = Tiles(rows, slab, products, multiplied, gathered)
-                if self.cost.sums_rows or not self.cost.slab:
-                    return tiles
-                found.append((self._time(tiles), parts, tiles))
+                yield self._time(tiles), parts, tiles
                 if parts >= _MOST_CUTS or smallest:
-                    return min(found)[2]
+                    return
             parts += max(1, parts // 4)
 
     @property
     def _step(self) -> int:
         return max(_SMALLEST_TILE if self.processors == 1 else _TILE, self.cost.smallest)
 
-    def _slab(self, rows: int, multiplied: int) -> tuple[int, int]:
+    def _slab(self, rows: int, multiplied: int, left: int) -> tuple[int, int]:
         """Entries of a slab of so many rows, and those of it that are multiplied at a time.
 
         A gradient's slab takes what the products leave: the wider it is, the fewer sums pass
@@ -165,7 +171,6 @@ class GpuPass:
         """
         cost, size, step = self.cost, self.hidden_size, self._step
         weight = (cost.weight + (cost.sliced if rows < self.rows else 0)) * size
-        left = self.budget - cost.hidden * rows * size
         logits = cost.logit * multiplied
         within = ((multiplied, size),) if multiplied else ()
         if not cost.slab:
@@ -235,10 +240,12 @@ class GpuPass:
             full, rest = divmod(slab, tiles.products)
             logits = full * self._waves(tiles.products, multiplied)
             logits += self._waves(rest, multiplied) if rest else 0.0
+            launches = (full + (rest > 0)) * _LAUNCHES
+            if not self.cost.slab:
+                return logits * size + launches
             others = self._waves(size, rows) * slab
             others += self._waves(slab, size) * rows if sums_rows else 0.0
-            launches = (full + (rest > 0) + 0.5) * _LAUNCHES
-            return logits * size + others + launches + rows * size * _SUMS
+            return logits * size + others + launches + 0.5 * _LAUNCHES + rows * size * _SUMS
 
         def over_vocab(rows: int) -> float:
             full, rest = divmod(self.vocab, tiles.vocab)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -186,12 +186,34 @@ class HeadRows:
         parts = (0, self.kept), (self.kept, self.rows)
         return [rows for part in parts for rows in _slices(*part, self.tiles.rows)]
 
+    @property
+    def makes_slabs(self) -> bool:
+        """Whether slabs of the weight are made, not views of it."""
+        weight = self.tensors.weight
+        return self.rank > 0 or weight.dtype != self.operand or weight.stride(1) != 1
+
     def slabs(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(vocabulary slice, weight slab in the operand dtype, bias slab or None)."""
         bias = self.tensors.bias
         for slab in _slices(0, self.vocab, self.tiles.vocab):
             weight = self.weight_rows(slab).to(self.operand)
             yield slab, weight, None if bias is None else self.rounded(bias[slab])
+
+    def pieces(
+        self, slices: Sequence[slice]
+    ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+        """Row slice, and what `slabs` gives, of every tile of these rows.
+
+        Rows that are gathered slice by slice are the outer loop, unless slabs cost more to make.
+        """
+        if self.tiles.gathered or self.makes_slabs:
+            for slab in self.slabs():
+                for rows in slices:
+                    yield rows, *slab
+        else:
+            for rows in slices:
+                for slab in self.slabs():
+                    yield rows, *slab
 
     def parts(self, size: int) -> list[slice]:
         """Columns of a slab of `size` entries that are multiplied at a time."""
@@ -222,15 +244,26 @@ class HeadRows:
 
 
 class HiddenRows:
-    """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
+    """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles.
+
+    A slice stays until the next is asked for, so whoever uses it should not hold it.
+    """
 
     def __init__(self, head: HeadRows, factor: Tensor | None = None) -> None:
         self._head, self._factor, self._all = head, factor, None
+        self._last: tuple[slice, Tensor] | None = None
         if head.tiles.gathered:
             self._all = self._gather(slice(None))
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        return self._gather(rows) if self._all is None else self._all[rows]
+        if self._all is not None:
+            return self._all[rows]
+        if isinstance(rows, Tensor):
+            return self._gather(rows)
+        if self._last is None or self._last[0] != rows:
+            self._last = None  # before the next one comes
+            self._last = rows, self._gather(rows)
+        return self._last[1]
 
     def _gather(self, rows: slice | Tensor) -> Tensor:
         head, index = self._head, self._head.index[rows]
@@ -273,20 +306,21 @@ def tiles_of(head: HeadRows) -> Tiles:
     if gpu:
         budget -= min(statistics_bytes(rows), budget // 2)
         budget -= 4 * head.kept * -(-vocab // 128)
-    gathered = rows * hidden_size * cost.hidden
-    once = 3 * gathered <= 2 * budget
-    if once:
-        budget, cost = budget - gathered, replace(cost, hidden=0)
-    cost = replace(cost, hidden=cost.hidden + copied)
     if not gpu or head.drop_mass:
+        gathered = rows * hidden_size * cost.hidden
+        once = 3 * gathered <= 2 * budget
+        if once:
+            budget, cost = budget - gathered, replace(cost, hidden=0)
+        cost = replace(cost, hidden=cost.hidden + copied)
         whole = replace(cost, logit=cost.logit + cost.slab)
         shape = tile_shape(rows, vocab, hidden_size, budget, whole)
         return Tiles(shape.rows, shape.vocab, shape.vocab, shape.rows, once)
     # What was kept is multiplied no more.
     multiplied = rows - head.kept if head.backward else rows
     budget = budget // MIB * MIB if budget > MIB else budget
-    given = (rows, multiplied, vocab, hidden_size, budget, cost, processors(head.device))
-    return GpuPass(*given).tiles(once)
+    cuts = head.path in ("evaluate", "stash") and not head.makes_slabs
+    given = (rows, multiplied, vocab, hidden_size, budget, cost, processors(head.device), cuts)
+    return GpuPass(*given).tiles()
 
 
 def _roles(head: HeadRows) -> list[str]:

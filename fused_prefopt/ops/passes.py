@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,15 +68,15 @@ class Upstream:
 
 def forward(head: HeadRows) -> tuple[Tensor, Tensor, Kept]:
     """Log-probs of the labelled rows (n,), entropies (n,) or (0,), and what `backward` needs."""
-    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
     stash, maxima, masses, details = head.new(0), head.new(0), head.new(0), None
     ticket = torch.zeros(1, dtype=torch.int64)
+    if head.entropy:
+        statistics, details = fold_details(head)
+    else:
+        statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
     if head.path == "stash":
         stash, maxima = _weigh(head, statistics)
-    elif head.entropy:
-        details = Details.empty(head.rows, head.math.accumulator, head.device)
-        _fold_details(head, statistics, details)
-    else:
+    elif not head.entropy:
         if head.drop_mass:
             masses = dropped_mass.no_mass(head.vocab, statistics)
         if head.kept:
@@ -101,27 +102,28 @@ def _fold(
     folder = head.build_engine("fold" if head.kept < head.rows or kept is None else "keep")
     keeper = folder if kept is None else head.build_engine("keep")
     together = keeper is folder and folder.keeps_some
-    slices = head.row_slices(kept_apart=not together)
-    for slab, weight, bias in head.slabs():
-        for rows in slices:
-            tile = Tile(hidden[rows], weight, bias, head.targets[rows], slab.start)
-            own = dropped_mass.fresh(statistics[rows]) if head.drop_mass else statistics[rows]
-            if kept is not None and maxima is not None and rows.start < head.kept:
-                here = slice(rows.start, min(rows.stop, head.kept))
-                keeper.fold_and_keep(tile, own, kept[here], maxima[:, here])
-            else:
-                folder.fold(tile, own)
-            if head.drop_mass:
-                dropped_mass.add_mass(masses[slab.start // dropped_mass.PART, rows], own)
-                statistics[rows].merge(own)
+    for rows, slab, weight, bias in head.pieces(head.row_slices(kept_apart=not together)):
+        own = dropped_mass.fresh(statistics[rows]) if head.drop_mass else statistics[rows]
+        tile = partial(Tile, weight=weight, bias=bias, targets=head.targets[rows], first=slab.start)
+        if kept is not None and maxima is not None and rows.start < head.kept:
+            here = slice(rows.start, min(rows.stop, head.kept))
+            keeper.fold_and_keep(tile(hidden[rows]), own, kept[here], maxima[:, here])
+        else:
+            folder.fold(tile(hidden[rows]), own)
+        if head.drop_mass:
+            dropped_mass.add_mass(masses[slab.start // dropped_mass.PART, rows], own)
+            statistics[rows].merge(own)
 
 
-def _fold_details(head: HeadRows, statistics: RowStatistics, details: Details) -> None:
+def fold_details(head: HeadRows) -> tuple[RowStatistics, Details]:
+    """All logits, folded into the statistics of their rows and more of them."""
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
+    details = Details.empty(head.rows, head.math.accumulator, head.device)
     engine, hidden = head.build_engine("details"), head.hidden_rows()
-    for slab, weight, bias in head.slabs():
-        for rows in head.row_slices():
-            tile = Tile(hidden[rows], weight, bias, head.targets[rows], slab.start)
-            engine.fold_details(tile, statistics[rows], details[rows])
+    for rows, slab, weight, bias in head.pieces(head.row_slices()):
+        tile = partial(Tile, weight=weight, bias=bias, targets=head.targets[rows], first=slab.start)
+        engine.fold_details(tile(hidden[rows]), statistics[rows], details[rows])
+    return statistics, details
 
 
 def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
@@ -135,17 +137,17 @@ def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
     lowest = torch.finfo(head.math.accumulator).min
     references = head.new(1, head.rows).fill_(lowest)
     buffer = head.slab_buffer()
-    for slab, weight, bias in head.slabs():
-        for rows in head.row_slices():
-            weights = buffer[: rows.stop - rows.start, : slab.stop - slab.start]
-            before = sums[rows] if slab.start else None
-            for part in head.parts(slab.stop - slab.start):
-                own_bias = None if bias is None else bias[part]
-                first = slab.start + part.start
-                tile = Tile(hidden[rows], weight[part], own_bias, head.targets[rows], first)
-                weighed = WeighedRows(references[0, rows], weights, part.start, before)
-                engine.fold_and_weigh(tile, statistics[rows], weighed, part)
-            product(weights, weight, sums[rows], accumulate=slab.start > 0)
+    for rows, slab, weight, bias in head.pieces(head.row_slices()):
+        weights = buffer[: rows.stop - rows.start, : slab.stop - slab.start]
+        before = sums[rows] if slab.start else None
+        targets, own = head.targets[rows], statistics[rows]
+        for part in head.parts(slab.stop - slab.start):
+            own_bias = None if bias is None else bias[part]
+            tile = partial(Tile, weight=weight[part], bias=own_bias, targets=targets)
+            weighed = WeighedRows(references[0, rows], weights, part.start, before)
+            first = slab.start + part.start
+            engine.fold_and_weigh(tile(hidden[rows], first=first), own, weighed, part)
+        product(weights, weight, sums[rows], accumulate=slab.start > 0)
     return sums, references
 
 
@@ -212,7 +214,7 @@ def _add_tiles(
     numbers = RowGradients(logsumexps, residuals, scale, entropy)
     finished = head.keeps_gradients and not head.drop_mass and not sums.wants_bias
     filler = SlabGradients(head, numbers, probabilities, kept.maxima, finished)
-    hidden, sums.factor = filler.hidden, filler.factor
+    sums.factor = filler.factor
     for slab, weight, bias in head.slabs():
         sums.begin(slab)
         slices: Sequence[slice | Tensor] = head.row_slices()
@@ -220,7 +222,7 @@ def _add_tiles(
             slices = parts.rows(slab, head.tiles.rows)
         for rows in slices:
             gradient = filler.fill(slab, rows, weight, bias, sums)
-            sums.add(gradient, rows, hidden[rows], weight)
+            sums.add(gradient, rows, filler.hidden[rows], weight)
         sums.finish()
 
 
@@ -283,7 +285,8 @@ class SlabGradients:
             self._from_kept(slab, _first(rows, found), out[:found], sums)
         if found < size:
             rest = _beyond(rows, found)
-            self._rebuild(slab.start, rest, weight, bias, out[found:], sums)
+            hidden = self.hidden[rows][found:]
+            self._rebuild(slab.start, rest, hidden, weight, bias, out[found:], sums)
         return out
 
     def _from_kept(
@@ -306,12 +309,13 @@ class SlabGradients:
         self,
         start: int,
         rows: slice | Tensor,
+        hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
         sums: GradientSums,
     ) -> None:
-        numbers, hidden, targets = self._numbers[rows], self.hidden[rows], self._head.targets[rows]
+        numbers, targets = self._numbers[rows], self._head.targets[rows]
         engine = self._head.build_engine("rebuild" if numbers.entropy is None else "entropy")
         for part in self._head.parts(out.shape[1]):
             own_bias = None if bias is None else bias[part]

@@ -148,7 +148,7 @@ def room_of(
     row += 4 * -(-vocab // 128)
     gathered = rows * hidden_size * cost.hidden
     least = rows * min(vocab, 1024) * 4
-    wanted = int(rows * (cost.logit * min(vocab, 4096) + cost.slab * min(vocab, 8192)))
+    wanted = int(rows * (cost.logit * min(vocab, 4096) + cost.slab * (vocab // 14)))
     return Room(row, gathered + statistics_bytes(rows), least, wanted)
 
 
@@ -182,14 +182,13 @@ def make_plan(
     Raises:
         ValueError: a forced path that cannot serve this call.
     """
-    kept = room.kept(rows, workspace)
-    size = _size(rows, vocab, kept, room, workspace)
 
     def plan(path: str, reason: str, kept: int = 0) -> Plan:
         return Plan(path, engine(path, kept), workspace, reason, rows, kept)
 
     if not (head_trains or hidden_trains):
         return plan("evaluate", "nothing needs a gradient")
+    kept = room.kept(rows, workspace)
     if entropy:
         if path not in ("auto", "recompute"):
             raise ValueError(f"path: got {path!r}, but gradients of entropies need 'recompute'")
@@ -197,6 +196,7 @@ def make_plan(
     if path == "stash" and head_trains:
         raise ValueError("path: 'stash' forms no head gradient, but weight or bias needs one")
     if path == "local" and kept < rows:
+        size = _size(rows, vocab, kept, room, workspace)
         raise ValueError(f"path: 'local' does not fit workspace_mb: {size}")
     if path != "auto":
         return plan(path, "asked for", rows if path == "local" else 0)
@@ -204,6 +204,7 @@ def make_plan(
         return plan("stash", "the head is frozen")
     if drop_mass and kept < rows:
         kept = 0  # rows that need a part of the vocabulary come in any order
+    size = _size(rows, vocab, kept, room, workspace)
     return plan("local" if kept == rows else "recompute", f"the head trains; {size}", kept)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from fused_prefopt.ops.call import LogpOptions, read_call
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.layout import labelled_rows
+from fused_prefopt.ops.passes import fold_details
 from fused_prefopt.ops.precision import fixed_precision
-from fused_prefopt.ops.tile import Details, RowStatistics, Tile
 from fused_prefopt.types import AnyHead, TokenStatistics
 
 
@@ -62,7 +62,7 @@ def token_statistics(
         True,
     )
     with fixed_precision(hidden, call.math.dtype):
-        statistics, details = call.checked(_fold(rows))
+        statistics, details = call.checked(fold_details(rows))
 
     def dense(values: Tensor) -> Tensor:
         everywhere = values.new_zeros(call.layout.targets.shape)
@@ -77,14 +77,3 @@ def token_statistics(
         dense(details.logit_sum / call.vocab),
         dense(details.best == rows.targets),
     )
-
-
-def _fold(head: HeadRows) -> tuple[RowStatistics, Details]:
-    engine, hidden = head.build_engine("details"), head.hidden_rows()
-    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
-    details = Details.empty(head.rows, head.math.accumulator, head.device)
-    for slab, weight, bias in head.slabs():
-        for rows in head.row_slices():
-            tile = Tile(hidden[rows], weight, bias, head.targets[rows], slab.start)
-            engine.fold_details(tile, statistics[rows], details[rows])
-    return statistics, details

@@ -1,0 +1,294 @@
+"""Probabilities of k of the n rows are kept, the others' are built again: gradients, and the plan.
+
+`interpreted_kept.py` runs the same checks on the Triton engines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+from truth import (
+    SMALLEST,
+    TRANSFORMS,
+    Case,
+    Result,
+    assert_gradients,
+    largest_error,
+    leaves_of,
+    make_case,
+    relative,
+    true_logps,
+    true_result,
+    upstream_of,
+)
+
+from fused_prefopt import LMHead, LowRank, release_workspace, sequence_logps, token_logps
+from fused_prefopt.ops import head_rows, plan, registered_backward
+from fused_prefopt.ops.cutting import Tiles
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.torch_engine import TorchEngine
+
+MIB = 2**20
+EVERYTHING = (True, True, True)
+# Ours against float64, relative, Frobenius.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-12}
+# Rows, entries of a slab, those multiplied at a time, whether rows are gathered once.
+TILINGS = {
+    "whole": None,
+    "rows": (5, 10**6, 10**6, True),
+    "slabs": (10**6, 16, 8, False),
+    "both": (7, 32, 16, False),
+    "odd": (4, 24, 24, True),
+}
+
+
+@dataclass
+class Seen:
+    """What a backward has read: rows of each call that found kept ones, and of those that rebuilt.
+
+    Attributes:
+        kept: rows of what was kept, one entry a tile.
+        built: rows that were built again.
+    """
+
+    kept: list[int]
+    built: list[int]
+
+
+def keep(monkeypatch, rows: int) -> None:
+    """Let the planner keep so many rows, whatever the workspace."""
+    monkeypatch.setattr(plan.Room, "kept", lambda room, count, workspace: min(rows, count))
+
+
+def cut(monkeypatch, tiling: tuple[int, int, int, bool] | None, step: int = 1) -> None:
+    """Cut every pass as it says, in multiples of `step`; None leaves it to the planner."""
+    if tiling is None:
+        return
+    rows, vocab, products, gathered = tiling
+
+    def tiles(head: HeadRows) -> Tiles:
+        def width(size: int) -> int:
+            return min(head.vocab, -(-size // step) * step)
+
+        high = max(1, min(rows, head.rows))
+        rest = head.rows - head.kept if head.backward else head.rows
+        return Tiles(high, width(vocab), width(products), min(high, rest), gathered)
+
+    monkeypatch.setattr(head_rows, "tiles_of", tiles)
+
+
+def watch(monkeypatch, *engines: type[TorchEngine]) -> Seen:
+    """What the engines' backwards read from now on."""
+    seen = Seen([], [])
+
+    def spy(engine: type[TorchEngine], name: str, note) -> None:
+        real = getattr(engine, name)
+
+        def call(self, *arguments, **options):
+            note(*arguments)
+            return real(self, *arguments, **options)
+
+        monkeypatch.setattr(engine, name, call)
+
+    for engine in engines:
+        spy(engine, "kept_gradient", lambda kept, *_: seen.kept.append(kept.shape[0]))
+        spy(engine, "gradient", lambda tile, *_: seen.built.append(tile.shape[0]))
+    return seen
+
+
+def one_pass(case: Case, needs=EVERYTHING, *, lost: bool = False, **options) -> Result:
+    """Of one forward and one backward; `lost`: what is kept is gone before the backward."""
+    case = leaves_of(case, needs)
+    tokens = token_logps(case.hidden, case.head, case.labels, **options)
+    if lost:
+        release_workspace()
+    of_sums, of_tokens = upstream_of(case)
+    (tokens.double() * (of_tokens + of_sums[:, None])).sum().backward()
+    grads = tuple(t if t is None else t.grad for t in (case.hidden, case.weight, case.bias))
+    return Result(tokens.detach().sum(1), tokens.detach(), grads)
+
+
+def labelled(case: Case) -> int:
+    return int((case.labels[:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kept", [1, 6, 13, -1])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_of_some_kept_rows_match_float64(dtype, kept, transform, tiling, monkeypatch):
+    case = make_case(4, 11, 7, 53, dtype=dtype, **TRANSFORMS[transform])
+    rows = labelled(case)
+    kept %= rows
+    assert 13 < rows - 1
+    keep(monkeypatch, kept)
+    cut(monkeypatch, TILINGS[tiling])
+    seen = watch(monkeypatch, TorchEngine)
+    truth = true_result(case, needs=EVERYTHING)
+    got = one_pass(case)
+    assert largest_error(got.tokens, truth.tokens) <= 1e-5
+    assert_gradients(got, truth, TOLERANCE[dtype])
+    # Every slab has read all kept rows, and built the others.
+    slabs = sum(seen.kept) // kept
+    assert slabs > 0 and sum(seen.kept) == slabs * kept
+    assert sum(seen.built) % (rows - kept) == 0 and sum(seen.built) >= slabs * (rows - kept)
+    # With its buffer gone the backward builds every row, to the same gradient.
+    seen.kept.clear()
+    again = one_pass(case, lost=True)
+    assert not seen.kept
+    assert_gradients(again, truth, TOLERANCE[dtype])
+    assert torch.equal(again.tokens, got.tokens)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("tiling", ["whole", "both"])
+def test_only_the_gradient_that_is_needed(needs, tiling, monkeypatch):
+    case = make_case(4, 11, 7, 53, **TRANSFORMS["all"])
+    keep(monkeypatch, 9)
+    cut(monkeypatch, TILINGS[tiling])
+    path = "stash" if needs == (True, False, False) else "recompute"
+    assert plan_of(case, needs).path == path
+    assert_gradients(one_pass(case, needs), true_result(case, needs=needs), 3e-6)
+
+
+def plan_of(case: Case, needs=EVERYTHING, **options):
+    case = leaves_of(case, needs)
+    return sequence_logps(case.hidden, case.head, case.labels, **options).plan
+
+
+@pytest.mark.parametrize("tiling", ["whole", "slabs", "both"])
+@pytest.mark.parametrize("transform", ["plain", "all"])
+def test_gradients_of_low_rank_terms(transform, tiling, monkeypatch):
+    keep(monkeypatch, 11)
+    cut(monkeypatch, TILINGS[tiling])
+    check_low_rank(transform, "torch", 3e-6)
+
+
+def check_low_rank(transform: str, engine: str, tolerance: float) -> None:
+    """Gradients of all five tensors of a head with a low-rank term, on any path."""
+    case = make_case(4, 11, 7, 53, largest=15.0, **TRANSFORMS[transform])
+    generator = torch.Generator().manual_seed(2)
+    names = ["hidden", "weight", "a", "b"] + ["bias"] * (case.bias is not None)
+    given = {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "bias": case.bias,
+        "a": torch.randn(3, 7, generator=generator),
+        "b": torch.randn(53, 3, generator=generator),
+    }
+    ours = {name: given[name].clone().requires_grad_() for name in names}
+    exact = {name: given[name].double().requires_grad_() for name in names}
+    term = LowRank(ours["a"], ours["b"], 0.3)
+    head = LMHead(ours["weight"], ours.get("bias"), **case.options, low_rank=(term,))
+    tokens = token_logps(ours["hidden"], head, case.labels, engine=engine)
+    merged = exact["weight"] + 0.3 * exact["b"] @ exact["a"]
+    truth = true_logps(
+        replace(case, hidden=exact["hidden"], weight=merged, bias=exact.get("bias"))
+    )
+    assert largest_error(tokens, truth) <= 2e-5
+    _, upstream = upstream_of(case)
+    found = torch.autograd.grad((tokens.double() * upstream).sum(), [ours[n] for n in names])
+    wanted = torch.autograd.grad((truth * upstream).sum(), [exact[n] for n in names])
+    for name, got, right in zip(names, found, wanted, strict=True):
+        assert relative(got, right) <= tolerance, name
+
+
+@pytest.mark.parametrize("workspace_mb", [0.1, 0.16])
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("tiny_tiles")
+def test_the_planner_keeps_what_the_workspace_holds(dtype, transform, workspace_mb, monkeypatch):
+    case = make_case(6, 80, 9, 97, dtype=dtype, **TRANSFORMS[transform])
+    rows = labelled(case)
+    found = plan_of(case, workspace_mb=workspace_mb)
+    assert found.path == "recompute" and found.rows == rows
+    assert 0 < found.kept_rows < rows and found.kept_rows % 128 == 0
+    assert found.cost == 4 - found.kept_rows / rows
+    assert f"{found.kept_rows} rows fit" in found.reason
+    assert found.kept_rows * case.vocab * dtype.itemsize <= workspace_mb * MIB
+    seen = watch(monkeypatch, TorchEngine)
+    got = one_pass(case, workspace_mb=workspace_mb)
+    assert_gradients(got, true_result(case, needs=EVERYTHING), TOLERANCE[dtype])
+    slabs = sum(seen.kept) // found.kept_rows
+    assert slabs > 1 and sum(seen.kept) == slabs * found.kept_rows
+    assert sum(seen.built) == slabs * (rows - found.kept_rows)
+
+
+def test_a_forced_path_keeps_all_or_nothing():
+    case = make_case(6, 80, 9, 97)
+    forced = plan_of(case, path="recompute", workspace_mb=0.1)
+    assert forced.kept_rows == 0 and forced.cost == 4
+    whole = plan_of(case, path="local")
+    assert whole.kept_rows == whole.rows == labelled(case) and whole.cost == 3
+    assert plan_of(case, workspace_mb=SMALLEST).kept_rows == 0
+
+
+@pytest.mark.parametrize("kept", [0, 9, 10**6])
+def test_two_graphs_at_once_both_get_their_gradients(kept, monkeypatch):
+    keep(monkeypatch, kept)
+    cases = [make_case(4, 11, 7, 53, seed=seed, **TRANSFORMS["all"]) for seed in (0, 1)]
+    leaves = [leaves_of(case, EVERYTHING) for case in cases]
+    # The second forward takes the first's buffer over.
+    tokens = [token_logps(leaf.hidden, leaf.head, leaf.labels) for leaf in leaves]
+    for case, leaf, found in zip(cases, leaves, tokens, strict=True):
+        of_sums, of_tokens = upstream_of(case)
+        (found.double() * (of_tokens + of_sums[:, None])).sum().backward()
+        grads = (leaf.hidden.grad, leaf.weight.grad, leaf.bias.grad)
+        got = Result(found.sum(1), found, grads)
+        assert_gradients(got, true_result(case, needs=EVERYTHING), 3e-6)
+
+
+def test_a_second_backward_gives_the_same_bits(monkeypatch):
+    keep(monkeypatch, 9)
+    case = leaves_of(make_case(4, 11, 7, 53, **TRANSFORMS["all"]), EVERYTHING)
+    loss = token_logps(case.hidden, case.head, case.labels).square().sum()
+    tensors = (case.hidden, case.weight, case.bias)
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tiling", ["whole", "both"])
+def test_a_lost_row_stays_alone(tiling, monkeypatch):
+    # NaN among the kept rows and among the others: only their own sequences' hidden are lost.
+    keep(monkeypatch, 9)
+    cut(monkeypatch, TILINGS[tiling])
+    case = make_case(4, 11, 7, 53, labelled=1.0)
+    lost = case.hidden.clone()
+    lost[0, 2], lost[3, 2] = torch.nan, torch.nan
+    got, clean = one_pass(replace(case, hidden=lost)), one_pass(case)
+    nan = got.grads[0].isnan().any(-1)
+    assert nan[0, 2] and nan[3, 2] and int(nan.sum()) == 2
+    torch.testing.assert_close(got.grads[0][~nan], clean.grads[0][~nan], rtol=1e-5, atol=1e-6)
+
+
+def test_every_row_of_the_backward_is_counted_once(monkeypatch):
+    # The op is handed k; where fewer rows are labelled it keeps those.
+    keep(monkeypatch, 10**6)
+    handed = []
+    whole = registered_backward.backward
+
+    def backward(head, *arguments):
+        handed.append((head.rows, head.kept, head.path))
+        return whole(head, *arguments)
+
+    monkeypatch.setattr(registered_backward, "backward", backward)
+    case = make_case(4, 11, 7, 53)
+    assert_gradients(one_pass(case), true_result(case, needs=EVERYTHING), 3e-6)
+    assert handed == [(labelled(case), labelled(case), "local")]
+
+
+def test_gradcheck_of_some_kept_rows(monkeypatch):
+    keep(monkeypatch, 3)
+    cut(monkeypatch, (2, 4, 4, False))
+    case = make_case(2, 4, 3, 8, dtype=torch.float64, largest=3.0, **TRANSFORMS["all"])
+    case = leaves_of(case, EVERYTHING)
+    assert labelled(case) > 3
+
+    def outputs(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return token_logps(hidden, LMHead(weight, bias, **case.options), case.labels)
+
+    assert torch.autograd.gradcheck(outputs, (case.hidden, case.weight, case.bias))
