@@ -82,7 +82,7 @@ def test_log_probs_and_their_gradients(launches, path, engine, low_rank):
     kept = 16 if path == "local" else 0
     scalars = (500, None, 1.0, 1.0, torch.float32)
     plan = (path, engine, 1 << 24, kept, "", 0, 0.0, False)
-    out = registered.head_logps._init_fn(*tensors, *rows, 4, True, -100, 16, *scalars, *plan)
+    out = registered.head_logps._init_fn(*tensors, *rows, 4, -100, 16, *scalars, *plan)
     logps, sums, _, entropies, *saved = out
     on_its_device(launches, "_sequence_sums_kernel")
     assert len(launches) > 1
@@ -99,7 +99,7 @@ def test_log_probs_and_their_gradients(launches, path, engine, low_rank):
 def test_divergences_and_their_gradients(launches):
     tensors, rows = head()
     scalars = (500, (0.0, 1.0, 1.0) * 2, torch.float32, "cublas", 1 << 24)
-    out = registered_kl.head_kl._init_fn(*tensors, *tensors, *rows, 4, True, -100, 16, *scalars)
+    out = registered_kl.head_kl._init_fn(*tensors, *tensors, *rows, 4, -100, 16, *scalars)
     on_its_device(launches, "_fold_kl_rows_kernel", "_sequence_sums_kernel")
     launches.clear()
     kls, policy, _, _, *saved = out

@@ -39,12 +39,16 @@ def gpu(monkeypatch):
         shared = {"shared_memory_per_block_optin": 227 * 1024}
         found = SimpleNamespace(major=major, minor=minor, **shared)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-        for known in (devices.gpu_properties, engines._has_kernels):
-            known.cache_clear()
+        forget()
         return GPU
 
+    def forget() -> None:
+        for known in (devices.gpu_properties, engines._has_kernels):
+            known.cache_clear()
+
     monkeypatch.setattr(engines, "MISSING_TRITON", None)
-    return pretend
+    yield pretend
+    forget()
 
 
 @pytest.fixture
