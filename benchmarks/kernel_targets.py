@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fused_prefopt.kernels.architectures import ARCHITECTURES, Architecture
+from fused_prefopt.kernels.architectures import ARCHITECTURES, Architecture, architecture
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERANDS = tuple(DTYPES)
@@ -40,11 +40,8 @@ def _nvidia(entry: Architecture) -> Target:
 
 _BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 TARGETS = {name: _nvidia(_BY_NAME[name]) for name in ("sm_80", "sm_90")}
-# Nothing is chosen for AMD yet: sm_80's shapes, to know that the kernels compile.
 TARGETS["gfx942"] = Target(
-    GPUTarget("hip", "gfx942", 64),
-    replace(_BY_NAME["sm_80"], name="gfx942", shared=64 * 1024),
-    gated=False,
+    GPUTarget("hip", "gfx942", 64), replace(architecture((9, 4), hip=True), name="gfx942")
 )
 
 

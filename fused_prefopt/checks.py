@@ -12,6 +12,12 @@ from torch import Tensor
 
 # What to do about a loss or gradient that is not finite.
 ON_NONFINITE = ("stop", "skip", "ignore")
+_HOSTS = ("cpu",)
+
+
+def is_on_host(value: Tensor) -> bool:
+    """Whether Python can look at a tensor's values without waiting for a device."""
+    return value.device.type in _HOSTS
 
 
 def require_shape(name: str, value: Tensor, wanted: Sequence[int | str]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from fused_prefopt.devices import gpu_index, gpu_properties
 from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.engines import ENGINES, MISSING_TRITON, choose_engine, role_engine
 from fused_prefopt.ops.plan import PATHS
@@ -55,9 +57,22 @@ def _found(package: str) -> str:
 def _describe(place: torch.device) -> str:
     if place.type != "cuda":
         return f"{place.type}, {torch.get_num_threads()} threads"
-    found = torch.cuda.get_device_properties(place)
+    found = gpu_properties(gpu_index(place))
     gigabytes = found.total_memory / 2**30
-    return f"{found.name}, sm_{found.major}{found.minor}, {gigabytes:.0f} GiB"
+    # AMD's, "gfx942:sramecc+:xnack-", is no capability of CUDA's.
+    kind = getattr(found, "gcnArchName", "") or f"sm_{found.major}{found.minor}"
+    return f"{found.name}, {kind.partition(':')[0]}, {gigabytes:.0f} GiB, {_shapes(found)}"
+
+
+def _shapes(gpu: Any) -> str:
+    if MISSING_TRITON is not None:
+        return "no tile shapes"
+    from fused_prefopt.ops.tuning import architecture_of
+
+    try:
+        return f"tile shapes of {architecture_of(gpu).name}"
+    except ValueError as error:
+        return f"no tile shapes ({error})"
 
 
 def _choices(engine: str, place: torch.device) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_prefopt.devices import current
 from fused_prefopt.epilogue_forms import (
     PairState,
     covers,
@@ -183,7 +184,8 @@ def pair_loss(
     form = PairForm.unpacked(integers, numbers)
     fields = (policy, lengths, reference, sequence_kl)
     state = (average, weight, pool, order, queue, nonfinite)
-    losses, loss, slopes, details, metrics = pair_epilogue(*fields, *state, form)
+    with current(policy.device):
+        losses, loss, slopes, details, metrics = pair_epilogue(*fields, *state, form)
     return losses, loss, slopes, policy.new_empty(0), details, metrics
 
 
@@ -210,7 +212,8 @@ def point_loss(
     from fused_prefopt.kernels.pointwise_epilogue import point_epilogue
 
     fields = (policy, reference, scores, prompt, prompt_reference, groups)
-    return point_epilogue(*fields, beta, log_z0)
+    with current(policy.device):
+        return point_epilogue(*fields, beta, log_z0)
 
 
 @point_loss.register_fake

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.data import labels_of
+from fused_prefopt.data.labels import counts_of, labels_of
 from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
 from fused_prefopt.ops import sequence_kl
 from fused_prefopt.reference import dataset_logps
@@ -131,6 +131,7 @@ def _mean_kls(
             last_hidden(model, inputs),
             lm_head_of(model),
             labels_of(batch).to(device),
+            num_labels=counts_of(batch)[0],
         )
         totals += found.kl.view(2, -1).sum(1).cpu()
         tokens += found.lengths.view(2, -1).sum(1).cpu()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_prefopt.checks import require_number
+from fused_prefopt.checks import is_on_host, require_number
 from fused_prefopt.epilogues import run_epilogue
 from fused_prefopt.losses import check_needs, find, length_desensitized, preset
 from fused_prefopt.losses.metrics import divergence_metrics
@@ -123,6 +123,8 @@ class PreferenceLoss(nn.Module):
         shift: bool = True,
         sequence_ids: Tensor | None = None,
         num_sequences: int | None = None,
+        num_labels: int | None = None,
+        num_prompt_labels: int | None = None,
         ignore_index: int = -100,
         **extras: Tensor | None,
     ) -> LossOutput:
@@ -139,7 +141,8 @@ class PreferenceLoss(nn.Module):
             ref_hidden, ref_head: last hidden states and head of the reference, constants: they
                 stand for `reference` and `sequence_kl` where the loss needs these and they are not
                 given (see `ops.sequence_kl`: a loss of both has them from one pass).
-            shift, sequence_ids, num_sequences, ignore_index: as in `sequence_logps`.
+            shift, sequence_ids, num_sequences, num_labels, ignore_index: as in `sequence_logps`.
+            num_prompt_labels: what `num_labels` is, of `prompt_labels`.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, collision. A loss that wants `collision`
                 (WPO) and is not given it computes it: an evaluation more.
@@ -162,11 +165,13 @@ class PreferenceLoss(nn.Module):
             shift=shift,
             sequence_ids=sequence_ids,
             num_sequences=num_sequences,
+            num_labels=num_labels,
             ignore_index=ignore_index,
         )
         if prompt is None and prompt_labels is not None and "prompt" in self.loss.needs:
             with torch.no_grad():
-                prompt = sequence_logps(hidden, head, prompt_labels, **options).sums
+                counted = {**options, "num_labels": num_prompt_labels}
+                prompt = sequence_logps(hidden, head, prompt_labels, **counted).sums
         tail = None
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given
@@ -239,7 +244,7 @@ class PreferenceLoss(nn.Module):
 
 def _warn_without_labels(lengths: Tensor) -> None:
     """Warn of a batch without any label, where that is known without waiting for a device."""
-    known = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    known = is_on_host(lengths) and not torch.compiler.is_compiling()
     if known and lengths.numel() and not lengths.any():
         warnings.warn(
             "labels: got none but `ignore_index`, so the loss has no gradient; are the completions"

@@ -1,4 +1,4 @@
-"""Tile shapes and engine choices for each GPU architecture: data, no code.
+"""Tile shapes and engine choices for each GPU architecture: data, and how a GPU finds its own.
 
 A shape is chosen here, not at run time, so that a first call costs no search and two machines of
 one kind give the same bits. `fused_prefopt.ops.tuning` can search instead, where it is asked to.
@@ -6,7 +6,7 @@ one kind give the same bits. `fused_prefopt.ops.tuning` can search instead, wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Architecture:
     """A compute capability and what is chosen for it.
 
     Attributes:
-        name: "sm_80".
-        capability: (8, 0).
+        name: "sm_80", "gfx90a".
+        capability: (8, 0); AMD's of gfx90a is (9, 0).
         shared: bytes of shared memory that one program may take.
         descriptors: matmul kernels load their tiles through tensor descriptors (TMA).
         plain: shape of matmul kernels on fp16 and bf16 that only fold their tile.
@@ -86,9 +86,16 @@ _FUSED = {"fold": (1600, 880), "keep": (1088, 1088), "rebuild": (2080, 1120)}
 
 ARCHITECTURES = (
     Architecture("sm_80", (8, 0), 163 * 1024, False, _WIDE, _SQUARE, _SINGLE, _FUSED),
-    Architecture("sm_89", (8, 9), 99 * 1024, False, _SQUARE, _SQUARE, _SINGLE, _FUSED),
+    # Consumer GPUs, those of sm_89 and sm_12x too: a program gets less than on sm_80.
+    Architecture("sm_86", (8, 6), 99 * 1024, False, _SQUARE, _SQUARE, _SINGLE, _FUSED),
     Architecture("sm_90", (9, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _FUSED),
     Architecture("sm_100", (10, 0), 227 * 1024, True, _WIDE, _SQUARE, _SINGLE, _FUSED),
+)
+# 64 KiB of LDS, and no descriptors. A stage more is a buffer more than AMD's pipeline has.
+_AMD_WIDE = Block(rows=128, vocab=256, depth=32, group=8, warps=8, stages=2)
+_AMD_SQUARE = Block(rows=128, vocab=128, depth=64, group=8, warps=8, stages=2)
+AMD_ARCHITECTURES = (
+    Architecture("gfx90a", (9, 0), 64 * 1024, False, _AMD_WIDE, _AMD_SQUARE, _SINGLE, _FUSED),
 )
 
 # What `autotune` tries; a shape that does not fit a GPU drops out by itself.
@@ -108,17 +115,28 @@ CANDIDATES = tuple(
 )
 
 
-def architecture(capability: tuple[int, int]) -> Architecture:
-    """What is chosen for a compute capability: the newest architecture that is not newer.
+def architecture(
+    capability: tuple[int, int], *, hip: bool = False, shared: int | None = None
+) -> Architecture:
+    """What is chosen for a GPU: the newest architecture that is not newer and whose shapes fit.
 
     Args:
         capability: (major, minor), as `torch.cuda.get_device_capability` returns.
+        hip: whether it is AMD's, whose capabilities are numbers of their own.
+        shared: bytes of shared memory that the GPU gives one program, None if it is not known.
 
     Raises:
-        ValueError: the device is older than every architecture here.
+        ValueError: the GPU is older than every architecture here, or has too little shared memory.
     """
-    known = [entry for entry in ARCHITECTURES if entry.capability <= capability]
+    table = AMD_ARCHITECTURES if hip else ARCHITECTURES
+    known = [entry for entry in table if entry.capability <= capability]
     if not known:
-        oldest = ARCHITECTURES[0].name
-        raise ValueError(f"capability: got {capability}, wanted at least {oldest}")
-    return known[-1]
+        raise ValueError(f"capability: got {capability}, wanted at least {table[0].name}")
+    fitting = [entry for entry in known if shared is None or entry.shared <= shared]
+    if not fitting:
+        least = min(entry.shared for entry in known)
+        raise ValueError(f"shared: got {shared} bytes, wanted at least {least}")
+    found = fitting[-1]
+    # A generation that is not known may load its tiles in another way.
+    same = found.capability[0] == capability[0]
+    return found if same else replace(found, descriptors=False)

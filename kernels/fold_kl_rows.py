@@ -39,6 +39,7 @@ def _fold_kl_rows_kernel(
     weighted,  # (c,)
     row_stride,
     other_stride,
+    first,
     width,
     alpha,
     ceiling,
@@ -53,7 +54,7 @@ def _fold_kl_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     products += row * row_stride
     other_products += row * other_stride
-    target = tl.load(targets + row)
+    target = tl.load(targets + row) - first
     # A finite floor instead of -inf: rows whose logits are all -inf then sum to zero, not NaN.
     running = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -156,16 +157,18 @@ def fold_kl_rows(
     statistics: Running,
     reference_statistics: Running,
     weighted: Tensor,
+    first: int = 0,
 ) -> None:
     """Update running statistics of both distributions; one program a row, each slab read once.
 
     Args:
         policy, reference: the logits, of the same rows and vocabulary entries.
-        targets: (c,) int64 target index within the slab; outside [0, v) where it is elsewhere.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
         statistics, reference_statistics: updated in place; maxima start from the lowest finite
             number.
         weighted: (c,) fp32 running Σ exp(r − max r) (r − z), z of the policy and r of the
             reference, updated in place.
+        first: vocabulary index at which the slab starts.
 
     Raises:
         ValueError: the slabs differ in shape, or their rows are not contiguous.
@@ -187,6 +190,7 @@ def fold_kl_rows(
             weighted,
             policy.products.stride(0),
             reference.products.stride(0),
+            first,
             width,
             policy.alpha,
             policy.bound,

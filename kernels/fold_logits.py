@@ -27,6 +27,7 @@ def _fold_logits_kernel(
     squares,  # (parts, rows)
     logit_sum,  # (parts, rows)
     best,  # (parts, rows)
+    first,
     rows,
     vocab,
     depth,
@@ -74,7 +75,7 @@ def _fold_logits_kernel(
     inside, real = row < rows, columns < vocab
 
     # The target's logit is the very number that enters the sum below.
-    target = tl.load(targets + row, mask=inside, other=-1)
+    target = tl.load(targets + row, mask=inside, other=-1) - first
     found = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
     here = (target >= first_column) & (target < tl.minimum(first_column + VOCAB, vocab))
     tl.store(target_logit + row, found, mask=inside & here)
@@ -139,6 +140,7 @@ def fold_logits(
     ceiling: float | None,
     block: Block,
     descriptors: bool,
+    first: int = 0,
     kept: Tensor | None = None,
     details: bool = False,
 ) -> Partials:
@@ -151,12 +153,13 @@ def fold_logits(
         hidden: (c, D) fp32, fp16 or bf16, last dimension contiguous.
         weight: (v, D), same dtype, last dimension contiguous.
         bias: (v,) or None.
-        targets: (c,) int64 target index; outside [0, v) where it is elsewhere.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
         target_logit: (c,) fp32, updated in place where the target is inside.
         alpha: factor on the products.
         ceiling: bound of the logits, or None.
         block: shape of the tiles.
         descriptors: load tiles through tensor descriptors where they are aligned.
+        first: vocabulary index at which the slab starts.
         kept: (c, v) becomes exp(logit − the part's maximum), or None.
         details: fill the optional fields of `Partials`.
 
@@ -194,6 +197,7 @@ def fold_logits(
             partials.squares,
             partials.logit_sum,
             partials.best,
+            first,
             rows,
             vocab,
             depth,

@@ -53,6 +53,7 @@ def _kl_gradient_kernel(
     row_stride,
     other_stride,
     out_stride,
+    first,
     rows,
     width,
     alpha,
@@ -104,7 +105,8 @@ def _kl_gradient_kernel(
     gradient += theirs[:, None] * tl.exp(others - other_logsumexp[:, None])
     if HAS_CAP:
         gradient *= cap_slope(logits, ceiling)
-    at_target = columns[None, :] == tl.load(targets + row, mask=inside, other=-1)[:, None]
+    target = tl.load(targets + row, mask=inside, other=-1) - first
+    at_target = columns[None, :] == target[:, None]
     value = tl.load(target_values + row, mask=inside, other=0.0)
     gradient = tl.where(at_target, value[:, None], gradient)
     entry = row.to(tl.int64)[:, None] * out_stride + columns[None, :]
@@ -138,6 +140,7 @@ def kl_gradient(
     rows: Rows,
     out: Tensor,
     *,
+    first: int = 0,
     sums: bool = False,
 ) -> Tensor | None:
     """``(scale · p + reference_scale · q) · slope`` of a slab, into `out`; one read of each slab.
@@ -145,10 +148,11 @@ def kl_gradient(
     Args:
         policy, reference: the logits, of the same rows and vocabulary entries; their probabilities
             are p and q, and the slope is that of the policy's softcap.
-        targets: (c,) int64 target index within the slab, outside [0, v) where it is elsewhere.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
         rows: logsumexps of the whole rows, the two scales, and in `targets` the whole gradient of
             the target's logit.
         out: (c, v) fp32, fp16 or bf16; it may be the policy's products.
+        first: vocabulary index at which the slab starts.
         sums: whether the gradient's sums over rows are wanted.
 
     Returns:
@@ -182,6 +186,7 @@ def kl_gradient(
             policy.products.stride(0),
             reference.products.stride(0),
             out.stride(0),
+            first,
             count,
             width,
             policy.alpha,

@@ -19,6 +19,7 @@ def tile_gradient(
     targets,  # (c,)
     residuals,  # (c,)
     scale,  # (c,)
+    first,
     rows,
     ceiling,
     HAS_CAP: tl.constexpr,
@@ -30,7 +31,8 @@ def tile_gradient(
     if HAS_CAP:
         values *= cap_slope(logits, ceiling)
     if HAS_TARGETS:
-        at_target = columns[None, :] == tl.load(targets + row, mask=inside, other=-1)[:, None]
+        target = tl.load(targets + row, mask=inside, other=-1) - first
+        at_target = columns[None, :] == target[:, None]
         own = tl.load(residuals + row, mask=inside, other=0.0)
         values = tl.where(at_target, own[:, None], values)
         values *= tl.load(scale + row, mask=inside, other=0.0)[:, None]
@@ -96,6 +98,7 @@ def _logits_gradient_kernel(
         targets,
         residuals,
         scale,
+        first,
         rows,
         ceiling,
         HAS_CAP,
@@ -143,8 +146,8 @@ def logits_gradient(
         source: (c, v) products of a matmul; or, with `maxima`, exp(logit − the part's maximum).
         logsumexps: (c,) fp32 of the whole rows.
         out: (c, v) fp32, fp16 or bf16.
-        targets: (c,) int64 target index within the slab, outside [0, v) where it is elsewhere; or
-            None, with `residuals` and `scale`, for the softmax (times the slope) alone.
+        targets: (c,) int64 vocabulary index of the targets, anywhere; or None, with `residuals`
+            and `scale`, for the softmax (times the slope) alone.
         residuals: (c,) fp32 (p − 1) · slope of the targets, from their fp32 log-probs.
         scale: (c,) fp32 factor on the whole row.
         bias: (v,) added to the products, or None.
@@ -152,7 +155,8 @@ def logits_gradient(
         ceiling: bound of the logits, or None.
         maxima: (parts, c) fp32, where the source holds exponentials.
         part_width: vocabulary entries of a part; parts begin where blocks of a power of two do.
-        first: vocabulary entry at which the slab starts, where maxima are the whole vocabulary's.
+        first: vocabulary index at which the slab starts: targets and maxima are the whole
+            vocabulary's.
         entropies: (c,) fp32 H of the whole rows, or None.
         entropy_scale: (c,) fp32, given with them.
         sums: whether the gradient's sums over rows are wanted.

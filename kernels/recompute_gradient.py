@@ -23,6 +23,7 @@ def _recompute_gradient_kernel(
     scale,  # (rows,)
     out,  # (rows, vocab)
     column_sums,  # (row blocks, vocab)
+    first,
     rows,
     vocab,
     depth,
@@ -76,6 +77,7 @@ def _recompute_gradient_kernel(
         targets,
         residuals,
         scale,
+        first,
         rows,
         ceiling,
         HAS_CAP,
@@ -103,6 +105,7 @@ def recompute_gradient(
     ceiling: float | None,
     block: Block,
     descriptors: bool,
+    first: int = 0,
     sums: bool = False,
 ) -> Tensor | None:
     """``scale · (softmax − one-hot) · slope`` of a slab, straight from hidden and weight.
@@ -114,7 +117,7 @@ def recompute_gradient(
         weight: (v, D), same dtype, last dimension contiguous.
         bias: (v,) or None.
         logsumexps: (c,) fp32 of the whole rows.
-        targets: (c,) int64 target index within the slab; outside [0, v) where it is elsewhere.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
         residuals: (c,) fp32 (p − 1) · slope of the targets, from their fp32 log-probs.
         scale: (c,) fp32 factor on the whole row.
         out: (c, v) fp32, fp16 or bf16, contiguous rows.
@@ -122,6 +125,7 @@ def recompute_gradient(
         ceiling: bound of the logits, or None.
         block: shape of the tiles.
         descriptors: load tiles through tensor descriptors where they are aligned.
+        first: vocabulary index at which the slab starts.
         sums: whether the gradient's sums over rows are wanted.
 
     Returns:
@@ -152,6 +156,7 @@ def recompute_gradient(
             scale,
             out,
             column_sums,
+            first,
             rows,
             vocab,
             depth,

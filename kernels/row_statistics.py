@@ -39,6 +39,7 @@ def _fold_rows_kernel(
     kept_stride,
     sums_stride,
     kept_rows,
+    first,
     width,
     done,
     depth,
@@ -54,7 +55,7 @@ def _fold_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     products += row * row_stride
-    target = tl.load(targets + row)
+    target = tl.load(targets + row) - first
     # A finite floor instead of -inf: rows whose logits are all -inf then sum to zero, not NaN.
     running = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
     folded = tl.zeros((BLOCK,), tl.float32)
@@ -76,7 +77,8 @@ def _fold_rows_kernel(
     tl.store(target_logit + row, tl.sum(found, 0), mask=(target >= 0) & (target < width))
 
     if HAS_REFERENCE:
-        before = tl.load(reference + row)
+        # Rows that are not kept have none.
+        before = tl.load(reference + row, mask=row < kept_rows, other=3.4028234663852886e38)
         # NaN is not above: a row that has one is lost either way.
         moves = new - before > slack
         new = tl.where(moves, new, before)
@@ -140,6 +142,7 @@ def fold_rows(
     kept: Tensor | None = None,
     weighed: Weighed | None = None,
     slack: float = 0.0,
+    first: int = 0,
 ) -> None:
     """Update running statistics by ``logits = alpha (products + bias)``; one program a row.
 
@@ -149,7 +152,7 @@ def fold_rows(
     Args:
         products: (c, v) fp32 or bf16, last dimension contiguous.
         bias: (v,) or None.
-        targets: (c,) int64 target index within the slab; outside [0, v) where it is elsewhere.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
         maximum: (c,) fp32 running maxima, updated in place; start from the lowest finite number.
         total: (c,) fp32 running Σ exp(logit − maximum), updated in place.
         target_logit: (c,) fp32, updated in place where the target is inside.
@@ -160,6 +163,7 @@ def fold_rows(
             may be `products`.
         weighed: its references are updated, and where one moves what refers to it is rescaled.
         slack: by how much a maximum may exceed its reference before that moves.
+        first: vocabulary index at which the slab starts.
 
     Raises:
         ValueError: rows of `products` or `kept` are not contiguous.
@@ -185,6 +189,7 @@ def fold_rows(
             0 if kept is None else kept.stride(0),
             0 if sums is None else sums.stride(0),
             0 if kept is None else kept.shape[0],
+            first,
             width,
             0 if weighed is None else weighed.done,
             0 if sums is None else sums.shape[1],

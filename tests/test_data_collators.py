@@ -3,12 +3,8 @@
 import pytest
 import torch
 
-from fused_prefopt.data.collators import (
-    PairCollator,
-    PointCollator,
-    labels_of,
-    prompt_labels_of,
-)
+from fused_prefopt.data import PairCollator, PointCollator, labels_of, prompt_labels_of
+from fused_prefopt.data.labels import LABEL_COUNTS, counts_of
 
 PAD = 99
 PAIRS = [
@@ -35,7 +31,7 @@ def assert_tensors(batch, wanted):
 
 def test_pairs_padded():
     batch = PairCollator(PAD)(PAIRS)
-    assert list(batch) == ["input_ids", "attention_mask", "completion_mask"]
+    assert list(batch) == ["input_ids", "attention_mask", "completion_mask", LABEL_COUNTS]
     assert_tensors(
         batch,
         {
@@ -64,7 +60,8 @@ def test_pairs_padded():
 def test_pairs_packed():
     batch = PairCollator(PAD, padding_free=True)(PAIRS)
     assert sorted(batch) == [
-        *("completion_mask", "input_ids", "num_sequences", "position_ids", "sequence_ids")
+        *("completion_mask", "input_ids", LABEL_COUNTS),
+        *("num_sequences", "position_ids", "sequence_ids"),
     ]
     assert type(batch["num_sequences"]) is int and batch["num_sequences"] == 4
     assert_tensors(
@@ -98,7 +95,7 @@ def test_pairs_equal_trl(multiple):
     features = scored(ref_chosen_logps=[-1.5, -2.0], ref_rejected_logps=[-3.25, -4.0])
     ours = PairCollator(PAD, pad_to_multiple_of=multiple)(features)
     theirs = trl.DataCollatorForPreference(PAD, pad_to_multiple_of=multiple)(features)
-    assert set(ours) == set(theirs)
+    assert set(ours) == {*theirs, LABEL_COUNTS}
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
     assert ours["input_ids"].shape[1] == (multiple or 6)
@@ -127,7 +124,8 @@ def test_pair_columns(padding_free):
 
 def test_points_padded():
     batch = PointCollator(PAD)(POINTS)
-    assert list(batch) == ["input_ids", "attention_mask", "completion_mask", "rewards", "groups"]
+    layout = ["input_ids", "attention_mask", "completion_mask", LABEL_COUNTS]
+    assert list(batch) == [*layout, "rewards", "groups"]
     assert_tensors(
         batch,
         {
@@ -150,6 +148,8 @@ def test_point_columns():
 def test_features_may_hold_tensors():
     features = [{k: torch.tensor(v) for k, v in pair.items()} for pair in PAIRS]
     ours, plain = PairCollator(PAD)(features), PairCollator(PAD)(PAIRS)
+    assert counts_of(ours) == counts_of(plain) == (8, 6)
+    del ours[LABEL_COUNTS], plain[LABEL_COUNTS]
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from truth import make_case
 
-from fused_prefopt import sequence_logps
+from fused_prefopt import devices, sequence_logps
 from fused_prefopt.cli import main
 from fused_prefopt.kernels.architectures import ARCHITECTURES, CANDIDATES, Block, architecture
 from fused_prefopt.ops import engines, tuning
@@ -27,8 +28,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def gpu(monkeypatch):
     """A function that pretends the GPU has a compute capability, with Triton installed."""
 
-    def pretend(*capability: int) -> torch.device:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    def pretend(major: int, minor: int) -> torch.device:
+        shared = {"shared_memory_per_block_optin": 227 * 1024}
+        found = SimpleNamespace(major=major, minor=minor, **shared)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        for known in (devices.gpu_properties, engines._has_kernels):
+            known.cache_clear()
         return GPU
 
     monkeypatch.setattr(engines, "MISSING_TRITON", None)
@@ -59,7 +64,7 @@ def test_auto_is_torch_on_a_gpu_older_than_the_table(gpu):
 
 def test_a_newer_gpu_takes_the_newest_known_architecture():
     assert architecture((12, 0)).name == "sm_100"
-    assert architecture((8, 6)).name == "sm_80"
+    assert architecture((8, 7)).name == "sm_86"
     with pytest.raises(ValueError, match="wanted at least sm_80"):
         architecture((7, 5))
 

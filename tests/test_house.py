@@ -21,6 +21,7 @@ CODE = ("fused_prefopt", "kernels", "benchmarks", "examples")
 FORBIDDEN = {
     "kernels": {"*"},
     "checks": {"*"},
+    "devices": {"*"},
     "ranges": {"*"},
     "types": {"losses", "preference", "statistics", "data", "reference"},
     "ops": {"losses", "preference", "integrations", "statistics", "data", "reference"},
@@ -107,8 +108,8 @@ def test_nobody_imports_kernels_by_its_bare_name(path):
 
 
 @pytest.mark.parametrize("path", sources(*CODE), ids=lambda p: str(p.relative_to(ROOT)))
-def test_files_have_fewer_than_300_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 300
+def test_files_have_fewer_than_450_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 450
 
 
 @pytest.mark.parametrize(

@@ -213,14 +213,22 @@ def test_inference_mode():
     assert torch.equal(got.sums, wanted.sums) and got.plan.path == "evaluate"
 
 
-def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=False):
-    """Arguments of `head_logps`, rows without a shift, ids unsorted."""
+def op_arguments(
+    case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=False, kept=0, in_order=False
+):
+    """Arguments of `head_logps`, rows without a shift.
+
+    Args:
+        kept: rows whose probabilities are kept; `local` keeps all.
+        in_order: sequences of equal length, without ids.
+    """
     rows = case.labels.numel()
     low = (None, None)
     if rank:
         shapes = ((rows, rank), (case.weight.shape[0], rank))
         low = tuple(torch.randn(shape, dtype=case.hidden.dtype) for shape in shapes)
-    ids = torch.arange(rows) % 3
+    ids = None if in_order else torch.arange(rows) % 3
+    sequences = case.labels.shape[0] if in_order else 3
     count = int((case.labels != -100).sum()) if counted else -1
     options = case.options
     scalars = (options.get("softcap"), options.get("logit_scale", 1.0))
@@ -231,8 +239,7 @@ def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=
         *low,
         case.labels.flatten(),
         ids,
-        3,
-        False,
+        sequences,
         -100,
         count,
         case.vocab,
@@ -242,6 +249,7 @@ def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=
         path,
         "torch",
         workspace,
+        int((case.labels != -100).sum()) if path == "local" else kept,
         "",
         0,
         drop_mass if path in ("local", "recompute") else 0.0,
@@ -249,48 +257,54 @@ def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=
     )
 
 
+# (path, transform, view of the weight, whether labels are counted, entropies, kept rows)
 OP_CASES = [
-    ("evaluate", "plain", "contiguous", False, False),
-    ("stash", "softcap", "contiguous", True, False),
-    ("stash", "plain", "contiguous", False, False),
-    ("local", "all", "contiguous", True, False),
-    ("local", "plain", "transposed", False, False),
-    ("recompute", "all", "contiguous", False, False),
-    ("recompute", "bias", "transposed", True, False),
-    ("recompute", "all", "contiguous", True, True),
+    ("evaluate", "plain", "contiguous", False, False, 0),
+    ("stash", "softcap", "contiguous", True, False, 0),
+    ("stash", "plain", "contiguous", False, False, 0),
+    ("local", "all", "contiguous", True, False, 0),
+    ("local", "plain", "transposed", False, False, 0),
+    ("recompute", "all", "contiguous", False, False, 0),
+    ("recompute", "bias", "transposed", True, False, 0),
+    ("recompute", "all", "contiguous", True, True, 0),
+    ("recompute", "all", "contiguous", False, False, 3),
+    ("recompute", "plain", "transposed", True, False, 3),
 ]
 
 
-@pytest.mark.parametrize(("path", "transform", "view", "counted", "entropy"), OP_CASES)
-def test_opcheck(path, transform, view, counted, entropy):
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize(("path", "transform", "view", "counted", "entropy", "kept"), OP_CASES)
+def test_opcheck(path, transform, view, counted, entropy, kept, in_order):
     case = make_case(2, 5, 4, 70, dtype=torch.float64, **TRANSFORMS[transform])
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
     case = leaves_of(case, needs_of(path))
-    # `local` returns another ticket each time, which the comparison with a second call would call
-    # wrong; the tests with COMPILED compare its values and gradients instead.
+    # What is kept comes with another ticket each time, which the comparison with a second call would
+    # call wrong; the compiled tests above compare its values and gradients instead.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if path != "local":
+    if path != "local" and not kept:
         utils += ("test_aot_dispatch_dynamic",)
-    given = op_arguments(case, path, counted, 2**20, entropy=entropy)
+    options = {"entropy": entropy, "kept": kept, "in_order": in_order}
+    given = op_arguments(case, path, counted, 2**20, **options)
     torch.library.opcheck(head_logps, given, test_utils=utils)
 
 
-@pytest.mark.parametrize(("path", "transform", "view", "counted", "entropy"), OP_CASES[1:])
+@pytest.mark.parametrize(("path", "transform", "view", "counted", "entropy", "kept"), OP_CASES[1:])
 @pytest.mark.parametrize(("rank", "drop_mass"), [(0, 0.0), (2, 0.0), (0, 0.01)])
-def test_opcheck_of_the_backward(path, transform, view, counted, entropy, rank, drop_mass):
+def test_opcheck_of_the_backward(path, transform, view, counted, entropy, kept, rank, drop_mass):
     case = make_case(2, 5, 4, 70, **TRANSFORMS[transform])
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
-    drop_mass = 0.0 if entropy else drop_mass
-    given = op_arguments(case, path, counted, 2**20, rank, drop_mass, entropy)
+    # The planner keeps all rows or none of a backward that drops mass.
+    drop_mass = 0.0 if entropy or kept else drop_mass
+    given = op_arguments(case, path, counted, 2**20, rank, drop_mass, entropy, kept)
     logps, sums, _, entropies, *saved = head_logps(*given)
     upstream = (torch.ones_like(logps), torch.ones_like(sums), torch.ones_like(entropies))
     needs = [*needs_of(path)[:2], needs_of(path)[2] and case.bias is not None]
     needs += [rank > 0, rank > 0 and path != "stash"]
     torch.library.opcheck(
         head_logps_backward,
-        (*upstream, *given[:7], logps, entropies, *saved, *given[11:], needs),
+        (*upstream, *given[:7], logps, entropies, *saved, *given[10:], needs),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

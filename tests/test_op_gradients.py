@@ -23,7 +23,7 @@ from truth import (
 
 from fused_prefopt import LMHead, sequence_logps, token_logps
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import Tiles
+from fused_prefopt.ops.cutting import Tiles
 from fused_prefopt.ops.tile import RowGradients
 from fused_prefopt.ops.torch_engine import TorchEngine
 
@@ -220,7 +220,7 @@ def test_the_softcap_slope_of_probabilities_that_underflowed_is_zero_times_finit
     # The target's logit is -190, its log-prob that much below the log-sum-exp.
     residuals = math.target_residual(torch.tensor([-380.0]), top)
     rows = RowGradients(top, residuals, torch.ones(1))
-    engine, out = TorchEngine(math, Tiles(1, 3, 3, True), kept.device), torch.empty(1, 3)
+    engine, out = TorchEngine(math, Tiles(1, 3, 3, 1, True), kept.device), torch.empty(1, 3)
     sums = engine.kept_gradient(kept, top.unsqueeze(0), 3, 0, target, rows, out, bias=True)
     slope = 1 - (190 * 0.5 / 100) ** 2
     wanted = torch.tensor([[slope, -slope, 0.0]])

@@ -24,7 +24,7 @@ from truth import (
 
 from fused_prefopt import sequence_logps, token_logps
 from fused_prefopt.ops import torch_engine
-from fused_prefopt.ops.plan import TileShape
+from fused_prefopt.ops.cutting import TileShape
 
 PATHS = ("evaluate", *TRAINING_PATHS)
 # (sequences, length, hidden_size, vocab)

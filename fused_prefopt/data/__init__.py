@@ -8,14 +8,10 @@ from fused_prefopt.data.adapters import (
     ultrafeedback,
     ultrafeedback_binarized,
 )
-from fused_prefopt.data.collators import (
-    PairCollator,
-    PointCollator,
-    labels_of,
-    prompt_labels_of,
-)
+from fused_prefopt.data.collators import PairCollator, PointCollator
 from fused_prefopt.data.conversion import pairs_of_points, points_of_pairs
 from fused_prefopt.data.docstrings import Document, load_documents, paragraphs, split_documents
+from fused_prefopt.data.labels import labels_of, prompt_labels_of
 from fused_prefopt.data.pairs import make_pairs
 from fused_prefopt.data.points import make_points
 from fused_prefopt.data.sampler import GroupBatchSampler

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_prefopt.checks import require_shape, require_tokens
 from fused_prefopt.data.columns import SCORES, require_columns
 from fused_prefopt.data.feature_columns import is_given, stacked
+from fused_prefopt.data.labels import LABEL_COUNTS, count_labels
 from fused_prefopt.data.shared_prompt import shared_layout
 
 Feature = Mapping[str, Any]
@@ -49,7 +50,8 @@ class _Collator:
     def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
         """Lay out prompt + completion of every feature, for one completion column after another."""
         sequences = self._sequences(features, completions)
-        return self._packed(sequences) if self.padding_free else self._padded(sequences)
+        batch = self._packed(sequences) if self.padding_free else self._padded(sequences)
+        return {**batch, LABEL_COUNTS: count_labels(batch)}
 
     def _sequences(
         self, features: Sequence[Feature], completions: Sequence[str]
@@ -146,10 +148,13 @@ class PairCollator(_Collator):
             Packed: `input_ids`, `position_ids` (restarting at each sequence), `completion_mask`,
             `sequence_ids`, (1, N) int64, and `num_sequences` = 2B, a Python int: device placement
             leaves it alone and reading it never waits for the device.
+            Both: `label_counts` (`data.labels.LabelCounts`), which spares CUDA the wait for the
+            number of labels; without it, or cut and joined by accelerate, it is counted there.
+            Where `completion_mask` changes afterwards, take it out.
             Shared prompts: what `data.shared_prompt.shared_layout` returns.
             If the features have them: `rewards` (where none lacks a score), `collision` (2B,) and
             `ref_chosen_logps`, `ref_rejected_logps` (B,), float32. Never `labels`: transformers'
-            Trainer would rescale the loss by them; see `labels_of`.
+            Trainer would rescale the loss by them; see `data.labels_of`.
 
         Raises:
             ValueError: no feature, a missing column or value, an empty completion, a token id
@@ -206,37 +211,6 @@ class PointCollator(_Collator):
             if is_given(features, column):
                 batch[name] = stacked(features, column, dtype)
         return batch
-
-
-def labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
-    """Labels of the completion tokens, not shifted (Hugging Face's convention).
-
-    Args:
-        batch: from a collator.
-        ignore_index: label of every other position.
-
-    Returns:
-        The shape of `input_ids`, int64.
-    """
-    mask = batch["completion_mask"]
-    require_shape("completion_mask", mask, batch["input_ids"].shape)
-    return batch["input_ids"].masked_fill(mask == 0, ignore_index)
-
-
-def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
-    """Labels of the prompt tokens, not shifted; nothing predicts a sequence's first token.
-
-    Args:
-        batch: from a collator.
-        ignore_index: label of every other position.
-
-    Returns:
-        The shape of `input_ids`, int64.
-    """
-    hidden = batch["completion_mask"] != 0
-    if "attention_mask" in batch:
-        hidden = hidden | (batch["attention_mask"] == 0)
-    return batch["input_ids"].masked_fill(hidden, ignore_index)
 
 
 def _tokens(ids: Any, column: str, index: int, vocab_size: int | None) -> Tensor:

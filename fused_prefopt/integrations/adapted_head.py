@@ -140,7 +140,7 @@ def _token_term(layer: Any, name: str) -> LowRank:
         )
     require_whole("weight of the head", weight)
     require_whole("trainable tokens of the head", rows)
-    index = torch.tensor(layer.token_indices[name], device=weight.device)
+    index = torch.tensor(layer.token_indices[name]).to(weight.device, non_blocking=True)
     spread = weight.new_zeros(weight.shape[0], len(index))
     spread[index, torch.arange(len(index), device=weight.device)] = 1
     return LowRank(rows.to(weight) - weight[index], spread)

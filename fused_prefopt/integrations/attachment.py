@@ -212,7 +212,10 @@ def _outputs(
             source, ref_hidden = compared
             reference = {"ref_hidden": ref_hidden, "ref_head": source.head()}
         given = {**rows.layout, **reference, **extras}
-        return loss_fn(hidden, head, rows.labels, prompt_labels=rows.prompt_labels, **given)
+        if rows.prompt_labels is not None:
+            given["prompt_labels"] = rows.prompt_labels
+            given["num_prompt_labels"] = rows.num_prompt_labels
+        return loss_fn(hidden, head, rows.labels, **given)
 
     output = through_head(model, rows.hidden, run)
     if rows.router is not None:
@@ -238,7 +241,7 @@ def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
 
 def _weights(output: LossOutput, desirable: Tensor | None) -> dict[str, Tensor]:
     """How many pairs or completions each metric is a mean over."""
-    every = torch.tensor(output.losses.shape[-1], device=output.losses.device)
+    every = output.losses.new_full((), output.losses.shape[-1], dtype=torch.int64)
     weights = dict.fromkeys(output.metrics, every)
     if desirable is not None:
         members = {"chosen": desirable.sum(), "rejected": desirable.logical_not().sum()}

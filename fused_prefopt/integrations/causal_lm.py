@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.checks import require_tokens
+from fused_prefopt.checks import is_on_host, require_tokens
 from fused_prefopt.integrations.adapted_head import AdaptedHead, adapted_head, require_whole
 from fused_prefopt.integrations.logit_transforms import logit_transforms
 from fused_prefopt.integrations.virtual_tokens import (
@@ -93,7 +93,7 @@ def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any)
         raise ValueError(
             f"input_ids: got {got} in {', '.join(map(repr, batch))}, needs token ids{learned}"
         )
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_on_host(ids) and not torch.compiler.is_compiling():
         require_tokens("input_ids", ids, input_vocab(model))
     batch = with_prompt(model, batch)
     backbone, given = backbone_of(model), batch.get(PROMPTED, batch)

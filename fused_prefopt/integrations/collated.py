@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.data import labels_of, prompt_labels_of
+from fused_prefopt.data.labels import counts_of, labels_of, prompt_labels_of
 from fused_prefopt.integrations.causal_lm import backbone_outputs, inside_head
 from fused_prefopt.integrations.packed import require_separate_sequences
 from fused_prefopt.integrations.router_loss import router_loss
@@ -32,8 +32,9 @@ class CollatedRows:
         hidden: (S, L, D), or (N, D) where sequences are packed.
         labels: (S, L) or (N,) int64, -100 everywhere but on completion tokens.
         prompt_labels: the same on prompt tokens, or None.
-        layout: `shift`, `sequence_ids` and `num_sequences` of the op.
+        layout: `shift`, `sequence_ids`, `num_sequences` and `num_labels` of the op.
         router: coefficient and value of the router loss of a mixture of experts, or None.
+        num_prompt_labels: `num_labels` of the prompt tokens.
     """
 
     hidden: Tensor
@@ -41,6 +42,7 @@ class CollatedRows:
     prompt_labels: Tensor | None
     layout: dict[str, Any]
     router: tuple[float, Tensor] | None = None
+    num_prompt_labels: int | None = None
 
 
 def collated_rows(
@@ -69,6 +71,7 @@ def collated_rows(
             "shift": False,
             "sequence_ids": batch["target_sequences"],
             "num_sequences": 2 * batch["input_ids"].shape[0],
+            "num_labels": batch["targets"].shape[0],
         }
         return CollatedRows(shared_hidden(model, batch), batch["targets"], None, layout)
     if "sequence_ids" in batch:
@@ -80,15 +83,14 @@ def collated_rows(
         routed = router_loss(model, outputs.router_logits, _routed(batch).get("attention_mask"))
     hidden, labels = outputs.last_hidden_state, labels_of(batch)
     prompt_labels = prompt_labels_of(batch) if prompt else None
+    count, prompt_count = counts_of(batch)
+    layout = {"shift": True, "num_labels": count}
     if "sequence_ids" not in batch:
-        return CollatedRows(hidden, labels, prompt_labels, {"shift": True}, routed)
-    layout = {
-        "shift": True,
-        "sequence_ids": batch["sequence_ids"][0],
-        "num_sequences": batch["num_sequences"],
-    }
+        return CollatedRows(hidden, labels, prompt_labels, layout, routed, prompt_count)
+    layout["sequence_ids"] = batch["sequence_ids"][0]
+    layout["num_sequences"] = batch["num_sequences"]
     prompt_labels = None if prompt_labels is None else prompt_labels[0]
-    return CollatedRows(hidden[0], labels[0], prompt_labels, layout, routed)
+    return CollatedRows(hidden[0], labels[0], prompt_labels, layout, routed, prompt_count)
 
 
 def _routed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -137,6 +139,7 @@ def completion_logps(
         else:
             sums["completion"] = sequence_logps(hidden, head, rows.labels, **given).sums
         if rows.prompt_labels is not None:
+            given["num_labels"] = rows.num_prompt_labels
             sums["prompt"] = sequence_logps(hidden, head, rows.prompt_labels, **given).sums
         return sums["completion"]
 

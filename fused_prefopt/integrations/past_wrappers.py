@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_prefopt.data.labels import LabelCounts
 from fused_prefopt.integrations.causal_lm import INPUTS
 from fused_prefopt.integrations.virtual_tokens import PROMPTED, REPLACED, is_prompted, prompted
 
@@ -123,7 +124,10 @@ def exact_loss(returned: Tensor, arguments: Mapping[str, Any]) -> Tensor:
 
 
 class PreparesExactly:
-    """Mixin for a `transformers.Trainer`: DeepSpeed's cast of its batches leaves their fields."""
+    """Mixin for a `transformers.Trainer`: what it makes of its batches leaves their fields alone.
+
+    DeepSpeed's cast would round them; every `Trainer` makes mappings anew, of their items.
+    """
 
     args: Any
 
@@ -132,6 +136,9 @@ class PreparesExactly:
         if PREFERENCE_KEY in inputs:
             for name, value in exact_fields(inputs).items():
                 prepared[name] = value.to(self.args.device)
+            for name, value in inputs.items():
+                if isinstance(value, LabelCounts):
+                    prepared[name] = value
         return prepared
 
 

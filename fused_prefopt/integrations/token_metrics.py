@@ -60,7 +60,7 @@ def _counted(rows: CollatedRows) -> Tensor:
     if rows.layout["shift"]:
         ids = rows.layout.get("sequence_ids")
         first = torch.zeros_like(counted)
-        first[..., 0] = True
+        first[..., :1].fill_(True)
         if ids is not None:
             first[1:] = ids[1:] != ids[:-1]
         counted = counted & ~first

@@ -10,6 +10,7 @@ from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.integrations.attachment import OF_REFERENCE, lacks_reference
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.collated import given_fields
+from fused_prefopt.integrations.counted_labels import CountedLabels
 from fused_prefopt.integrations.past_wrappers import PREFERENCE_KEY
 from fused_prefopt.losses import check_needs
 from fused_prefopt.preference import PreferenceLoss
@@ -100,10 +101,12 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
     require_rows(trainer, loss_fn, fields_of)
 
 
-def let_collator_check_tokens(trainer: Any) -> None:
-    """Check token ids before they are on a device that the check would wait for."""
+def let_collator_check(trainer: Any) -> None:
+    """Check token ids and count labels before they are on a device that this would wait for."""
     collator = trainer.data_collator
-    if isinstance(collator, PairCollator | PointCollator) and collator.vocab_size is None:
+    if not isinstance(collator, PairCollator | PointCollator):
+        trainer.data_collator = CountedLabels(collator)
+    elif collator.vocab_size is None:
         trainer.data_collator = replace(collator, vocab_size=input_vocab(trainer.model))
 
 

@@ -35,7 +35,7 @@ from fused_prefopt.integrations.past_wrappers import (
 from fused_prefopt.integrations.reference_pass import Reference
 from fused_prefopt.integrations.trainer_checks import (
     collator_for,
-    let_collator_check_tokens,
+    let_collator_check,
     require_collated_rows,
     require_trainer,
 )
@@ -132,7 +132,7 @@ def attach(
     attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
     if trainer is not None:
         leave_out_ligers_loss(trainer.args)
-        let_collator_check_tokens(trainer)
+        let_collator_check(trainer)
         _log_in(trainer, attachment)
         mind_nonfinite(trainer, on_nonfinite)
     return attachment

@@ -14,9 +14,11 @@ from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
+from fused_prefopt.data.labels import LABEL_COUNTS
 from fused_prefopt.integrations.attachment import OF_REFERENCE
 from fused_prefopt.integrations.causal_lm import input_vocab
 from fused_prefopt.integrations.checked_tokens import CheckedTokens
+from fused_prefopt.integrations.counted_labels import CountedLabels
 from fused_prefopt.integrations.evaluating import evaluating
 from fused_prefopt.integrations.head_check import require_causal_checkpoint, require_trained_head
 from fused_prefopt.integrations.kept_rows import KeepsTeachingRows
@@ -36,7 +38,7 @@ from fused_prefopt.statistics.gather import sum_over_ranks
 _TUNERS = "BaseTunerLayer"
 # Options that a model's config is read with, of those that the model is loaded with.
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
-LAYOUT = ("input_ids", "attention_mask", "completion_mask")
+LAYOUT = ("input_ids", "attention_mask", "completion_mask", LABEL_COUNTS)
 
 
 class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
@@ -94,7 +96,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         require_rows(self, loss_fn, self._fields_of, streams=True)
         leave_out_ligers_loss(self.args)
         policy = self.accelerator.unwrap_model(self.model)
-        self.data_collator: Any = CheckedTokens(self.data_collator, input_vocab(policy))
+        checked = CheckedTokens(self.data_collator, input_vocab(policy))
+        self.data_collator: Any = CountedLabels(checked)
         self.attachment = attach(
             policy,
             loss_fn,
@@ -189,7 +192,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
     ) -> dict[str, Tensor]:
         """What `completion_logps` returns, through the model's wrappers."""
-        fields = {name: batch[name] for name in LAYOUT}
+        fields = {name: batch[name] for name in LAYOUT if name in batch}
         with self.accelerator.autocast():
             return logps_through(model, fields, prompt=prompt, **self._op_options)
 

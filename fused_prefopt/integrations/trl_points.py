@@ -218,7 +218,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
 
 def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: inputs[f"KL_{name}"] for name in LAYOUT}
+    return {name: inputs[f"KL_{name}"] for name in LAYOUT if f"KL_{name}" in inputs}
 
 
 def _label_of(column: str, row: Mapping[str, Any], index: int) -> dict[str, bool]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_prefopt.devices import current
 from fused_prefopt.kernels.architectures import CANDIDATES, Block
 from fused_prefopt.kernels.fold_logits import fold_logits
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
@@ -70,7 +71,8 @@ def autotune(
     for kernel, run in (("fold", head.fold), ("kept", head.keep), ("gradient", head.gradient)):
         rich = kernel == "kept" or softcap is not None
         default = tuning_of(device).block(kernel, dtype, rich)
-        times = dict(_times(run, [default, *CANDIDATES], timer))
+        with current(head.hidden.device):
+            times = dict(_times(run, [default, *CANDIDATES], timer))
         if not times:
             raise RuntimeError(f"no tile shape of {kernel!r} runs on {device}")
         best = min(times, key=lambda block: times[block])

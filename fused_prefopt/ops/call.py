@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from fused_prefopt.checks import (
+    is_on_host,
     require_choice,
     require_device,
     require_floating,
@@ -23,6 +27,8 @@ from fused_prefopt.ops.layout import Layout, packed_layout, padded_layout, requi
 from fused_prefopt.ops.plan import MIB, PATHS, default_workspace
 from fused_prefopt.ops.vocab_shard import VocabShard, local_part
 from fused_prefopt.types import AnyHead, LMHead
+
+Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Call:
         count: labelled rows, or -1 where a compiler traces and they cannot be counted.
         math: the head's scalars and the dtype to compute in.
         engine: of `choose_engine`.
+        pending: what is still to be checked, or None: see `checked`.
     """
 
     tensors: HeadTensors
@@ -73,6 +80,13 @@ class Call:
     count: int
     math: HeadMath
     engine: str
+    pending: Callable[[], None] | None = None
+
+    def checked(self, outputs: Outputs) -> Outputs:
+        """What an op has returned; a GPU checks the labels only now that it has other work."""
+        if self.pending is not None:
+            self.pending()
+        return outputs
 
     @property
     def hidden_size(self) -> int:
@@ -109,16 +123,20 @@ def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOption
             shift=options.shift,
             ignore_index=ignore_index,
         )
-    labelled = layout.targets != ignore_index
-    in_vocab = (layout.targets >= 0) & (layout.targets < vocab)
-    _require_labels(layout.targets, in_vocab | ~labelled, vocab)
+    check = partial(_check_labels, layout.targets, ignore_index, options.num_labels, vocab)
+    at_once = is_on_host(hidden) or torch.compiler.is_compiling()
+    if at_once:
+        check()
     shard.require_same(layout.targets)
-    count = _count(labelled, options.num_labels)
+    count = -1 if options.num_labels is None else options.num_labels
+    if count < 0 and not torch.compiler.is_compiling():
+        count = int((layout.targets != ignore_index).sum())
     math = HeadMath(head.softcap, head.logit_scale, head.temperature, _compute_dtype(hidden))
     engine = choose_engine(options.engine, hidden.device, math.dtype)
     tensors = head_tensors(hidden, head)
     refuse_forward_mode(tensors)
-    return Call(tensors, head.vocab, shard, layout, count, math, engine)
+    pending = None if at_once else check
+    return Call(tensors, head.vocab, shard, layout, count, math, engine, pending)
 
 
 def read_head(value: AnyHead, name: str = "head") -> LMHead:
@@ -157,17 +175,33 @@ def refuse_forward_mode(tensors: HeadTensors) -> None:
         )
 
 
-def _require_labels(targets: Tensor, fits: Tensor, vocab: int) -> None:
-    """Raise ValueError, with the label where it can be read without waiting for a device."""
+def _check_labels(targets: Tensor, ignore_index: int, num_labels: int | None, vocab: int) -> None:
+    """Raise ValueError, with the label where it can be read without waiting for a device.
+
+    Elsewhere the device asserts, without a wait.
+
+    Args:
+        targets: (M,).
+        ignore_index: label of rows that take no part.
+        num_labels: what a caller says is their number, or None.
+        vocab: labels are below.
+    """
+    labelled = targets != ignore_index
+    fits = (targets >= 0) & (targets < vocab) | ~labelled
 
     def message() -> str:
         outside = f"labels: got a label outside [0, {vocab})"
-        if fits.device.type != "cpu":
+        if not is_on_host(fits):
             return outside
         first = int(targets[~fits][0])
         return f"{outside}: {first}; is the tokenizer another model's, or `ignore_index` another?"
 
     require(fits.all(), message)
+    if num_labels is not None:
+        require(
+            labelled.sum() == num_labels,
+            lambda: f"num_labels: got {num_labels}, which is not the number of labelled rows",
+        )
 
 
 def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | None) -> None:
@@ -187,17 +221,6 @@ def _check(hidden: Tensor, head: LMHead, labels: Tensor, sequence_ids: Tensor | 
     require_shape("labels", labels, hidden.shape[:-1])
     require_device("labels", labels, hidden.device)
     require_device("weight", head.weight, hidden.device)
-
-
-def _count(labelled: Tensor, num_labels: int | None) -> int:
-    """Labelled rows, or -1 where a compiler traces and they cannot be counted."""
-    if num_labels is not None:
-        require(
-            labelled.sum() == num_labels,
-            lambda: f"num_labels: got {num_labels}, which is not the number of labelled rows",
-        )
-        return num_labels
-    return -1 if torch.compiler.is_compiling() else int(labelled.sum())
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

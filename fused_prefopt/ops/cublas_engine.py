@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,14 +11,12 @@ from fused_prefopt.kernels.logits_gradient import logits_gradient
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
 from fused_prefopt.kernels.spread_rows import spread_rows
+from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, aligned
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import TileCost, TileShape, aligned
 from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, WeighedRows
-from fused_prefopt.ops.torch_engine import TorchEngine, product
+from fused_prefopt.ops.torch_engine import TorchEngine, locate, product
 
 _ANY = 1 << 30
-# Slabs of `weigh` gain by width alone, and few rows leave room for it.
-_WEIGHED_ROWS = 4096
 
 
 class CublasEngine(TorchEngine):
@@ -26,6 +24,12 @@ class CublasEngine(TorchEngine):
 
     name: ClassVar[str] = "cublas"
     keeps_some: ClassVar[bool] = True
+    keeps_gradients: ClassVar[bool] = True
+
+    def __init__(self, math: HeadMath, tiles: Tiles, device: torch.device) -> None:
+        super().__init__(math, tiles, device)
+        # One reference a row, which nearly never moves.
+        self.part_width = _ANY
 
     @staticmethod
     def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
@@ -40,9 +44,15 @@ class CublasEngine(TorchEngine):
         if gradient and not once:
             slabs += single
         sliced = single if gradient and once and weight.dtype != math.accumulator else 0
-        rows = _WEIGHED_ROWS if role == "weigh" else _ANY
-        shape = TileShape(rows, _ANY)
-        return TileCost(logit, operand.itemsize, slabs, shape, slab=slab, sliced=sliced)
+        return TileCost(
+            logit,
+            operand.itemsize,
+            slabs,
+            TileShape(_ANY, _ANY),
+            slab=slab,
+            sliced=sliced,
+            sums_rows=gradient,
+        )
 
     @staticmethod
     def in_place(math: HeadMath, device: torch.device) -> bool:
@@ -51,16 +61,29 @@ class CublasEngine(TorchEngine):
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
         self._fold_rows(tile, statistics, self._tile(tile.shape))
 
-    def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
-        self._fold_rows(tile, statistics, self._tile(tile.shape), kept=kept)
-        return statistics.maximum[: kept.shape[0]].unsqueeze(0)
+    def fold_and_keep(
+        self, tile: Tile, statistics: RowStatistics, kept: Tensor, maxima: Tensor
+    ) -> None:
+        if tile.first == 0:
+            maxima.fill_(torch.finfo(maxima.dtype).min)
+        weighed = WeighedRows(maxima[0], kept, tile.first, None)
+        out = weighed.at(slice(tile.first, tile.first + tile.shape[1]))
+        self._fold_rows(tile, statistics, self._tile(tile.shape), out, weighed)
+
+    def finish_kept(
+        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients
+    ) -> Tensor:
+        shift = maxima[0] - rows.logsumexps
+        inside, column = locate(targets, 0, kept.shape[1])
+        own = (rows.residuals * (-shift).exp_()).to(kept.dtype).unsqueeze(1)
+        kept.scatter_(1, column, own.where(inside.unsqueeze(1), kept.gather(1, column)))
+        return shift.exp_().mul_(rows.scale)
 
     def fold_and_weigh(
         self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
     ) -> None:
         out = weighed.at(columns)
-        options = {"kept": out, "weighed": weighed, "slack": self.math.slack}
-        self._fold_rows(tile, statistics, self._beside(out), **options)
+        self._fold_rows(tile, statistics, self._beside(out), out, weighed)
 
     def gradient(self, tile: Tile, rows: RowGradients, out: Tensor, bias: bool) -> Tensor | None:
         return logits_gradient(
@@ -68,6 +91,7 @@ class CublasEngine(TorchEngine):
             rows.logsumexps,
             out,
             targets=tile.targets,
+            first=tile.first,
             residuals=rows.residuals,
             scale=rows.scale,
             bias=tile.bias,
@@ -89,6 +113,21 @@ class CublasEngine(TorchEngine):
         out: Tensor,
         bias: bool,
     ) -> Tensor | None:
+        # The softcap's slope is in it already.
+        return self._kept_gradient(kept, maxima, part_width, first, targets, rows, out, bias, None)
+
+    @staticmethod
+    def _kept_gradient(
+        kept: Tensor,
+        maxima: Tensor,
+        part_width: int,
+        first: int,
+        targets: Tensor,
+        rows: RowGradients,
+        out: Tensor,
+        bias: bool,
+        ceiling: float | None,
+    ) -> Tensor | None:
         return logits_gradient(
             kept,
             rows.logsumexps,
@@ -96,7 +135,7 @@ class CublasEngine(TorchEngine):
             targets=targets,
             residuals=rows.residuals,
             scale=rows.scale,
-            ceiling=self.math.ceiling,
+            ceiling=ceiling,
             maxima=maxima,
             part_width=part_width,
             first=first,
@@ -107,7 +146,12 @@ class CublasEngine(TorchEngine):
     spread_rows = staticmethod(spread_rows)
 
     def _fold_rows(
-        self, tile: Tile, statistics: RowStatistics, products: Tensor, **options: Any
+        self,
+        tile: Tile,
+        statistics: RowStatistics,
+        products: Tensor,
+        kept: Tensor | None = None,
+        weighed: WeighedRows | None = None,
     ) -> None:
         fold_rows(
             product(tile.hidden, tile.weight.t(), products),
@@ -118,7 +162,10 @@ class CublasEngine(TorchEngine):
             statistics.target,
             alpha=self.math.alpha,
             ceiling=self.math.ceiling,
-            **options,
+            first=tile.first,
+            kept=kept,
+            weighed=weighed,
+            slack=self.math.slack,
         )
 
     def _beside(self, out: Tensor) -> Tensor:
@@ -130,6 +177,6 @@ class CublasEngine(TorchEngine):
     def _tile(self, shape: tuple[int, int]) -> Tensor:
         """Rows keep the stride of the widest tile: those of the last slab are aligned as well."""
         if self._buffer is None:
-            size = (self.tiles.rows, aligned(self.tiles.products))
+            size = (self.tiles.multiplied, aligned(self.tiles.products))
             self._buffer = torch.empty(size, dtype=self.math.accumulator, device=self.device)
         return self._buffer[: shape[0], : shape[1]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fused_prefopt.checks import require_choice
+from fused_prefopt.devices import gpu_index, gpu_properties
 
 if TYPE_CHECKING:
     from fused_prefopt.ops.torch_engine import TorchEngine
@@ -60,7 +61,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         if device.type != "cuda" or dtype == torch.float64 or not triton_is_usable():
             return "torch"
-        return "auto" if _has_kernels(device.index) else "torch"
+        return "auto" if _has_kernels(gpu_index(device)) else "torch"
     if dtype == torch.float64:
         raise ValueError(f"engine: {name!r} computes in fp32 at most, got float64")
     if not triton_is_usable():
@@ -100,14 +101,14 @@ def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 where a tile is as good as another."""
     if device.type != "cuda":
         return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return int(gpu_properties(gpu_index(device)).multi_processor_count)
 
 
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU's memory, or None elsewhere."""
     if device.type != "cuda":
         return None
-    return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(gpu_properties(gpu_index(device)).total_memory)
 
 
 def triton_is_usable() -> bool:
@@ -138,8 +139,13 @@ def missing_triton() -> str | None:
 MISSING_TRITON = missing_triton()
 
 
-def _has_kernels(index: int | None) -> bool:
-    """Whether a GPU is not older than every architecture of the table."""
-    from fused_prefopt.kernels.architectures import ARCHITECTURES
+@cache
+def _has_kernels(index: int) -> bool:
+    """Whether there are tile shapes for a GPU."""
+    from fused_prefopt.ops.tuning import architecture_of
 
-    return torch.cuda.get_device_capability(index) >= ARCHITECTURES[0].capability
+    try:
+        architecture_of(gpu_properties(index))
+    except ValueError:
+        return False
+    return True

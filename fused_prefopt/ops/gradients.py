@@ -80,7 +80,12 @@ class GradientSums:
         needs: which gradients are wanted.
         unit: what the tiles' gradients are to be multiplied by, or None for 1.
         scattered: tiles come with any rows, and not every row in every slab.
+
+    Attributes:
+        factor: (n,) that is missing in the tiles' rows; `hidden` has it already. Or None.
     """
+
+    factor: Tensor | None = None
 
     def __init__(
         self,
@@ -169,7 +174,10 @@ class GradientSums:
         if self._hidden is not None:
             head = self._head
             head.shard.add(self._hidden)
-            factor = None if self._unit is None else self._unit.repeat(head.rows)
+            factor = self.factor
+            if self._unit is not None:
+                unit = self._unit.repeat(head.rows)
+                factor = unit if factor is None else factor * unit
             found = spread(head, self._hidden, self._needs, factor)
         return found._replace(weight=self._weight, bias=self._bias, low_weight=self._low_weight)
 

@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import dropped_mass
+from fused_prefopt.ops.cutting import GpuPass, Tiles, about, aligned, tile_shape
 from fused_prefopt.ops.engines import load_engine, processors, role_engine
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import (
-    Tiles,
-    aligned,
-    kept_bytes,
-    slab_tiles,
-    statistics_bytes,
-    tile_shape,
-    wide_tiles,
-)
+from fused_prefopt.ops.plan import MIB, kept_bytes, statistics_bytes
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.ops.vocab_shard import VocabShard
 
@@ -176,6 +169,11 @@ class HeadRows:
         return self.math.operand(self.device)
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether what is kept of all rows is their gradient, but for a factor of each row."""
+        return self.in_place and load_engine(self.engine_of("kept")).keeps_gradients
+
+    @property
     def in_place(self) -> bool:
         """Whether the kept probabilities of all rows become their gradient where they are."""
         engine = load_engine(self.engine_of("kept"))
@@ -211,9 +209,9 @@ class HeadRows:
         weight = self.rounded(self.tensors.weight[rows])
         return weight if low is None else torch.cat((weight, self.rounded(low[rows])), 1)
 
-    def hidden_rows(self) -> HiddenRows:
-        """Labelled rows of `hidden` in the operand dtype, slice by slice."""
-        return HiddenRows(self)
+    def hidden_rows(self, factor: Tensor | None = None) -> HiddenRows:
+        """Labelled rows of `hidden` in the operand dtype, slice by slice; times a factor (n,)."""
+        return HiddenRows(self, factor)
 
     def new(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=self.math.accumulator, device=self.device)
@@ -226,8 +224,8 @@ class HeadRows:
 class HiddenRows:
     """Gathers the labelled rows slice by slice, or all at once where that leaves room for tiles."""
 
-    def __init__(self, head: HeadRows) -> None:
-        self._head, self._all = head, None
+    def __init__(self, head: HeadRows, factor: Tensor | None = None) -> None:
+        self._head, self._factor, self._all = head, factor, None
         if head.tiles.gathered:
             self._all = self._gather(slice(None))
 
@@ -239,13 +237,16 @@ class HiddenRows:
         hidden, low = head.rounded(head.tensors.hidden[index]), head.tensors.low_hidden
         if low is not None:
             hidden = torch.cat((hidden, head.rounded(low[index])), 1)
+        if self._factor is not None:
+            hidden.mul_(self._factor[rows].unsqueeze(1))
         return hidden.to(head.operand)
 
 
 def tiles_of(head: HeadRows) -> Tiles:
     """How a pass over a head is cut, within its workspace."""
-    rows, vocab, hidden_size = head.rows, head.vocab, head.hidden_size
-    math, weight = head.math, head.tensors.weight
+    vocab, hidden_size = head.vocab, head.hidden_size
+    math, weight, gpu = head.math, head.tensors.weight, head.engine != "torch"
+    rows = about(head.rows) if gpu else head.rows
     costs = [load_engine(head.engine_of(role)).cost(math, weight, role) for role in _roles(head)]
     cost = replace(
         costs[0],
@@ -257,7 +258,6 @@ def tiles_of(head: HeadRows) -> Tiles:
     if head.rank:
         # A slab of both weights, and its gradient before it is parted.
         cost = replace(cost, weight=cost.weight + head.operand.itemsize + math.accumulator.itemsize)
-    gpu = head.engine != "torch"
     if gpu and head.backward and head.tensors.bias is not None:
         # Sums over the rows, a number for every 16 of them.
         cost = replace(cost, slab=cost.slab + math.accumulator.itemsize / 16)
@@ -281,13 +281,12 @@ def tiles_of(head: HeadRows) -> Tiles:
     if not gpu or head.drop_mass:
         whole = replace(cost, logit=cost.logit + cost.slab)
         shape = tile_shape(rows, vocab, hidden_size, budget, whole)
-        return Tiles(shape.rows, shape.vocab, shape.vocab, once)
-    given = (rows, vocab, hidden_size, budget, cost, processors(head.device))
-    if cost.slab:
-        shape, products = slab_tiles(*given)
-        return Tiles(shape.rows, shape.vocab, products, once)
-    shape = wide_tiles(*given)
-    return Tiles(shape.rows, shape.vocab, shape.vocab, once)
+        return Tiles(shape.rows, shape.vocab, shape.vocab, shape.rows, once)
+    # What was kept is multiplied no more.
+    multiplied = rows - head.kept if head.backward else rows
+    budget = budget // MIB * MIB if budget > MIB else budget
+    given = (rows, multiplied, vocab, hidden_size, budget, cost, processors(head.device))
+    return GpuPass(*given).tiles(once)
 
 
 def _roles(head: HeadRows) -> list[str]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from fused_prefopt.kernels.fold_kl_rows import SlabLogits, fold_kl_rows
 from fused_prefopt.kernels.kl_gradient import kl_gradient
 from fused_prefopt.ops.cublas_engine import CublasEngine
+from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
-from fused_prefopt.ops.plan import TileCost, Tiles, TileShape
 from fused_prefopt.ops.tile import Tile
 from fused_prefopt.ops.torch_engine import product
 
@@ -43,6 +43,7 @@ class CublasKlEngine(CublasEngine):
             statistics.policy,
             statistics.reference,
             statistics.weighted,
+            tile.first,
         )
 
     def kl_gradient(
@@ -50,7 +51,7 @@ class CublasKlEngine(CublasEngine):
     ) -> Tensor | None:
         """Fill `out` (c, v) with the gradient of the policy's logits; its sums if `bias`."""
         both = self._both(tile, reference, self._beside(out))
-        return kl_gradient(*both, tile.targets, rows, out, sums=bias)
+        return kl_gradient(*both, tile.targets, rows, out, first=tile.first, sums=bias)
 
     def _both(self, tile: Tile, reference: Tile, products: Tensor) -> tuple[SlabLogits, SlabLogits]:
         def logits(math: HeadMath, part: Tile, out: Tensor) -> SlabLogits:

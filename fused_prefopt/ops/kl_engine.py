@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import is_on_host
+from fused_prefopt.ops.cutting import TileCost, Tiles
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
-from fused_prefopt.ops.plan import TileCost, Tiles
 from fused_prefopt.ops.tile import Tile
-from fused_prefopt.ops.torch_engine import TorchEngine, exp_below
+from fused_prefopt.ops.torch_engine import TorchEngine, exp_below, locate
 
 
 class TorchKlEngine(TorchEngine):
@@ -58,8 +59,8 @@ class TorchKlEngine(TorchEngine):
         if reference.bias is not None:
             # A bias of -inf: where the reference gives no probability, the policy may give none.
             differences.masked_fill_(others.isneginf(), 0.0)
-        self._fold(logits, tile.targets, statistics.policy)
-        factor = self._fold(others, tile.targets, statistics.reference)
+        self._fold(logits, tile, statistics.policy)
+        factor = self._fold(others, reference, statistics.reference)
         terms = differences.mul_(others).sum(1)
         statistics.weighted.mul_(factor).add_(terms)
 
@@ -76,15 +77,14 @@ class TorchKlEngine(TorchEngine):
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
         exp_below(logits, rows.logsumexps)
         logits.mul_(rows.scale.unsqueeze(1))
-        # Half of TDPO2's rows; elsewhere than on a CPU, to ask would be to wait.
-        if self.device.type != "cpu" or rows.reference_scale.any():
+        # Half of TDPO2's rows.
+        if not is_on_host(rows.reference_scale) or rows.reference_scale.any():
             others = self._of_reference(reference)
             exp_below(others, rows.reference_logsumexps)
             logits.addcmul_(others, rows.reference_scale.unsqueeze(1))
         if slope is not None:
             logits.mul_(slope)
-        inside = (tile.targets >= 0) & (tile.targets < tile.shape[1])
-        column = tile.targets.clamp(0, tile.shape[1] - 1).unsqueeze(1)
+        inside, column = locate(tile.targets, tile.first, tile.shape[1])
         own = rows.targets.where(inside, logits.gather(1, column).squeeze(1))
         logits.scatter_(1, column, own.unsqueeze(1))
         return self._summed(logits, out, bias)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fused_prefopt.ops.cutting import Tiles, tile_shape
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, HiddenRows
 from fused_prefopt.ops.kl_engine import TorchKlEngine
-from fused_prefopt.ops.plan import Tiles, statistics_bytes, tile_shape
+from fused_prefopt.ops.plan import statistics_bytes
 from fused_prefopt.ops.tile import Tile
 from fused_prefopt.ops.vocab_shard import WHOLE
 
@@ -27,7 +28,7 @@ class _Side(HeadRows):
         tiles: how both are cut.
     """
 
-    tiles: Tiles = Tiles(1, 1, 1, False)
+    tiles: Tiles = Tiles(1, 1, 1, 1, False)
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class KlSlab:
     def tiles(self) -> Iterator[tuple[slice, Tile, Tile]]:
         """Row slice, and its tile of the policy's head and of the reference's."""
         for rows in self.rows.row_slices():
-            targets = self.rows.targets[rows] - self.columns.start
+            where = self.rows.targets[rows], self.columns.start
             policy, reference = (hidden[rows] for hidden in self.hidden)
             yield (
                 rows,
-                Tile(policy, *self.policy, targets),
-                Tile(reference, *self.reference, targets),
+                Tile(policy, *self.policy, *where),
+                Tile(reference, *self.reference, *where),
             )
 
 
@@ -112,7 +113,7 @@ class KlRows:
         if once:
             budget, cost = budget - gathered, replace(cost, hidden=0)
         shape = tile_shape(rows, vocab, sum(widths), budget, cost)
-        tiles = Tiles(shape.rows, shape.vocab, shape.vocab, once)
+        tiles = Tiles(shape.rows, shape.vocab, shape.vocab, shape.rows, once)
         own = targets[index]
 
         def side(tensors: HeadTensors, math: HeadMath) -> HeadRows:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_device, require_integer, require_shape
+from fused_prefopt.checks import is_on_host, require_device, require_integer, require_shape
 
 _COMPILED = (
     "fused_prefopt: labels, num_labels or sequence_ids do not fit this call (a label outside the"
@@ -22,15 +22,26 @@ class Layout:
 
     Attributes:
         targets: (M,) int64, the token each row predicts, or `ignore_index`.
-        sequence_ids: (M,) int64 in [0, S).
+        sequence_ids: (M,) int64 in [0, S), or None where sequences follow each other with M / S
+            rows each.
         num_sequences: S.
-        sorted: the sequence ids never fall from one row to the next.
     """
 
     targets: Tensor
-    sequence_ids: Tensor
+    sequence_ids: Tensor | None
     num_sequences: int
-    sorted: bool
+
+    def ids(self) -> Tensor:
+        """(M,) int64 in [0, S)."""
+        rows = torch.arange(self.targets.shape[0], device=self.targets.device)
+        return sequences_of(rows, self.sequence_ids, self.num_sequences, self.targets.shape[0])
+
+
+def sequences_of(index: Tensor, ids: Tensor | None, num_sequences: int, rows: int) -> Tensor:
+    """(n,) the sequences of the rows at `index`, of all rows of a layout."""
+    if ids is not None:
+        return ids[index]
+    return index.div(max(1, rows // max(1, num_sequences)), rounding_mode="floor")
 
 
 def labelled_rows(targets: Tensor, ignore_index: int, num_labels: int) -> Tensor:
@@ -49,12 +60,10 @@ def labelled_rows(targets: Tensor, ignore_index: int, num_labels: int) -> Tensor
 
 def padded_layout(labels: Tensor, *, shift: bool, ignore_index: int) -> Layout:
     """Layout of labels (S, T): row t of a sequence predicts label t + 1 if `shift`, else t."""
-    sequences, length = labels.shape
-    ids = torch.arange(sequences, device=labels.device).repeat_interleave(length)
     targets = labels.long()  # before the shift: an unsigned dtype cannot hold `ignore_index`
     if shift:
         targets = _shift_left(targets, ignore_index)
-    return Layout(targets.reshape(-1), ids, sequences, True)
+    return Layout(targets.reshape(-1), None, labels.shape[0])
 
 
 def packed_layout(
@@ -87,7 +96,7 @@ def packed_layout(
     if shift:
         follows = _shift_left(sequence_ids, -1) == sequence_ids
         targets = _shift_left(targets, ignore_index).where(follows, ignore_index)
-    return Layout(targets, sequence_ids, num_sequences, False)
+    return Layout(targets, sequence_ids, num_sequences)
 
 
 def require(condition: Tensor, message: Callable[[], str]) -> None:
@@ -100,7 +109,7 @@ def require(condition: Tensor, message: Callable[[], str]) -> None:
     """
     if torch.compiler.is_compiling():
         torch._assert_async(condition, _COMPILED)
-    elif condition.device.type != "cpu":
+    elif not is_on_host(condition):
         torch._assert_async(condition, message())
     elif not bool(condition):
         raise ValueError(message())

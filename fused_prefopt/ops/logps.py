@@ -173,27 +173,28 @@ def _run(
     tensors, math, layout = call.tensors, call.math, call.layout
     if plan.path == "evaluate":
         tensors = tensors.detached()
-    outputs = head_logps(
-        *tensors,
-        layout.targets,
-        layout.sequence_ids,
-        layout.num_sequences,
-        layout.sorted,
-        options.ignore_index,
-        call.count,
-        call.vocab,
-        math.softcap,
-        math.logit_scale,
-        math.temperature,
-        math.dtype,
-        plan.path,
-        call.engine,
-        plan.workspace,
-        plan.kept_rows,
-        call.shard.group,
-        call.shard.first,
-        options.drop_mass if plan.path in ("local", "recompute") else 0.0,
-        options.entropy,
+    outputs = call.checked(
+        head_logps(
+            *tensors,
+            layout.targets,
+            layout.sequence_ids,
+            layout.num_sequences,
+            options.ignore_index,
+            call.count,
+            call.vocab,
+            math.softcap,
+            math.logit_scale,
+            math.temperature,
+            math.dtype,
+            plan.path,
+            call.engine,
+            plan.workspace,
+            plan.kept_rows,
+            call.shard.group,
+            call.shard.first,
+            options.drop_mass if plan.path in ("local", "recompute") else 0.0,
+            options.entropy,
+        )
     )
     return plan, outputs
 

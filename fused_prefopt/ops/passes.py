@@ -101,16 +101,14 @@ def _fold(
     folder = head.build_engine("fold" if head.kept < head.rows or kept is None else "keep")
     keeper = folder if kept is None else head.build_engine("keep")
     together = keeper is folder and folder.keeps_some
-    width = head.kept_width
     slices = head.row_slices(kept_apart=not together)
     for slab, weight, bias in head.slabs():
-        parts = slice(slab.start // width, -(-slab.stop // width))
         for rows in slices:
-            tile = Tile(hidden[rows], weight, bias, _within(head.targets[rows], slab))
+            tile = Tile(hidden[rows], weight, bias, head.targets[rows], slab.start)
             own = dropped_mass.fresh(statistics[rows]) if head.drop_mass else statistics[rows]
             if kept is not None and maxima is not None and rows.start < head.kept:
                 here = slice(rows.start, min(rows.stop, head.kept))
-                maxima[parts, here] = keeper.fold_and_keep(tile, own, kept[here, slab])
+                keeper.fold_and_keep(tile, own, kept[here], maxima[:, here])
             else:
                 folder.fold(tile, own)
             if head.drop_mass:
@@ -122,8 +120,8 @@ def _fold_details(head: HeadRows, statistics: RowStatistics, details: Details) -
     engine, hidden = head.build_engine("details"), head.hidden_rows()
     for slab, weight, bias in head.slabs():
         for rows in head.row_slices():
-            tile = Tile(hidden[rows], weight, bias, _within(head.targets[rows], slab))
-            engine.fold_details(tile, statistics[rows], details[rows], slab.start)
+            tile = Tile(hidden[rows], weight, bias, head.targets[rows], slab.start)
+            engine.fold_details(tile, statistics[rows], details[rows])
 
 
 def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
@@ -142,10 +140,9 @@ def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
             weights = buffer[: rows.stop - rows.start, : slab.stop - slab.start]
             before = sums[rows] if slab.start else None
             for part in head.parts(slab.stop - slab.start):
-                targets = _within(head.targets[rows], slab, part.start)
-                tile = Tile(
-                    hidden[rows], weight[part], None if bias is None else bias[part], targets
-                )
+                own_bias = None if bias is None else bias[part]
+                first = slab.start + part.start
+                tile = Tile(hidden[rows], weight[part], own_bias, head.targets[rows], first)
                 weighed = WeighedRows(references[0, rows], weights, part.start, before)
                 engine.fold_and_weigh(tile, statistics[rows], weighed, part)
             product(weights, weight, sums[rows], accumulate=slab.start > 0)
@@ -213,8 +210,9 @@ def _add_tiles(
         logps, logsumexps = logps - remaining, logsumexps + remaining
     residuals = head.math.target_residual(logps, logsumexps)
     numbers = RowGradients(logsumexps, residuals, scale, entropy)
-    filler = SlabGradients(head, numbers, probabilities, kept.maxima)
-    hidden = filler.hidden
+    finished = head.keeps_gradients and not head.drop_mass and not sums.wants_bias
+    filler = SlabGradients(head, numbers, probabilities, kept.maxima, finished)
+    hidden, sums.factor = filler.hidden, filler.factor
     for slab, weight, bias in head.slabs():
         sums.begin(slab)
         slices: Sequence[slice | Tensor] = head.row_slices()
@@ -234,13 +232,27 @@ class SlabGradients:
         numbers: what their gradients are made of.
         kept: (k, V) probabilities of the first rows, or None.
         maxima: (parts, k) that they refer to.
+        finished: the kept ones are the gradient, but for a factor and the targets' entries.
+
+    Attributes:
+        factor: (n,) that is missing in each row of the gradients, or None.
+        hidden: the rows that the weight's gradient sums, with that factor.
     """
 
     def __init__(
-        self, head: HeadRows, numbers: RowGradients, kept: Tensor | None, maxima: Tensor
+        self,
+        head: HeadRows,
+        numbers: RowGradients,
+        kept: Tensor | None,
+        maxima: Tensor,
+        finished: bool,
     ) -> None:
         self._head, self._numbers, self._kept, self._maxima = head, numbers, kept, maxima
-        self.hidden = head.hidden_rows()
+        self.factor = None
+        if finished and kept is not None:
+            engine = head.build_engine("kept")
+            self.factor = engine.finish_kept(kept[:, : head.vocab], maxima, head.targets, numbers)
+        self.hidden = head.hidden_rows(self.factor)
         self._in_place = kept is not None and head.in_place and not head.drop_mass
         self._buffer = None if self._in_place else head.slab_buffer()
 
@@ -266,17 +278,16 @@ class SlabGradients:
         else:
             assert self._buffer is not None
             out = self._buffer[:size, :width]
-        targets = _within(self._head.targets[rows], slab)
         found = 0 if kept is None else kept.stop
-        if found:
-            self._from_kept(slab, _first(rows, found), targets[:found], out[:found], sums)
+        if found and self.factor is None:
+            self._from_kept(slab, _first(rows, found), out[:found], sums)
         if found < size:
             rest = _beyond(rows, found)
-            self._rebuild(rest, targets[found:], weight, bias, out[found:], sums)
+            self._rebuild(slab.start, rest, weight, bias, out[found:], sums)
         return out
 
     def _from_kept(
-        self, slab: slice, rows: slice | Tensor, targets: Tensor, out: Tensor, sums: GradientSums
+        self, slab: slice, rows: slice | Tensor, out: Tensor, sums: GradientSums
     ) -> None:
         assert self._kept is not None
         found = self._head.build_engine("kept").kept_gradient(
@@ -284,7 +295,7 @@ class SlabGradients:
             self._maxima[:, rows],
             self._head.kept_width,
             slab.start,
-            targets,
+            self._head.targets[rows],
             self._numbers[rows],
             out,
             sums.wants_bias,
@@ -293,25 +304,19 @@ class SlabGradients:
 
     def _rebuild(
         self,
+        start: int,
         rows: slice | Tensor,
-        targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
         sums: GradientSums,
     ) -> None:
-        numbers, hidden = self._numbers[rows], self.hidden[rows]
+        numbers, hidden, targets = self._numbers[rows], self.hidden[rows], self._head.targets[rows]
         engine = self._head.build_engine("rebuild" if numbers.entropy is None else "entropy")
         for part in self._head.parts(out.shape[1]):
-            own = targets - part.start if part.start else targets
-            tile = Tile(hidden, weight[part], None if bias is None else bias[part], own)
+            own_bias = None if bias is None else bias[part]
+            tile = Tile(hidden, weight[part], own_bias, targets, start + part.start)
             sums.add_bias(engine.gradient(tile, numbers, out[:, part], sums.wants_bias), part)
-
-
-def _within(targets: Tensor, slab: slice, further: int = 0) -> Tensor:
-    """Targets counted from the start of a slab, or of a part of it."""
-    start = slab.start + further
-    return targets - start if start else targets
 
 
 def _first(rows: slice | Tensor, count: int) -> slice | Tensor:

@@ -1,4 +1,4 @@
-"""The planner: which path computes a batch of log-probs, in which workspace, in which tiles.
+"""The planner: which path computes a batch of log-probs, in which workspace.
 
 Costs are in P, the time of one bare matmul ``hidden @ weight.T`` over the labelled rows.
 
@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+
+from fused_prefopt.ops.cutting import TileCost, about
 
 PATHS = ("evaluate", "stash", "local", "recompute")
 COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
@@ -29,12 +30,11 @@ MIB = 2**20
 # The workspace where none is asked for: on a GPU the head's gradient may take more, up to what an
 # fp32 sum of it would, and never more than this share of the GPU's memory.
 _DEFAULT_WORKSPACE = 256 * MIB
-_LARGEST_SHARE = 64
+_LARGEST_SHARE = 32
 # What the statistics of a row and the layout of its batch take, at most, in bytes.
 _ROW_STATISTICS = 256
 # Fewer kept rows than this share of all save less than their handling costs.
 _LEAST_KEPT = 16
-_SMALLEST_TILE = 64
 # What must be left beside the probabilities of all rows.
 _FAST_TILE = 256
 
@@ -67,179 +67,6 @@ class Plan:
         return COST_IN_P["recompute"] - self.kept_rows / self.rows
 
 
-@dataclass(frozen=True)
-class TileShape:
-    """Rows × vocabulary entries of one logits tile."""
-
-    rows: int
-    vocab: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How one pass over the head is cut.
-
-    Attributes:
-        rows: c, rows of a tile.
-        vocab: v, vocabulary entries of a slab, whose gradient is formed in one product.
-        products: w, entries of a slab whose logits are in memory at a time.
-        gathered: whether the labelled rows are copied once, not tile by tile.
-    """
-
-    rows: int
-    vocab: int
-    products: int
-    gathered: bool
-
-
-@dataclass(frozen=True)
-class TileCost:
-    """Bytes of a tile's buffers, for each logit, hidden entry and weight entry of the tile.
-
-    Attributes:
-        logit: of a logit in memory.
-        hidden: of an entry of the tile's rows, where they are not gathered once.
-        weight: of an entry of the slab of the weight.
-        preferred: the tile shape that is large enough.
-        smallest: rows and slabs that the engine can work with.
-        slab: of an entry of the slab that a gradient's product reads; 0 where there is none.
-        sliced: of a weight entry, in addition, where a tile has not all rows.
-    """
-
-    logit: float
-    hidden: int
-    weight: int
-    preferred: TileShape
-    smallest: int = 1
-    slab: float = 0.0
-    sliced: int = 0
-
-    def total(self, rows: int, vocab: int, hidden_size: int) -> int:
-        """Bytes of the buffers of a tile of (rows, vocab) logits."""
-        logits, hidden = self.logit * rows * vocab, self.hidden * rows * hidden_size
-        return int(logits) + hidden + self.weight * vocab * hidden_size
-
-
-def tile_shape(rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost) -> TileShape:
-    """The largest tile, up to the preferred shape, whose buffers fit the budget.
-
-    Below the whole vocabulary its width is a power of two, so that slabs start where the parts of
-    a row's statistics do, and matmul operands are aligned.
-
-    Args:
-        rows: N, labelled rows.
-        vocab: V, vocabulary entries.
-        hidden_size: D.
-        budget: bytes.
-        cost: of the engine's buffers.
-    """
-    smallest = max(_SMALLEST_TILE, cost.smallest)
-    tile_rows = max(1, min(rows, cost.preferred.rows))
-    tile_vocab = min(1 << (vocab - 1).bit_length(), cost.preferred.vocab)
-    while max(tile_rows, tile_vocab) > smallest:
-        if cost.total(tile_rows, min(tile_vocab, vocab), hidden_size) <= budget:
-            break
-        if tile_vocab >= tile_rows:
-            tile_vocab = max(smallest, tile_vocab // 2)
-        else:
-            tile_rows = max(smallest, tile_rows // 2)
-    return TileShape(tile_rows, min(tile_vocab, vocab))
-
-
-def wide_tiles(
-    rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost, processors: int
-) -> TileShape:
-    """Rows c, and the most entries v of a slab whose logits a GPU multiplies, in whole waves.
-
-    All rows if they fit beside 1024 entries, up to the preferred number.
-
-    Args:
-        rows, vocab, hidden_size, budget, cost: as in `tile_shape`.
-        processors: multiprocessors of the GPU.
-    """
-    step = max(_SMALLEST_TILE if processors == 1 else 128, cost.smallest)
-    tile_rows = max(1, min(rows, cost.preferred.rows))
-    while True:
-        left = budget - cost.hidden * tile_rows * hidden_size
-        most = int(left / max(cost.logit * tile_rows + cost.weight * hidden_size, 1e-9))
-        if most >= min(vocab, 1024) or tile_rows <= _SMALLEST_TILE:
-            break
-        tile_rows = max(_SMALLEST_TILE, tile_rows // 2)
-    most = min(most, cost.preferred.vocab)
-    return TileShape(tile_rows, even_width(vocab, tile_rows, most, step, processors, hidden_size))
-
-
-def slab_tiles(
-    rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost, processors: int
-) -> tuple[TileShape, int]:
-    """Rows c and entries v of the slab of a gradient on a GPU, and w of them multiplied at a time.
-
-    The slab takes what the products leave: the wider it is, the fewer sums pass through memory; and
-    with all rows in it, the weight's gradient is written once.
-
-    Args:
-        rows, vocab, hidden_size, budget, cost, processors: as in `wide_tiles`.
-    """
-    step = max(_SMALLEST_TILE if processors == 1 else 128, cost.smallest)
-    tile_rows = max(1, min(rows, cost.preferred.rows))
-    while True:
-        left = budget - cost.hidden * tile_rows * hidden_size
-        products = vocab
-        if cost.logit:
-            third = int(left / 3 / (cost.logit * tile_rows))
-            products = even_width(vocab, tile_rows, third, step, processors, hidden_size)
-            left -= int(cost.logit * tile_rows * products)
-        weight = cost.weight + (cost.sliced if tile_rows < rows else 0)
-        most = int(left / max(cost.slab * tile_rows + weight * hidden_size, 1e-9))
-        if most >= min(vocab, 2048) or tile_rows <= _SMALLEST_TILE:
-            break
-        tile_rows = max(_SMALLEST_TILE, tile_rows // 2)
-    step = products if cost.logit and products <= most else step
-    slab = even_width(vocab, hidden_size, most, step, processors, tile_rows)
-    return TileShape(tile_rows, slab), min(products, slab)
-
-
-@lru_cache(maxsize=1024)
-def even_width(total: int, across: int, most: int, step: int, processors: int, depth: int) -> int:
-    """Entries, a multiple of `step`, in which `total` are multiplied with the least idle time.
-
-    A GPU works through a product in waves of as many 128 × 256 tiles as it has processors; a last
-    wave takes as long as a full one, and every product costs a launch or two.
-
-    Args:
-        total: entries.
-        across: the product's other side.
-        most: entries that fit.
-        step: what the width is a multiple of, if it is not `total`.
-        processors: multiprocessors.
-        depth: what is summed over: the deeper, the less a launch counts beside a wave.
-    """
-    if most >= total:
-        return total
-    if most < 2 * step or processors == 1:
-        return min(total, max(step, most // step * step))
-
-    def time(width: int) -> float:
-        full, rest = divmod(total, width)
-        parts = full * (_waves(width, across, processors) + launches)
-        return parts + (_waves(rest, across, processors) + launches if rest else 0)
-
-    launches = 550 / depth  # in waves: some 6 µs
-    return min(range(step, most + 1, step), key=lambda width: (time(width), -width))
-
-
-def _waves(width: int, across: int, processors: int) -> float:
-    def count(rows: int, columns: int) -> int:
-        return -(-(-(-width // rows) * -(-across // columns)) // processors)
-
-    return min(count(128, 256), count(256, 128), count(128, 128) / 1.8)
-
-
-def aligned(entries: int) -> int:
-    """A row's entries, rounded up so that the next row starts where a GPU's matmul wants it."""
-    return -(-entries // 16) * 16
-
-
 def kept_bytes(rows: int, vocab: int, itemsize: int) -> int:
     """What the probabilities of some rows take from the forward to the backward."""
     return rows * vocab * itemsize
@@ -255,9 +82,9 @@ def default_workspace(
 ) -> int:
     """Bytes of the workspace where none is asked for.
 
-    256 MiB on a CPU. On a GPU the labelled rows come on top, and where the head trains what an fp32
-    sum of its gradient would take, up to a 64th of the GPU's memory: the same on every GPU of a
-    kind, so that results stay the same to the bit.
+    256 MiB on a CPU. On a GPU the labelled rows come on top, or, where the head trains and that is
+    more, what an fp32 sum of its gradient would take; up to a 32nd of the GPU's memory: the same on
+    every GPU of a kind, so that results stay the same to the bit.
 
     Args:
         memory: bytes of the GPU, or None for a CPU.
@@ -268,8 +95,8 @@ def default_workspace(
     """
     if memory is None:
         return _DEFAULT_WORKSPACE
-    gathered = rows * weight[1] * itemsize
-    wanted = _DEFAULT_WORKSPACE + gathered + (4 * weight[0] * weight[1] if head_trains else 0)
+    gathered = about(rows) * weight[1] * itemsize
+    wanted = _DEFAULT_WORKSPACE + max(gathered, 4 * weight[0] * weight[1] if head_trains else 0)
     return max(_DEFAULT_WORKSPACE, min(wanted, memory // _LARGEST_SHARE))
 
 

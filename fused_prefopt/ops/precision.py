@@ -9,21 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_prefopt.devices import current
+
+_REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
 
 class fixed_precision:
-    """Autocast off (the op has chosen its dtype) and the CPU matmul precision of that dtype."""
+    """What a pass over the head runs under.
+
+    Autocast is off (the op has chosen its dtype), matmuls have the precision of that dtype, and
+    the GPU that holds the tensors is the current one.
+    """
 
     def __init__(self, hidden: Tensor, dtype: torch.dtype) -> None:
+        self._device = current(hidden.device)
         self._autocast = torch.autocast(hidden.device.type, enabled=False)
         self._precision = _matmul_precision(dtype, hidden.device)
 
     def __enter__(self) -> None:
+        self._device.__enter__()
         self._autocast.__enter__()
         self._precision.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._precision.__exit__(*error)
         self._autocast.__exit__(*error)
+        self._device.__exit__(*error)
 
 
 def _matmul_precision(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
@@ -55,15 +66,24 @@ def _bf16_products() -> Iterator[None]:
 
 @contextmanager
 def _full_sums() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = (
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-    )
-    matmul.allow_fp16_reduced_precision_reduction = False
-    matmul.allow_bf16_reduced_precision_reduction = False
+    before = {name: _reduction(name) for name in _REDUCTIONS}
+    for name, (_, *split_k) in before.items():
+        _set_reduction(name, (False, *split_k))
     try:
         yield
     finally:
-        matmul.allow_fp16_reduced_precision_reduction = before[0]
-        matmul.allow_bf16_reduced_precision_reduction = before[1]
+        for name, values in before.items():
+            _set_reduction(name, values)
+
+
+def _reduction(name: str) -> tuple[bool, ...]:
+    """Whether sums may be rounded on the way, and from torch 2.10 on whether they may be split."""
+    matmul: Any = torch.backends.cuda.matmul
+    split_k: bool | None = getattr(matmul, f"{name}_split_k", None)
+    allowed: bool = getattr(matmul, name)
+    return (allowed,) if split_k is None else (allowed, split_k)
+
+
+def _set_reduction(name: str, values: tuple[bool, ...]) -> None:
+    # Older torch takes no tuple; a bool alone would let a newer one split again.
+    setattr(torch.backends.cuda.matmul, name, values if len(values) > 1 else values[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_prefopt.ops import dropped_mass
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
-from fused_prefopt.ops.layout import labelled_rows
+from fused_prefopt.ops.layout import labelled_rows, sequences_of
 from fused_prefopt.ops.passes import forward
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.registered_backward import head_logps_backward
@@ -29,9 +29,8 @@ def head_logps(
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
     targets: Tensor,
-    sequence_ids: Tensor,
+    sequence_ids: Tensor | None,
     num_sequences: int,
-    sorted_ids: bool,
     ignore_index: int,
     num_labels: int,
     vocab: int,
@@ -56,9 +55,8 @@ def head_logps(
         bias: (V,) or None.
         low_hidden, low_weight: (M, r) and (V, r) of a low-rank term, or None.
         targets: (M,) int64, `ignore_index` where a row has no label.
-        sequence_ids: (M,) int64 in [0, S).
+        sequence_ids: (M,) int64 in [0, S), or None for M / S rows each, in order.
         num_sequences: S.
-        sorted_ids: the sequence ids never fall from one row to the next.
         ignore_index: the target of rows without a label.
         num_labels: labelled rows, or -1: counting them costs CUDA a host sync.
         vocab: rows of `weight` that are no padding.
@@ -97,14 +95,15 @@ def head_logps(
     )
     with fixed_precision(hidden, dtype):
         row_logps, row_entropies, kept = forward(head)
+        add = head.build_engine("fold").sequence_sums
+        ids = sequences_of(index, sequence_ids, num_sequences, targets.shape[0])
+        sums, lengths = add(row_logps, ids, num_sequences, sequence_ids is None)
     logps = row_logps.new_zeros(targets.shape)
     logps[index] = row_logps
     entropies = row_entropies
     if entropy:
         entropies = torch.zeros_like(logps)
         entropies[index] = row_entropies
-    add = head.build_engine("fold").sequence_sums
-    sums, lengths = add(row_logps, sequence_ids[index], num_sequences, sorted_ids)
     return (
         logps,
         sums,
@@ -127,9 +126,8 @@ def _(
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
     targets: Tensor,
-    sequence_ids: Tensor,
+    sequence_ids: Tensor | None,
     num_sequences: int,
-    sorted_ids: bool,
     ignore_index: int,
     num_labels: int,
     vocab: int,
@@ -191,7 +189,7 @@ def _backward(
     upstream = (grad_logps, grad_sums, grad_entropies)
     grads = head_logps_backward(*upstream, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 19)
+    return (*wanted, *(None,) * 18)
 
 
 head_logps.register_autograd(_backward, setup_context=_setup_context)

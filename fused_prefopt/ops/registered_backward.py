@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_prefopt.ops.gradients import Gradients, Needs
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
+from fused_prefopt.ops.layout import sequences_of
 from fused_prefopt.ops.passes import Kept, Upstream, backward
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.vocab_shard import VocabShard
@@ -29,7 +30,7 @@ def head_logps_backward(
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
     targets: Tensor,
-    sequence_ids: Tensor,
+    sequence_ids: Tensor | None,
     logps: Tensor,
     entropies: Tensor,
     index: Tensor,
@@ -85,7 +86,8 @@ def head_logps_backward(
     if grad_logps is not None:
         by_logps += grad_logps[index]
     if grad_sums is not None:
-        by_logps += grad_sums[sequence_ids[index]]
+        ids = sequences_of(index, sequence_ids, grad_sums.shape[0], targets.shape[0])
+        by_logps += grad_sums[ids]
     upstream = Upstream(logps[index], by_logps)
     if entropy and grad_entropies is not None:
         upstream = Upstream(logps[index], by_logps, entropies[index], grad_entropies[index])

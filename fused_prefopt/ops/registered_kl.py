@@ -14,7 +14,7 @@ from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadTensors
 from fused_prefopt.ops.kl_paths import KlResult
 from fused_prefopt.ops.kl_rows import KlRows, load_kl_engine
-from fused_prefopt.ops.layout import labelled_rows
+from fused_prefopt.ops.layout import labelled_rows, sequences_of
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.registered_backward import (
     empty_gradients,
@@ -43,9 +43,8 @@ def head_kl(
     ref_low_hidden: Tensor | None,
     ref_low_weight: Tensor | None,
     targets: Tensor,
-    sequence_ids: Tensor,
+    sequence_ids: Tensor | None,
     num_sequences: int,
-    sorted_ids: bool,
     ignore_index: int,
     num_labels: int,
     vocab: int,
@@ -61,9 +60,8 @@ def head_kl(
             policy's head, the last three or None.
         ref_hidden, …, ref_low_weight: the same of the reference's, constants.
         targets: (M,) int64, `ignore_index` where a row has no label.
-        sequence_ids: (M,) int64 in [0, S).
+        sequence_ids: (M,) int64 in [0, S), or None for M / S rows each, in order.
         num_sequences: S.
-        sorted_ids: the sequence ids never fall from one row to the next.
         ignore_index: the target of rows without a label.
         num_labels: labelled rows, or -1.
         vocab: rows of both weights that are no padding.
@@ -89,12 +87,13 @@ def head_kl(
         workspace,
         False,
     )
+    ids = sequences_of(index, sequence_ids, num_sequences, targets.shape[0])
+    sorted_ids, add = sequence_ids is None, load_kl_engine(engine).sequence_sums
     with fixed_precision(hidden, dtype):
         found = kl_paths.forward(head)
-    ids, add = sequence_ids[index], load_kl_engine(engine).sequence_sums
-    kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
-    policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
-    others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)
+        kls, lengths = add(found.kls, ids, num_sequences, sorted_ids)
+        policy, _ = add(found.logps, ids, num_sequences, sorted_ids)
+        others, _ = add(found.reference_logps, ids, num_sequences, sorted_ids)
     return (
         kls,
         policy,
@@ -138,7 +137,7 @@ def head_kl_backward(
     ref_low_hidden: Tensor | None,
     ref_low_weight: Tensor | None,
     targets: Tensor,
-    sequence_ids: Tensor,
+    sequence_ids: Tensor | None,
     index: Tensor,
     logps: Tensor,
     reference_logps: Tensor,
@@ -171,7 +170,8 @@ def head_kl_backward(
         workspace,
         True,
     )
-    ids = sequence_ids[index]
+    sequences = next(grad.shape[0] for grad in (grad_kl, grad_policy) if grad is not None)
+    ids = sequences_of(index, sequence_ids, sequences, targets.shape[0])
     by_kls = None if grad_kl is None else grad_kl[ids]
     by_logps = torch.zeros_like(logps) if grad_policy is None else grad_policy[ids]
     found = KlResult(logps, logps, reference_logps, logsumexps, reference_logsumexps)
@@ -202,7 +202,7 @@ def _backward(
     needs = ctx.needs_input_grad[:5]
     grads = head_kl_backward(grad_kl, grad_policy, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 16)
+    return (*wanted, *(None,) * 15)
 
 
 head_kl.register_autograd(_backward, setup_context=_setup_context)

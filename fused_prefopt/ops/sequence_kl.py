@@ -109,20 +109,21 @@ def sequence_kl(
         for value in (side.softcap or 0.0, side.logit_scale, side.temperature)
     ]
     rows = labels.numel() if call.count < 0 else call.count
-    outputs = head_kl(
-        *call.tensors,
-        *others,
-        call.layout.targets,
-        call.layout.sequence_ids,
-        call.layout.num_sequences,
-        call.layout.sorted,
-        ignore_index,
-        call.count,
-        call.vocab,
-        scalars,
-        call.math.dtype,
-        call.engine,
-        call.workspace(workspace_mb, rows, False),
+    outputs = call.checked(
+        head_kl(
+            *call.tensors,
+            *others,
+            call.layout.targets,
+            call.layout.sequence_ids,
+            call.layout.num_sequences,
+            ignore_index,
+            call.count,
+            call.vocab,
+            scalars,
+            call.math.dtype,
+            call.engine,
+            call.workspace(workspace_mb, rows, False),
+        )
     )
     return SequenceKl(*outputs[:4])
 

@@ -59,7 +59,7 @@ def shared_and_tail_logps(
         head,
         layout.targets,
         shift=False,
-        sequence_ids=layout.sequence_ids + sequences * _in_tail(layout, ignore_index),
+        sequence_ids=layout.ids() + sequences * _in_tail(layout, ignore_index),
         num_sequences=2 * sequences,
         ignore_index=ignore_index,
         **options,
@@ -70,7 +70,7 @@ def shared_and_tail_logps(
 
 def _in_tail(layout: Layout, ignore_index: int) -> Tensor:
     """(M,) bool, whether a labelled row is beyond the length of its sequence's partner."""
-    ids, order = layout.sequence_ids.sort(stable=True)
+    ids, order = layout.ids().sort(stable=True)
     counted = (layout.targets != ignore_index)[order]
     lengths = ids.new_zeros(layout.num_sequences).scatter_add(0, ids, counted.long())
     pairs = layout.num_sequences // 2

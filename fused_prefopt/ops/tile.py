@@ -16,13 +16,15 @@ class Tile:
         hidden: (c, D) in the operand dtype.
         weight: (v, D) in the operand dtype.
         bias: (v,) or None.
-        targets: (c,) int64 target index within the slab; outside [0, v) where it is elsewhere.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
+        first: vocabulary index of the slab's first entry.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     targets: Tensor
+    first: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def token_statistics(
         True,
     )
     with fixed_precision(hidden, call.math.dtype):
-        statistics, details = _fold(rows)
+        statistics, details = call.checked(_fold(rows))
 
     def dense(values: Tensor) -> Tensor:
         everywhere = values.new_zeros(call.layout.targets.shape)
@@ -85,6 +85,6 @@ def _fold(head: HeadRows) -> tuple[RowStatistics, Details]:
     details = Details.empty(head.rows, head.math.accumulator, head.device)
     for slab, weight, bias in head.slabs():
         for rows in head.row_slices():
-            tile = Tile(hidden[rows], weight, bias, head.targets[rows] - slab.start)
-            engine.fold_details(tile, statistics[rows], details[rows], slab.start)
+            tile = Tile(hidden[rows], weight, bias, head.targets[rows], slab.start)
+            engine.fold_details(tile, statistics[rows], details[rows])
     return statistics, details

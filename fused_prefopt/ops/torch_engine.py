@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import TileCost, Tiles, TileShape
 from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 
 # exp(-46) is about 1e-20. Probabilities below it change no sum, but as denormals, their own or
@@ -35,10 +35,13 @@ class TorchEngine:
     Attributes:
         part_width: vocabulary entries that share one of `fold_and_keep`'s maxima.
         keeps_some: whether `fold_and_keep` may keep some rows of a tile and not others.
+        keeps_gradients: whether what it keeps is the gradient, but for a factor of each row and the
+            targets' entries: `finish_kept`.
     """
 
     name: ClassVar[str] = "torch"
     keeps_some: ClassVar[bool] = False
+    keeps_gradients: ClassVar[bool] = False
 
     def __init__(self, math: HeadMath, tiles: Tiles, device: torch.device) -> None:
         self.math, self.tiles, self.device = math, tiles, device
@@ -80,39 +83,56 @@ class TorchEngine:
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
         """Fold the tile's logits into the running statistics of its rows, in place."""
         logits = self._logits(tile, self._tile(tile.shape))
-        self._fold(logits, tile.targets, statistics)
+        self._fold(logits, tile, statistics)
 
-    def fold_details(
-        self, tile: Tile, statistics: RowStatistics, details: Details, offset: int
-    ) -> None:
-        """`fold`, and the same for the details; `offset` is where the slab starts."""
+    def fold_details(self, tile: Tile, statistics: RowStatistics, details: Details) -> None:
+        """`fold`, and the same for the details."""
         logits = self._logits(tile, self._tile(tile.shape))
         before, sums = statistics.maximum.clone(), statistics.sum.clone()
         highest, best = logits.max(1)
         details.logit_sum.add_(logits.sum(1))
-        details.best.copy_(torch.where(highest > before, best + offset, details.best))
-        factor = self._fold(logits, tile.targets, statistics)
+        details.best.copy_(torch.where(highest > before, best + tile.first, details.best))
+        factor = self._fold(logits, tile, statistics)
         # Σ (z − old maximum) e^… becomes Σ (z − new maximum) e^…; with nothing summed yet, 0.
         moved = (details.weighted + sums * (before - statistics.maximum)) * factor
         details.squares.mul_(factor.square()).add_(torch.linalg.vecdot(logits, logits))
         terms = logits.log().clamp_(min=_SMALLEST_EXPONENT).mul_(logits).sum(1)
         details.weighted.copy_(moved.where(sums > 0, 0.0) + terms)
 
-    def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
-        """`fold`, and leave exp(logit − maximum) in `kept`, (k, v) in `HeadMath.kept`.
+    def fold_and_keep(
+        self, tile: Tile, statistics: RowStatistics, kept: Tensor, maxima: Tensor
+    ) -> None:
+        """`fold`, and leave exp(logit − maximum) in the tile's columns of what is kept.
 
         Args:
-            kept: of the first k rows; of all unless the engine `keeps_some`.
+            tile: a slab of the vocabulary.
+            statistics: of its rows.
+            kept: (k, V) in `HeadMath.kept`, of the first k rows; of all unless `keeps_some`.
+            maxima: (parts, k) that it refers to, one for each `part_width` entries.
+        """
+        columns = kept[:, tile.first : tile.first + tile.shape[1]]
+        in_place = kept.dtype == self.math.accumulator
+        logits = self._logits(tile, columns if in_place else self._tile(tile.shape))
+        self._fold(logits, tile, statistics)
+        if not in_place:
+            columns.copy_(logits)
+        maxima[tile.first // self.part_width] = statistics.maximum
+
+    def finish_kept(
+        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients
+    ) -> Tensor:
+        """With `keeps_gradients`: put the targets' into what was kept.
+
+        Args:
+            kept: (k, V), changed in place: it is the gradient then, but for a factor of each row.
+            maxima: (1, k) that it refers to.
+            targets: (k,) vocabulary index of the targets.
+            rows: of these rows.
 
         Returns:
-            (parts, k) the maxima, one for each `part_width` entries.
+            (k,) that factor.
         """
-        in_place = kept.dtype == self.math.accumulator
-        logits = self._logits(tile, kept if in_place else self._tile(tile.shape))
-        self._fold(logits, tile.targets, statistics)
-        if not in_place:
-            kept.copy_(logits)
-        return statistics.maximum.unsqueeze(0)
+        raise NotImplementedError
 
     def fold_and_weigh(
         self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
@@ -125,7 +145,7 @@ class TorchEngine:
         in_place = out.dtype == self.math.accumulator
         logits = self._logits(tile, out if in_place else self._tile(tile.shape))
         slope = None if self.math.softcap is None else self.math.cap_slope(logits)
-        factor = self._fold(logits, tile.targets, statistics).unsqueeze(1)
+        factor = self._fold(logits, tile, statistics).unsqueeze(1)
         # Always the running maximum: what has been summed by it passes through the cache anyway.
         weighed.reference.copy_(statistics.maximum)
         if weighed.done:
@@ -165,7 +185,7 @@ class TorchEngine:
         if added is not None:
             added.mul_(logits)
         logits.mul_(rows.scale.unsqueeze(1))
-        gradient = self._finish(logits, tile.targets, rows)
+        gradient = self._finish(logits, tile.targets, tile.first, rows)
         return self._summed(gradient if added is None else gradient.add_(added), out, bias)
 
     def kept_gradient(
@@ -186,7 +206,7 @@ class TorchEngine:
             maxima: (parts, c), of the whole vocabulary.
             part_width: entries of a part.
             first: vocabulary entry at which the slab starts.
-            targets: (c,) target index within the slab.
+            targets: (c,) vocabulary index of the targets.
             rows: of these rows.
             out: (c, v) in the operand dtype, filled; with `in_place` it may be `kept`.
             bias: whether its sums over the rows are wanted.
@@ -201,7 +221,7 @@ class TorchEngine:
             logits = kept.to(gradient.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
             logits.add_(maximum.unsqueeze(1))
             gradient.mul_(self.math.cap_slope(logits, out=logits))
-        return self._summed(self._finish(gradient, targets, rows), out, bias)
+        return self._summed(self._finish(gradient, targets, first, rows), out, bias)
 
     @staticmethod
     def sequence_sums(
@@ -268,9 +288,9 @@ class TorchEngine:
         return out
 
     @staticmethod
-    def _fold(logits: Tensor, targets: Tensor, statistics: RowStatistics) -> Tensor:
+    def _fold(logits: Tensor, tile: Tile, statistics: RowStatistics) -> Tensor:
         """Leave exp(logit − maximum) in the tile; return exp(old maximum − new maximum)."""
-        inside, column = _locate(targets, logits.shape[1])
+        inside, column = locate(tile.targets, tile.first, logits.shape[1])
         found = logits.gather(1, column).squeeze(1)
         statistics.target.copy_(found.where(inside, statistics.target))
         maximum = torch.maximum(statistics.maximum, logits.amax(1))
@@ -281,9 +301,9 @@ class TorchEngine:
         return factor
 
     @staticmethod
-    def _finish(tile: Tensor, targets: Tensor, rows: RowGradients) -> Tensor:
+    def _finish(tile: Tensor, targets: Tensor, first: int, rows: RowGradients) -> Tensor:
         """Put the targets' own gradient into the tile."""
-        inside, column = _locate(targets, tile.shape[1])
+        inside, column = locate(targets, first, tile.shape[1])
         others = tile.gather(1, column).squeeze(1)
         own = rows.residuals * rows.scale
         return tile.scatter_(1, column, own.where(inside, others).unsqueeze(1))
@@ -314,6 +334,8 @@ def exp_below(tile: Tensor, ceiling: Tensor) -> None:
     tile.exp_()
 
 
-def _locate(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    inside = (targets >= 0) & (targets < width)
-    return inside, targets.clamp(0, width - 1).unsqueeze(1)
+def locate(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets are in a slab (c,), and in which of its columns (c, 1); in any if in none."""
+    within = targets - first if first else targets
+    inside = (within >= 0) & (within < width)
+    return inside, within.clamp(0, width - 1).unsqueeze(1)

@@ -15,8 +15,8 @@ from fused_prefopt.kernels.merge_partials import merge_partials
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.ops.cublas_engine import CublasEngine
+from fused_prefopt.ops.cutting import TileCost, Tiles
 from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import TileCost, Tiles
 from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 from fused_prefopt.ops.tuning import Tuning, tuning_of
 
@@ -27,6 +27,7 @@ class TritonEngine(CublasEngine):
     name: ClassVar[str] = "triton"
 
     keeps_some: ClassVar[bool] = False
+    keeps_gradients: ClassVar[bool] = False
 
     def __init__(self, math: HeadMath, tiles: Tiles, device: torch.device) -> None:
         super().__init__(math, tiles, device)
@@ -48,16 +49,33 @@ class TritonEngine(CublasEngine):
         partials = self._partials(tile, statistics, "fold", None)
         merge_partials(partials, statistics.maximum, statistics.sum)
 
-    def fold_details(
-        self, tile: Tile, statistics: RowStatistics, details: Details, offset: int
-    ) -> None:
+    def fold_details(self, tile: Tile, statistics: RowStatistics, details: Details) -> None:
         partials = self._partials(tile, statistics, "details", None)
-        merge_partials(partials, statistics.maximum, statistics.sum, details, offset)
+        merge_partials(partials, statistics.maximum, statistics.sum, details, tile.first)
 
-    def fold_and_keep(self, tile: Tile, statistics: RowStatistics, kept: Tensor) -> Tensor:
-        partials = self._partials(tile, statistics, "kept", kept)
+    def fold_and_keep(
+        self, tile: Tile, statistics: RowStatistics, kept: Tensor, maxima: Tensor
+    ) -> None:
+        columns = kept[:, tile.first : tile.first + tile.shape[1]]
+        partials = self._partials(tile, statistics, "kept", columns)
         merge_partials(partials, statistics.maximum, statistics.sum)
-        return partials.maximum
+        first = tile.first // self.part_width
+        maxima[first : first + len(partials.maximum)] = partials.maximum
+
+    def kept_gradient(
+        self,
+        kept: Tensor,
+        maxima: Tensor,
+        part_width: int,
+        first: int,
+        targets: Tensor,
+        rows: RowGradients,
+        out: Tensor,
+        bias: bool,
+    ) -> Tensor | None:
+        return self._kept_gradient(
+            kept, maxima, part_width, first, targets, rows, out, bias, self.math.ceiling
+        )
 
     def fold_and_weigh(
         self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
@@ -98,6 +116,7 @@ class TritonEngine(CublasEngine):
             ceiling=self.math.ceiling,
             block=self._block("gradient", tile, rich=bias),
             descriptors=self._tuning.descriptors,
+            first=tile.first,
             sums=bias,
         )
 
@@ -114,6 +133,7 @@ class TritonEngine(CublasEngine):
             ceiling=self.math.ceiling,
             block=self._block(kernel, tile, rich=kernel != "fold"),
             descriptors=self._tuning.descriptors,
+            first=tile.first,
             kept=kept,
             details=kernel == "details",
         )

@@ -7,9 +7,11 @@ import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fused_prefopt.devices import gpu_index, gpu_properties
 from fused_prefopt.kernels.architectures import Architecture, Block, architecture
 
 # The interpreter runs a program at a time: small tiles, and several of them in a small test.
@@ -55,15 +57,24 @@ def tuning_of(device: torch.device) -> Tuning:
     """The shapes for a device; the interpreter's on CPU."""
     if device.type != "cuda":
         return Tuning(_INTERPRETER)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _tuning_of_gpu(index)
+    return _tuning_of_gpu(gpu_index(device))
 
 
 @cache
 def _tuning_of_gpu(index: int) -> Tuning:
-    name = torch.cuda.get_device_name(index)
-    known = architecture(torch.cuda.get_device_capability(index))
-    return Tuning(known, load(name))
+    return Tuning(architecture_of(gpu_properties(index)), load(torch.cuda.get_device_name(index)))
+
+
+def architecture_of(gpu: Any) -> Architecture:
+    """What is chosen for a GPU with these properties.
+
+    Raises:
+        ValueError: `architecture` does.
+    """
+    # Without the former, which it asks a program to opt in to, AMD has the latter.
+    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+    shared = next((getattr(gpu, name) for name in names if hasattr(gpu, name)), None)
+    return architecture((gpu.major, gpu.minor), hip=torch.version.hip is not None, shared=shared)
 
 
 def cache_file() -> Path:

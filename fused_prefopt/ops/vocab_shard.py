@@ -8,8 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_prefopt.ops.layout import require
 from fused_prefopt.ops.tile import RowStatistics
 from fused_prefopt.types import LMHead, LowRank
+
+_DIFFERENT = (
+    "labels: they differ between the ranks that share the head's rows. Tensor-parallel ranks take"
+    " the same batch; a weight that FSDP has sharded must be gathered first (see"
+    " `integrations.causal_lm.through_head`)"
+)
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,14 @@ class VocabShard:
         return values
 
     def require_same(self, targets: Tensor) -> None:
-        """Raise ValueError unless all ranks ask for the same targets (M,); costs CUDA a wait."""
+        """`require` that all ranks ask for the same targets (M,)."""
         if not self.group or torch.compiler.is_compiling():
             return
         places = torch.arange(1, targets.shape[0] + 1, device=targets.device)
         own = torch.stack((places.sum(), (targets * places).sum()))
         parts = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(parts, own, group=self._resolve())
-        if not all(bool((part == own).all()) for part in parts):
-            raise ValueError(
-                "labels: they differ between the ranks that share the head's rows. Tensor-parallel"
-                " ranks take the same batch; a weight that FSDP has sharded must be gathered first"
-                " (see `integrations.causal_lm.through_head`)"
-            )
+        require((torch.stack(parts) == own).all(), lambda: _DIFFERENT)
 
     def _resolve(self) -> dist.ProcessGroup:
         return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]

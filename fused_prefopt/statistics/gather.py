@@ -46,7 +46,7 @@ def gather_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) ->
     world = world_size(group)
     if world == 1:
         return values, 0
-    length = torch.tensor([values.shape[0]], device=values.device)
+    length = values.new_full((1,), values.shape[0], dtype=torch.int64)
     gathered_lengths = [torch.empty_like(length) for _ in range(world)]
     dist.all_gather(gathered_lengths, length, group=group)
     lengths: list[int] = torch.cat(gathered_lengths).tolist()

@@ -1,0 +1,120 @@
+"""The labels of a collated batch, and how many they are, counted before it is on a GPU."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.checks import require_shape
+
+LABEL_COUNTS = "label_counts"
+
+
+class LabelCounts(UserDict[str, Any]):
+    """How many rows of a batch carry a label after the shift: a number that never leaves the host.
+
+    A mapping without items, which a move to a device or to pinned memory leaves as it is. What
+    cuts, joins, gathers or broadcasts batches (accelerate's `dispatch_batches`) makes a new one of
+    its items, and so without the numbers, which would be those of another batch.
+
+    Args:
+        items: none.
+        shape: of the batch's `completion_mask`.
+        completion: labelled rows of the completions.
+        prompt: of the prompts.
+    """
+
+    def __init__(
+        self,
+        items: Mapping[str, Any] | None = None,
+        /,
+        *,
+        shape: tuple[int, ...] | None = None,
+        completion: int | None = None,
+        prompt: int | None = None,
+    ) -> None:
+        super().__init__(items or {})
+        self._shape, self._completion, self._prompt = shape, completion, prompt
+
+    def to(self, *_: Any, **__: Any) -> LabelCounts:
+        """Itself: on every device's host."""
+        return self
+
+    def pin_memory(self, *_: Any) -> LabelCounts:
+        """Itself."""
+        return self
+
+    def of(self, batch: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        """Those of the completions and of the prompts, None where they are another batch's."""
+        if self._shape != tuple(batch["completion_mask"].shape):
+            return None, None
+        return self._completion, self._prompt
+
+
+def count_labels(batch: Mapping[str, Any]) -> LabelCounts:
+    """Count what `sequence_logps` would count, and on a GPU wait for.
+
+    Args:
+        batch: of a collator, on the CPU; padded or packed.
+    """
+    ids = batch.get("sequence_ids")
+
+    def count(labels: Tensor) -> int:
+        predicted = labels[..., 1:] != -100
+        if ids is not None:
+            predicted = predicted & (ids[..., 1:] == ids[..., :-1])
+        return int(predicted.sum())
+
+    return LabelCounts(
+        shape=tuple(batch["completion_mask"].shape),
+        completion=count(labels_of(batch)),
+        prompt=count(prompt_labels_of(batch)),
+    )
+
+
+def counts_of(batch: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """The numbers of labelled rows that a batch carries: completions, prompts; or None.
+
+    Args:
+        batch: of a collator, on any device.
+    """
+    counts = batch.get(LABEL_COUNTS)
+    # A compiled call would be compiled anew for each number.
+    if not isinstance(counts, LabelCounts) or torch.compiler.is_compiling():
+        return None, None
+    return counts.of(batch)
+
+
+def labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
+    """Labels of the completion tokens, not shifted (Hugging Face's convention).
+
+    Args:
+        batch: from a collator.
+        ignore_index: label of every other position.
+
+    Returns:
+        The shape of `input_ids`, int64.
+    """
+    mask = batch["completion_mask"]
+    require_shape("completion_mask", mask, batch["input_ids"].shape)
+    return batch["input_ids"].masked_fill(mask == 0, ignore_index)
+
+
+def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
+    """Labels of the prompt tokens, not shifted; nothing predicts a sequence's first token.
+
+    Args:
+        batch: from a collator.
+        ignore_index: label of every other position.
+
+    Returns:
+        The shape of `input_ids`, int64.
+    """
+    hidden = batch["completion_mask"] != 0
+    if "attention_mask" in batch:
+        hidden = hidden | (batch["attention_mask"] == 0)
+    return batch["input_ids"].masked_fill(hidden, ignore_index)

@@ -1,0 +1,264 @@
+"""How a pass over a head is cut into tiles, within a budget of bytes.
+
+On a CPU a tile is what its caches hold. On a GPU a slab of the vocabulary goes through products of
+the library, and is cut so that each fills whole waves of the GPU's multiprocessors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+_SMALLEST_TILE = 64
+# A GPU's tile of a matmul, at least; also what rows are cut at multiples of.
+_TILE = 128
+# Into how many parts rows are cut at most where that may be faster.
+_MOST_CUTS = 6
+# Shares of the budget that products in memory may take beside the slab of their gradient.
+_SHARES = (0.2, 0.35, 0.5)
+# What two launches take, some 6 µs, and what reading and writing an fp32 sum does, in the time in
+# which a wave of a GPU's matmul tiles adds one summand.
+_LAUNCHES, _SUMS = 550.0, 5e-5
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows × vocabulary entries of one logits tile."""
+
+    rows: int
+    vocab: int
+
+
+@dataclass(frozen=True, order=True)
+class Tiles:
+    """How one pass over the head is cut.
+
+    Attributes:
+        rows: c, rows of a tile.
+        vocab: v, vocabulary entries of a slab, whose gradient is formed in one product.
+        products: w, entries of a slab whose logits are in memory at a time.
+        multiplied: rows of them: those whose logits are needed.
+        gathered: whether the labelled rows are copied once, not tile by tile.
+    """
+
+    rows: int
+    vocab: int
+    products: int
+    multiplied: int
+    gathered: bool
+
+
+@dataclass(frozen=True)
+class TileCost:
+    """Bytes of a tile's buffers, for each logit, hidden entry and weight entry of the tile.
+
+    Attributes:
+        logit: of a logit in memory; 0 where a kernel multiplies and leaves none.
+        hidden: of an entry of the tile's rows, where they are not gathered once.
+        weight: of an entry of the slab of the weight.
+        preferred: the tile shape that is large enough.
+        smallest: rows and slabs that the engine can work with.
+        slab: of an entry of the slab that a gradient's product reads; 0 where there is none.
+        sliced: of a weight entry, in addition, where a tile has not all rows.
+        sums_rows: whether the slab is summed over its rows, as the weight's gradient is.
+    """
+
+    logit: float
+    hidden: int
+    weight: int
+    preferred: TileShape
+    smallest: int = 1
+    slab: float = 0.0
+    sliced: int = 0
+    sums_rows: bool = False
+
+    def total(self, rows: int, vocab: int, hidden_size: int) -> int:
+        """Bytes of the buffers of a tile of (rows, vocab) logits."""
+        logits, hidden = self.logit * rows * vocab, self.hidden * rows * hidden_size
+        return int(logits) + hidden + self.weight * vocab * hidden_size
+
+
+def tile_shape(rows: int, vocab: int, hidden_size: int, budget: int, cost: TileCost) -> TileShape:
+    """The largest tile, up to the preferred shape, whose buffers fit the budget.
+
+    Below the whole vocabulary its width is a power of two, so that slabs start where the parts of
+    a row's statistics do, and matmul operands are aligned.
+
+    Args:
+        rows: N, labelled rows.
+        vocab: V, vocabulary entries.
+        hidden_size: D.
+        budget: bytes.
+        cost: of the engine's buffers.
+    """
+    smallest = max(_SMALLEST_TILE, cost.smallest)
+    tile_rows = max(1, min(rows, cost.preferred.rows))
+    tile_vocab = min(1 << (vocab - 1).bit_length(), cost.preferred.vocab)
+    while max(tile_rows, tile_vocab) > smallest:
+        if cost.total(tile_rows, min(tile_vocab, vocab), hidden_size) <= budget:
+            break
+        if tile_vocab >= tile_rows:
+            tile_vocab = max(smallest, tile_vocab // 2)
+        else:
+            tile_rows = max(smallest, tile_rows // 2)
+    return TileShape(tile_rows, min(tile_vocab, vocab))
+
+
+@dataclass(frozen=True)
+class GpuPass:
+    """A pass over a head on a GPU, to be cut.
+
+    Attributes:
+        rows: N, labelled rows, or a few more: calls of about as many share what is found.
+        multiplied: those of them whose logits are multiplied.
+        vocab: V, vocabulary entries.
+        hidden_size: D.
+        budget: bytes.
+        cost: of the engine's buffers.
+        processors: multiprocessors; 1 where a width is as good as another.
+    """
+
+    rows: int
+    multiplied: int
+    vocab: int
+    hidden_size: int
+    budget: int
+    cost: TileCost
+    processors: int
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def tiles(self, gathered: bool) -> Tiles:
+        """All rows in a tile if they fit beside a slab of some width, or fewer.
+
+        Where nothing is summed over rows, they are cut as it is fastest.
+
+        Args:
+            gathered: whether the labelled rows are copied once.
+        """
+        least = min(self.vocab, 2048 if self.cost.slab else 1024)
+        found: list[tuple[float, int, Tiles]] = []
+        parts = 1
+        while True:
+            rows = max(1, self.rows if parts == 1 else -(-self.rows // parts // _TILE) * _TILE)
+            multiplied = min(rows, self.multiplied)
+            slab, products = self._slab(rows, multiplied)
+            smallest = rows <= max(_TILE, self.cost.smallest)
+            if slab >= least or smallest:
+                tiles = Tiles(rows, slab, products, multiplied, gathered)
+                if self.cost.sums_rows or not self.cost.slab:
+                    return tiles
+                found.append((self._time(tiles), parts, tiles))
+                if parts >= _MOST_CUTS or smallest:
+                    return min(found)[2]
+            parts += max(1, parts // 4)
+
+    @property
+    def _step(self) -> int:
+        return max(_SMALLEST_TILE if self.processors == 1 else _TILE, self.cost.smallest)
+
+    def _slab(self, rows: int, multiplied: int) -> tuple[int, int]:
+        """Entries of a slab of so many rows, and those of it that are multiplied at a time.
+
+        A gradient's slab takes what the products leave: the wider it is, the fewer sums pass
+        through memory; the wider those, the fewer launches.
+        """
+        cost, size, step = self.cost, self.hidden_size, self._step
+        weight = (cost.weight + (cost.sliced if rows < self.rows else 0)) * size
+        left = self.budget - cost.hidden * rows * size
+        logits = cost.logit * multiplied
+        within = ((multiplied, size),) if multiplied else ()
+        if not cost.slab:
+            most = min(int(left / max(logits + weight, 1e-9)), cost.preferred.vocab)
+            slab = self._even(most, step, within)
+            return slab, slab
+        across = ((size, rows),) if cost.sums_rows else ()
+        if not logits:
+            most = int(left / max(cost.slab * rows + weight, 1e-9))
+            slab = self._even(most, step, (*across, *within))
+            return slab, slab
+        found = []
+        for share in _SHARES:
+            products = self._even(int(left * share / logits), step, within)
+            most = int((left - logits * products) / max(cost.slab * rows + weight, 1e-9))
+            slab = self._even(most, products if products <= most else step, across)
+            sizes = slab, min(products, slab)
+            time = self._time(Tiles(rows, *sizes, multiplied, gathered=False))
+            found.append((time, -share, sizes))
+        return min(found)[2]
+
+    def _even(self, most: int, step: int, products: Sequence[tuple[int, int]]) -> int:
+        """The width, a multiple of `step`, in which the vocabulary takes the least time.
+
+        A GPU works through a product in waves of as many 128 × 256 tiles as it has processors; a
+        last wave takes as long as a full one, and every slab costs a launch or two.
+
+        Args:
+            most: entries that fit.
+            step: what the width is a multiple of, if it is not the vocabulary.
+            products: that a slab takes part in: their other side, and what they sum over.
+        """
+        if most >= self.vocab:
+            return self.vocab
+        if most < 2 * step or self.processors == 1:
+            return min(self.vocab, max(step, most // step * step))
+
+        def time(width: int) -> float:
+            return _LAUNCHES + sum(self._waves(width, across) * depth for across, depth in products)
+
+        def total(width: int) -> float:
+            full, rest = divmod(self.vocab, width)
+            return full * time(width) + (time(rest) if rest else 0.0)
+
+        return min(self._widths(most, step, products), key=lambda width: (total(width), -width))
+
+    def _widths(self, most: int, step: int, products: Sequence[tuple[int, int]]) -> set[int]:
+        """The widest that fits, and those of fewer waves that none is wider than."""
+        found = {most // step * step}
+        for across, _ in products:
+            for unit, other in ((128, 256), (256, 128)):
+                column = -(-across // other)
+                waves = most // unit * column // self.processors
+                for count in range(waves, max(0, waves // 2 - 1), -1):
+                    width = count * self.processors // column * unit // step * step
+                    if width:
+                        found.add(width)
+        return found
+
+    def _time(self, tiles: Tiles) -> float:
+        """Of all slabs and their products; a summand of a wave of tiles takes 1."""
+        size, sums_rows = self.hidden_size, self.cost.sums_rows
+
+        def of(rows: int, slab: int) -> float:
+            # Logits, the product with the weight, and for its gradient that with the rows.
+            multiplied = min(rows, tiles.multiplied)
+            full, rest = divmod(slab, tiles.products)
+            logits = full * self._waves(tiles.products, multiplied)
+            logits += self._waves(rest, multiplied) if rest else 0.0
+            others = self._waves(size, rows) * slab
+            others += self._waves(slab, size) * rows if sums_rows else 0.0
+            launches = (full + (rest > 0) + 0.5) * _LAUNCHES
+            return logits * size + others + launches + rows * size * _SUMS
+
+        def over_vocab(rows: int) -> float:
+            full, rest = divmod(self.vocab, tiles.vocab)
+            return full * of(rows, tiles.vocab) + (of(rows, rest) if rest else 0.0)
+
+        full, rest = divmod(self.rows, tiles.rows)
+        return full * over_vocab(tiles.rows) + (over_vocab(rest) if rest else 0.0)
+
+    def _waves(self, width: int, across: int) -> float:
+        def count(rows: int, columns: int) -> int:
+            return -(-(-(-width // rows) * -(-across // columns)) // self.processors)
+
+        return min(count(128, 256), count(256, 128), count(128, 128) / 1.8)
+
+
+def aligned(entries: int) -> int:
+    """A row's entries, rounded up so that the next row starts where a GPU's matmul wants it."""
+    return -(-entries // 16) * 16
+
+
+def about(rows: int) -> int:
+    """Rows, rounded up: what a GPU's pass is cut for, so that calls of about as many share it."""
+    return -(-rows // 256) * 256
