@@ -53,7 +53,7 @@ bench-trainer: $(VENV)/installed
 bench-masses: $(VENV)/installed
 	$(RUN) -m benchmarks masses
 
-# All that the first GPU tells, in less than nine minutes
+# All that the first GPU tells, in less than eight minutes
 bench-gpu: $(VENV)/installed
 	$(RUN) -m benchmarks gpu
 

@@ -3,7 +3,7 @@
 `python -m benchmarks cpu` measures the README's candidates, `grid` every peer, labelled share,
 number of rows and dtype, `methods` what the losses take of a step, `trainer` whole trainer steps,
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
-`gpu` all that a GPU tells before a deadline.
+`gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
 `python -m benchmarks kernels [--check]` compiles the kernels for GPUs and fails on a spill,
 `python -m benchmarks report [--check]` shows all of it, and
 `python -m benchmarks compare A.json B.json` fails on what became worse.
@@ -16,7 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from benchmarks import cpu_grid, gpu, suite, trainer_steps
+from benchmarks import cpu_grid, gpu, profile_step, suite, trainer_steps
 from benchmarks.claims import claims_of
 from benchmarks.compare import compare_files
 from benchmarks.kernel_pages import PAGE
@@ -62,9 +62,13 @@ def make_parser() -> argparse.ArgumentParser:
         "masses", "the study of `drop_mass`, in about a quarter of an hour on 2 cores", MASSES
     )
     masses.set_defaults(run=lambda o: run_study(o.results, say=_say))
-    on_gpu = add("gpu", "all that a GPU tells, in less than nine minutes", RESULTS / "h200")
+    on_gpu = add("gpu", "all that a GPU tells, in less than eight minutes", RESULTS / "h200")
     on_gpu.add_argument("--deadline", type=float, default=gpu.DEADLINE, help=_DEADLINE)
-    on_gpu.set_defaults(run=lambda o: gpu.run_gpu(o.results, o.deadline, _say))
+    on_gpu.add_argument("--again", action="store_true", help="measure anew what is on disk")
+    on_gpu.set_defaults(run=lambda o: gpu.run_gpu(o.results, o.deadline, _say, again=o.again))
+    profile = add("profile", "what one step's kernels take, and where it waits")
+    profile.add_argument("cases", nargs="*", metavar="CASE", help="such as llama-3:recompute")
+    profile.set_defaults(run=lambda o: profile_step.run_profile(o.cases, _say))
 
     kernels = add("kernels", "compile the kernels for GPUs, without one")
     kernels.add_argument("--check", action="store_true", help="write no results")

@@ -98,11 +98,17 @@ class ContextRun:
         for head in heads.values():
             for capacity in capacities.values():
                 for name in COMPARED:
-                    row = self._row(name, head, capacity, lambda: self.clock() >= end)
-                    self.results.put(row)
+                    about = _about(name, head, capacity)
+                    if self.results.done(about):
+                        continue
+                    row = self._row(about, name, head, capacity, lambda: self.clock() >= end)
+                    if row["probes"] or not self.results.holds(about):
+                        self.results.put(row)
                     self.say(f"{head.name}, {capacity / 1e9:.0f} GB: {name}: {row['longest']}")
 
-    def _row(self, name: str, head: Shape, capacity: int, late: Callable[[], bool]) -> Row:
+    def _row(
+        self, about: Row, name: str, head: Shape, capacity: int, late: Callable[[], bool]
+    ) -> Row:
         problems: list[str] = []
 
         def runs(length: int) -> bool | None:
@@ -131,14 +137,7 @@ class ContextRun:
         elif found.fails is not None and found.fails <= _LEAST:
             status = "failed: the shortest length does not fit"
         return {
-            "candidate": name,
-            "shape": head.name,
-            "sequences": 2,
-            "hidden_size": head.hidden_size,
-            "vocab": head.vocab,
-            "dtype": "bf16",
-            "trains": CANDIDATES[name].trains,
-            "capacity_bytes": capacity,
+            **about,
             "longest": found.fits or None,
             "fails_at": found.fails,
             "ended_by": problems[-1] if problems else "memory",
@@ -146,6 +145,20 @@ class ContextRun:
             "predicted": predicted,
             "status": status,
         }
+
+
+def _about(name: str, head: Shape, capacity: int) -> Row:
+    """What a row is about."""
+    return {
+        "candidate": name,
+        "shape": head.name,
+        "sequences": 2,
+        "hidden_size": head.hidden_size,
+        "vocab": head.vocab,
+        "dtype": "bf16",
+        "trains": CANDIDATES[name].trains,
+        "capacity_bytes": capacity,
+    }
 
 
 def run_contexts(results: Results, seconds: float, say: Callable[[str], None]) -> None:

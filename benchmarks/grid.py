@@ -18,7 +18,7 @@ from benchmarks.accuracy import Accuracy, Truth, assess, failure, truth_of
 from benchmarks.counts import count
 from benchmarks.memory import Memory, cuda_memory, peak_memory
 from benchmarks.peers import NOTHING, Candidate, forward, step
-from benchmarks.results import NO_TIME, Results, Row
+from benchmarks.results import NO_TIME, Row, Sink
 from benchmarks.shapes import DTYPES, Problem, Shape, bare_matmul, make_problem
 from benchmarks.suite import about, figures
 from benchmarks.timing import rounds
@@ -55,7 +55,7 @@ class Run:
         say: gets a line of progress now and then.
     """
 
-    results: Results
+    results: Sink
     device: str = "cpu"
     count: int = 7
     seconds: float = float("inf")
@@ -80,7 +80,9 @@ class Run:
                     self._measure(point, rows, late)
                 except Exception as error:
                     for row in rows.values():
-                        if row["status"] == NO_TIME:
+                        if row["status"] == NO_TIME or (
+                            row["status"] == "ok" and not row["rounds"]
+                        ):
                             row["status"] = failure(error)
                 gc.collect()
                 if self.device == "cuda":
@@ -152,6 +154,23 @@ class Run:
                 self.results.put(row)
             if late():
                 return
+
+
+def measure_alone(
+    candidate: Candidate,
+    shape: Shape,
+    dtype: str,
+    device: str,
+    memory: Callable[[Candidate, Problem, str], Memory],
+    sink: Sink,
+) -> None:
+    """One candidate of a point, beside P and float64 alone, for a process of its own."""
+
+    def say(text: str) -> None:
+        pass
+
+    run = Run(sink, device, seconds_of_rounds=5.0, memory=memory, say=say)
+    run.measure([Point(shape, dtype, (candidate,))])
 
 
 _FORWARD = ("forward_ms", "forward_in_p", "forward_in_p_quartiles")

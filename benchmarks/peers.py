@@ -68,14 +68,17 @@ def forward(candidate: Candidate, problem: Problem) -> tuple[Tensor, Tensor]:
 def ours(path: str, problem: Problem, **options: Any) -> tuple[Tensor, Tensor]:
     """`sequence_logps` on a path, with its other options."""
     head = LMHead(problem.weight, softcap=problem.shape.softcap)
+    # As trainers do: counting them would wait for a GPU.
+    options = {"num_labels": problem.shape.labelled_rows, **options}
     out = sequence_logps(problem.hidden, head, problem.labels, path=path, **options)
     return out.sums, dpo(out.sums)
 
 
 def ours_with_room(path: str, engine: str, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The default workspace; `local` gets the probabilities that it keeps beside 512 MiB of it."""
+    """The default workspace; `local` gets the probabilities that it keeps, an eighth more for what
+    goes with the rows, and 512 MiB."""
     kept = problem.shape.labelled_rows * problem.shape.vocab * problem.hidden.element_size()
-    room = kept / 2**20 + 512 if path == "local" else 256
+    room = kept * 1.125 / 2**20 + 512 if path == "local" else None
     return ours(path, problem, engine=engine, workspace_mb=room)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,6 +26,8 @@ _LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cro
 _SHAPE_KEY = ("candidate", "shape", "dtype", "sequences", "length", "labelled_rows")
 # A section without one of them has nothing there.
 _KEY = (*_SHAPE_KEY, "capacity_bytes", "gpu")
+# What must be equal for rows of two runs to stand in one file.
+_SAME = ("commit", "code", "machine", "versions")
 _NUMBER = (int, float, type(None))
 _SHAPE_FIELDS: dict[str, tuple[type, ...]] = {
     "candidate": (str,),
@@ -141,6 +144,13 @@ FIELDS["kl"] = {
 }
 
 
+class Sink(Protocol):
+    """What takes a row as often as it grows."""
+
+    def put(self, row: Row) -> None:
+        """Add a row, or replace the one that is about the same."""
+
+
 @dataclass
 class Results:
     """One section's rows, written to `path` as often as they grow."""
@@ -149,6 +159,28 @@ class Results:
     section: str
     rows: list[Row] = field(default_factory=list)
     origin: Row = field(default_factory=lambda: origin())
+
+    @classmethod
+    def resumed(cls, path: Path, section: str) -> Results:
+        """With the rows on disk, if the same code has measured them on the same machine."""
+        results = cls(path, section)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            check(content)
+        except (OSError, ValueError, KeyError):
+            return results
+        if all(content.get(name) == results.origin[name] for name in _SAME):
+            results.rows = content["rows"]
+        return results
+
+    def holds(self, row: Row) -> bool:
+        """Whether there is a row about the same."""
+        return any(row_key(other) == row_key(row) for other in self.rows)
+
+    def done(self, row: Row) -> bool:
+        """Whether there is a row about the same, and nothing was wrong with it."""
+        key = row_key(row)
+        return any(row_key(other) == key and other["status"] == "ok" for other in self.rows)
 
     def put(self, row: Row) -> None:
         """Add a row, or replace the one of the same candidate, shape and dtype; then write."""
@@ -170,6 +202,7 @@ def origin() -> Row:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
+        "code": code(),
         "machine": machine(),
         "versions": versions(),
     }
@@ -241,6 +274,15 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "uncommitted"
+
+
+def code() -> str:
+    """A digest of all code that is measured or measures: a copy may be no repository."""
+    found = hashlib.sha256()
+    for folder in (ROOT, ROOT.parent / "fused_prefopt", ROOT.parent / "kernels"):
+        for path in sorted(folder.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _memory_bytes() -> int:

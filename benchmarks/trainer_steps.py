@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.accuracy import WRONG_BEYOND, failure
-from benchmarks.results import NO_TIME, RESULTS, Results, Row
+from benchmarks.results import NO_TIME, RESULTS, Results, Row, Sink
 from benchmarks.shapes import DTYPES
 from benchmarks.timing import FEWEST_ROUNDS, stopwatch
 from benchmarks.trainer_candidates import EAGER, TRAINERS, Stepper, Taken
@@ -45,15 +45,17 @@ class TrainerRun:
         clock: seconds that go by.
         memory: trainer, setup, device → its peak memory.
         say: gets a line of progress now and then.
+        names: of the trainers; the others are compared with the eager one.
     """
 
-    results: Results
+    results: Sink
     device: str = "cpu"
     seconds: float = float("inf")
     seconds_of_rounds: float = 75.0
     clock: Callable[[], float] = time.monotonic
     memory: Callable[[str, Setup, str], StepMemory] = step_memory
     say: Callable[[str], None] = print
+    names: Sequence[str] | None = None
 
     def measure(self, setups: Sequence[Setup]) -> None:
         """Every setup in order, as far as the time allows."""
@@ -63,7 +65,7 @@ class TrainerRun:
             return self.clock() >= end
 
         for setup in setups:
-            rows = {name: row_of(name, setup) for name in TRAINERS}
+            rows = {name: row_of(name, setup) for name in self.names or TRAINERS}
             if setup.rounds:
                 with TemporaryDirectory() as folder:
                     self._time(setup, rows, Path(folder), late)
@@ -127,6 +129,29 @@ class TrainerRun:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Only:
+    """Passes one trainer's rows on."""
+
+    name: str
+    sink: Sink
+
+    def put(self, row: Row) -> None:
+        if row["candidate"] == self.name:
+            self.sink.put(row)
+
+
+def measure_beside_eager(name: str, setup: Setup, device: str, sink: Sink) -> None:
+    """One trainer's row, beside the eager trainer alone, for a process of its own."""
+
+    def say(text: str) -> None:
+        pass
+
+    names = tuple(dict.fromkeys((EAGER, name)))
+    run = TrainerRun(_Only(name, sink), device, seconds_of_rounds=15.0, say=say, names=names)
+    run.measure([setup])
 
 
 def row_of(name: str, setup: Setup) -> Row:

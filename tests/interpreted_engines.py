@@ -29,8 +29,7 @@ from fused_prefopt import (
     token_logps,
     token_statistics,
 )
-from fused_prefopt.ops import cublas_engine, dropped_mass, gradients, passes
-from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops import dropped_mass
 from fused_prefopt.ops.plan import PATHS
 
 ENGINES = ["cublas", "triton"]
@@ -90,6 +89,7 @@ def test_policies_match_float64(engine, workspace_mb, transform, dtype):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 3, 2), (5, 7, 11, 257), (2, 70, 33, 64)])
+@pytest.mark.usefixtures("tiny_tiles")
 def test_ragged_shapes_in_many_tiles(engine, path, shape):
     case = make_case(*shape)
     needs = (needs_of(path)[0], needs_of(path)[1], False)
@@ -194,25 +194,6 @@ def test_token_statistics_equal_the_torch_engines(transform):
     assert torch.equal(ours.correct, wanted.correct)
     for name in ("logps", "entropies", "collisions", "mean_logits"):
         torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Operands in the dtype computed in, library products of them, and kept values in place."""
-
-    def product(left, right, out, *, alpha=1.0, accumulate=False):
-        assert left.dtype == right.dtype
-        total = alpha * (left.double() @ right.double())
-        return out.copy_(out.double() + total if accumulate else total)
-
-    for module in (passes, gradients, cublas_engine):
-        monkeypatch.setattr(module, "product", product)
-    monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
-
-    def in_place(math, device):
-        return math.kept == math.dtype
-
-    monkeypatch.setattr(cublas_engine.CublasEngine, "in_place", staticmethod(in_place))
 
 
 # The interpreter multiplies no bf16 tiles.

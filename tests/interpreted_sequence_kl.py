@@ -13,8 +13,6 @@ from truth import SMALLEST, TRANSFORMS, assert_gradients, largest_error, leaves_
 
 from fused_prefopt.kernels.fold_kl_rows import SlabLogits, fold_kl_rows
 from fused_prefopt.kernels.kl_gradient import kl_gradient
-from fused_prefopt.ops import cublas_engine, gradients, kl_cublas_engine
-from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
 
 # Sums of up to 7 log-probs, absolute in nats; gradients relative (Frobenius), against float64.
@@ -62,10 +60,11 @@ def test_fold_of_two_slabs(size, kind):
             fold_kl_rows(
                 cut(policy, columns),
                 cut(reference, columns),
-                targets - columns.start,
+                targets,
                 statistics.policy,
                 statistics.reference,
                 statistics.weighted,
+                columns.start,
             )
     logps, references = logits.log_softmax(1), others.log_softmax(1)
     kls = (references.exp() * (references - logps)).sum(1)
@@ -100,6 +99,48 @@ def test_gradient_of_a_slab(size, kind, dtype):
     assert (sums - wanted.sum(0)).norm() <= 1e-4 * wanted.norm()
 
 
+@pytest.mark.parametrize("first", [0, 3, 32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slab_anywhere_meets_the_targets_inside(kind, first):
+    (policy, logits), (reference, others) = (
+        slab((9, 97), one, seed) for seed, one in enumerate(KINDS[kind])
+    )
+    columns = slice(first, first + 41)
+    targets = torch.tensor([0, 2, 3, 31, 32, 43, 44, 72, 96])
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    assert 0 < int(inside.sum()) < len(targets)
+    statistics = KlStatistics.empty(9, torch.float32, torch.device("cpu"))
+    for part in (statistics.policy, statistics.reference):
+        part.target.fill_(123.0)
+    parts = cut(policy, columns), cut(reference, columns)
+    fold_kl_rows(
+        *parts,
+        targets,
+        statistics.policy,
+        statistics.reference,
+        statistics.weighted,
+        first,
+    )
+    for got, wanted in ((statistics.policy, logits), (statistics.reference, others)):
+        found = wanted.gather(1, targets[:, None])[:, 0]
+        assert (got.target[inside] - found[inside]).abs().max() <= 1e-5
+        assert (got.target[~inside] == 123).all()
+        exact = wanted[:, columns].logsumexp(1)
+        assert (got.logsumexps() - exact).abs().max() <= 1e-5
+    scale, other_scale, own = torch.randn(3, 9, generator=torch.Generator().manual_seed(2))
+    logsumexps = (each.logsumexp(1).float() for each in (logits, others))
+    rows = KlGradients(*logsumexps, scale, other_scale, own)
+    wanted = scale[:, None] * logits.softmax(1) + other_scale[:, None] * others.softmax(1)
+    if policy.ceiling is not None:
+        wanted *= 1 - (logits / policy.ceiling) ** 2
+    wanted[torch.arange(9), targets] = own.double()
+    out = torch.empty(9, 41)
+    sums = kl_gradient(*parts, targets, rows, out, first=first, sums=True)
+    wanted = wanted[:, columns]
+    assert (out.double() - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (sums - wanted.sum(0)).norm() <= 1e-5 * wanted.norm()
+
+
 @pytest.mark.parametrize("who", ["policy", "reference", "out"])
 def test_slabs_that_do_not_fit_are_refused(who):
     given = {name: torch.randn(4, 6) for name in ("policy", "reference", "out")}
@@ -128,6 +169,7 @@ def test_the_engine_matches_float64(transform, other, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 3, 3, 2), (5, 7, 11, 257), (2, 70, 33, 64)])
+@pytest.mark.usefixtures("tiny_tiles")
 def test_ragged_shapes_in_many_tiles(shape):
     two = make_two(*shape, largest=9.0)
     got, truth = computed_kl(two, engine="triton", workspace_mb=SMALLEST), true_kl(two)
@@ -152,20 +194,6 @@ def test_banned_tokens_and_nothing_labelled():
 def test_a_model_has_no_divergence_from_itself():
     case = make_two(3, 9, 16, 71, transform="all").policy
     assert torch.equal(ours(Two(case, case), engine="triton").kl, torch.zeros(3))
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Operands in the dtype computed in, and library products of them."""
-
-    def product(left, right, out, *, alpha=1.0, accumulate=False):
-        assert left.dtype == right.dtype
-        total = alpha * (left.double() @ right.double())
-        return out.copy_(out.double() + total if accumulate else total)
-
-    for module in (gradients, cublas_engine, kl_cublas_engine):
-        monkeypatch.setattr(module, "product", product)
-    monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -28,6 +28,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.__main__ import main, make_parser  # noqa: E402
 from benchmarks.context_search import ContextRun  # noqa: E402
+from benchmarks.grid import Point  # noqa: E402
 from benchmarks.kernel_results import KERNELS  # noqa: E402
 from benchmarks.mass_study import MASSES  # noqa: E402
 from benchmarks.memory import Memory  # noqa: E402
@@ -91,24 +92,36 @@ def trainer(folder: Path, patch: Patch) -> int:
 
 
 def on_gpu(folder: Path, patch: Patch) -> int:
-    """The grid's first points and the stages, on the CPU."""
+    """A point of each part of the grid and the stages, on the CPU."""
 
     def contexts(results: Results, seconds: float, say: Callable[[str], None]) -> None:
         ContextRun(
             results, seconds, lambda name, shape, capacity: shape.length < 999, say=say
         ).measure()
 
-    points = [replace(point, shape=small(point.shape)) for point in gpu.points()[:3]]
-    names = ("ours: local, torch", "TRL", "eager")
-    for index, point in enumerate(points):
-        kept = tuple(c for c in point.candidates if c.name in names)
-        points[index] = replace(point, candidates=kept)
+    names = ("ours: auto, auto", "TRL", "eager")
+
+    def some(points: list[Point]) -> list[Point]:
+        return [
+            replace(
+                point,
+                shape=small(point.shape),
+                candidates=tuple(c for c in point.candidates if c.name in names),
+            )
+            for point in points[:1]
+        ]
+
+    for stage in (gpu.telling, gpu.peers, gpu.others):
+        patch.setattr(gpu, stage.__name__, partial(some, stage()))
     patch.setattr(gpu, "DEVICE", "cpu")
-    patch.setattr(gpu, "points", lambda: points)
     patch.setattr(gpu, "ON_GPU", (STEP,))
     patch.setattr(gpu, "run_contexts", contexts)
-    patch.setattr(grid, "peak_memory", lambda *_: MEMORY)
-    return main(["gpu", "--results", str(folder)])
+    patch.setattr(gpu, "memory_here", cpu_grid.not_measured)
+    return main(["gpu", "--deadline", "3600", "--results", str(folder)])
+
+
+def profiled(folder: Path, patch: Patch) -> int:
+    return main(["profile"])
 
 
 # masses and kernels run from the command line in test_benchmarks_masses.py and test_aot.py,
@@ -120,6 +133,7 @@ MEASURING = {
     "trainer": trainer,
     "kl": divergence,
     "gpu": on_gpu,
+    "profile": profiled,
 }
 ELSEWHERE = {"masses", "kernels", "report", "compare"}
 
@@ -158,8 +172,11 @@ def test_every_command_leaves_its_rows(measured: Path) -> None:
     assert {row["memory_status"] for row in ours} == {"not measured"}
     grids = load(measured / "h200")
     assert grids.keys() == {"grid", "trainer", "context"}
-    # The third point leaves out the engine that stands in for the others.
-    assert len(grids["grid"]["rows"]) == 3 + 3 + 1
+    found = {(row["candidate"], row["labelled_rows"]): row for row in grids["grid"]["rows"]}
+    assert {name for name, _ in found} == {"ours: auto, auto", "TRL", "eager"}
+    assert len(found) == 2 + 1 + 2
+    for row in found.values():
+        assert row["status"] == "ok" and row["in_p"] > 0
     assert {row["status"] for row in grids["trainer"]["rows"]} == {"ok"}
 
 
@@ -208,7 +225,9 @@ def test_the_report_of_everything(
 
 def test_the_measuring_commands_write_where_the_report_reads() -> None:
     defaults = {
-        name: make_parser().parse_args([name]).results for name in (*MEASURING, "masses", "report")
+        name: make_parser().parse_args([name]).results
+        for name in (*MEASURING, "masses", "report")
+        if name != "profile"
     }
     folders = {path.name for path in defaults.values()}
     assert folders == {"cpu", "h200", "masses"}

@@ -38,7 +38,7 @@ from benchmarks.peers import (  # noqa: E402
     OTHER_LOSSES,
     Candidate,
 )
-from benchmarks.results import Results, Row, load  # noqa: E402
+from benchmarks.results import Results, Row, load, row_key  # noqa: E402
 from benchmarks.shapes import HEADS, IGNORE_INDEX, TINY, Problem, Shape, make_problem  # noqa: E402
 from fused_prefopt import PreferenceLoss, available_losses  # noqa: E402
 
@@ -67,32 +67,45 @@ def rows_of(folder: Path, points: list[Point], **options: object) -> list[Row]:
 
 
 def test_the_gpu_grid_runs_to_its_end(tmp_path: Path) -> None:
-    points = gpu.points(STAND_INS)
+    points = [*gpu.telling(STAND_INS), *gpu.peers(STAND_INS), *gpu.others(STAND_INS)]
     rows = rows_of(tmp_path, points)
     assert len(rows) == sum(len(point.candidates) for point in points)
     assert not [row["candidate"] for row in rows if row["status"] == NO_TIME]
-    first = {row["candidate"]: row for row in rows[: len(points[0].candidates)]}
-    for path in ("evaluate", "stash", "local", "recompute"):
-        row = first[f"ours: {path}, torch"]
-        assert (row["status"], row["rounds"], row["extra_bytes"]) == ("ok", 2, MEMORY.extra)
-        assert row["in_p"] > 0 and row["forward_in_p"] > 0
+    found = {(row["candidate"], row["shape"]): row for row in rows if row["length"] == 12}
+    paths = [f"ours: {path}, torch" for path in ("evaluate", "stash", "local", "recompute")]
+    for name in (*paths, "ours: auto, auto", "ours: auto, 1024 MiB", "TRL"):
+        for shape in STAND_INS:
+            row = found[name, shape]
+            assert (row["status"], row["rounds"], row["extra_bytes"]) == ("ok", 2, MEMORY.extra)
+            assert row["in_p"] > 0 and row["forward_in_p"] > 0
     # Kernels take no CPU tensors outside the interpreter: named, not absent.
-    assert "failed" in first["ours: local, triton"]["status"]
+    assert "failed" in found["ours: local, triton", "llama-3"]["status"]
     assert {row["objective"] for row in rows} == {"dpo", "simpo", "cpo", "orpo", "kto"}
 
 
-def test_the_gpu_grid_begins_with_the_most_telling_point() -> None:
-    first, second, *others = gpu.points()
-    assert (first.shape, first.dtype) == (HEADS["llama-3"], "bf16")
-    assert first.shape.labelled_rows == 8192
-    assert second.shape == HEADS["gemma-2"]
-    names = [candidate.name for candidate in first.candidates]
-    assert {"TRL", "Liger", "ours: local, cublas", "ours: stash, triton"} <= set(names)
+def test_the_gpu_grid_begins_with_ours_and_trls_on_every_head() -> None:
+    telling, peers, others = gpu.telling(), gpu.peers(), gpu.others()
+    for points in (telling, peers):
+        assert [point.shape for point in points] == list(HEADS.values())
+        assert {(point.dtype, point.shape.labelled_rows) for point in points} == {("bf16", 8192)}
+    names = {candidate.name for candidate in telling[0].candidates}
+    assert {name for name in names if not name.startswith("ours: ")} == {
+        *("TRL", "TRL: frozen head", "TRL: no gradient")
+    }
+    assert {"ours: auto, auto", "ours: local, cublas", "ours: stash, triton"} < names
+    units = gpu.units_of(telling)
+    # Breadth first: no head waits for all that there is to know of another.
+    assert [unit.row["shape"] for unit in units[:3]] == list(HEADS)
+    assert {unit.row["candidate"] for unit in units[3:6]} == {"TRL"}
     rows = {point.shape.labelled_rows for point in others}
     shares = {point.shape.labelled for point in others}
     assert {2048, 32768} <= rows and {0.25, 1.0} <= shares
-    keys = [(p.shape, p.dtype, c.name) for p in gpu.points() for c in p.candidates]
+    keys = [row_key(u.row) for points in (telling, peers, others) for u in gpu.units_of(points)]
     assert len(keys) == len(set(keys))
+    every = {c.name for point in (*telling, *peers, *others) for c in point.candidates}
+    assert set(CANDIDATES) - every == {
+        f"ours: {path}" for path in ("auto", "evaluate", "stash", "local", "recompute")
+    }
 
 
 def test_the_gpu_grid_does_without_peers_and_extras() -> None:
@@ -223,7 +236,7 @@ def test_local_gets_the_room_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> N
         peers, "ours", lambda *a, **options: [rooms.append(options["workspace_mb"]), real(*a)][1]
     )
     local.forward(make_problem(TINY, torch.float32))
-    assert rooms == [512 + 4 * TINY.labelled_rows * TINY.vocab / 2**20]
+    assert rooms == [512 + 1.125 * 4 * TINY.labelled_rows * TINY.vocab / 2**20]
 
 
 SMALL = Shape("small", 2, 100, 8, 1000)  # 100 labelled rows, 200 in all
@@ -327,7 +340,7 @@ def measured(tmp_path: Path) -> Path:
     candidates = tuple(CANDIDATES[name] for name in ("ours: local", "TRL", "eager"))
     shares = [Point(replace(TINY, labelled=share), "fp32", candidates) for share in (0.5, 1.0)]
     machine = tmp_path / "results" / "h200"
-    rows_of(machine, gpu.points(STAND_INS)[:1])
+    rows_of(machine, [gpu.telling(STAND_INS)[0], gpu.peers(STAND_INS)[0]])
     folder = tmp_path / "results" / "cpu"
     rows_of(folder, shares)
     (folder / "grid.json").rename(folder / "shares.json")

@@ -10,10 +10,10 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize(
-    "file", ["interpreted_kernels.py", "interpreted_engines.py", "interpreted_sequence_kl.py"]
+    "name", ["kernels", "references", "engines", "kept", "sequence_kl"]
 )
-def test_in_the_interpreter(file):
-    assert_passes_interpreted(file)
+def test_in_the_interpreter(name):
+    assert_passes_interpreted(f"interpreted_{name}.py")
 
 
 def test_the_triton_engine_refuses_cpu_tensors_without_the_interpreter(monkeypatch):

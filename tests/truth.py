@@ -184,7 +184,7 @@ def true_result(case: Case, *, needs: tuple[bool, bool, bool], shift: bool = Tru
 def _differentiated(case: Case, sums: Tensor, tokens: Tensor) -> Result:
     tensors = (case.hidden, case.weight, case.bias)
     if sums.requires_grad:
-        of_sums, of_tokens = upstream_of(case)
+        of_sums, of_tokens = (each.to(sums.device) for each in upstream_of(case))
         ((sums.double() * of_sums).sum() + (tokens.double() * of_tokens).sum()).backward()
     grads = tuple(None if value is None else value.grad for value in tensors)
     return Result(sums.detach(), tokens.detach(), grads)
