@@ -4,6 +4,8 @@
 number of rows and dtype, `methods` what the losses take of a step, `trainer` whole trainer steps,
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
 `gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
+`python -m benchmarks replay [--check]` predicts steps with a large head on GPUs, without one, and
+`--check` fails where a goal is missed.
 `python -m benchmarks kernels [--check]` compiles the kernels for GPUs and fails on a spill,
 `python -m benchmarks report [--check]` shows all of it, and
 `python -m benchmarks compare A.json B.json` fails on what became worse.
@@ -24,8 +26,9 @@ from benchmarks.kernel_results import KERNELS
 from benchmarks.kl_rows import run_kl
 from benchmarks.mass_study import MASSES, run_study
 from benchmarks.method_cost import run_methods
+from benchmarks.replay_pages import REPLAY
 from benchmarks.report import README, check_all, write_all
-from benchmarks.results import RESULTS, load
+from benchmarks.results import RESULTS, Results, load
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,6 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     profile.add_argument("cases", nargs="*", metavar="CASE", help="such as llama-3:recompute")
     profile.set_defaults(run=lambda o: profile_step.run_profile(o.cases, _say))
 
+    replay = add("replay", "predict steps with a large head on GPUs, in about a minute", REPLAY)
+    replay.add_argument("--check", action="store_true", help="fail where a goal is missed")
+    replay.set_defaults(run=_replay)
     kernels = add("kernels", "compile the kernels for GPUs, without one")
     kernels.add_argument("--check", action="store_true", help="write no results")
     kernels.set_defaults(run=_kernels)
@@ -102,6 +108,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "cpu":
         _print_claims(options.results)
     return status or 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    # Only here: peers and Triton are needed.
+    from benchmarks.replay import run_replay
+    from benchmarks.replay_goals import goals_of
+
+    results = Results(options.results / "replay.json", "replay")
+    run_replay(results, _say)
+    goals = goals_of(results.rows)
+    for goal in goals:
+        _say(str(goal))
+    return int(options.check and not all(goal.holds for goal in goals))
 
 
 def _kernels(options: argparse.Namespace) -> int:

@@ -10,13 +10,11 @@ from typing import Any
 
 from benchmarks.context_pages import context_sections
 from benchmarks.counts import __doc__ as counted
-from benchmarks.kernel_results import KERNELS, load_kernels
 from benchmarks.kl_pages import kl_section
 from benchmarks.machines import MACHINES
 from benchmarks.method_cost import GOAL, PAIRS
+from benchmarks.replay_pages import REPLAY, draw_replay
 from benchmarks.results import RESULTS, ROOT, Row, load
-from benchmarks.roofline import fused_tiles
-from benchmarks.shapes import HEADS
 from benchmarks.tables import number, origin, spread, sweep_table, table
 from benchmarks.trainer_pages import PICTURE as TRAINER
 from benchmarks.trainer_pages import draw_trainer, trainer_section
@@ -40,15 +38,22 @@ _METHODS = """\
 Loss and statistics of {pairs} pairs, forward and backward, as a share of the step of the op
 (`local`, {shape} shape, fp32, torch engine, one run), which has {step_pairs} pairs. The goal is
 {goal:.2%}."""
+_PREDICTED = """\
+## What a GPU would take
+
+**Predictions**, not measurements (kernels.md says how): a step with a large head in bf16, ours
+beside TRL's function, in P.
+
+![Predicted times]({path})"""
 _COUNTED = """\
 ## What is counted
 
 {counted}"""
 
 
-def write_benchmarks(page: Path = PAGE, results: Path = RESULTS, kernels: Path = KERNELS) -> None:
+def write_benchmarks(page: Path = PAGE, results: Path = RESULTS) -> None:
     """Write the page and its pictures."""
-    from benchmarks.grid_pictures import draw_rooflines, draw_rows, draw_shares
+    from benchmarks.grid_pictures import draw_rows, draw_shares
 
     page.parent.mkdir(parents=True, exist_ok=True)
     grids = _grids(results)
@@ -56,15 +61,13 @@ def write_benchmarks(page: Path = PAGE, results: Path = RESULTS, kernels: Path =
         draw_shares(grids["cpu"]["shares"]["rows"], results / "cpu" / "shares.png")
     for folder, content in _files(results, "trainer").items():
         draw_trainer(content["rows"], results / folder / TRAINER)
-    compiled = load_kernels(kernels)
-    measured: dict[str, list[Row]] = {}
     for machine in MACHINES:
         llama = [row for row in _rows(grids[machine.folder]) if _on_rows(row)]
-        measured[machine.name] = [row for row in llama if _same(row)]
         if llama:
             draw_rows(llama, results / machine.folder / "rows.png")
-    tiles = {machine.name: fused_tiles(compiled, machine) for machine in MACHINES}
-    draw_rooflines(tiles, measured, page.parent / "roofline.png")
+    predicted = _predicted(results)
+    if predicted:
+        draw_replay(predicted, results / REPLAY.name / "replay.png")
     page.write_text(page_text(results, page), encoding="utf-8")
 
 
@@ -77,7 +80,9 @@ def check_benchmarks(page: Path = PAGE, results: Path = RESULTS) -> bool:
 
 def pictures(results: Path, page: Path) -> list[str]:
     """Those that the page shows, as seen from it."""
-    grids, found = _grids(results), ["roofline.png"]
+    grids, found = _grids(results), []
+    if _predicted(results):
+        found.append(_seen(results / REPLAY.name / "replay.png", page))
     if "shares" in grids["cpu"]:
         found.append(_seen(results / "cpu" / "shares.png", page))
     for machine in MACHINES:
@@ -133,7 +138,8 @@ def page_text(results: Path, page: Path = PAGE) -> str:
         parts += ["Measured on " + origin(content), method_table(content["rows"])]
     parts.append(_COUNTED.format(counted=(counted or "").strip()))
     searched = {names[folder]: content for folder, content in _files(results, "context").items()}
-    parts += [*context_sections(searched), _roofline()]
+    parts += context_sections(searched)
+    parts += [_PREDICTED.format(path=path) for path in shown if path.endswith("replay.png")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,12 +202,11 @@ def method_table(rows: Sequence[Row]) -> str:
     return table(header, lines, left=2)
 
 
-def _roofline() -> str:
-    return (
-        "## Roofline\n\n**Hollow marks are predictions** (see kernels.md for their assumptions),"
-        " full marks measurements, on Llama-3's head in bf16. What was not measured on a machine"
-        " is a prediction.\n\n![Roofline](roofline.png)"
-    )
+def _predicted(results: Path) -> list[Row]:
+    """Rows of the replay."""
+    folder = results / REPLAY.name
+    content = load(folder).get("replay") if folder.exists() else None
+    return [] if content is None else list(content["rows"])
 
 
 def _grids(results: Path) -> dict[str, Mapping[str, Any]]:
@@ -233,10 +238,6 @@ def _on_rows(row: Row) -> bool:
     """Whether a row belongs to the sweep over rows: Llama-3's head, half labelled, bf16."""
     half = 2 * row["labelled_rows"] == row["sequences"] * row["length"]
     return row["shape"] == "llama-3" and row["dtype"] == "bf16" and half
-
-
-def _same(row: Row) -> bool:
-    return row["labelled_rows"] == HEADS["llama-3"].labelled_rows
 
 
 def _seen(path: Path, page: Path) -> str:

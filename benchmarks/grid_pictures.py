@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
-from typing import Any
 
-from benchmarks.counts import count
-from benchmarks.machines import MACHINES, Machine
-from benchmarks.pictures import FAINT, LINES, OURS, STYLE, pyplot, save, thousands
+from benchmarks.pictures import FAINT, LINES, STYLE, pyplot, save, thousands
 from benchmarks.results import Row
-from benchmarks.roofline import ENGINES, PATHS, FusedTile, predict
-from benchmarks.shapes import HEADS
 
-_PATH_MARKERS = dict(zip(PATHS, "osD^", strict=True))
-_ENGINE_COLOURS = dict(zip(ENGINES, (OURS, "#d1782f"), strict=True))
 _COMPARED = ("ours: local", "ours: recompute", "TRL")
 
 
@@ -40,62 +32,6 @@ def draw_rows(rows: Sequence[Row], path: Path) -> None:
         lambda row: row["labelled_rows"],
         lambda tick: thousands(int(tick)),
         panels,
-    )
-
-
-def draw_rooflines(
-    fused: Mapping[str, Mapping[str, FusedTile]],
-    measured: Mapping[str, Sequence[Row]],
-    path: Path,
-) -> None:
-    """FLOP/s over FLOPs per byte on Llama-3's head: predictions hollow, measurements full.
-
-    Args:
-        fused: machine → its compiled tiles.
-        measured: machine → rows of its grid, in bf16 on the same shape.
-    """
-    shape = HEADS["llama-3"]
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(9.5, 4.0), sharey=True)
-        for panel, machine in zip(axes, MACHINES, strict=True):
-            _draw_roof(panel, machine)
-            for name, engine in product(PATHS, ENGINES):
-                seconds = predict(machine, shape, name, engine, fused[machine.name]).ms / 1e3
-                _point(panel, name, engine, seconds, full=False)
-            for row in measured.get(machine.name, ()):
-                name, _, engine = row["candidate"].removeprefix("ours: ").partition(", ")
-                if name in PATHS and engine in ENGINES and row["status"] == "ok":
-                    _point(panel, name, engine, row["ms"] / 1e3, full=True)
-        axes[0].set_ylabel("TFLOP/s")
-        for name, engine in product(PATHS, ENGINES):
-            style = {"color": _ENGINE_COLOURS[engine], "marker": _PATH_MARKERS[name]}
-            axes[0].plot([], [], linestyle="", label=f"{name}, {engine}", **style)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False)
-        save(figure, path, top=0.86)
-
-
-def _draw_roof(panel: Any, machine: Machine) -> None:
-    ridge = machine.peak / machine.bandwidth
-    ends = [ridge / 10, ridge, ridge * 100]
-    panel.plot(ends, [min(machine.peak, x * machine.bandwidth) / 1e12 for x in ends], color="#444")
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_title(machine.name)
-    panel.set_xlabel("FLOPs per byte moved")
-    panel.grid(color=FAINT)
-
-
-def _point(panel: Any, path: str, engine: str, seconds: float, *, full: bool) -> None:
-    counts = count(f"ours: {path}", HEADS["llama-3"], 2)
-    assert counts is not None
-    colour = _ENGINE_COLOURS[engine]
-    panel.plot(
-        [counts.intensity],
-        [counts.flops / seconds / 1e12],
-        marker=_PATH_MARKERS[path],
-        color=colour,
-        markerfacecolor=colour if full else "none",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from statistics import median
 from time import thread_time
 from typing import Any
@@ -55,7 +56,7 @@ def host_seconds(
                 start = thread_time()
                 step()
                 times = [start, *(time for _, time in marks)]
-                rounds.append([after - before for before, after in zip(times, times[1:])])
+                rounds.append([after - before for before, after in pairwise(times)])
     finally:
         torch.set_num_threads(threads)
     if [name for name, _ in marks] != anchors:
@@ -65,7 +66,7 @@ def host_seconds(
 
 def spread_over(events: list[Event], seconds: list[float]) -> list[float]:
     """The same for each event: what comes between two anchors is all before the first of them."""
-    found, left, at_start = [], iter(seconds), True
+    found, left = [], iter(seconds)
     ahead: list[float] = []
     for event in events:
         ahead.append(0.0)

@@ -67,19 +67,3 @@ UNHIDDEN = 0.3
 GAP, LIBRARY_CALL, TRITON_LAUNCH = 3e-6, 5e-6, 15e-6
 # fp32 products without tensor cores, as a share of the bf16 rate.
 SINGLE = 1 / 16
-ASSUMPTIONS = """\
-| | A100-80GB | H200 |
-| --- | --- | --- |
-| bf16 peak, TFLOP/s; multiprocessors | 312; 108 | 989; 132 |
-| library matmul, share of the peak, in whole waves of the best of 128 × 256, 256 × 128 and 128 × 128 (at 0.9 of that) tiles | 0.80 | 0.80 |
-| matmul inside a Triton kernel, 128 × 256 tile / 128 × 128 tile, share of the peak | 0.66 / 0.56 | 0.62 / 0.52 |
-| memory bandwidth, TB/s | 1.8 | 4.3 |
-| a buffer of up to this that the next launch reads costs half of its traffic | 20 MB | 25 MB |
-| share of a matmul's output traffic (read and write where it accumulates) that its own work does not hide | 0.3 | 0.3 |
-| gap between launches | 3 µs | 3 µs |
-| host: measured Python of a call on one core with mocked launches, plus a library call / a Triton launch | 5 / 15 µs | 5 / 15 µs |
-
-Rows whose reference does not move are not rescaled: nothing is counted for the others. Ours is told
-the number of labelled rows, as trainers tell it; TRL's function finds its rows by a mask, which
-waits for the GPU. Both get the labelled rows alone; extra bytes are the peak of all that a step
-allocates, gradients included."""

@@ -137,6 +137,8 @@ class Recorder(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         outputs = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        if outputs and all(each.device.type == "cpu" for each in outputs):
+            return out
         self._remember(outputs)
         waits = masked or name in _WAITING
         event = _event_of(func, name, args, inputs, outputs, waits)

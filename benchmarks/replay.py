@@ -103,7 +103,8 @@ def replayed(case: Case, machine: Machine, unit: float) -> Row:
     python = None
     if case.host:
         anchors = [event.name for event in events if event.anchor]
-        seconds = host_seconds(_on_host(case), machine, case.shape.hidden_size, anchors)
+        with _peers_on_a_gpu():
+            seconds = host_seconds(_on_host(case), machine, case.shape.hidden_size, anchors)
         python = spread_over(events, seconds)
     played = play(machine, events, python)
     gradients = _gradient_bytes(case)
@@ -198,12 +199,7 @@ def _meta(*size: int) -> Tensor:
 def _on_host(case: Case) -> Callable[[], object]:
     """The step on CPU tensors of hidden size 1, which the loops do not look at."""
     problem = _problem(replace(case.shape, hidden_size=1), torch.device("cpu"))
-
-    def run() -> None:
-        with _peers_on_a_gpu():
-            step(case.candidate, problem)
-
-    return run
+    return partial(step, case.candidate, problem)
 
 
 @contextmanager

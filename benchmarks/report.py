@@ -32,7 +32,7 @@ def write_all(
     """
     write_report(readme, results)
     write_page(page, kernels, results.parent)
-    write_benchmarks(docs / "benchmarks.md", results.parent, kernels)
+    write_benchmarks(docs / "benchmarks.md", results.parent)
     write_mass_page(docs / NAME, masses)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_prefopt.kernels.architectures import Block
-from fused_prefopt.kernels.tiles import logits_tile, tile_of, tile_operands
+from fused_prefopt.kernels.tiles import blocks, logits_tile, tile_of, tile_operands
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def fold_logits(
             f"kept: got shape {tuple(kept.shape)} with strides {kept.stride()}, wanted"
             f" ({rows}, {vocab}) with contiguous rows"
         )
-    parts = triton.cdiv(vocab, block.vocab)
+    parts = blocks(vocab, block.vocab)
 
     def empty(dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(parts, rows, dtype=dtype, device=hidden.device)
@@ -184,7 +184,7 @@ def fold_logits(
         best = empty(torch.int32)
         partials = Partials(partials.maximum, partials.total, block.vocab, *sums, best)
     if rows:
-        _fold_logits_kernel[(triton.cdiv(rows, block.rows) * parts,)](
+        _fold_logits_kernel[(blocks(rows, block.rows) * parts,)](
             left,
             right,
             bias,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_prefopt.kernels.fold_kl_rows import SlabLogits, common_shape
-from fused_prefopt.kernels.tiles import bend, cap_slope
+from fused_prefopt.kernels.tiles import bend, blocks, cap_slope
 
 
 @triton.jit
@@ -165,12 +165,12 @@ def kl_gradient(
     if out.stride(1) != 1 and width > 1:
         raise ValueError(f"out: got strides {out.stride()}, wanted contiguous rows")
     height, block = 16, 256
-    row_blocks = triton.cdiv(count, height)
+    row_blocks = blocks(count, height)
     column_sums = None
     if sums:
         column_sums = torch.empty(row_blocks, width, dtype=torch.float32, device=out.device)
     if count:
-        _kl_gradient_kernel[(row_blocks, triton.cdiv(width, block))](
+        _kl_gradient_kernel[(row_blocks, blocks(width, block))](
             policy.products,
             policy.bias,
             reference.products,

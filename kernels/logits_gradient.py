@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.tiles import bend, cap_slope
+from fused_prefopt.kernels.tiles import bend, blocks, cap_slope
 
 
 @triton.jit
@@ -180,12 +180,12 @@ def logits_gradient(
             raise ValueError(
                 f"part_width: got {part_width} and a slab at {first}, wanted multiples of 16"
             )
-    row_blocks = triton.cdiv(rows, height)
+    row_blocks = blocks(rows, height)
     column_sums = None
     if sums:
         column_sums = torch.empty(row_blocks, width, dtype=torch.float32, device=source.device)
     if rows:
-        _logits_gradient_kernel[(row_blocks, triton.cdiv(width, block))](
+        _logits_gradient_kernel[(row_blocks, blocks(width, block))](
             source,
             bias,
             targets,

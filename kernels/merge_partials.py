@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_prefopt.kernels.fold_logits import Partials
+from fused_prefopt.kernels.tiles import blocks
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def merge_partials(
     factor = torch.empty_like(maximum)
     if rows:
         block = 32
-        _merge_partials_kernel[(triton.cdiv(rows, block),)](
+        _merge_partials_kernel[(blocks(rows, block),)](
             partials.maximum,
             partials.total,
             partials.weighted,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_prefopt.kernels.architectures import Block
 from fused_prefopt.kernels.logits_gradient import tile_gradient
-from fused_prefopt.kernels.tiles import logits_tile, tile_of, tile_operands
+from fused_prefopt.kernels.tiles import blocks, logits_tile, tile_of, tile_operands
 
 
 @triton.jit
@@ -141,12 +141,12 @@ def recompute_gradient(
             f"out: got shape {tuple(out.shape)} with strides {out.stride()}, wanted"
             f" ({rows}, {vocab}) with contiguous rows"
         )
-    row_blocks = triton.cdiv(rows, block.rows)
+    row_blocks = blocks(rows, block.rows)
     column_sums = None
     if sums:
         column_sums = torch.empty(row_blocks, vocab, dtype=torch.float32, device=hidden.device)
     if rows:
-        _recompute_gradient_kernel[(row_blocks * triton.cdiv(vocab, block.vocab),)](
+        _recompute_gradient_kernel[(row_blocks * blocks(vocab, block.vocab),)](
             left,
             right,
             bias,

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_prefopt.kernels.tiles import blocks
+
 
 @triton.jit
 def _rescale_rows_kernel(
@@ -40,6 +42,6 @@ def rescale_rows(values: Tensor, factor: Tensor) -> None:
         raise ValueError(f"values: got strides {values.stride()}, wanted contiguous rows")
     if rows:
         block = min(1024, triton.next_power_of_2(width))
-        _rescale_rows_kernel[(rows, triton.cdiv(width, block))](
+        _rescale_rows_kernel[(rows, blocks(width, block))](
             values, factor, values.stride(0), width, BLOCK=block, num_warps=4, enable_fp_fusion=True
         )

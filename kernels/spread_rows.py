@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_prefopt.kernels.tiles import blocks
+
 
 @triton.jit
 def _spread_rows_kernel(
@@ -66,7 +68,7 @@ def spread_rows(
             raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
     if rows:
         block = min(1024, triton.next_power_of_2(width))
-        _spread_rows_kernel[(rows, triton.cdiv(width, block))](
+        _spread_rows_kernel[(rows, blocks(width, block))](
             values,
             index,
             out,

@@ -105,7 +105,7 @@ def test_the_plan_names_what_is_kept(mix, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["cublas", "triton"])
-@pytest.mark.parametrize("workspace_mb", [0.45, 0.6])
+@pytest.mark.parametrize("workspace_mb", [0.3, 0.35])
 @pytest.mark.usefixtures("tiny_tiles")
 def test_the_planner_keeps_what_the_workspace_holds(engine, workspace_mb, monkeypatch):
     case = make_case(6, 80, 9, 197, **TRANSFORMS["all"])
@@ -249,8 +249,10 @@ def test_the_finished_gradient_is_the_gradient(dtype, softcap, jump, width):
         slab = slice(first, min(first + width, vocab))
         tile = Tile(hidden, weight[slab], bias[slab], targets, first)
         engine.fold_and_keep(tile, statistics, kept, maxima)
-    assert (statistics.maximum - maxima[0] <= math.slack).all()
-    assert ((statistics.maximum > maxima[0]).any()) == (width == 5 and jump == 59)
+    behind = statistics.maximum - maxima[0]
+    assert (behind <= math.slack).all()
+    if width == 5 and jump == 59:
+        assert (behind > 35).all()
     logsumexps = logits.logsumexp(1)
     inside = (targets >= 0) & (targets < vocab)
     own = logits.gather(1, targets.clamp(0, vocab - 1)[:, None])[:, 0]

@@ -22,8 +22,8 @@ from truth import (
 )
 
 from fused_prefopt import LMHead, sequence_logps, token_logps
-from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.cutting import Tiles
+from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.tile import RowGradients
 from fused_prefopt.ops.torch_engine import TorchEngine
 

@@ -21,11 +21,8 @@ from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.plan import (
     COST_IN_P,
     PATHS,
-    default_workspace,
-    kept_bytes,
     make_plan,
     room_of,
-    statistics_bytes,
 )
 from fused_prefopt.ops.vocab_shard import VocabShard
 

@@ -187,7 +187,8 @@ def _check_labels(targets: Tensor, ignore_index: int, num_labels: int | None, vo
         vocab: labels are below.
     """
     labelled = targets != ignore_index
-    fits = (targets >= 0) & (targets < vocab) | ~labelled
+    # A label that there is none of implies nothing.
+    fits = labelled <= (targets.clamp(0, vocab - 1) == targets)
 
     def message() -> str:
         outside = f"labels: got a label outside [0, {vocab})"

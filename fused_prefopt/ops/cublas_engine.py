@@ -11,7 +11,7 @@ from fused_prefopt.kernels.logits_gradient import logits_gradient
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
 from fused_prefopt.kernels.spread_rows import spread_rows
-from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, aligned
+from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, WeightKind, aligned
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, WeighedRows
 from fused_prefopt.ops.torch_engine import TorchEngine, locate, product
@@ -32,7 +32,7 @@ class CublasEngine(TorchEngine):
         self.part_width = _ANY
 
     @staticmethod
-    def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
+    def cost(math: HeadMath, weight: WeightKind, role: str) -> TileCost:
         """fp32 products, and the slab of a gradient in the operand dtype."""
         operand, single = math.operand(weight.device), math.accumulator.itemsize
         gradient = role in ("kept", "rebuild", "entropy")

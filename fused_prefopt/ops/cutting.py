@@ -10,6 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+
 _SMALLEST_TILE = 64
 # A GPU's tile of a matmul, at least; also what rows are cut at multiples of.
 _TILE = 128
@@ -47,6 +50,24 @@ class Tiles:
     products: int
     multiplied: int
     gathered: bool
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """What tiles cost by, of a head's weight.
+
+    Attributes:
+        dtype, device: of it.
+        contiguous: whether its rows are.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    contiguous: bool
+
+    @classmethod
+    def of(cls, weight: Tensor) -> WeightKind:
+        return cls(weight.dtype, weight.device, weight.stride(1) == 1)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import is_on_host
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.torch_engine import product
 
@@ -56,7 +57,7 @@ def row_factors(
     Returns:
         The factors, and the 0-d unit that they are in, None for 1.
     """
-    if not factors[0].shape[0]:
+    if not factors[0].shape[0] or (operand != torch.float16 and not is_on_host(factors[0])):
         return list(factors), None
     largest = torch.stack([factor.abs() for factor in factors]).amax()
     # Not the other way round: a row that is NaN is no reason to leave out the others.
@@ -108,7 +109,9 @@ class GradientSums:
                 return None
             gradient = value.new_empty(padded_vocab, *value.shape[1:])
             # Without labelled rows no slab is written.
-            gradient[value.shape[0] if head.rows else 0 :].zero_()
+            unwritten = value.shape[0] if head.rows else 0
+            if unwritten < padded_vocab:
+                gradient[unwritten:].zero_()
             return gradient
 
         self._weight = padded(tensors.weight, needs.weight)

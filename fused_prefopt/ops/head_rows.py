@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.ops import dropped_mass
-from fused_prefopt.ops.cutting import GpuPass, Tiles, about, aligned, tile_shape
+from fused_prefopt.ops.cutting import (
+    GpuPass,
+    TileCost,
+    Tiles,
+    WeightKind,
+    about,
+    aligned,
+    tile_shape,
+)
 from fused_prefopt.ops.engines import load_engine, processors, role_engine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import MIB, kept_bytes, statistics_bytes
@@ -278,16 +286,12 @@ class HiddenRows:
 def tiles_of(head: HeadRows) -> Tiles:
     """How a pass over a head is cut, within its workspace."""
     vocab, hidden_size = head.vocab, head.hidden_size
-    math, weight, gpu = head.math, head.tensors.weight, head.engine != "torch"
+    math, gpu = head.math, head.engine != "torch"
     rows = about(head.rows) if gpu else head.rows
-    costs = [load_engine(head.engine_of(role)).cost(math, weight, role) for role in _roles(head)]
-    cost = replace(
-        costs[0],
-        logit=max(each.logit for each in costs),
-        weight=max(each.weight for each in costs),
-        slab=0 if head.backward and head.in_place else max(each.slab for each in costs),
-        smallest=max(each.smallest for each in costs),
-    )
+    named = tuple((head.engine_of(role), role) for role in _roles(head))
+    cost = _known_cost(named, math, WeightKind.of(head.tensors.weight))
+    if head.backward and head.in_place:
+        cost = replace(cost, slab=0)
     if head.rank:
         # A slab of both weights, and its gradient before it is parted.
         cost = replace(cost, weight=cost.weight + head.operand.itemsize + math.accumulator.itemsize)
@@ -321,6 +325,28 @@ def tiles_of(head: HeadRows) -> Tiles:
     cuts = head.path in ("evaluate", "stash") and not head.makes_slabs
     given = (rows, multiplied, vocab, hidden_size, budget, cost, processors(head.device), cuts)
     return GpuPass(*given).tiles()
+
+
+def cost_of(named: tuple[tuple[str, str], ...], math: HeadMath, weight: WeightKind) -> TileCost:
+    """What the buffers of a tile take at most.
+
+    Args:
+        named: engines, and the roles that they have in the pass.
+        math: the head's scalars.
+        weight: of the head.
+    """
+    costs = [load_engine(name).cost(math, weight, role) for name, role in named]
+    return replace(
+        costs[0],
+        logit=max(each.logit for each in costs),
+        weight=max(each.weight for each in costs),
+        slab=max(each.slab for each in costs),
+        smallest=max(each.smallest for each in costs),
+    )
+
+
+# Not on the function itself, which a compiler may trace.
+_known_cost = lru_cache(maxsize=1024)(cost_of)
 
 
 def _roles(head: HeadRows) -> list[str]:

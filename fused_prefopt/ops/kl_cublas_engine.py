@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_prefopt.kernels.fold_kl_rows import SlabLogits, fold_kl_rows
 from fused_prefopt.kernels.kl_gradient import kl_gradient
 from fused_prefopt.ops.cublas_engine import CublasEngine
-from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape
+from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, WeightKind
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
 from fused_prefopt.ops.tile import Tile
@@ -27,7 +27,7 @@ class CublasKlEngine(CublasEngine):
         self._reference = CublasEngine(reference, tiles, device)
 
     @staticmethod
-    def costs(math: HeadMath, weight: Tensor, other: Tensor, backward: bool) -> TileCost:
+    def costs(math: HeadMath, weight: WeightKind, other: WeightKind, backward: bool) -> TileCost:
         """What the buffers take for a tile of both heads, whose hidden sizes add up."""
         policy = CublasEngine.cost(math, weight, "rebuild" if backward else "fold")
         reference = CublasEngine.cost(math, other, "fold")

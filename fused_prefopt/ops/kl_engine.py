@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import is_on_host
-from fused_prefopt.ops.cutting import TileCost, Tiles
+from fused_prefopt.ops.cutting import TileCost, Tiles, WeightKind
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.kl_tile import KlGradients, KlStatistics
 from fused_prefopt.ops.tile import Tile
@@ -31,7 +31,7 @@ class TorchKlEngine(TorchEngine):
         self._differences = TorchEngine(reference, tiles, device)
 
     @staticmethod
-    def costs(math: HeadMath, weight: Tensor, other: Tensor, backward: bool) -> TileCost:
+    def costs(math: HeadMath, weight: WeightKind, other: WeightKind, backward: bool) -> TileCost:
         """What the buffers take for a tile of both heads, whose hidden sizes add up.
 
         Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fused_prefopt.ops.cutting import Tiles, tile_shape
+from fused_prefopt.ops.cutting import Tiles, WeightKind, tile_shape
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, HiddenRows
 from fused_prefopt.ops.kl_engine import TorchKlEngine
@@ -97,7 +97,8 @@ class KlRows:
         kind = load_kl_engine(engine)
         both = policy.first(vocab), reference.first(vocab)
         bent = maths[0] if maths[1].softcap is None else maths[1]
-        cost = kind.costs(bent, both[0].weight, both[1].weight, backward)
+        weights = [WeightKind.of(side.weight) for side in both]
+        cost = kind.costs(bent, weights[0], weights[1], backward)
         ranks = [0 if side.low_weight is None else side.low_weight.shape[1] for side in both]
         widths = [side.weight.shape[1] + rank for side, rank in zip(both, ranks, strict=True)]
         if any(ranks):

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops.call import Call, LogpOptions, read_call
-from fused_prefopt.ops.engines import load_engine, role_engine
-from fused_prefopt.ops.plan import Plan, make_plan, room_of
+from fused_prefopt.ops.cutting import WeightKind
+from fused_prefopt.ops.engines import role_engine
+from fused_prefopt.ops.head_rows import cost_of
+from fused_prefopt.ops.plan import Plan, Room, make_plan, room_of
 from fused_prefopt.ops.registered import head_logps
 from fused_prefopt.types import AnyHead, SequenceLogps, TokenPolicy
 
@@ -219,15 +221,18 @@ def _plan(call: Call, rows: int, options: LogpOptions) -> Plan:
             roles = ["keep"] * (kept > 0) + ["fold", "rebuild"] * (kept < rows)
         return "+".join(sorted(set(map(engine_of, roles)))) or engine_of("fold")
 
-    cost = load_engine(engine_of("rebuild")).cost(math, tensors.weight, "rebuild")
-    sizes = (rows, call.vocab, call.hidden_size)
+    def room() -> Room:
+        cost = cost_of(((engine_of("rebuild"), "rebuild"),), math, WeightKind.of(tensors.weight))
+        sizes = (rows, call.vocab, call.hidden_size)
+        return room_of(*sizes, math.kept.itemsize, cost, gpu=call.engine != "torch")
+
     return make_plan(
         path=options.path,
         engine=engine,
         rows=rows,
         vocab=call.vocab,
         workspace=call.workspace(options.workspace_mb, rows, head_trains),
-        room=room_of(*sizes, math.kept.itemsize, cost, gpu=call.engine != "torch"),
+        room=room,
         head_trains=head_trains,
         hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
         entropy=options.entropy,

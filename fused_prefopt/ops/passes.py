@@ -87,7 +87,8 @@ def forward(head: HeadRows) -> tuple[Tensor, Tensor, Kept]:
             _fold(head, statistics, masses)
     merged = head.shard.merge(statistics)
     entropies = head.new(0) if details is None else details.entropies(merged)
-    return merged.logps(), entropies, Kept(merged.logsumexps(), stash, maxima, ticket, masses)
+    logps, logsumexps = merged.finish()
+    return logps, entropies, Kept(logsumexps, stash, maxima, ticket, masses)
 
 
 def _fold(

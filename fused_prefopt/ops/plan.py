@@ -159,7 +159,7 @@ def make_plan(
     rows: int,
     vocab: int,
     workspace: int,
-    room: Room,
+    room: Callable[[], Room],
     head_trains: bool,
     hidden_trains: bool,
     entropy: bool = False,
@@ -173,7 +173,7 @@ def make_plan(
         rows: N, labelled rows (an upper bound where the count is not known).
         vocab: V, vocabulary entries.
         workspace: bytes.
-        room: what kept probabilities and tiles take of it.
+        room: what kept probabilities and tiles take of it, where that is asked.
         head_trains: weight or bias needs a gradient.
         hidden_trains: hidden needs a gradient.
         entropy: the entropies are wanted too, and their gradient.
@@ -188,23 +188,25 @@ def make_plan(
 
     if not (head_trains or hidden_trains):
         return plan("evaluate", "nothing needs a gradient")
-    kept = room.kept(rows, workspace)
     if entropy:
         if path not in ("auto", "recompute"):
             raise ValueError(f"path: got {path!r}, but gradients of entropies need 'recompute'")
         return plan("recompute", "gradients of entropies need the logits")
     if path == "stash" and head_trains:
         raise ValueError("path: 'stash' forms no head gradient, but weight or bias needs one")
-    if path == "local" and kept < rows:
-        size = _size(rows, vocab, kept, room, workspace)
-        raise ValueError(f"path: 'local' does not fit workspace_mb: {size}")
-    if path != "auto":
-        return plan(path, "asked for", rows if path == "local" else 0)
-    if not head_trains:
+    if path in ("evaluate", "stash", "recompute"):
+        return plan(path, "asked for")
+    if path == "auto" and not head_trains:
         return plan("stash", "the head is frozen")
+    found = room()
+    kept = found.kept(rows, workspace)
+    size = _size(rows, vocab, kept, found, workspace)
+    if path == "local":
+        if kept < rows:
+            raise ValueError(f"path: 'local' does not fit workspace_mb: {size}")
+        return plan(path, "asked for", rows)
     if drop_mass and kept < rows:
         kept = 0  # rows that need a part of the vocabulary come in any order
-    size = _size(rows, vocab, kept, room, workspace)
     return plan("local" if kept == rows else "recompute", f"the head trains; {size}", kept)
 
 

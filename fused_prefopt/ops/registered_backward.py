@@ -82,12 +82,13 @@ def head_logps_backward(
         drop_mass,
         entropy,
     )
-    by_logps = torch.zeros_like(logsumexps)
-    if grad_logps is not None:
-        by_logps += grad_logps[index]
+    parts = [] if grad_logps is None else [grad_logps[index]]
     if grad_sums is not None:
         ids = sequences_of(index, sequence_ids, grad_sums.shape[0], targets.shape[0])
-        by_logps += grad_sums[ids]
+        parts.append(grad_sums[ids])
+    by_logps = torch.zeros_like(logsumexps) if not parts else parts[0]
+    if len(parts) > 1:
+        by_logps = parts[0] + parts[1]
     upstream = Upstream(logps[index], by_logps)
     if entropy and grad_entropies is not None:
         upstream = Upstream(logps[index], by_logps, entropies[index], grad_entropies[index])

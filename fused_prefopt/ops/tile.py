@@ -58,8 +58,13 @@ class RowStatistics:
         self.maximum.copy_(maximum)
         self.target.add_(other.target)
 
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets, and log-sum-exps."""
+        log_sum = self.sum.log()
+        return (self.target - self.maximum) - log_sum, self.maximum + log_sum
+
     def logps(self) -> Tensor:
-        return (self.target - self.maximum) - self.sum.log()
+        return self.finish()[0]
 
     def logsumexps(self) -> Tensor:
         return self.maximum + self.sum.log()

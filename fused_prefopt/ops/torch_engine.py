@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape
+from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, WeightKind
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 
@@ -49,8 +49,8 @@ class TorchEngine:
         self._buffer: Tensor | None = None
 
     @staticmethod
-    def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
-        """What the buffers take for a tile of a head with this weight (V, D).
+    def cost(math: HeadMath, weight: WeightKind, role: str) -> TileCost:
+        """What the buffers take for a tile of a head with such a weight (V, D).
 
         Args:
             role: what is asked, one of `engines.ROLES`.

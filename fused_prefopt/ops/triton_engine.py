@@ -15,7 +15,7 @@ from fused_prefopt.kernels.merge_partials import merge_partials
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.ops.cublas_engine import CublasEngine
-from fused_prefopt.ops.cutting import TileCost, Tiles
+from fused_prefopt.ops.cutting import TileCost, Tiles, WeightKind
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 from fused_prefopt.ops.tuning import Tuning, tuning_of
@@ -35,13 +35,13 @@ class TritonEngine(CublasEngine):
         self.part_width = self._tuning.block("kept", math.operand(device), rich=True).vocab
 
     @staticmethod
-    def cost(math: HeadMath, weight: Tensor, role: str) -> TileCost:
+    def cost(math: HeadMath, weight: WeightKind, role: str) -> TileCost:
         """Partial statistics of the forward, the gradient's slab of the backward."""
         cost = CublasEngine.cost(math, weight, role)
         block = tuning_of(weight.device).block("kept", math.operand(weight.device), rich=True)
         partials = 2 * math.accumulator.itemsize / block.vocab
         logits = {"fold": partials, "keep": partials, "details": 2.5 * partials, "weigh": partials}
-        slabs = cost.weight + (0 if weight.stride(1) == 1 else weight.itemsize)
+        slabs = cost.weight + (0 if weight.contiguous else weight.dtype.itemsize)
         # A slab below a program's width would split the parts that are kept the maxima of.
         return replace(cost, logit=logits.get(role, 0.0), weight=slabs, smallest=block.vocab)
 
