@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.context_search import run_contexts
+from benchmarks.gpu_candidates import DEFAULTS, ENGINES, OF_TRL, SOME, TRAINS, forced
 from benchmarks.grid import Point, measure_alone, memory_here, row_of
-from benchmarks.peers import CANDIDATES, HEAD, HIDDEN, NOTHING, Candidate, ours, ours_with_room
+from benchmarks.peers import CANDIDATES, Candidate
 from benchmarks.results import Results
 from benchmarks.shapes import HEADS, Shape
 from benchmarks.trainer_candidates import EAGER, TRAINERS
@@ -31,19 +32,6 @@ DEADLINE = 450.0
 # Of the deadline, at which each stage ends: the telling grid, trainers, peers, contexts, others.
 _SHARES = (0.55, 0.72, 0.86, 0.93, 1.0)
 _SECONDS_OF_TRAINER = 90.0
-_TRAINS = {"evaluate": NOTHING, "stash": HIDDEN, "local": HEAD, "recompute": HEAD}
-
-
-def _forced(path: str, engine: str) -> Candidate:
-    run = partial(ours_with_room, path, engine)
-    return Candidate(f"ours: {path}, {engine}", run, _TRAINS[path], ours=True)
-
-
-AUTO = replace(CANDIDATES["ours: auto"], name="ours: auto, auto")
-# Some rows' probabilities are kept, not all.
-_SOME = replace(
-    AUTO, name="ours: auto, 1024 MiB", forward=partial(ours, "auto", workspace_mb=1024.0)
-)
 
 
 def _named(*names: str) -> tuple[Candidate, ...]:
@@ -51,21 +39,16 @@ def _named(*names: str) -> tuple[Candidate, ...]:
 
 
 TELLING = (
-    AUTO,
-    *_named("TRL"),
-    *(_forced("evaluate", engine) for engine in ("triton", "cublas")),
-    *_named("TRL: no gradient"),
-    *(_forced("stash", engine) for engine in ("cublas", "triton")),
-    *_named("TRL: frozen head"),
-    *(_forced(path, engine) for path in ("recompute", "local") for engine in ("cublas", "triton")),
-    _SOME,
+    *(candidate for trains in DEFAULTS for candidate in (DEFAULTS[trains], OF_TRL[trains])),
+    *(forced(path, engine) for path in TRAINS for engine in ENGINES),
+    SOME,
 )
 # The engine that stands in for the others on a GPU comes last.
 _PEERS = (
     *_named("Liger", "cut-cross-entropy", "Liger: per token", "cut-cross-entropy: full gradient"),
     *_named("torch linear_cross_entropy", "eager, labelled rows", "eager, compiled", "eager"),
     *_named("eager, fp32 logits"),
-    *(_forced(path, "torch") for path in _TRAINS),
+    *(forced(path, "torch") for path in TRAINS),
 )
 _FEW = (*TELLING, *_named("Liger", "cut-cross-entropy"))
 _OTHER_LOSSES = _named("Liger: simpo", "Liger: orpo", "Liger: cpo", "Liger: kto")

@@ -29,6 +29,7 @@ from fused_prefopt.ops import (
     head_rows,
     registered,
     registered_backward,
+    registered_kl,
     triton_engine,
     tuning,
 )
@@ -226,6 +227,8 @@ _BODIES: dict[Any, Callable[..., Any]] = {
     torch.ops.fused_prefopt.head_logps_backward.default: (
         registered_backward.head_logps_backward._init_fn
     ),
+    torch.ops.fused_prefopt.head_kl.default: registered_kl.head_kl._init_fn,
+    torch.ops.fused_prefopt.head_kl_backward.default: registered_kl.head_kl_backward._init_fn,
 }
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "nonzero": _nonzero,
@@ -271,6 +274,7 @@ def _as_meta() -> Iterator[None]:
         patch.object(torch, "is_autocast_enabled", lambda kind: False),
         patch.object(registered, "fixed_precision", without_device),
         patch.object(registered_backward, "fixed_precision", without_device),
+        patch.object(registered_kl, "fixed_precision", without_device),
     ):
         yield
 

@@ -17,20 +17,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_model import play
+from benchmarks.gpu_candidates import DEFAULTS, ENGINES, OF_TRL, SOME, TRAINS, forced
 from benchmarks.host_cost import host_seconds, spread_over
 from benchmarks.machines import MACHINES, Machine
 from benchmarks.objectives import BETA
-from benchmarks.peers import CANDIDATES, HEAD, HIDDEN, NOTHING, Candidate, ours, step
+from benchmarks.peers import HEAD, NOTHING, Candidate, ours, step
 from benchmarks.recording import Recording, record
 from benchmarks.results import Results, Row
 from benchmarks.shapes import HEADS, LARGEST_OUTPUT, Problem, Shape
-from fused_prefopt.ops.plan import MIB
 
-SITUATIONS = (NOTHING, HIDDEN, HEAD)
-OURS = {NOTHING: "ours: no gradient", HIDDEN: "ours: frozen head", HEAD: "ours"}
-TRL = {NOTHING: "TRL: no gradient", HIDDEN: "TRL: frozen head", HEAD: "TRL"}
-PATHS = {"evaluate": NOTHING, "stash": HIDDEN, "recompute": HEAD, "local": HEAD}
-ENGINES = ("cublas", "triton")
 TIGHT = 256
 _LONG = 65536
 
@@ -56,26 +51,22 @@ def cases() -> list[Case]:
     """The default of ours beside TRL's and Liger's; then each path and engine, and tight memory."""
     found = []
     for shape in HEADS.values():
-        for trains in SITUATIONS:
-            found.append(Case(_ours(OURS[trains], trains, shape), shape))
-            found.append(Case(CANDIDATES[TRL[trains]], shape))
+        for trains in DEFAULTS:
+            found += [Case(each[trains], shape) for each in (DEFAULTS, OF_TRL)]
         if shape.softcap is None:
             dense = replace(shape, length=shape.length // 2 + 1, labelled=1.0)
             for name, given in (("all rows", shape), ("labelled rows", dense)):
                 liger = Candidate(f"Liger: {name}", _liger, HEAD)
                 found.append(Case(liger, given, host=False, bare=True))
-        for path, trains in PATHS.items():
-            for engine in ENGINES:
-                options: dict[str, Any] = {"engine": engine, "workspace_mb": TIGHT}
-                if path == "local":
-                    options["workspace_mb"] = _room(shape)
-                candidate = _ours(f"ours: {path}, {engine}", trains, shape, path, **options)
-                found.append(Case(candidate, shape, host=False))
+        found += [
+            Case(forced(path, engine), shape, host=False) for path in TRAINS for engine in ENGINES
+        ]
+        found.append(Case(SOME, shape, host=False))
         for rows in (shape.labelled_rows, _LONG):
             given = replace(shape, sequences=shape.sequences * rows // shape.labelled_rows)
             for path in ("evaluate", "stash", "recompute"):
-                name = tight_name(path)
-                candidate = _ours(name, PATHS[path], given, path, workspace_mb=TIGHT)
+                run = partial(ours, path, workspace_mb=TIGHT)
+                candidate = Candidate(tight_name(path), run, TRAINS[path], ours=True)
                 found.append(Case(candidate, given, host=False))
     return found
 
@@ -146,20 +137,9 @@ def unit_seconds(machine: Machine, shape: Shape) -> float:
     return play(machine, record(products, rows, machine).events).seconds
 
 
-def _ours(name: str, trains: str, shape: Shape, path: str = "auto", **options: Any) -> Candidate:
-    """Ours; it is told the number of labelled rows, as trainers tell it."""
-    forward = partial(ours, path, num_labels=shape.labelled_rows, **options)
-    return Candidate(name, forward, trains, ours=True)
-
-
 def tight_name(path: str) -> str:
     """Of a path in the smallest workspace that a goal is set for."""
     return f"ours: {path} in {TIGHT} MiB"
-
-
-def _room(shape: Shape) -> float:
-    """MiB in which `local` keeps all rows: twice what their probabilities take in bf16."""
-    return 2 * shape.labelled_rows * shape.vocab * 2 / MIB
 
 
 def _liger(problem: Problem) -> tuple[Tensor, Tensor]:

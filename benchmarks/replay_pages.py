@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_candidates import DEFAULTS, OF_TRL
 from benchmarks.machines import (
     GAP,
     LIBRARY,
@@ -19,7 +20,6 @@ from benchmarks.machines import (
     WIDE,
     Machine,
 )
-from benchmarks.replay import OURS, SITUATIONS, TRL
 from benchmarks.replay_goals import floor_ms, goals_of
 from benchmarks.results import RESULTS, Row, load
 from benchmarks.shapes import HEADS
@@ -140,16 +140,15 @@ def _measurements(row: Row, measured: Mapping[str, Any]) -> Iterator[float]:
 
 def draw_replay(rows: Sequence[Row], path: Path) -> None:
     """Predicted milliseconds of ours and TRL's, a panel a machine."""
-    from benchmarks.pictures import FAINT, STYLE, pyplot, save
-    from benchmarks.pictures import OURS as COLOUR
+    from benchmarks.pictures import FAINT, OURS, STYLE, pyplot, save
 
     found = {(row["gpu"], row["shape"], row["candidate"], row["sequences"]): row for row in rows}
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(10.5, 4.2))
         for panel, machine in zip(axes, MACHINES, strict=True):
-            steps = [(shape, trains) for shape in HEADS.values() for trains in SITUATIONS]
-            for side, (names, colour) in enumerate(((OURS, COLOUR), (TRL, "#d1782f"))):
-                keys = [(machine.name, s.name, names[t], s.sequences) for s, t in steps]
+            steps = [(shape, trains) for shape in HEADS.values() for trains in DEFAULTS]
+            for side, (names, colour) in enumerate(((DEFAULTS, OURS), (OF_TRL, "#d1782f"))):
+                keys = [(machine.name, s.name, names[t].name, s.sequences) for s, t in steps]
                 times = [found[key]["ms"] / found[key]["p_ms"] for key in keys]
                 places = [place + 0.4 * side for place in range(len(steps))]
                 panel.bar(places, times, 0.4, color=colour, label=("ours", "TRL")[side])

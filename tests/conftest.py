@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from fused_prefopt.ops import cutting
+from fused_prefopt.ops import cutting, head_rows
+
+
+def forget_plans() -> None:
+    """What has been planned for a shape is not planned again, though a test may have changed it."""
+    for known in (cutting.GpuPass.tiles, head_rows._known_cost):
+        known.cache_clear()
 
 
 @pytest.fixture
-def tiny_tiles(monkeypatch):
+def fresh_plans():
+    """Nothing is remembered from before the test, nor after it."""
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch, fresh_plans):
     """Let tiles shrink to 3 × 3, so that small cases meet many slabs and many row slices."""
     monkeypatch.setattr(cutting, "_SMALLEST_TILE", 3)
     # Of the engines that are planned for a GPU.
@@ -16,7 +30,7 @@ def tiny_tiles(monkeypatch):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu(monkeypatch, fresh_plans):
     """Operands in the dtype computed in, library products of them, and kept values in place."""
     from fused_prefopt.ops import cublas_engine, gradients, kl_cublas_engine, passes
     from fused_prefopt.ops.head_math import HeadMath

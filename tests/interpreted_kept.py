@@ -183,7 +183,7 @@ def jumping(dtype: torch.dtype, jump: float, **options) -> Case:
     # p − 1 of about −1e-3.
     others = case.weight @ direction
     others[77] = -torch.inf
-    hidden[0, 2] = direction * 11.5 / (case.weight[77] @ direction - others.max())
+    hidden[0, 2] = direction * 6.5 / (case.weight[77] @ direction - others.max())
     return replace(case, hidden=hidden, labels=labels).rounded(dtype)
 
 
@@ -252,7 +252,7 @@ def test_the_finished_gradient_is_the_gradient(dtype, softcap, jump, width):
     behind = statistics.maximum - maxima[0]
     assert (behind <= math.slack).all()
     if width == 5 and jump == 59:
-        assert (behind > 35).all()
+        assert behind.max() > 35
     logsumexps = logits.logsumexp(1)
     inside = (targets >= 0) & (targets < vocab)
     own = logits.gather(1, targets.clamp(0, vocab - 1)[:, None])[:, 0]

@@ -72,6 +72,19 @@ def test_compiled_without_a_graph_break(path, counted):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_some_probabilities_kept():
+    case = leaves_of(make_case(4, 80, 9, 97, **TRANSFORMS["all"]), (True,) * 3)
+    options = {"workspace_mb": 0.1}
+    plan = sequence_logps(case.hidden, case.head, case.labels, **options).plan
+    assert plan.path == "recompute" and 0 < plan.kept_rows < plan.rows
+    function = sums_with(case, **options)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert_same(
+        gradients_of(case, compiled, (True,) * 3), gradients_of(case, function, (True,) * 3)
+    )
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_evaluation_of_the_packed_layout():
     case = make_case(3, 6)
     hidden, labels = case.hidden.flatten(0, 1), case.labels.flatten()

@@ -105,6 +105,51 @@ def test_rows_are_kept_as_far_as_the_workspace_goes():
     assert planned(rows=1000, drop_mass=0.1).kept_rows == 1000
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 10**5),
+    vocab=st.integers(1, 300_000),
+    hidden_size=st.integers(1, 8192),
+    workspace=st.integers(1, 2**33),
+    itemsize=st.sampled_from([2, 4, 8]),
+    gpu=st.booleans(),
+)
+def test_kept_rows_fit_and_leave_room(rows, vocab, hidden_size, workspace, itemsize, gpu):
+    cost = replace(COST, slab=float(itemsize)) if gpu else COST
+    room = room_of(rows, vocab, hidden_size, itemsize, cost, gpu=gpu)
+    assert room.row >= kept_bytes(1, vocab, itemsize)
+    assert room.fixed >= (statistics_bytes(rows) if gpu else 0)
+    kept = room.kept(rows, workspace)
+    assert 0 <= kept <= rows
+    if kept == rows:
+        assert rows * room.row + room.fixed + room.least <= workspace
+    elif kept:
+        assert kept % 128 == 0 and 16 * kept >= rows
+        # What tiles want, or half of what there is.
+        left = workspace - room.fixed - kept * room.row
+        assert left >= min(room.wanted, (workspace - room.fixed) // 2)
+    assert kept <= room.kept(rows, workspace + 2**20)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("memory", "rows", "trains", "wanted"),
+    [
+        # A CPU; then what is gathered, or an fp32 sum of the head's gradient, on top; then a share.
+        (None, 10**6, True, 256 * MIB),
+        (80 * GIB, 1000, False, 256 * MIB + 1000 * 64 * 2),
+        (80 * GIB, 1000, True, 256 * MIB + 4 * 10_000 * 64),
+        (80 * GIB, 10**6, True, 256 * MIB + 10**6 * 64 * 2),
+        (80 * GIB, 10**8, False, 80 * GIB // 32),
+        (4 * GIB, 10**8, True, 256 * MIB),
+    ],
+)
+def test_the_default_workspace(memory, rows, trains, wanted):
+    assert default_workspace(memory, rows, (10_000, 64), 2, trains) == wanted
+
+
 def test_the_plan_is_visible():
     case = make_case()
     weight = case.weight
@@ -224,6 +269,7 @@ def peak_of(function) -> int:
         ("recompute", 3),
         ("local", 5.5),
         ("local", 7),
+        ("auto", 3),
     ],
 )
 def test_peak_memory_is_statistics_gradients_and_the_workspace(path, workspace_mb, softcap, dtype):
@@ -254,7 +300,9 @@ def check_peaks(path, workspace_mb, dtype, *, softcap=None, drop_mass=0.0):
     if drop_mass:
         statistics += 32 * rows * -(-case.vocab // PART)  # of the parts' masses, and of their sort
     hidden_sums = 4 * rows * case.hidden.shape[-1]
-    kept = dtype.itemsize * rows * case.vocab if path == "local" else 0
+    kept = dtype.itemsize * out.plan.kept_rows * case.vocab
+    if path == "auto":
+        assert 0 < out.plan.kept_rows < rows or dtype == torch.bfloat16
     stash = hidden_sums if path == "stash" else 0
     assert kept <= forward_peak <= workspace + statistics + stash
     if path == "evaluate":
