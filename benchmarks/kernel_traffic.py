@@ -119,6 +119,21 @@ def _spread_rows(a: Any) -> Traffic:
     return Traffic(reads, _slab(a.out, rows, width))
 
 
+def _fold_kl_rows(a: Any) -> Traffic:
+    rows = a.products.shape[0]
+    slabs = _slab(a.products, rows, a.width) + _slab(a.other_products, rows, a.width)
+    running = _given(a.maximum, a.total, a.target_logit, a.weighted)
+    running += _given(a.other_maximum, a.other_total, a.other_target_logit)
+    return Traffic(slabs + _given(a.bias, a.other_bias, a.targets) + running, running)
+
+
+def _kl_gradient(a: Any) -> Traffic:
+    slabs = _slab(a.products, a.rows, a.width) + _slab(a.other_products, a.rows, a.width)
+    numbers = _given(a.logsumexps, a.other_logsumexps, a.scale, a.other_scale, a.target_values)
+    reads = slabs + numbers + _given(a.bias, a.other_bias, a.targets)
+    return Traffic(reads, _slab(a.out, a.rows, a.width) + _given(a.column_sums))
+
+
 def _trl_pass(writes: bool) -> Callable[[Any], Traffic]:
     def traffic(a: Any) -> Traffic:
         values = vars(a)
@@ -137,6 +152,8 @@ _KERNELS: dict[str, Callable[[Any], Traffic]] = {
     "_fold_rows_kernel": _fold_rows,
     "_logits_gradient_kernel": _logits_gradient,
     "_spread_rows_kernel": _spread_rows,
+    "_fold_kl_rows_kernel": _fold_kl_rows,
+    "_kl_gradient_kernel": _kl_gradient,
     # Rows whose factor is 1, nearly all, are not touched.
     "_rescale_rows_kernel": lambda a: Traffic(_given(a.factor), []),
     "_sequence_sums_kernel": lambda a: Traffic(_given(a.values, a.ids), _given(a.sums, a.lengths)),

@@ -155,8 +155,9 @@ def test_the_waves_of_a_gpu():
     wanted = the_pass("fold", processors=132)
     # 132 tiles of 128 × 256 are one wave, one more are two.
     assert wanted._waves(128 * 132, 256) == 1
-    assert wanted._waves(128 * 132 + 1, 256) == 2
-    # Half as large tiles take 1 / 1.8 of the time.
+    assert wanted._waves(128 * 132, 512) == wanted._waves(256 * 132, 256) == 2
+    # Half as large tiles take 1 / 1.8 of the time: three waves of those.
+    assert wanted._waves(128 * 132 + 1, 256) == 3 / 1.8
     assert wanted._waves(128 * 132, 128) == 1 / 1.8
 
 
