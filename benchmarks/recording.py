@@ -235,7 +235,6 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "nonzero_static": lambda _, values, *, size, **__: _nonzero(size, values),
     "masked_select": lambda rows, values, mask: values.new_empty(rows),
     "_local_scalar_dense": lambda rows, value: rows,
-    "_assert_async": lambda *_: None,
 }
 _WAITING = ("nonzero", "masked_select", "_local_scalar_dense")
 _WRITES_ONLY = (
@@ -287,6 +286,9 @@ def _launches_into(recorder: Recorder) -> Iterator[None]:
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         recorder.add(_launch(kernel.__name__, named, grid))
 
+    def check(condition: Tensor, *_: Any) -> None:
+        recorder.add(Event("_assert_async", [part_of(condition)], []))
+
     def matmul(name: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*operands: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
             if out is None:
@@ -304,7 +306,7 @@ def _launches_into(recorder: Recorder) -> Iterator[None]:
         patch.object(JITFunction, "run", run),
         patch.object(torch, "mm", matmul("mm", torch.mm)),
         patch.object(torch, "addmm", matmul("addmm", torch.addmm)),
-        patch.object(torch, "_assert_async", lambda *_: None),
+        patch.object(torch, "_assert_async", check),
     ):
         yield
 

@@ -41,7 +41,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Rows, entries of a slab, those multiplied at a time, whether rows are gathered once.
 TILINGS = {
     "planned": None,
-    "rows": (5, 10**6, 10**6, True),
     "slabs": (10**6, 64, 32, False),
     "both": (7, 64, 32, True),
     "narrow": (3, 32, 32, False),
@@ -69,12 +68,13 @@ def in_slabs_of(engine: str) -> int:
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize("transform", ["plain", "bias", "softcap", "all"])
-@pytest.mark.parametrize("kept", [1, 13, -1, 0])
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("kept", [1, 13, 0])
 @pytest.mark.parametrize("mix", MIXES)
 def test_gradients_of_some_kept_rows_match_float64(mix, kept, transform, tiling, monkeypatch):
-    case = make_case(4, 9, 7, 101, **TRANSFORMS[transform])
+    case = make_case(4, 7, 7, 101, **TRANSFORMS[transform])
     rows = labelled(case)
+    assert rows > 13
     # 0 stands for all: `local`.
     kept = kept % rows or rows
     engine = choose(monkeypatch, mix)
@@ -136,7 +136,7 @@ NARROW = [
 ]
 
 
-@pytest.mark.parametrize("tiling", ["planned", "slabs", "both"])
+@pytest.mark.parametrize("tiling", ["planned", "both"])
 @pytest.mark.parametrize("transform", ["plain", "softcap", "all"])
 @pytest.mark.parametrize("kept", [13, 0])
 @pytest.mark.parametrize(("engine", "dtype"), NARROW)
@@ -262,9 +262,7 @@ def test_the_finished_gradient_is_the_gradient(dtype, softcap, jump, width):
     residuals = math.target_residual(logps.float(), logsumexps.float())
     numbers = RowGradients(statistics.logsumexps(), residuals, scale)
     whole = torch.empty(rows, vocab)
-    engine.kept_gradient(
-        kept.clone(), maxima, engine.part_width, 0, targets, numbers, whole, False
-    )
+    engine.kept_gradient(kept.clone(), maxima, engine.part_width, 0, targets, numbers, whole, False)
     before = kept.clone()
     factor = engine.finish_kept(kept, maxima, targets, numbers)
     wanted = logits.softmax(1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_prefopt.ops.cutting import GpuPass, TileCost, Tiles, TileShape, aligned
+from fused_prefopt.ops.cutting import GpuPass, TileCost, Tiles, TileShape, about, aligned
 
 MIB = 2**20
 ANY = TileShape(1 << 30, 1 << 30)
@@ -168,6 +168,12 @@ def test_slabs_fill_whole_waves(name):
     width, rows = tiles.products, tiles.multiplied
     filled = -(-width // 128) * -(-rows // 256) / (132 * wanted._waves(width, rows))
     assert filled > 0.9
+
+
+def test_calls_of_about_as_many_rows_share_a_plan():
+    for rows in (0, 1, 255, 256, 257, 8191, 8192):
+        assert rows <= about(rows) < rows + 256 and about(about(rows)) == about(rows)
+    assert len({about(rows) for rows in range(7937, 8193)}) == 1
 
 
 def test_aligned_rows():

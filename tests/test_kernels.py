@@ -9,9 +9,7 @@ from interpreter import assert_passes_interpreted
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(
-    "name", ["kernels", "references", "engines", "kept", "sequence_kl"]
-)
+@pytest.mark.parametrize("name", ["kernels", "references", "engines", "kept", "sequence_kl"])
 def test_in_the_interpreter(name):
     assert_passes_interpreted(f"interpreted_{name}.py")
 

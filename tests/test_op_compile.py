@@ -292,8 +292,8 @@ def test_opcheck(path, transform, view, counted, entropy, kept, in_order):
     if view == "transposed":
         case = replace(case, weight=case.weight.t().contiguous().t())
     case = leaves_of(case, needs_of(path))
-    # What is kept comes with another ticket each time, which the comparison with a second call would
-    # call wrong; the compiled tests above compare its values and gradients instead.
+    # What is kept comes with another ticket each time, which the comparison with a second call
+    # would call wrong; the compiled tests above compare its values and gradients instead.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     if path != "local" and not kept:
         utils += ("test_aot_dispatch_dynamic",)

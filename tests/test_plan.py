@@ -21,8 +21,11 @@ from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
 from fused_prefopt.ops.plan import (
     COST_IN_P,
     PATHS,
+    default_workspace,
+    kept_bytes,
     make_plan,
     room_of,
+    statistics_bytes,
 )
 from fused_prefopt.ops.vocab_shard import VocabShard
 
@@ -48,7 +51,7 @@ def planned(**changes) -> Plan:
     itemsize = changes.pop("itemsize", 4)
     given |= changes
     room = room_of(given["rows"], given["vocab"], 16, itemsize, COST, gpu=False)
-    return make_plan(**given, room=room)
+    return make_plan(**given, room=lambda: room)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +142,9 @@ GIB = 2**30
     [
         # A CPU; then what is gathered, or an fp32 sum of the head's gradient, on top; then a share.
         (None, 10**6, True, 256 * MIB),
-        (80 * GIB, 1000, False, 256 * MIB + 1000 * 64 * 2),
-        (80 * GIB, 1000, True, 256 * MIB + 4 * 10_000 * 64),
-        (80 * GIB, 10**6, True, 256 * MIB + 10**6 * 64 * 2),
+        (80 * GIB, 1024, False, 256 * MIB + 1024 * 64 * 2),
+        (80 * GIB, 1024, True, 256 * MIB + 4 * 10_000 * 64),
+        (80 * GIB, 2**20, True, 256 * MIB + 2**20 * 64 * 2),
         (80 * GIB, 10**8, False, 80 * GIB // 32),
         (4 * GIB, 10**8, True, 256 * MIB),
     ],

@@ -264,7 +264,7 @@ class GpuPass:
             launches = (full + (rest > 0)) * _LAUNCHES
             if not self.cost.slab:
                 return logits * size + launches
-            others = self._waves(size, rows) * slab
+            others = self._parted(rows, slab) * slab
             others += self._waves(slab, size) * rows if sums_rows else 0.0
             return logits * size + others + launches + 0.5 * _LAUNCHES + rows * size * _SUMS
 
@@ -275,11 +275,48 @@ class GpuPass:
         full, rest = divmod(self.rows, tiles.rows)
         return full * over_vocab(tiles.rows) + (over_vocab(rest) if rest else 0.0)
 
-    def _waves(self, width: int, across: int) -> float:
-        def count(rows: int, columns: int) -> int:
-            return -(-(-(-width // rows) * -(-across // columns)) // self.processors)
+    def _parted(self, rows: int, slab: int) -> float:
+        """Waves of the slab's product with the weight."""
+        size, first = self.hidden_size, first_rows(rows, self.hidden_size, slab, self.processors)
+        return self._waves(first, size) + (self._waves(rows - first, size) if first < rows else 0)
 
-        return min(count(128, 256), count(256, 128), count(128, 128) / 1.8)
+    def _waves(self, width: int, across: int) -> float:
+        return waves(width, across, self.processors)
+
+
+def waves(rows: int, columns: int, processors: int) -> float:
+    """How often a GPU's processors are filled by the tiles of a product, in the best of shapes."""
+
+    def count(height: int, width: int) -> int:
+        return -(-(-(-rows // height) * -(-columns // width)) // processors)
+
+    return min(count(128, 256), count(256, 128), count(128, 128) / 1.8)
+
+
+@lru_cache(maxsize=4096)
+def first_rows(rows: int, columns: int, depth: int, processors: int) -> int:
+    """Rows of a product that are multiplied first, so that the others take less than a wave.
+
+    All of them where a second launch would take longer than that saves.
+
+    Args:
+        rows, columns: of the product.
+        depth: what is summed over.
+        processors: multiprocessors of a GPU; 1 where rows are never parted.
+    """
+    if processors == 1:
+        return rows
+    whole = waves(rows, columns, processors)
+    best, saved = rows, _LAUNCHES / depth
+    for height, width in ((128, 256), (256, 128)):
+        across = -(-columns // width)
+        full = rows // height * across // processors
+        first = full * processors // across * height
+        if 0 < first < rows:
+            parted = waves(first, columns, processors) + waves(rows - first, columns, processors)
+            if whole - parted > saved:
+                best, saved = first, whole - parted
+    return best
 
 
 def aligned(entries: int) -> int:

@@ -153,7 +153,8 @@ class GradientSums:
         self._empty = False
         if self._hidden is not None:
             later = self._scattered or self._slab.start > 0
-            total = product(gradient, weight, self._hidden[rows], accumulate=later)
+            sums = self._hidden[rows]
+            total = self._head.add_product(gradient, weight, sums, accumulate=later)
             if self._scattered:
                 self._hidden[rows] = total
 

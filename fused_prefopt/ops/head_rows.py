@@ -18,12 +18,13 @@ from fused_prefopt.ops.cutting import (
     WeightKind,
     about,
     aligned,
+    first_rows,
     tile_shape,
 )
 from fused_prefopt.ops.engines import load_engine, processors, role_engine
 from fused_prefopt.ops.head_math import HeadMath
 from fused_prefopt.ops.plan import MIB, kept_bytes, statistics_bytes
-from fused_prefopt.ops.torch_engine import TorchEngine
+from fused_prefopt.ops.torch_engine import TorchEngine, product
 from fused_prefopt.ops.vocab_shard import VocabShard
 
 
@@ -233,6 +234,17 @@ class HeadRows:
         width = vocab if self.device.type == "cpu" else aligned(vocab)
         return torch.empty(rows, width, dtype=self.operand, device=self.device)
 
+    def add_product(
+        self, slab: Tensor, weight: Tensor, sums: Tensor, *, accumulate: bool
+    ) -> Tensor:
+        """``sums = [sums +] slab @ weight``, (c, v) @ (v, D + r), in parts of whole waves."""
+        rows, size = sums.shape
+        first = first_rows(rows, size, slab.shape[1], processors(self.device))
+        product(slab[:first], weight, sums[:first], accumulate=accumulate)
+        if first < rows:
+            product(slab[first:], weight, sums[first:], accumulate=accumulate)
+        return sums
+
     def weight_rows(self, rows: slice | Tensor) -> Tensor:
         """(v, D + r) rows of the weight and of the low-rank term's, rounded."""
         low = self.tensors.low_weight
@@ -289,7 +301,7 @@ def tiles_of(head: HeadRows) -> Tiles:
     math, gpu = head.math, head.engine != "torch"
     rows = about(head.rows) if gpu else head.rows
     named = tuple((head.engine_of(role), role) for role in _roles(head))
-    cost = _known_cost(named, math, WeightKind.of(head.tensors.weight))
+    cost = known_cost(named, math, WeightKind.of(head.tensors.weight))
     if head.backward and head.in_place:
         cost = replace(cost, slab=0)
     if head.rank:
@@ -345,8 +357,7 @@ def cost_of(named: tuple[tuple[str, str], ...], math: HeadMath, weight: WeightKi
     )
 
 
-# Not on the function itself, which a compiler may trace.
-_known_cost = lru_cache(maxsize=1024)(cost_of)
+known_cost = lru_cache(maxsize=1024)(cost_of)
 
 
 def _roles(head: HeadRows) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_prefopt.ops.call import Call, LogpOptions, read_call
 from fused_prefopt.ops.cutting import WeightKind
 from fused_prefopt.ops.engines import role_engine
-from fused_prefopt.ops.head_rows import cost_of
+from fused_prefopt.ops.head_rows import cost_of, known_cost
 from fused_prefopt.ops.plan import Plan, Room, make_plan, room_of
 from fused_prefopt.ops.registered import head_logps
 from fused_prefopt.types import AnyHead, SequenceLogps, TokenPolicy
@@ -222,7 +222,9 @@ def _plan(call: Call, rows: int, options: LogpOptions) -> Plan:
         return "+".join(sorted(set(map(engine_of, roles)))) or engine_of("fold")
 
     def room() -> Room:
-        cost = cost_of(((engine_of("rebuild"), "rebuild"),), math, WeightKind.of(tensors.weight))
+        # A compiler would not see the cache, and say so.
+        find = cost_of if torch.compiler.is_compiling() else known_cost
+        cost = find(((engine_of("rebuild"), "rebuild"),), math, WeightKind.of(tensors.weight))
         sizes = (rows, call.vocab, call.hidden_size)
         return room_of(*sizes, math.kept.itemsize, cost, gpu=call.engine != "torch")
 

@@ -25,7 +25,6 @@ from fused_prefopt.ops.tile import (
     Tile,
     WeighedRows,
 )
-from fused_prefopt.ops.torch_engine import product
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
             weighed = WeighedRows(references[0, rows], weights, part.start, before)
             first = slab.start + part.start
             engine.fold_and_weigh(tile(hidden[rows], first=first), own, weighed, part)
-        product(weights, weight, sums[rows], accumulate=slab.start > 0)
+        head.add_product(weights, weight, sums[rows], accumulate=slab.start > 0)
     return sums, references
 
 

@@ -48,6 +48,8 @@ class RowStatistics:
         return cls(maximum.fill_(lowest), total, target)
 
     def __getitem__(self, rows: slice) -> RowStatistics:
+        if rows.stop - rows.start == self.maximum.shape[0]:
+            return self
         return RowStatistics(self.maximum[rows], self.sum[rows], self.target[rows])
 
     def merge(self, other: RowStatistics) -> None:
