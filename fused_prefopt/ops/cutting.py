@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ _TILE = 128
 _MOST_CUTS = 6
 # Shares of the budget that products in memory may take beside the slab of their gradient.
 _SHARES = (0.2, 0.35, 0.5)
-# What two launches take, some 6 µs, and what reading and writing an fp32 sum does, in the time in
-# which a wave of a GPU's matmul tiles adds one summand.
-_LAUNCHES, _SUMS = 550.0, 5e-5
+# What two launches take, some 6 µs, what reading and writing an fp32 sum does, and gathering an
+# entry of hidden, in the time in which a wave of a GPU's matmul tiles adds one summand.
+_LAUNCHES, _SUMS, _GATHER = 550.0, 5e-5, 8e-5
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,8 @@ class GpuPass:
         """
         copied = self.cost.hidden * self.rows * self.hidden_size
         once = 3 * copied <= 2 * self.budget
-        if not self.cuts_rows:
-            return next(self._cuts(once, copied))[2]
-        found = [*(self._cuts(True, copied) if once else ()), *self._cuts(False, copied)]
+        ways = [self._cuts(gathered, copied) for gathered in ((True, False) if once else (False,))]
+        found = [each for way in ways for each in (way if self.cuts_rows else islice(way, 1))]
         return min(found)[2]
 
     def _cuts(self, gathered: bool, copied: int) -> Iterator[tuple[float, int, Tiles]]:
@@ -173,12 +173,21 @@ class GpuPass:
             hidden = copied if gathered else self.cost.hidden * rows * self.hidden_size
             slab, products = self._slab(rows, multiplied, self.budget - hidden)
             smallest = rows <= max(_TILE, self.cost.smallest)
-            if slab >= least or smallest:
-                tiles = Tiles(rows, slab, products, multiplied, gathered)
+            tiles = Tiles(rows, slab, products, multiplied, gathered)
+            if smallest or (slab >= least and hidden + self._bytes(tiles) <= self.budget):
                 yield self._time(tiles), parts, tiles
                 if parts >= _MOST_CUTS or smallest:
                     return
             parts += max(1, parts // 4)
+
+    def _bytes(self, tiles: Tiles) -> float:
+        """Of a tile's buffers, without the rows that it multiplies."""
+        cost = self.cost
+        weight = cost.weight + (cost.sliced if tiles.rows < self.rows else 0)
+        logits = cost.logit * tiles.multiplied * tiles.products
+        return (
+            weight * self.hidden_size * tiles.vocab + logits + cost.slab * tiles.rows * tiles.vocab
+        )
 
     @property
     def _step(self) -> int:
@@ -265,6 +274,8 @@ class GpuPass:
             if not self.cost.slab:
                 return logits * size + launches
             others = self._parted(rows, slab) * slab
+            if sums_rows and not tiles.gathered:
+                others += rows * size * _GATHER  # again for each slab
             others += self._waves(slab, size) * rows if sums_rows else 0.0
             return logits * size + others + launches + 0.5 * _LAUNCHES + rows * size * _SUMS
 

@@ -121,7 +121,8 @@ class Room:
         spare = workspace - self.fixed
         if rows * self.row + self.least <= spare:
             return rows
-        kept = (spare - min(self.wanted, spare // 2)) // self.row // 128 * 128
+        most = (spare - min(self.wanted, spare // 2)) // self.row
+        kept = min(most, rows - 1) // 128 * 128
         return kept if kept * _LEAST_KEPT >= rows else 0
 
 

@@ -109,7 +109,7 @@ def head_kl(
 
 @head_kl.register_fake
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    targets, _, num_sequences, _, _, num_labels, _, _, dtype = rest[9:18]
+    targets, _, num_sequences, _, num_labels, _, _, dtype = rest[9:17]
     context = torch.library.get_ctx()
     rows = context.new_dynamic_size() if num_labels < 0 else num_labels
     accumulator = HeadMath(None, 1.0, 1.0, dtype).accumulator
@@ -170,10 +170,12 @@ def head_kl_backward(
         workspace,
         True,
     )
-    sequences = next(grad.shape[0] for grad in (grad_kl, grad_policy) if grad is not None)
-    ids = sequences_of(index, sequence_ids, sequences, targets.shape[0])
-    by_kls = None if grad_kl is None else grad_kl[ids]
-    by_logps = torch.zeros_like(logps) if grad_policy is None else grad_policy[ids]
+
+    def of_rows(grad: Tensor) -> Tensor:
+        return grad[sequences_of(index, sequence_ids, grad.shape[0], targets.shape[0])]
+
+    by_kls = None if grad_kl is None else of_rows(grad_kl)
+    by_logps = torch.zeros_like(logps) if grad_policy is None else of_rows(grad_policy)
     found = KlResult(logps, logps, reference_logps, logsumexps, reference_logsumexps)
     with fixed_precision(hidden, dtype):
         grads = kl_paths.backward(head, found, by_kls, by_logps, weight.shape[0], Needs(*needs))
