@@ -20,7 +20,7 @@ from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.ops.tile import Details
+from fused_prefopt.ops.tile import Details, WeighedRows
 
 LOWEST = torch.finfo(torch.float32).min
 # Absolute for log-sum-exps of logits up to 30, relative (Frobenius) for gradients.
@@ -101,6 +101,7 @@ def test_fused_forward_of_two_slabs(dtype, shape, bias, transform, descriptors):
     given = problem(shape, dtype, bias=bias, transform=transform)
     rows, vocab, _ = shape
     maximum, total, target_logit = statistics(rows)
+    reference = maximum.clone()
     cut = (vocab + 1) // 2
     for slab in (slice(0, cut), slice(cut, vocab)):
         if slab.start == slab.stop:
@@ -121,7 +122,8 @@ def test_fused_forward_of_two_slabs(dtype, shape, bias, transform, descriptors):
         parts = partials.maximum.repeat_interleave(BLOCK.vocab, 0)[: slab.stop - slab.start].t()
         wanted = (given.logits[:, slab] - parts.double()).exp()
         torch.testing.assert_close(kept[:, slab].double(), wanted, rtol=3e-5, atol=1e-7)
-        factor = merge_partials(partials, maximum, total)
+        factor = merge_partials(partials, maximum, total, reference=reference)
+        assert torch.equal(reference, maximum)
         torch.testing.assert_close(factor, (before - maximum).exp())
     logsumexps = maximum.double() + total.double().log()
     assert (logsumexps - given.logsumexps).abs().max() <= 1e-5
@@ -192,7 +194,7 @@ def test_fused_gradient(dtype, shape, transform, descriptors):
     assert_close(sums, wanted.sum(0), 1e-4 if vocab == 1 else 1e-5)
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept", [None, "exponentials", "weights"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcap", "scale"])
 @pytest.mark.parametrize("width", [1, 2, 64, 777, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -207,12 +209,13 @@ def test_row_statistics_of_two_slabs(dtype, width, transform, kept):
         logits, alpha = softcap * torch.tanh(logits / softcap), alpha / softcap
     targets = torch.randint(0, 2 * width, (7,))
     maximum, total, target_logit = statistics(7)
+    filled, reference = torch.full((7, 2 * width), torch.nan), maximum.clone()
     for start in (0, width):
         slab = slice(start, start + width)
-        # A strided view, as `local` passes them.
-        out = torch.full((7, 2 * width), torch.nan)[:, slab] if kept else None
-        before = maximum.clone()
-        factor = fold_rows(
+        # What the sums of the slabs before refer to moves with the weights; the first has none.
+        sums = torch.randn(7, 5) if start else None
+        before, earlier = reference.clone(), None if sums is None else sums.clone()
+        fold_rows(
             products[:, slab],
             bias[slab],
             targets - start,
@@ -221,15 +224,20 @@ def test_row_statistics_of_two_slabs(dtype, width, transform, kept):
             target_logit,
             alpha=alpha,
             ceiling=softcap,
-            kept=out,
-            slope=softcap is not None,
+            # A strided view, as `local` passes them.
+            kept=None if kept is None else filled[:, slab],
+            weighed=WeighedRows(reference, filled, start, sums) if kept == "weights" else None,
         )
-        torch.testing.assert_close(factor, (before - maximum).exp())
-        if out is not None:
-            wanted = (logits[:, slab] - maximum.double()[:, None]).exp()
-            if softcap is not None:
-                wanted *= 1 - (logits[:, slab] / softcap) ** 2
-            torch.testing.assert_close(out.double(), wanted, rtol=5e-5, atol=1e-6)
+        if kept == "weights":
+            assert torch.equal(reference, maximum)
+            if sums is not None:
+                torch.testing.assert_close(sums, earlier * (before - reference).exp()[:, None])
+        if kept is not None:
+            done = slice(0, slab.stop) if kept == "weights" else slab
+            wanted = (logits[:, done] - maximum.double()[:, None]).exp()
+            if softcap is not None and kept == "weights":
+                wanted *= 1 - (logits[:, done] / softcap) ** 2
+            torch.testing.assert_close(filled[:, done].double(), wanted, rtol=5e-5, atol=1e-6)
     logsumexps = (maximum + total.log()).double()
     torch.testing.assert_close(logsumexps, logits.logsumexp(1), rtol=2e-7, atol=1e-5)
     found = logits.gather(1, targets[:, None])[:, 0]

@@ -242,6 +242,7 @@ def op_arguments(case, path, counted, workspace, rank=0, drop_mass=0.0, entropy=
         path,
         "torch",
         workspace,
+        0,
         "",
         0,
         drop_mass if path in ("local", "recompute") else 0.0,
