@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
+from interpreter import let_scalars_be_indices
 
 from fused_prefopt.ops import plan
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    let_scalars_be_indices()
 
 
 @pytest.fixture
