@@ -53,11 +53,16 @@ bench-trainer: $(VENV)/installed
 bench-masses: $(VENV)/installed
 	$(RUN) -m benchmarks masses
 
+# The core of the tests on the oldest supported versions and on those of a GPU image, each in an
+# environment of its own (15 GB below .compat); `make compat ARGS=gpu` runs one of them
+compat:
+	$(PYTHON) tests/compat.py $(ARGS)
+
 # All that the first GPU tells, in less than nine minutes
 bench-gpu: $(VENV)/installed
 	$(RUN) -m benchmarks gpu
 
-.PHONY: bench-grid bench-trainer bench-masses bench-gpu
+.PHONY: bench-grid bench-trainer bench-masses bench-gpu compat
 
 $(VENV)/installed: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
