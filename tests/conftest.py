@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
-import torch
-from interpreter import let_scalars_be_indices
+from interpreter import mend_older_interpreters
+from packaging.version import Version
 
 from fused_prefopt.ops import plan
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    let_scalars_be_indices()
-if torch.__version__ < "2.10":
-    # Later ones unasked let `fullgraph=True` take ops whose sizes depend on values.
+
+def is_older(package: str, than: str) -> bool:
+    """Whether an installed package is of an earlier release."""
+    try:
+        return Version(version(package)) < Version(than)
+    except PackageNotFoundError:
+        return False
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and is_older("triton", than="3.7"):
+    mend_older_interpreters()
+if is_older("torch", than="2.10"):
+    # Later ones take ops whose sizes depend on values into a whole graph unasked.
     os.environ.setdefault("TORCHDYNAMO_CAPTURE_DYNAMIC_OUTPUT_SHAPE_OPS", "1")
 
 
