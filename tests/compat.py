@@ -58,7 +58,9 @@ Written by `make compat` from `{RESULTS.name}`; edit nothing here.
 What came of the tests on other versions than those of `requirements-dev.txt`, on which `make test`
 runs: each column in an environment of its own, on a CPU. Kernels run in Triton's interpreter there.
 Before Triton 3.7 that does not run on numpy 2.4 and later; the tests mend it for themselves
-(`tests/interpreter.py`), and a GPU does not need it.
+(`tests/interpreter.py`), and a GPU does not need it. Before torch 2.10 `torch.compile` breaks its
+graph around the ops; with `fullgraph=True` it wants
+`torch._dynamo.config.capture_dynamic_output_shape_ops = True`, which the tests set there.
 """
 VERSIONS_OF = """
 import json, platform, sys
@@ -126,7 +128,16 @@ class Environment:
         if part == "kernels, interpreted":
             settings["TRITON_INTERPRET"] = "1"
         done = subprocess.run(
-            [self.interpreter, "-m", "pytest", "-q", "--numprocesses", "auto", "--dist", "loadfile"]
+            [
+                self.interpreter,
+                "-m",
+                "pytest",
+                "-q",
+                "--numprocesses",
+                "auto",
+                "--dist",
+                "worksteal",
+            ]
             + ["-p", "no:cacheprovider", f"--junitxml={report}", *files],
             env=os.environ | settings,
             cwd=ROOT,
@@ -168,7 +179,7 @@ def counts_of(report: Path) -> dict[str, Any]:
 
 
 def went_well(result: dict[str, Any]) -> bool:
-    return result["exit"] == 0 and not result["failed"] and result["passed"] > 0
+    return result["exit"] == 0 and not result["failed"] and result.get("passed", 0) > 0
 
 
 def page_of(results: dict[str, Any]) -> str:
@@ -206,11 +217,15 @@ def page_of(results: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, [HEAD.strip(), about, table, skips])) + "\n"
 
 
-def run(environment: Environment) -> dict[str, Any]:
+def commit_of_this() -> str:
+    """The commit that is tested, marked where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def run(environment: Environment, commit: str) -> dict[str, Any]:
     """All that the results say of an environment."""
     environment.make()
-    described = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "about": environment.requirements.read_text(encoding="utf-8").partition("\n")[0],
         "commit": commit,
@@ -220,6 +235,15 @@ def run(environment: Environment) -> dict[str, Any]:
     }
 
 
+def store(name: str, result: dict[str, Any]) -> None:
+    """Put an environment's result among the others', and show them."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results[name] = result
+    results = {one.name: results[one.name] for one in ENVIRONMENTS if one.name in results}
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(page_of(results), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [environment.name for environment in ENVIRONMENTS]
@@ -227,16 +251,12 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := set(chosen.names) - set(names):
         parser.error(f"NAME: got {sorted(unknown)}, needs some of {names}")
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    good = True
+    good, commit = True, commit_of_this()
     for environment in ENVIRONMENTS:
         if not chosen.names or environment.name in chosen.names:
-            result = run(environment)
+            result = run(environment, commit)
             good = good and all(map(went_well, result["parts"].values()))
-            results[environment.name] = result
-    results = {name: results[name] for name in names if name in results}
-    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(page_of(results), encoding="utf-8")
+            store(environment.name, result)
     return 0 if good else 1
 
 
