@@ -4,13 +4,14 @@
 # make test    lint, types, kernels and all tests
 # make bench   the CPU benchmark suite, with peers (7 minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
+# make compat  the core of the tests on the oldest versions and on those of a GPU image (19 GB)
 # make report  tables and pictures from the committed results
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench report clean
+.PHONY: train rlhf claims test lint kernels bench compat report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -36,6 +37,10 @@ kernels: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks cpu
 
+# `make compat ARGS=gpu` runs one of its environments, which are below .compat
+compat:
+	$(PYTHON) tests/compat.py $(ARGS)
+
 report: $(VENV)/installed
 	$(RUN) -m benchmarks report
 
@@ -53,16 +58,11 @@ bench-trainer: $(VENV)/installed
 bench-masses: $(VENV)/installed
 	$(RUN) -m benchmarks masses
 
-# The core of the tests on the oldest supported versions and on those of a GPU image, each in an
-# environment of its own (15 GB below .compat); `make compat ARGS=gpu` runs one of them
-compat:
-	$(PYTHON) tests/compat.py $(ARGS)
-
 # All that the first GPU tells, in less than nine minutes
 bench-gpu: $(VENV)/installed
 	$(RUN) -m benchmarks gpu
 
-.PHONY: bench-grid bench-trainer bench-masses bench-gpu compat
+.PHONY: bench-grid bench-trainer bench-masses bench-gpu
 
 $(VENV)/installed: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -72,4 +72,4 @@ $(VENV)/installed: pyproject.toml requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) .compat build dist runs *.egg-info
