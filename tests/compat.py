@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -83,15 +82,22 @@ class Environment:
         name: of its file in `tests/versions`.
         python: what it is made with, where that is installed.
         parts: of `PARTS`.
+        interpreted: Triton's interpreter is on in every part.
     """
 
     name: str
     python: str
     parts: tuple[str, ...]
+    interpreted: bool = False
 
     @property
     def requirements(self) -> Path:
         return TESTS / "versions" / f"{self.name}.txt"
+
+    @property
+    def about(self) -> str:
+        """The first line of its requirements."""
+        return self.requirements.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
     @property
     def folder(self) -> Path:
@@ -125,7 +131,7 @@ class Environment:
         report.unlink(missing_ok=True)
         files = sorted(path for pattern in PARTS[part] for path in TESTS.glob(pattern))
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if part == "kernels, interpreted":
+        if self.interpreted or part == "kernels, interpreted":
             settings["TRITON_INTERPRET"] = "1"
         done = subprocess.run(
             [
@@ -149,7 +155,8 @@ class Environment:
 ENVIRONMENTS = (
     Environment("gpu", "3.12", tuple(PARTS)),
     Environment("oldest", "3.10", tuple(PARTS)[:-1]),
-    Environment("oldest-trl", "3.11", tuple(PARTS)[-2:]),
+    # TRL before 1.16 launches its own kernels on a CPU, too.
+    Environment("oldest-trl", "3.11", tuple(PARTS)[-1:], interpreted=True),
 )
 
 
@@ -204,9 +211,7 @@ def page_of(results: dict[str, Any]) -> str:
         return text if went_well(result) else f"{text} (exit {result['exit']})"
 
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows())
-    about = "\n".join(
-        f"- **{name}**: {re.sub('^# ', '', results[name]['about'])}" for name in results
-    )
+    about = "\n".join(f"- **{e.name}**: {e.about}" for e in ENVIRONMENTS if e.name in results)
     reasons = sorted(
         f"- {name}, {part}: {count} × {reason}"
         for name, result in results.items()
@@ -227,7 +232,6 @@ def run(environment: Environment, commit: str) -> dict[str, Any]:
     """All that the results say of an environment."""
     environment.make()
     return {
-        "about": environment.requirements.read_text(encoding="utf-8").partition("\n")[0],
         "commit": commit,
         "date": datetime.date.today().isoformat(),
         "versions": environment.versions(),
