@@ -4,13 +4,14 @@
 # make test    lint, types, kernels and all tests
 # make bench   the CPU benchmark suite, with peers (7 minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
+# make compat  the core of the tests on the oldest versions and on those of a GPU image (19 GB)
 # make report  tables and pictures from the committed results
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench report clean
+.PHONY: train rlhf claims test lint kernels bench compat report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -35,6 +36,10 @@ kernels: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m benchmarks cpu
+
+# `make compat ARGS=gpu` runs one of its environments, which are below .compat
+compat:
+	$(PYTHON) tests/compat.py $(ARGS)
 
 report: $(VENV)/installed
 	$(RUN) -m benchmarks report
@@ -67,4 +72,4 @@ $(VENV)/installed: pyproject.toml requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info
+	rm -rf $(VENV) .compat build dist runs *.egg-info

@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-vl": (
         "Qwen2VLConfig",
         {
-            "text_config": SIZES | {"rope_parameters": ROTARY},
+            "text_config": SIZES | {"rope_scaling": ROTARY},
             "vision_config": QWEN_VISION,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
@@ -99,7 +99,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-vl-moe": (
         "Qwen3VLMoeConfig",
         {
-            "text_config": SIZES | ROUTED | EXPERTS | {"rope_parameters": ROTARY},
+            "text_config": SIZES | ROUTED | EXPERTS | {"rope_scaling": ROTARY},
             "vision_config": QWEN_VISION | {"out_hidden_size": 32, "intermediate_size": 24},
         },
     ),
@@ -124,9 +124,11 @@ def family(name: str) -> nn.Module:
     config = getattr(transformers, config_class)(**options)
     parts = "text_config" in options
     auto = transformers.AutoModelForImageTextToText if parts else transformers.AutoModelForCausalLM
-    # The other implementations of experts have no float64.
-    sizes = options.get("text_config", options)
-    experts = {"experts_implementation": "eager"} if any("experts" in key for key in sizes) else {}
+    experts = {}
+    # The other implementations of experts, where transformers has some, have no float64.
+    if hasattr(transformers.PreTrainedModel, "set_experts_implementation"):
+        sizes = options.get("text_config", options)
+        experts = {"experts_implementation": "eager"} if any("experts" in k for k in sizes) else {}
     model = auto.from_config(config, **experts).double().eval()
     head = model.get_output_embeddings()
     nn.init.normal_(head.weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_tokenizer import tiny_tokenizer
 from tiny_models import VOCAB, tiny_llama
+from torch.utils.data import SequentialSampler
 from transformers import MixtralConfig, MixtralForCausalLM
 
 pytest.importorskip("trl")
@@ -73,6 +74,12 @@ TIMES = {"epoch", "step", "total_flos", "train_runtime", "train_loss", "learning
     for mode in ("train", "eval")
     for name in ("runtime", "samples_per_second", "steps_per_second")
 }
+
+
+def in_order(run):
+    """The trainer, whose batches are now the data set's rows in order."""
+    run._get_train_sampler = lambda *_: SequentialSampler(run.train_dataset)
+    return run
 
 
 def history(run, name):
@@ -189,14 +196,14 @@ def test_a_loss_without_a_reference_keeps_no_reference_model_and_evaluates(tmp_p
 )
 def test_scores_reach_the_loss(tmp_path, loss, expected):
     scores = {"score_chosen": [float(i) for i in range(16)], "score_rejected": [0.5] * 16}
-    given = options(tmp_path, max_steps=1, train_sampling_strategy="sequential")
+    given = options(tmp_path, max_steps=1)
     config = FusedDPOConfig(**given, loss=loss)
-    run = trainer(FusedDPOTrainer, config, dataset(**scores), ref_model=tiny_llama(5))
+    run = in_order(trainer(FusedDPOTrainer, config, dataset(**scores), ref_model=tiny_llama(5)))
     batch = next(iter(run.get_train_dataloader()))
     assert batch["rewards"].shape == (8,)
     assert batch["rewards"][4:].tolist() == [0.5] * 4
     assert set(batch["rewards"][:4].tolist()) <= set(scores["score_chosen"])
-    run.train()
+    loss = run.train().training_loss
     reference = torch.cat(run.compute_ref_log_probs(run.ref_model, batch))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     model = tiny_llama().double()
@@ -206,14 +213,14 @@ def test_scores_reach_the_loss(tmp_path, loss, expected):
     margins = 0.1 * (sums - reference).view(2, 4).diff(dim=0).neg()[0]
     score = batch["rewards"].view(2, 4).diff(dim=0).neg()[0]
     truth = expected(margins, score.double()).mean().item()
-    assert history(run, "loss")[0] == pytest.approx(truth, rel=1e-5)
+    assert loss == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_the_divergence_of_the_tokens_reaches_tdpo(tmp_path):
-    given = options(tmp_path, max_steps=1, train_sampling_strategy="sequential")
+    given = options(tmp_path, max_steps=1)
     config = FusedDPOConfig(**given, loss="tdpo1")
-    run = trainer(FusedDPOTrainer, config, dataset(), ref_model=tiny_llama(5))
+    run = in_order(trainer(FusedDPOTrainer, config, dataset(), ref_model=tiny_llama(5)))
     batch = next(iter(run.get_train_dataloader()))
     rows = [
         each(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].double().log_softmax(-1)
@@ -228,8 +235,8 @@ def test_the_divergence_of_the_tokens_reaches_tdpo(tmp_path):
     truth = PreferenceLoss("tdpo1").from_logps(
         LogpBatch(policy, counted.sum(1), reference=reference, sequence_kl=kl)
     )
-    run.train()
-    assert history(run, "loss")[0] == pytest.approx(truth.loss.item(), rel=1e-5)
+    loss = run.train().training_loss
+    assert loss == pytest.approx(truth.loss.item(), rel=1e-5)
     with pytest.raises(ValueError, match="needs reference, sequence_kl, which neither precomp"):
         given = options(tmp_path, precompute_ref_log_probs=True)
         trainer(FusedDPOTrainer, FusedDPOConfig(**given, loss="tdpo1"), dataset(4))

@@ -85,6 +85,16 @@ def test_compiled_with_some_probabilities_kept():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False)
+def test_compiled_around_the_op():
+    case = make_case(3, 6, **TRANSFORMS["all"])
+    function = sums_with(case, path="recompute")
+    compiled = torch.compile(function, backend="aot_eager")
+    wanted = gradients_of(case, function, (True, True, False))
+    assert_same(gradients_of(case, compiled, (True, True, False)), wanted)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_evaluation_of_the_packed_layout():
     case = make_case(3, 6)
     hidden, labels = case.hidden.flatten(0, 1), case.labels.flatten()
@@ -126,7 +136,7 @@ def test_compiled_by_inductor(path, view):
 
     compiled = torch.compile(loss, fullgraph=True)
     # The compiler's disk cache does not see a change of the op's fake implementation.
-    with torch.compiler.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(force_disable_caches=True):
         got = gradients_of(case, compiled, needs_of(path))
     wanted = gradients_of(case, loss, needs_of(path))
     for one, other in zip(got, wanted, strict=True):

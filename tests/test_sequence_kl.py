@@ -510,7 +510,7 @@ def test_compiled_without_a_graph_break():
 
     def loss(hidden, weight, bias, labels):
         policy = replace(two.policy, hidden=hidden, weight=weight, bias=bias, labels=labels)
-        out = ours(two._replace(policy=policy))
+        out = ours(Two(policy, two.reference))
         return (out.kl - out.policy).sum()
 
     def gradients(function):

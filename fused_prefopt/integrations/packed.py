@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,9 +38,11 @@ def require_separate_sequences(model: nn.Module, input_ids: Tensor) -> None:
     attention = getattr(text_config(model), "_attn_implementation", None)
     if torch.compiler.is_compiling() or _PASSED.get(backbone, False) == attention:
         return
-    first, second = (_hidden_of_second(model, input_ids, token) for token in (0, _LENGTH))
-    distance = float((second - first).norm() / first.norm())
-    tolerance = _tolerance(first)
+    distance, tolerance = math.inf, 0.0
+    if _takes_positions(backbone):
+        first, second = (_hidden_of_second(model, input_ids, token) for token in (0, _LENGTH))
+        distance = float((second - first).norm() / first.norm())
+        tolerance = _tolerance(first)
     if distance > tolerance:
         raise ValueError(
             f"padding_free: got a {type(model).__name__} with {attention} attention, whose packed"
@@ -46,6 +50,13 @@ def require_separate_sequences(model: nn.Module, input_ids: Tensor) -> None:
         )
     if distance <= tolerance:
         _PASSED[backbone] = attention
+
+
+def _takes_positions(backbone: nn.Module) -> bool:
+    parameters = inspect.signature(backbone.forward).parameters
+    return "position_ids" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _tolerance(hidden: Tensor) -> float:

@@ -51,7 +51,8 @@ class HeadTensors(NamedTuple):
         def detach(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.detach()
 
-        others = (detach(value) for value in self[2:])
+        # By name, as the compiler of torch 2.8 cannot slice a named tuple.
+        others = (detach(value) for value in (self.bias, self.low_hidden, self.low_weight))
         return HeadTensors(self.hidden.detach(), self.weight.detach(), *others)
 
     def first(self, vocab: int) -> HeadTensors:

@@ -1,0 +1,268 @@
+"""Runs the core of the tests on other versions than those of requirements-dev.txt.
+
+`python tests/compat.py [NAME ...]` makes an environment of each of `tests/versions/NAME.txt` (of
+all, without a name) below `.compat`, runs the parts of the tests there, writes what came of them to
+`docs/compatibility.json` and shows it in `docs/compatibility.md`. It fails where a test fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+PAGE = ROOT / "docs" / "compatibility.md"
+RESULTS = PAGE.with_suffix(".json")
+
+# Part → its files.
+PARTS = {
+    "op": (
+        "test_op_*.py",
+        "test_plan.py",
+        "test_workspace.py",
+        "test_packed.py",
+        "test_sequence_kl.py",
+        "test_token_*.py",
+    ),
+    "kernels, interpreted": ("interpreted_*.py",),
+    "losses": ("test_losses.py", "test_golden.py"),
+    "transformers' trainers": ("test_integrations_transformers.py",),
+    "TRL's trainers": ("test_integrations_trl.py",),
+}
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "trl",
+)
+HEAD = f"""# Compatibility
+
+Written by `make compat` from `{RESULTS.name}`; edit nothing here.
+
+What came of the tests on other versions than those of `requirements-dev.txt`, on which `make test`
+runs: each column in an environment of its own, on a CPU. Kernels run in Triton's interpreter there.
+Before Triton 3.7 that does not run on numpy 2.4 and later; the tests mend it for themselves
+(`tests/interpreter.py`), and a GPU does not need it. Before torch 2.10 `torch.compile` breaks its
+graph around the ops; with `fullgraph=True` it wants
+`torch._dynamo.config.capture_dynamic_output_shape_ops = True`, which the tests set there.
+"""
+VERSIONS_OF = """
+import json, platform, sys
+from importlib.metadata import PackageNotFoundError, version
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Packages of given versions, and what is run on them.
+
+    Args:
+        name: of its file in `tests/versions`.
+        python: what it is made with, where that is installed.
+        parts: of `PARTS`.
+        interpreted: Triton's interpreter is on in every part.
+    """
+
+    name: str
+    python: str
+    parts: tuple[str, ...]
+    interpreted: bool = False
+
+    @property
+    def requirements(self) -> Path:
+        return TESTS / "versions" / f"{self.name}.txt"
+
+    @property
+    def about(self) -> str:
+        """The first line of its requirements."""
+        return self.requirements.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / ".compat" / self.name
+
+    @property
+    def interpreter(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def make(self) -> None:
+        """Install the packages, unless what is there was made of these requirements."""
+        made_of = self.folder / self.requirements.name
+        wanted = self.requirements.read_text(encoding="utf-8")
+        if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
+            return
+        python = python_of(self.python)
+        subprocess.run([python, "-m", "venv", "--clear", self.folder], check=True)
+        pip = [self.interpreter, "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, "--requirement", self.requirements], check=True)
+        made_of.write_text(wanted, encoding="utf-8")
+
+    def versions(self) -> dict[str, str]:
+        """Python's and the packages'; without those that are not installed."""
+        command = [self.interpreter, "-c", VERSIONS_OF, *PACKAGES]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)
+
+    def run(self, part: str) -> dict[str, Any]:
+        """Counts of the part's tests, names of those that failed, and why others were skipped."""
+        report = self.folder / "report.xml"
+        report.unlink(missing_ok=True)
+        files = sorted(path for pattern in PARTS[part] for path in TESTS.glob(pattern))
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if self.interpreted or part == "kernels, interpreted":
+            settings["TRITON_INTERPRET"] = "1"
+        done = subprocess.run(
+            [
+                self.interpreter,
+                "-m",
+                "pytest",
+                "-q",
+                "--numprocesses",
+                "auto",
+                "--dist",
+                "worksteal",
+            ]
+            + ["-p", "no:cacheprovider", f"--junitxml={report}", *files],
+            env=os.environ | settings,
+            cwd=ROOT,
+        )
+        counts = counts_of(report) if report.is_file() else {"failed": []}
+        return {"exit": done.returncode, **counts}
+
+
+ENVIRONMENTS = (
+    Environment("gpu", "3.12", tuple(PARTS)),
+    Environment("oldest", "3.10", tuple(PARTS)[:-1]),
+    # TRL before 1.16 launches its own kernels on a CPU, too.
+    Environment("oldest-trl", "3.11", tuple(PARTS)[-1:], interpreted=True),
+)
+
+
+def python_of(version: str) -> str:
+    """The Python of that version, or this one, which the page then names."""
+    try:
+        name = f"python{version}"
+        subprocess.run([name, "--version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return sys.executable
+    return name
+
+
+def counts_of(report: Path) -> dict[str, Any]:
+    """What pytest's JUnit report says."""
+    passed, failed, skipped = 0, [], {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif skip is not None:
+            reason = skip.get("message", "")
+            skipped[reason] = skipped.get(reason, 0) + 1
+        else:
+            passed += 1
+    return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def went_well(result: dict[str, Any]) -> bool:
+    return result["exit"] == 0 and not result["failed"] and result.get("passed", 0) > 0
+
+
+def page_of(results: dict[str, Any]) -> str:
+    """The page that shows the results."""
+
+    def rows() -> Iterator[list[str]]:
+        yield ["", *results]
+        yield ["---"] * (1 + len(results))
+        for package in ("python", *PACKAGES):
+            yield [package, *(r["versions"].get(package, "none") for r in results.values())]
+        for part in PARTS:
+            yield [f"**{part}**", *(cell(r["parts"].get(part)) for r in results.values())]
+        yield ["commit", *(f"{r['commit']}, {r['date']}" for r in results.values())]
+
+    def cell(result: dict[str, Any] | None) -> str:
+        if result is None:
+            return "not run"
+        if "passed" not in result:
+            return f"nothing ran (exit {result['exit']})"
+        skipped = sum(result["skipped"].values())
+        text = f"{result['passed']} passed, {len(result['failed'])} failed, {skipped} skipped"
+        return text if went_well(result) else f"{text} (exit {result['exit']})"
+
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows())
+    about = "\n".join(f"- **{e.name}**: {e.about}" for e in ENVIRONMENTS if e.name in results)
+    reasons = sorted(
+        f"- {name}, {part}: {count} × {reason}"
+        for name, result in results.items()
+        for part, counts in result["parts"].items()
+        for reason, count in counts.get("skipped", {}).items()
+    )
+    skips = "\n".join(["## Skipped", "", *reasons]) if reasons else ""
+    return "\n\n".join(filter(None, [HEAD.strip(), about, table, skips])) + "\n"
+
+
+def commit_of_this() -> str:
+    """The commit that is tested, marked where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def run(environment: Environment, commit: str) -> dict[str, Any]:
+    """All that the results say of an environment."""
+    environment.make()
+    return {
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "versions": environment.versions(),
+        "parts": {part: environment.run(part) for part in environment.parts},
+    }
+
+
+def store(name: str, result: dict[str, Any]) -> None:
+    """Put an environment's result among the others', and show them."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results[name] = result
+    results = {one.name: results[one.name] for one in ENVIRONMENTS if one.name in results}
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(page_of(results), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = [environment.name for environment in ENVIRONMENTS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    chosen = parser.parse_args()
+    if unknown := set(chosen.names) - set(names):
+        parser.error(f"NAME: got {sorted(unknown)}, needs some of {names}")
+    good, commit = True, commit_of_this()
+    for environment in ENVIRONMENTS:
+        if not chosen.names or environment.name in chosen.names:
+            result = run(environment, commit)
+            good = good and all(map(went_well, result["parts"].values()))
+            store(environment.name, result)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""`make compat`: what its page says, and which versions its environments hold."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from compat import ENVIRONMENTS, PAGE, PARTS, RESULTS, ROOT, counts_of, page_of, went_well
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="one"/>
+<testcase classname="tests.test_a" name="two"/>
+<testcase classname="tests.test_a" name="three[x]"><failure message="no"/></testcase>
+<testcase classname="" name="tests.test_b"><error message="no"/></testcase>
+<testcase classname="tests.test_a" name="four"><skipped message="no peft"/></testcase>
+</testsuite></testsuites>"""
+
+
+def pins_of(name: str) -> dict[str, str]:
+    (environment,) = (one for one in ENVIRONMENTS if one.name == name)
+    text = environment.requirements.read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+)==([\d.]+)", text, re.MULTILINE))
+
+
+def test_the_page_shows_the_results_and_all_passed():
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert PAGE.read_text(encoding="utf-8") == page_of(results)
+    assert list(results) == [environment.name for environment in ENVIRONMENTS]
+    for environment in ENVIRONMENTS:
+        result = results[environment.name]
+        assert tuple(result["parts"]) == environment.parts
+        assert all(map(went_well, result["parts"].values()))
+        assert result["versions"].items() >= {
+            (name, version)
+            for name, version in pins_of(environment.name).items()
+            if name in result["versions"]
+        }
+
+
+def test_every_part_has_files():
+    for patterns in PARTS.values():
+        assert all(list((ROOT / "tests").glob(pattern)) for pattern in patterns)
+
+
+def test_the_oldest_versions_are_the_least_that_the_package_asks_for():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)', project))
+    pins = {"trl": pins_of("oldest-trl")["trl"], **pins_of("oldest")}
+    known = pins.keys() & least.keys()
+    assert known >= {"torch", "triton", "transformers", "accelerate", "peft", "datasets", "trl"}
+    for name in known:
+        assert f"{pins[name]}.".startswith(f"{least[name]}."), name
+
+
+def test_counts_of_a_report(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    counts = counts_of(tmp_path / "report.xml")
+    failed = ["tests.test_a::three[x]", "::tests.test_b"]
+    assert counts == {"passed": 2, "failed": failed, "skipped": {"no peft": 1}}
+    assert not went_well({"exit": 0, **counts})
+    assert not went_well({"exit": 1, **counts, "failed": []})
+    assert not went_well({"exit": 0, **counts, "failed": [], "passed": 0})
+    assert went_well({"exit": 0, **counts, "failed": []})
+    assert not went_well({"exit": 2, "failed": []})
