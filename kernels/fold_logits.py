@@ -75,7 +75,8 @@ def _fold_logits_kernel(
     inside, real = row < rows, columns < vocab
 
     # The target's logit is the very number that enters the sum below.
-    target = tl.load(targets + row, mask=inside, other=-1) - first
+    # In 32 bits: as 64 the comparisons of a wide tile would take registers that it lacks.
+    target = (tl.load(targets + row, mask=inside, other=-1) - first).to(tl.int32)
     found = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), 1)
     here = (target >= first_column) & (target < tl.minimum(first_column + VOCAB, vocab))
     tl.store(target_logit + row, found, mask=inside & here)

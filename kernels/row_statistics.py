@@ -79,6 +79,8 @@ def _fold_rows_kernel(
     if HAS_REFERENCE:
         # Rows that are not kept have none.
         before = tl.load(reference + row, mask=row < kept_rows, other=3.4028234663852886e38)
+        # Every warp reads it before one of them writes it: all must go the same way.
+        tl.debug_barrier()
         # NaN is not above: a row that has one is lost either way.
         moves = new - before > slack
         new = tl.where(moves, new, before)
@@ -109,6 +111,9 @@ def _fold_rows_kernel(
                 values = tl.exp(logits - new)
                 if HAS_CAP and HAS_REFERENCE:
                     values *= cap_slope(logits, ceiling)
+                if HAS_REFERENCE:
+                    # The target's own comes in fp32, with what it differs from 1 by.
+                    values = tl.where(columns == target, 0.0, values)
                 tl.store(kept + columns, values.to(kept.dtype.element_ty), mask=columns < width)
 
 

@@ -53,7 +53,7 @@ def tiny_tiles(monkeypatch, fresh_plans):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, fresh_plans):
     """Operands in the dtype computed in, library products of them, and kept values in place."""
-    from fused_prefopt.ops import cublas_engine, gradients, kl_cublas_engine, passes
+    from fused_prefopt.ops import cublas_engine, gradients, head_rows, kl_cublas_engine
     from fused_prefopt.ops.head_math import HeadMath
 
     def product(left, right, out, *, alpha=1.0, accumulate=False):
@@ -61,7 +61,7 @@ def as_on_a_gpu(monkeypatch, fresh_plans):
         total = alpha * (left.double() @ right.double())
         return out.copy_(out.double() + total if accumulate else total)
 
-    for module in (passes, gradients, cublas_engine, kl_cublas_engine):
+    for module in (head_rows, gradients, cublas_engine, kl_cublas_engine):
         monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
 

@@ -174,10 +174,13 @@ class GpuPass:
             slab, products = self._slab(rows, multiplied, self.budget - hidden)
             smallest = rows <= max(_TILE, self.cost.smallest)
             tiles = Tiles(rows, slab, products, multiplied, gathered)
-            if smallest or (slab >= least and hidden + self._bytes(tiles) <= self.budget):
+            fits = hidden + self._bytes(tiles) <= self.budget
+            good = fits and slab >= least
+            # Rows that are gathered once may leave too little: then there is no such cut.
+            if good or (smallest and (fits or not gathered)):
                 yield self._time(tiles), parts, tiles
-                if parts >= _MOST_CUTS or smallest:
-                    return
+            if smallest or (good and parts >= _MOST_CUTS):
+                return
             parts += max(1, parts // 4)
 
     def _bytes(self, tiles: Tiles) -> float:

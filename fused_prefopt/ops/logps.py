@@ -47,9 +47,9 @@ def sequence_logps(
             host sync of counting them. Checked.
         ignore_index: label of rows that take no part.
         workspace_mb: budget in MiB for everything but statistics, gradients and the fp32 sums of
-            d hidden. None: 256 on a CPU; on a GPU also the labelled rows and, where the head
-            trains, up to what an fp32 sum of its gradient would take, a 64th of the GPU's memory
-            at most (`ops.plan.default_workspace`).
+            d hidden. None: 256 on a CPU; on a GPU the labelled rows beside them or, where the head
+            trains and that is more, what an fp32 sum of its gradient would take, a 32nd of the
+            GPU's memory at most (`ops.plan.default_workspace`).
         path: `auto`, `evaluate`, `stash`, `local` or `recompute` (see `fused_prefopt.ops.plan`).
         engine: `auto`, `torch`, `cublas` (the library's matmuls, Triton kernels for the rest) or
             `triton` (matmuls inside the kernels). The last two take CUDA tensors, or CPU tensors

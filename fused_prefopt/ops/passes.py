@@ -33,7 +33,8 @@ class Kept:
 
     Attributes:
         logsumexps: (n,).
-        stash: `stash`: (n, D) Σ_v exp(logit − reference) · slope · W_v. Otherwise empty.
+        stash: `stash`: (n, D) Σ_v exp(logit − reference) · slope · W_v, without the target's.
+            Otherwise empty.
         maxima: (parts, k) the maxima that kept probabilities refer to; `stash`: (1, n) its
             references. Otherwise empty.
         ticket: (1,) finds the (k, V) tensor of exp(logit − maximum), 0 where nothing is kept.
@@ -185,11 +186,10 @@ def backward(
 
 
 def _unstash(head: HeadRows, kept: Kept, upstream: Upstream, needs: Needs) -> Gradients:
-    """``by_logps · (W_y − Σ_v p_v W_v)`` of each row, with the slopes of the head's scalars."""
+    """``by_logps · ((1 − p_y) W_y − Σ_v p_v W_v)`` of each row, the sum without the target y."""
     shares = (kept.maxima[0] - kept.logsumexps).exp_().neg_()
-    own = ((head.targets >= 0) & (head.targets < head.vocab)).to(shares.dtype)
-    if head.math.softcap is not None:
-        own.mul_(head.math.cap_slope(upstream.logps + kept.logsumexps))
+    inside = (head.targets >= 0) & (head.targets < head.vocab)
+    own = head.math.target_residual(upstream.logps, kept.logsumexps).neg().where(inside, 0.0)
     return spread(head, kept.stash, needs, upstream.by_logps * head.math.slope, (shares, own))
 
 

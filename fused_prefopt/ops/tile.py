@@ -76,6 +76,9 @@ class RowStatistics:
 class WeighedRows:
     """Running Σ exp(logit − reference) · slope · W of each row, and the slab that is being added.
 
+    Without the target's own: its share comes in fp32, from its log-prob, since beside a target that
+    is nearly certain nothing would be left of it.
+
     The reference is the row's first maximum. It moves only where a logit exceeds it by more than
     the operand dtype can bear: nearly always the sums stay as they are.
 

@@ -154,6 +154,9 @@ class TorchEngine:
             weighed.sums.mul_(factor)
         if slope is not None:
             logits.mul_(slope)
+        inside, column = locate(tile.targets, tile.first, logits.shape[1])
+        others = logits.gather(1, column).squeeze(1)
+        logits.scatter_(1, column, others.masked_fill(inside, 0.0).unsqueeze(1))
         if not in_place:
             out.copy_(logits)
 
