@@ -219,6 +219,31 @@ def test_references_far_below_the_log_sum_exp(dtype, softcap, jump, tiling, monk
         assert relative(got, wanted) <= wide
 
 
+@pytest.mark.parametrize("tiling", ["narrow", "slabs"])
+@pytest.mark.parametrize("jump", [0.0, 40.0, 75.0])
+@pytest.mark.parametrize("softcap", [None, 80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_frozen_head_leaves_nearly_certain_rows_their_digits(
+    dtype, softcap, jump, tiling, monkeypatch
+):
+    case = jumping(dtype, jump, softcap=softcap)
+    cut(monkeypatch, TILINGS[tiling])
+    needs = (True, False, False)
+    ours, exact = leaves_of(case, needs), leaves_of(case.double(), needs)
+    tokens = token_logps(ours.hidden, ours.head, ours.labels, path="stash", engine="cublas")
+    truth = true_logps(exact)
+    assert 0.99 < truth[0, 3].exp().item() < 1 - 1e-6
+    upstream = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3)).double()
+    (tokens.double() * upstream).sum().backward()
+    (truth * upstream).sum().backward()
+    wide = 3e-4 if dtype == torch.float32 else 2.5e-2
+    for got, wanted in zip(
+        ours.hidden.grad.flatten(0, 1), exact.hidden.grad.flatten(0, 1), strict=True
+    ):
+        assert relative(got, wanted) <= wide
+
+
 @pytest.mark.parametrize("width", [5, 64, 101])
 @pytest.mark.parametrize("jump", [0.0, 59.0, 75.0])
 @pytest.mark.parametrize("softcap", [None, 80.0])
