@@ -143,6 +143,7 @@ def fold_logits(
     descriptors: bool,
     first: int = 0,
     kept: Tensor | None = None,
+    maximum: Tensor | None = None,
     details: bool = False,
 ) -> Partials:
     """Fold ``logits = alpha (hidden @ weight.T + bias)`` over parts of the vocabulary.
@@ -162,6 +163,7 @@ def fold_logits(
         descriptors: load tiles through tensor descriptors where they are aligned.
         first: vocabulary index at which the slab starts.
         kept: (c, v) becomes exp(logit − the part's maximum), or None.
+        maximum: (parts, c) fp32, contiguous, where the parts' maxima go; or None.
         details: fill the optional fields of `Partials`.
 
     Raises:
@@ -179,7 +181,7 @@ def fold_logits(
     def empty(dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(parts, rows, dtype=dtype, device=hidden.device)
 
-    partials = Partials(empty(), empty(), block.vocab)
+    partials = Partials(empty() if maximum is None else maximum, empty(), block.vocab)
     if details:
         sums = empty(), empty(), empty()
         best = empty(torch.int32)

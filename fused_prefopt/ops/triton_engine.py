@@ -57,10 +57,14 @@ class TritonEngine(CublasEngine):
         self, tile: Tile, statistics: RowStatistics, kept: Tensor, maxima: Tensor
     ) -> None:
         columns = kept[:, tile.first : tile.first + tile.shape[1]]
-        partials = self._partials(tile, statistics, "kept", columns)
+        first, last = tile.first, tile.first + tile.shape[1]
+        own = maxima[first // self.part_width : -(-last // self.part_width)]
+        # All kept rows in one tile, as nearly always: no copy.
+        there = own if own.is_contiguous() else None
+        partials = self._partials(tile, statistics, "kept", columns, there)
         merge_partials(partials, statistics.maximum, statistics.sum)
-        first = tile.first // self.part_width
-        maxima[first : first + len(partials.maximum)] = partials.maximum
+        if there is None:
+            own.copy_(partials.maximum)
 
     def kept_gradient(
         self,
@@ -124,7 +128,12 @@ class TritonEngine(CublasEngine):
         )
 
     def _partials(
-        self, tile: Tile, statistics: RowStatistics, kernel: str, kept: Tensor | None
+        self,
+        tile: Tile,
+        statistics: RowStatistics,
+        kernel: str,
+        kept: Tensor | None,
+        maximum: Tensor | None = None,
     ) -> Partials:
         return fold_logits(
             tile.hidden,
@@ -138,6 +147,7 @@ class TritonEngine(CublasEngine):
             descriptors=self._tuning.descriptors,
             first=tile.first,
             kept=kept,
+            maximum=maximum,
             details=kernel == "details",
         )
 
