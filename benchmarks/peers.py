@@ -82,6 +82,13 @@ def ours_with_room(path: str, engine: str, problem: Problem) -> tuple[Tensor, Te
     return ours(path, problem, engine=engine, workspace_mb=room)
 
 
+def _half_kept(problem: Problem) -> tuple[Tensor, Tensor]:
+    """With room for the probabilities of half of the rows, and for a tile beside them."""
+    shape, hidden = problem.shape, problem.hidden
+    kept = shape.labelled_rows * shape.vocab * hidden.element_size() / 2
+    return ours("auto", problem, workspace_mb=1.0625 * kept / 2**20 + 16)
+
+
 def _eager(problem: Problem) -> tuple[Tensor, Tensor]:
     """As Hugging Face models and losses compute it: the logits of every row, then fp32."""
     sums = _eager_sums(problem.hidden, problem.weight, problem.labels, problem.shape.softcap)
@@ -195,6 +202,7 @@ _ALL = (
     Candidate("ours: evaluate", partial(ours, "evaluate"), NOTHING, ours=True),
     Candidate("ours: stash", partial(ours, "stash"), HIDDEN, ours=True),
     Candidate("ours: local", partial(ours, "local"), HEAD, ours=True),
+    Candidate("ours: half kept", _half_kept, HEAD, ours=True),
     Candidate("ours: recompute", partial(ours, "recompute"), HEAD, ours=True),
     Candidate("ours: auto", partial(ours, "auto"), HEAD, ours=True),
     Candidate("TRL: no gradient", _trl, NOTHING),
