@@ -23,7 +23,7 @@ from benchmarks.replay_goals import floor_ms, goals_of  # noqa: E402
 from benchmarks.replay_pages import draw_replay, replay_sections  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from benchmarks.shapes import HEADS, Shape  # noqa: E402
-from fused_prefopt import sequence_kl  # noqa: E402
+from fused_prefopt import sequence_kl, token_policy  # noqa: E402
 
 A100, H200 = MACHINES
 SMALL = Shape("llama-3", 4, 512, 1024, 32_000)
@@ -187,6 +187,24 @@ def test_an_exact_kl_keeps_to_its_workspace_too(rows):
     def step() -> None:
         options = {"num_labels": rows, "workspace_mb": TIGHT, "engine": "cublas"}
         sequence_kl(hidden, weight, other, reference, labels, **options).kl.sum().backward()
+
+    gradients = 2 * (hidden.numel() + weight.numel())
+    peak = record(step, rows, H200).peak
+    assert peak <= TIGHT * MIB + 4 * rows * shape.hidden_size + gradients, peak / MIB
+
+
+@pytest.mark.parametrize("rows", [8192, 65_536])
+def test_entropies_keep_to_it_too(rows):
+    shape = HEADS["llama-3"]
+    sequences = shape.sequences * rows // shape.labelled_rows
+    hidden = meta(sequences, shape.length, shape.hidden_size).requires_grad_()
+    weight = meta(shape.vocab, shape.hidden_size).requires_grad_()
+    labels = meta(sequences, shape.length, dtype=torch.int64)
+
+    def step() -> None:
+        options = {"num_labels": rows, "workspace_mb": TIGHT, "engine": "auto"}
+        out = token_policy(hidden, weight, labels, **options)
+        (out.logps.sum() + out.entropies.sum()).backward()
 
     gradients = 2 * (hidden.numel() + weight.numel())
     peak = record(step, rows, H200).peak
