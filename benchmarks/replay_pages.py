@@ -144,7 +144,7 @@ def draw_replay(rows: Sequence[Row], path: Path) -> None:
 
     found = {(row["gpu"], row["shape"], row["candidate"], row["sequences"]): row for row in rows}
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, len(MACHINES), figsize=(10.5, 4.2))
+        figure, axes = pyplot.subplots(len(MACHINES), 1, figsize=(8.5, 6.0))
         for panel, machine in zip(axes, MACHINES, strict=True):
             steps = [(shape, trains) for shape in HEADS.values() for trains in DEFAULTS]
             for side, (names, colour) in enumerate(((DEFAULTS, OURS), (OF_TRL, "#d1782f"))):
@@ -153,10 +153,10 @@ def draw_replay(rows: Sequence[Row], path: Path) -> None:
                 places = [place + 0.4 * side for place in range(len(steps))]
                 panel.bar(places, times, 0.4, color=colour, label=("ours", "TRL")[side])
             named = [f"{shape.name}\n{trains}" for shape, trains in steps]
-            panel.set_xticks([place + 0.2 for place in range(len(named))], named, fontsize=5)
+            panel.set_xticks([place + 0.2 for place in range(len(named))], named, fontsize=7)
             panel.set_title(machine.name)
             panel.set_ylabel("predicted time of a step, in P")
             panel.grid(axis="y", color=FAINT)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
-        save(figure, path, top=0.88)
+        save(figure, path, top=0.94)
