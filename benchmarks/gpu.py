@@ -39,7 +39,8 @@ def _named(*names: str) -> tuple[Candidate, ...]:
 
 
 TELLING = (
-    *(candidate for trains in DEFAULTS for candidate in (DEFAULTS[trains], OF_TRL[trains])),
+    # The trained head first.
+    *(each[trains] for trains in reversed(DEFAULTS) for each in (DEFAULTS, OF_TRL)),
     *(forced(path, engine) for path in TRAINS for engine in ENGINES),
     SOME,
 )

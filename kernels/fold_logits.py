@@ -155,7 +155,7 @@ def fold_logits(
         hidden: (c, D) fp32, fp16 or bf16, last dimension contiguous.
         weight: (v, D), same dtype, last dimension contiguous.
         bias: (v,) or None.
-        targets: (c,) int64 vocabulary index of the targets, anywhere.
+        targets: (c,) int64 vocabulary index of the targets, within 2^31 of `first`.
         target_logit: (c,) fp32, updated in place where the target is inside.
         alpha: factor on the products.
         ceiling: bound of the logits, or None.

@@ -135,7 +135,7 @@ MEASURING = {
     "gpu": on_gpu,
     "profile": profiled,
 }
-ELSEWHERE = {"masses", "kernels", "report", "compare"}
+ELSEWHERE = {"masses", "kernels", "replay", "report", "compare"}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ pytest.importorskip("psutil")
 from benchmarks import benchmark_pages, cpu_grid, gpu, grid, peers  # noqa: E402
 from benchmarks.counts import WORKSPACE, count  # noqa: E402
 from benchmarks.grid import NO_TIME, Point, Run  # noqa: E402
-from benchmarks.kernel_results import KERNELS  # noqa: E402
 from benchmarks.longest import COMPARED, longest, needed  # noqa: E402
 from benchmarks.memory import Memory  # noqa: E402
 from benchmarks.method_cost import (  # noqa: E402
@@ -104,7 +103,8 @@ def test_the_gpu_grid_begins_with_ours_and_trls_on_every_head() -> None:
     assert len(keys) == len(set(keys))
     every = {c.name for point in (*telling, *peers, *others) for c in point.candidates}
     assert set(CANDIDATES) - every == {
-        f"ours: {path}" for path in ("auto", "evaluate", "stash", "local", "recompute")
+        *(f"ours: {path}" for path in ("auto", "evaluate", "stash", "local", "recompute")),
+        "ours: half kept",
     }
 
 
@@ -286,8 +286,8 @@ def test_counts_of_the_compiled_eager_loss() -> None:
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_every_candidate_but_the_automatic_one_is_counted(name: str) -> None:
-    assert (count(name, SMALL, 2) is None) == (name == "ours: auto")
+def test_every_candidate_is_counted_but_those_that_keep_what_fits(name: str) -> None:
+    assert (count(name, SMALL, 2) is None) == (name in ("ours: auto", "ours: half kept"))
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -351,7 +351,7 @@ def measured(tmp_path: Path) -> Path:
 def test_the_page_is_what_the_results_say(measured: Path, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "benchmarks.md"
     assert not benchmark_pages.check_benchmarks(page, measured)
-    benchmark_pages.write_benchmarks(page, measured, KERNELS)
+    benchmark_pages.write_benchmarks(page, measured)
     assert benchmark_pages.check_benchmarks(page, measured)
     text = page.read_text(encoding="utf-8")
     assert "## H200" in text and "| gamma-dpo | yes |" in text

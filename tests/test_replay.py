@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("trl", reason="the replay plays TRL's function beside ours")
 
+from benchmarks import replay  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.device_model import event_seconds, matmul_seconds, play  # noqa: E402
 from benchmarks.gpu_candidates import DEFAULTS, OF_TRL, TRAINS  # noqa: E402
 from benchmarks.host_cost import host_seconds, spread_over  # noqa: E402
@@ -260,6 +262,24 @@ def test_goals_fail_where_ours_is_slower_or_larger(rows):
         "H200, llama-3, head trains: ms,",
         "geometric mean of TRL's time,",
     }
+
+
+def test_the_command_fails_where_a_goal_is_missed(rows, tmp_path, monkeypatch, capsys):
+    predicted: list[dict] = []
+
+    def found(results: Results, say) -> None:
+        results.rows = list(predicted)
+        results.save()
+
+    monkeypatch.setattr(replay, "run_replay", found)
+    # Half of each time: no goal is missed; as it is predicted, two are, by half a percent.
+    faster = [row | {"ms": row["ms"] / 2} if "ours" in row["candidate"] else row for row in rows]
+    for given, status in ((faster, 0), (rows, 1)):
+        predicted[:] = given
+        assert main(["replay", "--results", str(tmp_path), "--check"]) == status
+        assert ("MISSED" in capsys.readouterr().out) == bool(status)
+        assert main(["replay", "--results", str(tmp_path)]) == 0
+        capsys.readouterr()
 
 
 def test_predictions_stand_beside_measurements(rows, tmp_path):
