@@ -29,7 +29,9 @@ PARTS = {
     "op": (
         "test_op_*.py",
         "test_plan.py",
-        "test_workspace.py",
+        "test_cutting.py",
+        "test_kept_buffer.py",
+        "test_kept_probabilities.py",
         "test_packed.py",
         "test_sequence_kl.py",
         "test_token_*.py",

@@ -1,4 +1,4 @@
-"""The op on the Triton engines, in the interpreter on CPU; `test_kernels.py` runs this file."""
+"""The op on the Triton engines, interpreted on CPU; `test_interpreted_engines.py` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept probabilities on the Triton engines, in the interpreter on CPU; see `test_kernels.py`."""
+"""Kept probabilities on the Triton engines, interpreted; `test_interpreted_engines.py` runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sequence_kl` and its Triton kernels, interpreted on CPU; `test_kernels.py` runs this file."""
+"""`sequence_kl` and its Triton kernels, interpreted; `test_interpreted_engines.py` runs it."""
 
 from __future__ import annotations
 

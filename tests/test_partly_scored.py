@@ -15,6 +15,8 @@ from fused_prefopt.data.adapters import ultrafeedback_binarized
 from fused_prefopt.integrations.transformers import preference_outputs
 
 NONE = {"score_chosen": None, "score_rejected": None}
+# What a batch of pairs without scores has.
+BARE = {"input_ids", "attention_mask", "completion_mask", "label_counts"}
 SIDES = ("ref_chosen_logps", "ref_rejected_logps")
 
 
@@ -37,7 +39,7 @@ def test_pairs_keep_their_scores_where_all_have_them(lacking, caplog):
     caplog.clear()
     assert preference(rows(lacking)) == preference(rows({})) and not caplog.messages
     features = tokenise_pairs(records, tiny_tokenizer(), 16, 8)
-    assert PairCollator(0)(features).keys() == {"input_ids", "attention_mask", "completion_mask"}
+    assert PairCollator(0)(features).keys() == BARE
 
 
 def test_an_adapter_of_chats_does_so_too():
@@ -87,7 +89,7 @@ def test_a_batch_with_a_gap_serves_losses_that_need_no_scores(
 
 def test_columns_of_none_are_no_columns():
     features = [each | dict.fromkeys((*SIDES, *NONE)) for each in pair_features(2)]
-    assert PairCollator(0)(features).keys() == {"input_ids", "attention_mask", "completion_mask"}
+    assert PairCollator(0)(features).keys() == BARE
 
 
 def test_a_column_that_no_row_has_is_a_wrong_name():
