@@ -58,6 +58,11 @@ class CublasEngine(TorchEngine):
     def in_place(math: HeadMath, device: torch.device) -> bool:
         return math.kept == math.operand(device) and device.type != "cpu"
 
+    @property
+    def kept_ceiling(self) -> float | None:
+        """Ceiling of the softcap if what is kept lacks its slope: what `fold_rows` keeps has it."""
+        return None
+
     def fold(self, tile: Tile, statistics: RowStatistics) -> None:
         self._fold_rows(tile, statistics, self._tile(tile.shape))
 
@@ -114,21 +119,6 @@ class CublasEngine(TorchEngine):
         out: Tensor,
         bias: bool,
     ) -> Tensor | None:
-        # The softcap's slope is in it already.
-        return self._kept_gradient(kept, maxima, part_width, first, targets, rows, out, bias, None)
-
-    @staticmethod
-    def _kept_gradient(
-        kept: Tensor,
-        maxima: Tensor,
-        part_width: int,
-        first: int,
-        targets: Tensor,
-        rows: RowGradients,
-        out: Tensor,
-        bias: bool,
-        ceiling: float | None,
-    ) -> Tensor | None:
         return logits_gradient(
             kept,
             rows.logsumexps,
@@ -136,7 +126,7 @@ class CublasEngine(TorchEngine):
             targets=targets,
             residuals=rows.residuals,
             scale=rows.scale,
-            ceiling=ceiling,
+            ceiling=self.kept_ceiling,
             maxima=maxima,
             part_width=part_width,
             first=first,

@@ -66,20 +66,9 @@ class TritonEngine(CublasEngine):
         if there is None:
             own.copy_(partials.maximum)
 
-    def kept_gradient(
-        self,
-        kept: Tensor,
-        maxima: Tensor,
-        part_width: int,
-        first: int,
-        targets: Tensor,
-        rows: RowGradients,
-        out: Tensor,
-        bias: bool,
-    ) -> Tensor | None:
-        return self._kept_gradient(
-            kept, maxima, part_width, first, targets, rows, out, bias, self.math.ceiling
-        )
+    @property
+    def kept_ceiling(self) -> float | None:
+        return self.math.ceiling
 
     def fold_and_weigh(
         self, tile: Tile, statistics: RowStatistics, weighed: WeighedRows, columns: slice
