@@ -24,6 +24,8 @@ claims: $(VENV)/installed
 
 test: lint kernels
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreted \
+		--numprocesses auto --dist worksteal $(ARGS)
 	$(RUN) -m benchmarks report --check
 
 lint: $(VENV)/installed

@@ -24,6 +24,7 @@ ROOT = TESTS.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = PAGE.with_suffix(".json")
 
+INTERPRETED = "kernels, interpreted"
 # Part → its files.
 PARTS = {
     "op": (
@@ -36,7 +37,7 @@ PARTS = {
         "test_sequence_kl.py",
         "test_token_*.py",
     ),
-    "kernels, interpreted": ("interpreted_*.py",),
+    INTERPRETED: ("test_interpreted_*.py",),
     "losses": ("test_losses.py", "test_golden.py"),
     "transformers' trainers": ("test_integrations_transformers.py",),
     "TRL's trainers": ("test_integrations_trl.py",),
@@ -59,8 +60,8 @@ Written by `make compat` from `{RESULTS.name}`; edit nothing here.
 What came of the tests on other versions than those of `requirements-dev.txt`, on which `make test`
 runs: each column in an environment of its own, on a CPU. Kernels run in Triton's interpreter there.
 Before Triton 3.7 that does not run on numpy 2.4 and later; the tests mend it for themselves
-(`tests/interpreter.py`), and a GPU does not need it. Before torch 2.10 `torch.compile` breaks its
-graph around the ops; with `fullgraph=True` it wants
+(`tests/support/interpreter.py`), and a GPU does not need it. Before torch 2.10 `torch.compile`
+breaks its graph around the ops; with `fullgraph=True` it wants
 `torch._dynamo.config.capture_dynamic_output_shape_ops = True`, which the tests set there.
 """
 VERSIONS_OF = """
@@ -131,9 +132,9 @@ class Environment:
         """Counts of the part's tests, names of those that failed, and why others were skipped."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
-        files = sorted(path for pattern in PARTS[part] for path in TESTS.glob(pattern))
+        files = sorted(path for pattern in PARTS[part] for path in TESTS.rglob(pattern))
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if self.interpreted or part == "kernels, interpreted":
+        if self.interpreted or part == INTERPRETED:
             settings["TRITON_INTERPRET"] = "1"
         done = subprocess.run(
             [

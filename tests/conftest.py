@@ -27,7 +27,27 @@ def is_older(package: str, than: str) -> bool:
         return False
 
 
-if os.environ.get("TRITON_INTERPRET") == "1" and is_older("triton", than="3.7"):
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Interpreted kernels run where the interpreter was on before Triton was imported."""
+    if INTERPRETED:
+        return
+    left = [item for item in items if item.get_closest_marker("interpreted")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        gone = set(left)
+        items[:] = [item for item in items if item not in gone]
+
+
+def pytest_report_header() -> str:
+    if INTERPRETED:
+        return "Triton's interpreter is on"
+    return "Triton's interpreter is off: tests marked `interpreted` need TRITON_INTERPRET=1"
+
+
+if INTERPRETED and is_older("triton", than="3.7"):
     mend_older_interpreters()
 if is_older("torch", than="2.10"):
     # Later ones take ops whose sizes depend on values into a whole graph unasked.
