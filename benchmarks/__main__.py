@@ -16,19 +16,22 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from benchmarks import cpu_grid, gpu, profile_step, suite, trainer_steps
-from benchmarks.claims import claims_of
-from benchmarks.compare import compare_files
-from benchmarks.kernel_pages import PAGE
-from benchmarks.kernel_results import KERNELS
-from benchmarks.kl_rows import run_kl
+from benchmarks import cpu_runs, gpu_runs
+from benchmarks.compare import claims_of, compare_files, goals_of
+from benchmarks.head_points import run_kl
+from benchmarks.kernel_page import PAGE, REPLAY
 from benchmarks.mass_study import MASSES, run_study
-from benchmarks.method_cost import run_methods
-from benchmarks.replay_pages import REPLAY
-from benchmarks.report import README, check_all, write_all
-from benchmarks.results import RESULTS, Results, load
+from benchmarks.profile_step import run_profile
+from benchmarks.report import README, Places, check_all, write_all
+from benchmarks.results import KERNELS, RESULTS, Results, load
+from benchmarks.trainer_steps import run_trainer
+
+Add = Callable[..., argparse.ArgumentParser]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,63 +39,76 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, text: str, results: Path | None = None) -> argparse.ArgumentParser:
+    def add(
+        name: str, text: str, run: Callable[[argparse.Namespace], Any], results: Path | None = None
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         if results is not None:
             command.add_argument("--results", type=Path, default=results, help="folder of JSON")
+        command.set_defaults(run=run)
         return command
 
+    _add_measuring(add)
+    _add_showing(add)
+    return parser
+
+
+def _add_measuring(add: Add) -> None:
+    on_cpu, ten = RESULTS / "cpu", "in less than ten minutes on 2 cores"
     cpu = add(
-        "cpu", "the README's candidates, in less than ten minutes on 2 cores", RESULTS / "cpu"
+        "cpu",
+        f"the README's candidates, {ten}",
+        lambda o: cpu_runs.run_cpu(o.results, count=o.rounds, seconds=o.deadline, say=_say),
+        on_cpu,
     )
-    cpu.add_argument("--deadline", type=float, default=suite.DEADLINE, help=_DEADLINE)
-    cpu.set_defaults(
-        run=lambda o: suite.run_cpu(o.results, count=o.rounds, seconds=o.deadline, say=_say)
+    cpu.add_argument("--deadline", type=float, default=cpu_runs.CPU_DEADLINE, help=_DEADLINE)
+    grid = add(
+        "grid",
+        f"shares, rows, dtypes and all peers, {ten}",
+        lambda o: cpu_runs.run_grid(o.results, o.rounds, _say),
+        on_cpu,
     )
-    text = "shares, rows, dtypes and all peers, in less than ten minutes on 2 cores"
-    grid = add("grid", text, RESULTS / "cpu")
-    grid.set_defaults(run=lambda o: cpu_grid.run_cpu_grid(o.results, o.rounds, _say))
     for command in (cpu, grid):
         command.add_argument("--rounds", type=int, default=7, help="rounds of the timings at most")
-    methods = add("methods", "what the losses take of a step, in a minute", RESULTS / "cpu")
-    methods.set_defaults(run=lambda o: run_methods(o.results, _say))
-    text = "whole trainer steps, plain, ours and TRL's, in less than ten minutes on 2 cores"
-    trainer = add("trainer", text, RESULTS / "cpu")
-    trainer.set_defaults(run=lambda o: trainer_steps.run_trainer(o.results, _say))
-    divergence = add("kl", "the exact KL from a reference model, in two minutes", RESULTS / "cpu")
-    divergence.set_defaults(run=lambda o: run_kl(o.results, _say))
-    masses = add(
-        "masses", "the study of `drop_mass`, in about a quarter of an hour on 2 cores", MASSES
+    text = "what the losses take of a step, in a minute"
+    add("methods", text, lambda o: cpu_runs.run_methods(o.results, _say), on_cpu)
+    text = f"whole trainer steps, plain, ours and TRL's, {ten}"
+    add("trainer", text, lambda o: run_trainer(o.results, _say), on_cpu)
+    text = "the exact KL from a reference model, in two minutes"
+    add("kl", text, lambda o: run_kl(o.results, _say), on_cpu)
+    text = "the study of `drop_mass`, in about a quarter of an hour on 2 cores"
+    add("masses", text, lambda o: run_study(o.results, say=_say), MASSES)
+    on_gpu = add(
+        "gpu",
+        "all that a GPU tells, in less than eight minutes",
+        lambda o: gpu_runs.run_gpu(o.results, o.deadline, _say, again=o.again),
+        RESULTS / "h200",
     )
-    masses.set_defaults(run=lambda o: run_study(o.results, say=_say))
-    on_gpu = add("gpu", "all that a GPU tells, in less than eight minutes", RESULTS / "h200")
-    on_gpu.add_argument("--deadline", type=float, default=gpu.DEADLINE, help=_DEADLINE)
+    on_gpu.add_argument("--deadline", type=float, default=gpu_runs.DEADLINE, help=_DEADLINE)
     on_gpu.add_argument("--again", action="store_true", help="measure anew what is on disk")
-    on_gpu.set_defaults(run=lambda o: gpu.run_gpu(o.results, o.deadline, _say, again=o.again))
-    profile = add("profile", "what one step's kernels take, and where it waits")
+    text = "what one step's kernels take, and where it waits"
+    profile = add("profile", text, lambda o: run_profile(o.cases, _say))
     profile.add_argument("cases", nargs="*", metavar="CASE", help="such as llama-3:recompute")
-    profile.set_defaults(run=lambda o: profile_step.run_profile(o.cases, _say))
 
-    replay = add("replay", "predict steps with a large head on GPUs, in about a minute", REPLAY)
+
+def _add_showing(add: Add) -> None:
+    text = "predict steps with a large head on GPUs, in about a minute"
+    replay = add("replay", text, _replay, REPLAY)
     replay.add_argument("--check", action="store_true", help="fail where a goal is missed")
-    replay.set_defaults(run=_replay)
-    kernels = add("kernels", "compile the kernels for GPUs, without one")
+    kernels = add("kernels", "compile the kernels for GPUs, without one", _kernels)
     kernels.add_argument("--check", action="store_true", help="write no results")
-    kernels.set_defaults(run=_kernels)
-    report = add("report", "write tables, pages and pictures from the results", RESULTS / "cpu")
+    text = "write tables, pages and pictures from the results"
+    report = add("report", text, _report, RESULTS / "cpu")
     report.add_argument("--check", action="store_true", help="fail where they are out of date")
     report.add_argument("--readme", type=Path, default=README)
     report.add_argument("--page", type=Path, default=PAGE, help="of the kernels")
     report.add_argument("--docs", type=Path, default=PAGE.parent, help="folder of the other pages")
     report.add_argument("--masses", type=Path, default=MASSES)
-    report.set_defaults(run=_report)
     for command in (kernels, report):
         command.add_argument("--kernels", type=Path, default=KERNELS)
-    compared = add("compare", "fail on regressions over the noise")
+    compared = add("compare", "fail on regressions over the noise", _compare)
     compared.add_argument("before", type=Path)
     compared.add_argument("after", type=Path)
-    compared.set_defaults(run=_compare)
-    return parser
 
 
 _DEADLINE = "seconds to begin nothing after"
@@ -113,7 +129,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _replay(options: argparse.Namespace) -> int:
     # Only here: peers and Triton are needed.
     from benchmarks.replay import run_replay
-    from benchmarks.replay_goals import goals_of
 
     results = Results(options.results / "replay.json", "replay")
     run_replay(results, _say)
@@ -131,11 +146,10 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    places = {name: getattr(options, name) for name in ("readme", "page", "docs", "kernels")}
-    places |= {"results": options.results, "masses": options.masses}
+    places = Places(**{name.name: getattr(options, name.name) for name in fields(Places)})
     if options.check:
-        return 0 if check_all(**places, say=_say) else 1
-    write_all(**places)
+        return 0 if check_all(places, _say) else 1
+    write_all(places)
     _print_claims(options.results)
     return 0
 

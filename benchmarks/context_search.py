@@ -1,33 +1,180 @@
-"""The longest context whose head fits a GPU, by search on the GPU itself.
+"""The longest context whose head fits a GPU: by a model of its memory, and by search on the GPU.
 
-One pair, half of its tokens labelled, in bf16; no backbone. A length is tried by a whole step under
-the allocator, which may take no more than the capacity. Steps run in a process of their own, which
-is replaced after any failure that is not a lack of memory: such a failure can leave CUDA unusable.
+One pair, half of its tokens labelled, in bf16; no backbone: this is where the head stops being what
+ends the context. A length is tried by a whole step under the allocator, which may take no more than
+the capacity. Steps run in a process of their own, which is replaced after any failure that is not a
+lack of memory: such a failure can leave CUDA unusable.
 """
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import torch
+
+from benchmarks.candidates import CANDIDATES, Candidate, ours_with_room, step
 from benchmarks.counts import count
-from benchmarks.length_prober import LengthProber, StepFailed
-from benchmarks.longest import CAPACITIES, COMPARED, longest
-from benchmarks.peers import CANDIDATES
-from benchmarks.results import NO_TIME, Results, Row
-from benchmarks.shapes import HEADS, Shape
+from benchmarks.results import NO_TIME, Results, Row, failure
+from benchmarks.shapes import HEADS, Shape, make_problem
+
+CAPACITIES = {"80 GB (A100)": 80 * 10**9, "141 GB (H200)": 141 * 10**9}
+COMPARED = (
+    "ours: stash",
+    "ours: local",
+    "ours: recompute",
+    "TRL",
+    "cut-cross-entropy",
+    "Liger",
+    "Liger: per token",
+    "torch linear_cross_entropy",
+    "eager, compiled",
+    "eager, labelled rows",
+    "eager",
+)
+_LEAST, _MOST = 16, 2**28
+
+
+def needed(name: str, shape: Shape) -> int:
+    """Bytes of the weight, the hidden states, their gradients and a candidate's extra."""
+    counts = count(name, shape, 2)
+    if counts is None:
+        raise ValueError(f"name: got {name!r}, whose memory is not modelled")
+    weight, hidden = shape.vocab * shape.hidden_size, shape.rows * shape.hidden_size
+    # A frozen head has no gradient.
+    copies = 1 if name == "ours: stash" else 2
+    return 2 * (copies * weight + 2 * hidden) + counts.extra
+
+
+def longest(name: str, head: Shape, capacity: int) -> int:
+    """The largest length T of one pair that fits, 0 where none does."""
+    low, high = 0, _MOST
+    while low < high:
+        middle = (low + high + 1) // 2
+        shape = replace(head, sequences=2, length=middle, labelled=0.5)
+        low, high = (middle, high) if needed(name, shape) <= capacity else (low, middle - 1)
+    return low
+
+
+# A workspace of its own size for `local`, whose probabilities grow with the length.
+_LOCAL = replace(CANDIDATES["ours: local"], forward=partial(ours_with_room, "local", "auto"))
+SEARCHED: dict[str, Candidate] = {**CANDIDATES, _LOCAL.name: _LOCAL}
+
+
+class StepFailed(Exception):
+    """A step failed for another reason than memory; its text is the status of a row."""
+
+
+class LengthProber:
+    """Whether a candidate's step fits; a context that ends its process.
+
+    Args:
+        end: no answer is waited for after this time of `time.monotonic`.
+    """
+
+    def __init__(self, end: float) -> None:
+        self._end = end
+        self._child: Any = None
+        self._connection: Any = None
+
+    def __enter__(self) -> LengthProber:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def __call__(self, name: str, shape: Shape, capacity: int) -> bool:
+        """Whether a step of a candidate fits.
+
+        Raises:
+            StepFailed: the step fails for another reason than memory, or its process ended.
+            TimeoutError: there was no answer in time.
+        """
+        if self._child is None:
+            self._start()
+        self._connection.send((name, shape, capacity))
+        if not self._connection.poll(max(0.0, self._end - time.monotonic())):
+            self._stop()
+            raise TimeoutError("no answer in time")
+        try:
+            answer, usable = self._connection.recv()
+        except EOFError:
+            self._stop()
+            raise StepFailed("failed: the process ended") from None
+        if not usable:
+            self._stop()
+        if isinstance(answer, str):
+            raise StepFailed(answer)
+        fits: bool = answer
+        return fits
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._child = context.Process(target=_probe_on, args=(other,), daemon=True)
+        self._child.start()
+        other.close()
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.join()
+            self._connection.close()
+        self._child = None
+
+
+def _probe_on(connection: Any) -> None:
+    warnings.simplefilter("ignore")
+    while True:
+        name, shape, capacity = connection.recv()
+        answer = _fits(SEARCHED[name], shape, capacity)
+        connection.send((answer, not isinstance(answer, str) or _usable()))
+
+
+def _fits(candidate: Candidate, shape: Shape, capacity: int) -> bool | str:
+    """Whether a step fits, or why it fails otherwise."""
+    try:
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, capacity / total))
+        step(candidate, make_problem(shape, torch.bfloat16, "cuda"))
+        torch.cuda.synchronize()
+        answer: bool | str = True
+    except torch.OutOfMemoryError:
+        answer = False
+    except Exception as error:
+        answer = failure(error)
+    # After the error is gone, whose traceback keeps the step's tensors.
+    gc.collect()
+    if answer is True or answer is False:
+        torch.cuda.empty_cache()
+    return answer
+
+
+def _usable() -> bool:
+    """Whether CUDA still works: an illegal access is reported by everything after it."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception:
+        return False
+    return True
+
 
 # Candidate, shape, capacity → whether it fits.
 Fits = Callable[[str, Shape, int], bool]
-_LEAST, _MOST = 16, 2**28
 # A search ends where the shortest length that fails is this much longer than the longest that fits.
 PRECISION = 1 / 16
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has seen.
+    """The state of a search.
 
     Attributes:
         fits: the longest length that fits, 0 where none was seen.
@@ -148,7 +295,7 @@ class ContextRun:
 
 
 def _about(name: str, head: Shape, capacity: int) -> Row:
-    """What a row is about."""
+    """The fields that say what a row is about."""
     return {
         "candidate": name,
         "shape": head.name,

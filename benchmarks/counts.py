@@ -53,7 +53,7 @@ def _torch_chunk(shape: Shape, rows: int) -> int:
 
 @dataclass(frozen=True)
 class _Design:
-    """What a candidate does for each logit.
+    """The work of a candidate for each logit.
 
     Attributes:
         matmuls: over the rows and the vocabulary, forward and backward together.

@@ -66,7 +66,7 @@ def write_mass_page(page: Path = PAGE, folder: Path = MASSES) -> None:
     content = load_masses(folder)
     if content is None:
         return
-    from benchmarks.mass_picture import draw_masses
+    from benchmarks.pictures import draw_masses
 
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(mass_text(content), encoding="utf-8")

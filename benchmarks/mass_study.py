@@ -1,10 +1,16 @@
-"""What a bounded-mass backward saves and costs, on rows that a trained language model gives."""
+"""A study of bounded-mass backwards: savings and costs on rows of a trained language model.
+
+A small Llama is trained on the embedded text with a large vocabulary; its rows come from text that
+it has not seen, and from text that it has seen often, whose distributions are sharper.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +20,141 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.measuring import Rounds
 from benchmarks.results import RESULTS, Row, origin
-from benchmarks.timing import rounds
-from benchmarks.trained_rows import TrainedRows, corpus, new_model, rows_of, train
-from fused_prefopt import LMHead, token_logps
+from fused_prefopt import LMHead, sequence_logps, token_logps
+from fused_prefopt.data import load_documents, paragraphs, split_documents, train_tokenizer
 from fused_prefopt.ops import dropped_mass
+
+_LENGTH, _SEQUENCES, _RATE = 128, 16, 1.5e-3
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows before a trained head.
+
+    Attributes:
+        hidden: text → (n, D) fp32.
+        targets: text → (n,) int64.
+        weight: (V, D) fp32, in the tokenizer's order.
+        counts: (V,) how often each token stands in the training text.
+    """
+
+    hidden: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    weight: Tensor
+    counts: Tensor
+
+    def by_frequency(self) -> TrainedRows:
+        """The same with the vocabulary in the order of falling counts."""
+        order = self.counts.argsort(descending=True, stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        targets = {text: place[value] for text, value in self.targets.items()}
+        return TrainedRows(self.hidden, targets, self.weight[order], self.counts[order])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of the embedded text, in one row each: to train on, and held out."""
+
+    training: Tensor
+    held_out: Tensor
+    vocab: int
+
+    def batch(self, generator: torch.Generator) -> Tensor:
+        """(S, T) random windows of the training text."""
+        starts = torch.randint(len(self.training) - _LENGTH, (_SEQUENCES,), generator=generator)
+        return torch.stack([self.training[start : start + _LENGTH] for start in starts.tolist()])
+
+
+def corpus(vocab: int) -> Corpus:
+    """The embedded text under a byte-level BPE tokenizer of about `vocab` entries."""
+    training, held_out = split_documents(load_documents(), seed=0)
+    texts = [
+        [t for document in part for t in paragraphs(document)] for part in (training, held_out)
+    ]
+    tokenizer = train_tokenizer(texts[0], vocab_size=vocab)
+    end = tokenizer.eos_token_id
+    ids = [[i for text in part for i in (*tokenizer(text)["input_ids"], end)] for part in texts]
+    return Corpus(torch.tensor(ids[0]), torch.tensor(ids[1]), len(tokenizer))
+
+
+def new_model(vocab: int, hidden_size: int = 256) -> Any:
+    """A small Llama with its own head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=_LENGTH,
+    )
+    return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        steps: at most.
+        seconds: nothing is begun after them.
+        drop_mass, path: of the op.
+    """
+
+    steps: int
+    seconds: float = float("inf")
+    drop_mass: float = 0.0
+    path: str = "auto"
+
+
+def train(
+    model: Any, text: Corpus, training: Training, say: Callable[[str], None] = print
+) -> list[float]:
+    """Next-token training; returns the loss of every step, in nats a token."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50))
+    generator, losses, end = (
+        torch.Generator().manual_seed(1),
+        [],
+        time.monotonic() + training.seconds,
+    )
+    options: Any = {"drop_mass": training.drop_mass, "path": training.path}
+    for step in range(training.steps):
+        if time.monotonic() > end:
+            break
+        ids = text.batch(generator)
+        hidden = model.model(ids).last_hidden_state
+        out = sequence_logps(hidden, LMHead.of(model), ids, **options)
+        loss = -out.sums.sum() / out.lengths.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        if step % 50 == 0:
+            say(f"language model: step {step}: {losses[-1]:.3f} nats a token")
+    return losses
+
+
+@torch.no_grad()
+def rows_of(model: Any, text: Corpus, count: int) -> TrainedRows:
+    """`count` rows of held-out text and of training text, or as many as there are."""
+    hidden, targets = {}, {}
+    for name, ids in (("held-out", text.held_out), ("seen", text.training)):
+        windows = -(-count // (_LENGTH - 1))
+        ids = ids[: _LENGTH * min(windows, len(ids) // _LENGTH)].view(-1, _LENGTH)
+        states = model.model(ids).last_hidden_state[:, :-1]
+        hidden[name] = states.reshape(-1, states.shape[-1])[:count].clone()
+        targets[name] = ids[:, 1:].reshape(-1)[:count].clone()
+    counts = torch.bincount(text.training, minlength=text.vocab)
+    return TrainedRows(hidden, targets, LMHead.of(model).weight.detach().clone(), counts)
+
 
 MASSES = RESULTS / "masses"
 DROPS = (1e-4, 3e-4, 1e-3, 4e-3, 1e-2, 3e-2, 1e-1)
@@ -36,32 +172,41 @@ _CURVES = {
 }
 
 
+@dataclass(frozen=True)
+class Study:
+    """How large the study is.
+
+    Attributes:
+        vocab: of the tokenizer.
+        seconds: of training.
+        count: rows of each text.
+        curve_steps: steps of the training runs that are compared.
+        rounds: of the timings.
+    """
+
+    vocab: int = 16_384
+    seconds: float = 240.0
+    count: int = 4096
+    curve_steps: int = 60
+    rounds: int = 5
+
+
 def run_study(
-    folder: Path = MASSES,
-    *,
-    vocab: int = 16_384,
-    seconds: float = 240.0,
-    count: int = 4096,
-    curve_steps: int = 60,
-    timed_rounds: int = 5,
-    say: Callable[[str], None] = print,
+    folder: Path = MASSES, study: Study | None = None, say: Callable[[str], None] = print
 ) -> None:
     """Train a model, then measure shares, errors, times and curves; a quarter of an hour.
 
     Args:
         folder: where `cpu.json` goes.
-        vocab: of the tokenizer.
-        seconds: of training.
-        count: rows of each text.
-        curve_steps: steps of the training runs that are compared.
-        timed_rounds: of the timings.
+        study: how large it is, by default as the page shows it.
         say: gets a line of progress now and then.
     """
-    text = corpus(vocab)
+    study = study or Study()
+    text = corpus(study.vocab)
     model = new_model(text.vocab)
-    losses = train(model, text, steps=100_000, seconds=seconds, say=say)
-    rows = rows_of(model, text, count)
-    orders = dict(zip(ORDERS, (rows, rows.by_frequency()), strict=True))
+    losses = train(model, text, Training(100_000, study.seconds), say)
+    rows = rows_of(model, text, study.count)
+    del model
     content: dict[str, Any] = {
         "section": "masses",
         **origin(),
@@ -74,37 +219,30 @@ def run_study(
         "curves": {},
     }
 
-    def save() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / "cpu.tmp"
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(folder / "cpu.json")
+    def done(what: str) -> None:
+        _save(content, folder)
+        say(what)
 
-    for order, ordered in orders.items():
+    for order, ordered in zip(ORDERS, (rows, rows.by_frequency()), strict=True):
         for name in ordered.hidden:
-            for row in study_errors(ordered, name):
-                content["rows"].append({"order": order, "text": name, **row})
-            say(f"errors: {order}, {name}")
-            save()
-            content["times"] += [
-                {"order": order, "text": name, **row}
-                for row in study_times(ordered, name, timed_rounds)
-            ]
-            say(f"times: {order}, {name}")
-            save()
-    del model
+            about = {"order": order, "text": name}
+            content["rows"] += [about | row for row in study_errors(ordered, name)]
+            done(f"errors: {order}, {name}")
+            content["times"] += [about | row for row in study_times(ordered, name, study.rounds)]
+            done(f"times: {order}, {name}")
     for name, (drop_mass, path) in _CURVES.items():
-        losses = train(
-            new_model(text.vocab),
-            text,
-            steps=curve_steps,
-            drop_mass=drop_mass,
-            path=path,
-            say=lambda _: None,
-        )
+        training = Training(study.curve_steps, drop_mass=drop_mass, path=path)
+        losses = train(new_model(text.vocab), text, training, lambda _: None)
         content["curves"][name] = [round(loss, 6) for loss in losses]
-        say(f"curve: {name}: {losses[-1]:.4f}")
-        save()
+        done(f"curve: {name}: {losses[-1]:.4f}")
+
+
+def _save(content: Mapping[str, Any], folder: Path) -> None:
+    """A reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / "cpu.tmp"
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(folder / "cpu.json")
 
 
 def study_errors(rows: TrainedRows, text: str) -> Iterator[Row]:
@@ -215,7 +353,7 @@ def study_times(rows: TrainedRows, text: str, count: int) -> Iterator[Row]:
     output = torch.empty(hidden.shape[0], weight.shape[0])
     unit = partial(torch.mm, hidden.detach(), weight.detach().t(), out=output)
     named = {f"{path} {drop}": run for (path, drop), run in steps.items()}
-    *_, timings = rounds(named, unit, count)
+    *_, timings = Rounds(count).time(named, unit)
     for path, drop in steps:
         timing = timings[f"{path} {drop}"]
         yield {

@@ -1,8 +1,8 @@
-"""The pictures of the report."""
+"""Every picture of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
 
-from benchmarks.peers import CANDIDATES, IN_SWEEP  # noqa: E402
+from benchmarks.candidates import CANDIDATES, DEFAULTS, IN_SWEEP, OF_TRL  # noqa: E402
+from benchmarks.device import MACHINES  # noqa: E402
+from benchmarks.mass_study import DROPS  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
+from benchmarks.shapes import HEADS  # noqa: E402
+from benchmarks.trainers import TRAINERS  # noqa: E402
+from fused_prefopt.cli.pictures import legends_below
+from fused_prefopt.ops.dropped_mass import PART  # noqa: E402
 
-OURS, _PEER, FAINT = "#0b6e99", "#9aa5ad", "#d7dce0"
+OURS, _PEER, _OTHER, FAINT = "#0b6e99", "#9aa5ad", "#d1782f", "#d7dce0"
 LINES = {
     "ours: auto": (OURS, "-", "o"),
     "ours: recompute": ("#56b4d3", "--", "s"),
-    "TRL": ("#d1782f", "-", "^"),
+    "TRL": (_OTHER, "-", "^"),
     "eager": ("#6b6b6b", "-", "D"),
 }
 STYLE = {
@@ -144,3 +150,189 @@ def save(figure: Any, path: Path, top: float = 1.0) -> None:
     # No software version in the file: the same figures give the same bytes.
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
+
+
+_COMPARED = ("ours: local", "ours: recompute", "TRL")
+
+
+def draw_shares(rows: Sequence[Row], path: Path) -> None:
+    """Speedup over eager, and time in P with its quartiles, over the share of labelled tokens."""
+    panels: dict[str, Callable[[Row, Row], tuple[float, ...]]] = {
+        "times as fast as eager": lambda row, eager: (eager["ms"] / row["ms"],),
+        "time of a step, in P": lambda row, _: (row["in_p"], *row["in_p_quartiles"]),
+    }
+    _draw_lines(rows, path, "labelled tokens", _share, "{:.0%}".format, panels)
+
+
+def draw_rows(rows: Sequence[Row], path: Path) -> None:
+    """Time in P with its quartiles over the labelled rows."""
+    panels: dict[str, Callable[[Row, Row], tuple[float, ...]]] = {
+        "time of a step, in P": lambda row, _: (row["in_p"], *row["in_p_quartiles"]),
+    }
+    _draw_lines(
+        rows,
+        path,
+        "labelled rows",
+        lambda row: row["labelled_rows"],
+        lambda tick: thousands(int(tick)),
+        panels,
+    )
+
+
+def _draw_lines(
+    rows: Sequence[Row],
+    path: Path,
+    label: str,
+    place: Callable[[Row], float],
+    shown: Callable[[float], str],
+    panels: Mapping[str, Callable[[Row, Row], tuple[float, ...]]],
+) -> None:
+    good = [row for row in rows if row["status"] == "ok" and row["in_p"] is not None]
+    eager = {place(row): row for row in good if row["candidate"] == "eager"}
+    with pyplot.rc_context(STYLE):
+        width = 4.8 * len(panels)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 3.8), squeeze=False)
+        for panel, (title, value) in zip(axes[0], panels.items(), strict=True):
+            for name in _compared(good):
+                mine = sorted((row for row in good if row["candidate"] == name), key=place)
+                mine = [row for row in mine if place(row) in eager or not eager]
+                places = [place(row) for row in mine]
+                values = [value(row, eager.get(place(row), row)) for row in mine]
+                colour, line, marker = LINES.get(name, LINES[_alias(name)])
+                style = {"color": colour, "linestyle": line, "marker": marker, "label": name}
+                middle = [entry[0] for entry in values]
+                spread = None
+                if values and len(values[0]) == 3:
+                    spread = [
+                        [max(0.0, entry[0] - entry[1]) for entry in values],
+                        [max(0.0, entry[2] - entry[0]) for entry in values],
+                    ]
+                panel.errorbar(places, middle, yerr=spread, capsize=3, markersize=4, **style)
+                panel.set_xticks(places, [shown(tick) for tick in places])
+            panel.set_xlabel(label)
+            panel.set_ylabel(title)
+            panel.set_ylim(bottom=0)
+            panel.grid(color=FAINT)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+        save(figure, path, top=0.92)
+
+
+def _compared(rows: Sequence[Row]) -> list[str]:
+    """Ours that train the head, and TRL, in the order in which they stand."""
+    names = dict.fromkeys(row["candidate"] for row in rows)
+    return [name for name in names if name.split(",")[0] in _COMPARED and "torch" not in name]
+
+
+def _alias(name: str) -> str:
+    """Whose line a path of ours is drawn with."""
+    return "ours: auto" if name.startswith("ours: local") else "ours: recompute"
+
+
+def _share(row: Row) -> float:
+    return row["labelled_rows"] / (row["sequences"] * row["length"])
+
+
+def draw_masses(content: Mapping[str, Any], path: Path) -> None:
+    """Error over share kept, and time over ε."""
+    with pyplot.rc_context(STYLE):
+        figure, (errors, times) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
+        _draw_panels(content, errors, times)
+        legends_below(figure)
+        save(figure, path)
+
+
+def _draw_panels(content: Mapping[str, Any], errors: Any, times: Any) -> None:
+    colours = {"held-out": OURS, "seen": _OTHER}
+    for text, colour in colours.items():
+        rows = [
+            row for row in content["rows"] if row["order"] == "frequency" and row["text"] == text
+        ]
+        ours = [r for r in rows if r["method"] == "drop_mass" and r["part"] == PART]
+        filters = [r for r in rows if r["method"] == "filter, rows by target"]
+        for found, line, marker, name in (
+            (ours, "-", "o", f"drop_mass, {text} text"),
+            (filters, ":", "^", f"filter by tiles, {text} text"),
+        ):
+            shares = [row["kept"] for row in found]
+            errors.plot(
+                shares,
+                [row["hidden_error"] for row in found],
+                line,
+                marker=marker,
+                color=colour,
+                label=name,
+                markersize=4,
+            )
+        for order, line in (("frequency", "-"), ("tokenizer", "--")):
+            chosen = [
+                row
+                for row in content["times"]
+                if (row["path"], row["order"], row["text"]) == ("recompute", order, text)
+            ]
+            drops = [row["drop_mass"] or DROPS[0] / 4 for row in chosen]
+            label = f"{text} text, {order} order"
+            in_p = [row["in_p"] for row in chosen]
+            times.plot(drops, in_p, line, marker="o", color=colour, label=label, markersize=4)
+    errors.set_yscale("log")
+    errors.set_title("Error at equal work")
+    errors.set_xlabel("share of (row, part) or tiles kept")
+    errors.set_ylabel("relative error of d hidden")
+    times.set_xscale("log")
+    times.set_title("Time of a step (recompute)")
+    times.set_xlabel("ε (leftmost: exact)")
+    times.set_ylabel("P")
+    times.set_ylim(bottom=0)
+    for panel in (errors, times):
+        panel.grid(color=FAINT)
+
+
+def draw_trainer(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the time and of the peak memory, a colour for what trains."""
+    panels = {"ms": ("s a step", 1e3), "extra_bytes": ("GiB of a step's peak", 2**30)}
+    colours = {"all": OURS, "adapter": _OTHER}
+    names = list(TRAINERS)
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(9.5, 3.2), sharey=True)
+        for panel, (field, (title, unit)) in zip(axes, panels.items(), strict=True):
+            for place, (trains, colour) in enumerate(colours.items()):
+                shown = [row for row in rows if row["trains"] == trains and row[field] is not None]
+                panel.barh(
+                    [names.index(row["candidate"]) + 0.36 * (place - 0.5) for row in shown],
+                    [row[field] / unit for row in shown],
+                    height=0.34,
+                    color=colour,
+                    label=f"{trains} trained",
+                )
+            layers = {row["layers"] for row in rows if row[field] is not None}
+            panel.set_title(" and ".join(f"{count} layers" for count in sorted(layers)))
+            panel.set_xlabel(title)
+            panel.grid(axis="x", color=FAINT)
+            panel.tick_params(axis="y", length=0)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].invert_yaxis()
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper right", ncols=2, frameon=False)
+        save(figure, path, top=0.92)
+
+
+def draw_replay(rows: Sequence[Row], path: Path) -> None:
+    """Predicted milliseconds of ours and TRL's, a panel a machine."""
+    found = {(row["gpu"], row["shape"], row["candidate"], row["sequences"]): row for row in rows}
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(len(MACHINES), 1, figsize=(8.5, 6.0))
+        for panel, machine in zip(axes, MACHINES, strict=True):
+            steps = [(shape, trains) for shape in HEADS.values() for trains in DEFAULTS]
+            for side, (names, colour) in enumerate(((DEFAULTS, OURS), (OF_TRL, _OTHER))):
+                keys = [(machine.name, s.name, names[t].name, s.sequences) for s, t in steps]
+                times = [found[key]["ms"] / found[key]["p_ms"] for key in keys]
+                places = [place + 0.4 * side for place in range(len(steps))]
+                panel.bar(places, times, 0.4, color=colour, label=("ours", "TRL")[side])
+            named = [f"{shape.name}\n{trains}" for shape, trains in steps]
+            panel.set_xticks([place + 0.2 for place in range(len(named))], named, fontsize=7)
+            panel.set_title(machine.name)
+            panel.set_ylabel("predicted time of a step, in P")
+            panel.grid(axis="y", color=FAINT)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
+        save(figure, path, top=0.94)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.peers import CANDIDATES, step
+from benchmarks.candidates import CANDIDATES, step
 from benchmarks.shapes import DTYPES, HEADS, TINY, Shape, bare_matmul, make_problem
 from fused_prefopt.ops.plan import PATHS
 
@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a step has run, in its order."""
+    """Spans of a step, in their order."""
 
     spans: tuple[Span, ...]
 
@@ -76,7 +76,7 @@ def read_case(case: str) -> tuple[Shape, str]:
 
 
 def timeline_of(run: Callable[[], object], device: str) -> Timeline:
-    """What one call runs on a device; call it once before, so that it compiles nothing here."""
+    """A timeline of one call on a device; call it once before, so that nothing compiles here."""
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:

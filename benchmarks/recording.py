@@ -1,14 +1,23 @@
-"""A recording of what code asks of a GPU: library calls and launches on tensors without data.
+"""A recording of what code asks of a GPU, and what the host's own code takes of it.
 
-Tensors are on the meta device, and what asks for the GPU gets a machine's answers. Nothing is
-computed; every allocation is counted as long as it lives.
+Tensors are on the meta device, and what asks for the GPU gets a machine's answers: library calls
+and launches are recorded, nothing is computed, and every allocation is counted as long as it lives.
+The host is measured with the real code on a CPU, its kernels and matmuls mocked: rows have one
+entry, and the planner is told the real hidden size. What is left is the Python that plans, makes
+views and launches, on one core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from time import thread_time
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -20,56 +29,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from benchmarks.kernel_traffic import traffic_of
-from benchmarks.machines import Machine
+from benchmarks.device import Event, Machine, Part, traffic_of
+from fused_prefopt import checks, ops
 from fused_prefopt.kernels.architectures import architecture
-from fused_prefopt.ops import (
-    call,
-    engines,
-    head_rows,
-    registered,
-    registered_backward,
-    registered_kl,
-    triton_engine,
-    tuning,
-)
-from fused_prefopt.ops.precision import fixed_precision
+from fused_prefopt.ops.autograd import head_logps, head_logps_backward
+from fused_prefopt.ops.cublas_engine import CublasEngine
+from fused_prefopt.ops.engines import choose_engine, device_memory, processors
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.inputs import Call, _check, labelled_rows
+from fused_prefopt.ops.kl import head_kl, head_kl_backward
+from fused_prefopt.ops.precision import HeadMath, fixed_precision
+from fused_prefopt.ops.tuning import Tuning, tuning_of
 
-# A storage, and how many bytes of it.
-Part = tuple[int, int]
-
-
-@dataclass
-class Event:
-    """A call that a GPU would run.
-
-    Attributes:
-        name: of the operator or kernel.
-        reads, writes: (storage, bytes) of what it reads and writes.
-        size: (m, n, k) of a matmul, or None.
-        tile: of a fused kernel's matmul, or None for the library's.
-        accumulates: whether a matmul adds to its output.
-        itemsize: bytes of a matmul's operands.
-        triton: whether it is a kernel launch, not a library call.
-        waits: whether the host waits for its result.
-        anchor: whether it is a launch or a matmul into an output: what a mocked step meets too.
-    """
-
-    name: str
-    reads: list[Part]
-    writes: list[Part]
-    size: tuple[int, int, int] | None = None
-    tile: tuple[int, int] | None = None
-    accumulates: bool = False
-    itemsize: int = 2
-    triton: bool = False
-    waits: bool = False
-    anchor: bool = False
+# All now: one that is first imported within a block would keep what stands there meanwhile.
+for _module in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+    importlib.import_module(_module.name)
 
 
 @dataclass
 class Recording:
-    """What a step has asked for.
+    """Events and memory of a step.
 
     Attributes:
         events: in their order.
@@ -81,7 +60,7 @@ class Recording:
 
 
 def record(step: Callable[[], object], labelled: int, machine: Machine) -> Recording:
-    """What a step on meta tensors asks of a machine.
+    """The recording of a step on meta tensors.
 
     Args:
         step: a forward, and its backward if there is one.
@@ -189,7 +168,7 @@ def _event_of(
     outputs: list[Tensor],
     waits: bool,
 ) -> Event | None:
-    """What an operator asks of the GPU; None where it only makes views or reserves memory."""
+    """The event of an operator; None where it only makes views or reserves memory."""
     if name in ("mm", "addmm"):
         left, right = args[-2:]
         return _matmul(name, left, right, outputs[0], name == "addmm")
@@ -223,12 +202,10 @@ def _nonzero(rows: int, values: Tensor, **_: Any) -> Tensor:
 
 
 _BODIES: dict[Any, Callable[..., Any]] = {
-    torch.ops.fused_prefopt.head_logps.default: registered.head_logps._init_fn,
-    torch.ops.fused_prefopt.head_logps_backward.default: (
-        registered_backward.head_logps_backward._init_fn
-    ),
-    torch.ops.fused_prefopt.head_kl.default: registered_kl.head_kl._init_fn,
-    torch.ops.fused_prefopt.head_kl_backward.default: registered_kl.head_kl_backward._init_fn,
+    torch.ops.fused_prefopt.head_logps.default: head_logps._init_fn,
+    torch.ops.fused_prefopt.head_logps_backward.default: (head_logps_backward._init_fn),
+    torch.ops.fused_prefopt.head_kl.default: head_kl._init_fn,
+    torch.ops.fused_prefopt.head_kl_backward.default: head_kl_backward._init_fn,
 }
 _SPECIAL: dict[str, Callable[..., Any]] = {
     "nonzero": _nonzero,
@@ -244,21 +221,30 @@ _WRITES_ONLY = (
 
 
 @contextmanager
+def in_place_of(replacements: Mapping[Any, Any]) -> Iterator[None]:
+    """Within the block, each function is another one in every module of ours that knows it."""
+    ours = [module for name, module in sys.modules.items() if name.startswith("fused_prefopt")]
+    by_id = {id(real): value for real, value in replacements.items()}
+    with ExitStack() as stack:
+        for module in ours:
+            for name, known in list(vars(module).items()):
+                if id(known) in by_id:
+                    stack.enter_context(patch.object(module, name, by_id[id(known)]))
+        yield
+
+
+@contextmanager
 def gpu_answers(machine: Machine) -> Iterator[None]:
     """Within the block, what asks for the GPU is told of a machine."""
-    known = architecture(machine.capability)
-    with ExitStack() as stack:
-
-        def put(target: Any, name: str, value: Any) -> None:
-            stack.enter_context(patch.object(target, name, value))
-
-        put(call, "choose_engine", lambda name, device, dtype: name)
-        put(call, "_check", lambda *_: None)
-        put(call, "device_memory", lambda device: machine.memory)
-        put(engines, "processors", lambda device: machine.processors)
-        put(head_rows, "processors", lambda device: machine.processors)
-        put(tuning, "tuning_of", lambda device: tuning.Tuning(known))
-        put(triton_engine, "tuning_of", lambda device: tuning.Tuning(known))
+    tuning = Tuning(architecture(machine.capability))
+    answers: dict[Any, Any] = {
+        choose_engine: lambda name, device, dtype: name,
+        _check: lambda *_: None,
+        device_memory: lambda device: machine.memory,
+        processors: lambda device: machine.processors,
+        tuning_of: lambda device: tuning,
+    }
+    with in_place_of(answers):
         yield
 
 
@@ -271,9 +257,7 @@ def _as_meta() -> Iterator[None]:
 
     with (
         patch.object(torch, "is_autocast_enabled", lambda kind: False),
-        patch.object(registered, "fixed_precision", without_device),
-        patch.object(registered_backward, "fixed_precision", without_device),
-        patch.object(registered_kl, "fixed_precision", without_device),
+        in_place_of({fixed_precision: without_device}),
     ):
         yield
 
@@ -328,3 +312,94 @@ def _launch(name: str, arguments: dict[str, Any], grid: Any) -> Event:
         triton=True,
         anchor=True,
     )
+
+
+_WARM, _ROUNDS = 3, 9
+
+
+def host_seconds(
+    step: Callable[[], object], machine: Machine, hidden_size: int, anchors: list[str]
+) -> list[float]:
+    """Seconds of the host before each anchor: a kernel's launch, or a matmul into an output.
+
+    The median over several steps: what is searched once for a shape has been found.
+
+    Args:
+        step: a forward, and its backward if there is one, on CPU tensors of hidden size 1.
+        machine: that is asked for.
+        hidden_size: D that the planner is told.
+        anchors: their names as a recording has them.
+
+    Raises:
+        ValueError: the step has launched something else.
+    """
+    marks: list[tuple[str, float]] = []
+    rounds = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _mocked(machine, hidden_size, lambda name: marks.append((name, thread_time()))):
+            for _ in range(_WARM + _ROUNDS):
+                marks.clear()
+                start = thread_time()
+                step()
+                times = [start, *(time for _, time in marks)]
+                rounds.append([after - before for before, after in pairwise(times)])
+    finally:
+        torch.set_num_threads(threads)
+    if [name for name, _ in marks] != anchors:
+        raise ValueError(f"the host launched {len(marks)} times, the recording {len(anchors)}")
+    return [median(each) for each in zip(*rounds[_WARM:], strict=True)]
+
+
+def spread_over(events: list[Event], seconds: list[float]) -> list[float]:
+    """The same for each event: what comes between two anchors is all before the first of them."""
+    found, left = [], iter(seconds)
+    ahead: list[float] = []
+    for event in events:
+        ahead.append(0.0)
+        if event.anchor:
+            ahead[0] += next(left)
+            found += ahead
+            ahead = []
+    return found + ahead
+
+
+@contextmanager
+def _mocked(machine: Machine, hidden_size: int, mark: Callable[[str], None]) -> Iterator[None]:
+    """Within the block CPU tensors are treated as a GPU's, and nothing of size is computed."""
+    known: dict[Any, Tensor] = {}
+
+    def matmul(name: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*operands: Tensor, out: Tensor | None = None, **options: Any) -> Tensor:
+            if out is None:
+                return real(*operands, **options)
+            mark(name)
+            return out
+
+        return call
+
+    def found(targets: Tensor, ignore_index: int, num_labels: int) -> Tensor:
+        key = (targets.shape, ignore_index, num_labels)
+        if key not in known:
+            known[key] = labelled_rows(targets, ignore_index, num_labels)
+        return known[key]
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        mark(kernel.__name__)
+
+    methods = {
+        (JITFunction, "run"): run,
+        (torch, "mm"): matmul("mm", torch.mm),
+        (torch, "addmm"): matmul("addmm", torch.addmm),
+        (torch, "_assert_async"): lambda *_: None,
+        (checks, "_HOSTS"): (),
+        (Call, "hidden_size"): hidden_size,
+        (HeadRows, "hidden_size"): hidden_size,
+        (HeadMath, "operand"): lambda math, device: math.dtype,
+        (CublasEngine, "in_place"): staticmethod(lambda math, device: math.kept == math.dtype),
+    }
+    with gpu_answers(machine), in_place_of({labelled_rows: found}), ExitStack() as stack:
+        for (target, name), value in methods.items():
+            stack.enter_context(patch.object(target, name, value))
+        yield

@@ -16,22 +16,30 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.device_model import play
-from benchmarks.gpu_candidates import DEFAULTS, ENGINES, OF_TRL, SOME, TRAINS, forced
-from benchmarks.host_cost import host_seconds, spread_over
-from benchmarks.machines import MACHINES, Machine
-from benchmarks.objectives import BETA
-from benchmarks.peers import HEAD, NOTHING, Candidate, ours, step
-from benchmarks.recording import Recording, record
+from benchmarks.candidates import (
+    BETA,
+    DEFAULTS,
+    ENGINES,
+    HEAD,
+    NOTHING,
+    OF_TRL,
+    SOME,
+    TRAINS,
+    Candidate,
+    forced,
+    step,
+    tight,
+)
+from benchmarks.device import MACHINES, Machine, play
+from benchmarks.recording import Recording, host_seconds, record, spread_over
 from benchmarks.results import Results, Row
 from benchmarks.shapes import HEADS, LARGEST_OUTPUT, Problem, Shape
 
-TIGHT = 256
 _LONG = 65536
 
 
 @dataclass(frozen=True)
-class Case:
+class ReplayCase:
     """A step that is replayed.
 
     Attributes:
@@ -47,27 +55,27 @@ class Case:
     bare: bool = False
 
 
-def cases() -> list[Case]:
+def cases() -> list[ReplayCase]:
     """The default of ours beside TRL's and Liger's; then each path and engine, and tight memory."""
     found = []
     for shape in HEADS.values():
         for trains in DEFAULTS:
-            found += [Case(each[trains], shape) for each in (DEFAULTS, OF_TRL)]
+            found += [ReplayCase(each[trains], shape) for each in (DEFAULTS, OF_TRL)]
         if shape.softcap is None:
             dense = replace(shape, length=shape.length // 2 + 1, labelled=1.0)
             for name, given in (("all rows", shape), ("labelled rows", dense)):
                 liger = Candidate(f"Liger: {name}", _liger, HEAD)
-                found.append(Case(liger, given, host=False, bare=True))
+                found.append(ReplayCase(liger, given, host=False, bare=True))
         found += [
-            Case(forced(path, engine), shape, host=False) for path in TRAINS for engine in ENGINES
+            ReplayCase(forced(path, engine), shape, host=False)
+            for path in TRAINS
+            for engine in ENGINES
         ]
-        found.append(Case(SOME, shape, host=False))
+        found.append(ReplayCase(SOME, shape, host=False))
         for rows in (shape.labelled_rows, _LONG):
             given = replace(shape, sequences=shape.sequences * rows // shape.labelled_rows)
             for path in ("evaluate", "stash", "recompute"):
-                run = partial(ours, path, workspace_mb=TIGHT)
-                candidate = Candidate(tight_name(path), run, TRAINS[path], ours=True)
-                found.append(Case(candidate, given, host=False))
+                found.append(ReplayCase(tight(path), given, host=False))
     return found
 
 
@@ -81,7 +89,7 @@ def run_replay(results: Results, say: Callable[[str], None]) -> None:
             say(f"{machine.name}, {case.shape.name}: {row['candidate']}: {row['in_p']:.2f} P")
 
 
-def replayed(case: Case, machine: Machine, unit: float) -> Row:
+def replayed(case: ReplayCase, machine: Machine, unit: float) -> Row:
     """A row of results.
 
     Args:
@@ -117,8 +125,8 @@ def replayed(case: Case, machine: Machine, unit: float) -> Row:
     }
 
 
-def recorded(case: Case, machine: Machine) -> Recording:
-    """What a case asks of a machine."""
+def recorded(case: ReplayCase, machine: Machine) -> Recording:
+    """The recording of a case on a machine."""
     problem = _problem(case.shape, torch.device("meta"))
     with _peers_on_a_gpu():
         return record(partial(step, case.candidate, problem), case.shape.labelled_rows, machine)
@@ -137,11 +145,6 @@ def unit_seconds(machine: Machine, shape: Shape) -> float:
     return play(machine, record(products, rows, machine).events).seconds
 
 
-def tight_name(path: str) -> str:
-    """Of a path in the smallest workspace that a goal is set for."""
-    return f"ours: {path} in {TIGHT} MiB"
-
-
 def _liger(problem: Problem) -> tuple[Tensor, Tensor]:
     """Liger's DPO, not compiled: a compiler would hide its matmuls."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -152,7 +155,7 @@ def _liger(problem: Problem) -> tuple[Tensor, Tensor]:
     return torch.cat([chosen, rejected]), loss
 
 
-def _gradient_bytes(case: Case) -> int:
+def _gradient_bytes(case: ReplayCase) -> int:
     shape, trains = case.shape, case.candidate.trains
     hidden = shape.rows * shape.hidden_size if trains != NOTHING else 0
     weight = shape.vocab * shape.hidden_size if trains == HEAD else 0
@@ -176,7 +179,7 @@ def _meta(*size: int) -> Tensor:
     return torch.empty(size, dtype=torch.bfloat16, device="meta")
 
 
-def _on_host(case: Case) -> Callable[[], object]:
+def _on_host(case: ReplayCase) -> Callable[[], object]:
     """The step on CPU tensors of hidden size 1, which the loops do not look at."""
     problem = _problem(replace(case.shape, hidden_size=1), torch.device("cpu"))
     return partial(step, case.candidate, problem)

@@ -10,142 +10,215 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, get_type_hints
 
 import torch
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
+KERNELS = RESULTS / "kernels"
 # The status of a row that a deadline has left without figures.
 NO_TIME = "skipped: no time left"
 Row = dict[str, Any]
 
 _LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cross-entropy")
-_SHAPE_KEY = ("candidate", "shape", "dtype", "sequences", "length", "labelled_rows")
 # A section without one of them has nothing there.
-_KEY = (*_SHAPE_KEY, "capacity_bytes", "gpu")
+_KEY = (
+    *("candidate", "shape", "dtype", "sequences", "length", "labelled_rows"),
+    *("capacity_bytes", "gpu"),
+)
 # What must be equal for rows of two runs to stand in one file.
 _SAME = ("commit", "code", "machine", "versions")
-_NUMBER = (int, float, type(None))
-_SHAPE_FIELDS: dict[str, tuple[type, ...]] = {
-    "candidate": (str,),
-    "shape": (str,),
-    "sequences": (int,),
-    "length": (int,),
-    "labelled_rows": (int,),
-    "hidden_size": (int,),
-    "vocab": (int,),
-    "dtype": (str,),
-    "trains": (str,),
-    "status": (str,),
-    "extra_bytes": _NUMBER,
-    "gradient_bytes": _NUMBER,
-}
-# Section → field → types. A null stands for a figure that the status says there is none of.
-FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "head": {
-        **_SHAPE_FIELDS,
-        "memory_status": (str,),
-        # Twice: with glibc's defaults, and in a process that keeps its freed memory.
-        **{
-            f"{prefix}{name}": types
-            for prefix in ("", "reused_")
-            for name, types in {
-                "rounds": (int,),
-                "ms": _NUMBER,
-                "p_ms": _NUMBER,
-                "in_p": _NUMBER,
-                "in_p_quartiles": (list, type(None)),
-            }.items()
-        },
-        "logp_error": _NUMBER,
-        "dhidden_error": _NUMBER,
-        "dweight_error": _NUMBER,
-    },
-    "sweep": {**_SHAPE_FIELDS, "axis": (str,)},
-}
-_SPREAD = (list, type(None))
-FIELDS["grid"] = {
-    **{name: kinds for name, kinds in FIELDS["head"].items() if not name.startswith("reused_")},
-    "objective": (str,),
-    "forward_ms": _NUMBER,
-    "forward_in_p": _NUMBER,
-    "forward_in_p_quartiles": _SPREAD,
-    "flops": _NUMBER,
-    "bytes": _NUMBER,
-}
-FIELDS["method"] = {
-    **{name: _SHAPE_FIELDS[name] for name in (*_SHAPE_KEY, "status")},
-    "pairs": (int,),
-    "stateful": (bool,),
-    "engine": (str,),
-    "ms": (float,),
-    "ms_quartiles": (list,),
-    "step_ms": (float,),
-    "share": (float,),
-}
-FIELDS["trainer"] = {
-    **_SHAPE_FIELDS,
-    "layers": (int,),
-    "loss": _NUMBER,
-    "gradient_norm": _NUMBER,
-    # The larger of both figures' relative distances from the eager trainer's.
-    "distance": _NUMBER,
-    "rounds": (int,),
-    "ms": _NUMBER,
-    "ms_quartiles": _SPREAD,
-    # The time as a share of the eager trainer's in the same round.
-    "of_eager": _NUMBER,
-    "of_eager_quartiles": _SPREAD,
-    # Here the extra bytes hold the gradients.
-    "memory_status": (str,),
-}
-FIELDS["context"] = {
-    **{
-        name: _SHAPE_FIELDS[name]
-        for name in ("candidate", "shape", "sequences", "hidden_size", "vocab", "dtype", "trains")
-    },
-    "capacity_bytes": (int,),
-    # Lengths in tokens: the longest that fits, the shortest that does not, the memory model's.
-    "longest": (int, type(None)),
-    "fails_at": (int, type(None)),
-    "predicted": (int, type(None)),
-    "ended_by": (str,),
-    "probes": (int,),
-    "status": (str,),
-}
-# A prediction: what a step would take on a GPU.
-FIELDS["replay"] = {
-    **{name: kinds for name, kinds in _SHAPE_FIELDS.items() if name != "status"},
-    "gpu": (str,),
-    "p_ms": (float,),
-    "ms": (float,),
-    "in_p": (float,),
-    "launches": (int,),
-    "moved_bytes": (int,),
-    # Of the host: what the GPU waits for it, and its own code; null where it was not measured.
-    "exposed_ms": _NUMBER,
-    "host_ms": _NUMBER,
-}
-FIELDS["kl"] = {
-    **{
-        name: kinds
-        for name, kinds in _SHAPE_FIELDS.items()
-        if name not in ("trains", "gradient_bytes")
-    },
-    **{
-        f"{prefix}{name}": FIELDS["head"][name]
-        for prefix in ("", "forward_")
-        for name in ("rounds", "ms", "p_ms", "in_p", "in_p_quartiles")
-    },
-    **dict.fromkeys(("kl_error", "dhidden_error", "dweight_error"), _NUMBER),
+# A null stands for a figure that the status says there is none of.
+Figure = int | float | None
+Spread = list | None
+
+
+class Sized(TypedDict):
+    """Sizes of what was computed on."""
+
+    candidate: str
+    shape: str
+    sequences: int
+    length: int
+    labelled_rows: int
+    hidden_size: int
+    vocab: int
+    dtype: str
+
+
+class Timed(TypedDict):
+    """Times in ms and in P."""
+
+    rounds: int
+    ms: Figure
+    p_ms: Figure
+    in_p: Figure
+    in_p_quartiles: Spread
+
+
+class Erring(TypedDict):
+    """Errors against float64."""
+
+    logp_error: Figure
+    dhidden_error: Figure
+    dweight_error: Figure
+
+
+class SweepRow(Sized):
+    """Of the memory sweep."""
+
+    trains: str
+    status: str
+    extra_bytes: Figure
+    gradient_bytes: Figure
+    axis: str
+
+
+class HeadRow(Sized, Timed, Erring):
+    """Of one shape; timed twice: with glibc's defaults, and where freed memory is kept."""
+
+    trains: str
+    status: str
+    extra_bytes: Figure
+    gradient_bytes: Figure
+    memory_status: str
+    reused_rounds: int
+    reused_ms: Figure
+    reused_p_ms: Figure
+    reused_in_p: Figure
+    reused_in_p_quartiles: Spread
+
+
+class GridRow(Sized, Timed, Erring):
+    """Of a point of a grid."""
+
+    trains: str
+    status: str
+    extra_bytes: Figure
+    gradient_bytes: Figure
+    memory_status: str
+    objective: str
+    forward_ms: Figure
+    forward_in_p: Figure
+    forward_in_p_quartiles: Spread
+    flops: Figure
+    bytes: Figure
+
+
+class MethodRow(TypedDict):
+    """Of what a loss takes of a step."""
+
+    candidate: str
+    shape: str
+    dtype: str
+    sequences: int
+    length: int
+    labelled_rows: int
+    status: str
+    pairs: int
+    stateful: bool
+    engine: str
+    ms: float
+    ms_quartiles: list
+    step_ms: float
+    share: float
+
+
+class TrainerRow(Sized):
+    """Of a whole trainer step; the extra bytes hold the gradients.
+
+    `distance` is the larger of both figures' relative distances from the eager trainer's,
+    `of_eager` the time as a share of the eager trainer's in the same round.
+    """
+
+    trains: str
+    status: str
+    extra_bytes: Figure
+    gradient_bytes: Figure
+    memory_status: str
+    layers: int
+    loss: Figure
+    gradient_norm: Figure
+    distance: Figure
+    rounds: int
+    ms: Figure
+    ms_quartiles: Spread
+    of_eager: Figure
+    of_eager_quartiles: Spread
+
+
+class ContextRow(TypedDict):
+    """Of a search; lengths in tokens: the longest that fits, the shortest that does not, the
+    memory model's."""
+
+    candidate: str
+    shape: str
+    sequences: int
+    hidden_size: int
+    vocab: int
+    dtype: str
+    trains: str
+    capacity_bytes: int
+    longest: int | None
+    fails_at: int | None
+    predicted: int | None
+    ended_by: str
+    probes: int
+    status: str
+
+
+class ReplayRow(Sized):
+    """Of a prediction: what a step would take on a GPU.
+
+    Of the host: what the GPU waits for it, and its own code; null where it was not measured.
+    """
+
+    trains: str
+    extra_bytes: Figure
+    gradient_bytes: Figure
+    gpu: str
+    p_ms: float
+    ms: float
+    in_p: float
+    launches: int
+    moved_bytes: int
+    exposed_ms: Figure
+    host_ms: Figure
+
+
+class KlRow(Sized, Timed):
+    """Of the exact KL divergence."""
+
+    status: str
+    extra_bytes: Figure
+    forward_rounds: int
+    forward_ms: Figure
+    forward_p_ms: Figure
+    forward_in_p: Figure
+    forward_in_p_quartiles: Spread
+    kl_error: Figure
+    dhidden_error: Figure
+    dweight_error: Figure
+
+
+SECTIONS: dict[str, type] = {
+    "head": HeadRow,
+    "sweep": SweepRow,
+    "grid": GridRow,
+    "method": MethodRow,
+    "trainer": TrainerRow,
+    "context": ContextRow,
+    "replay": ReplayRow,
+    "kl": KlRow,
 }
 
 
 class Sink(Protocol):
-    """What takes a row as often as it grows."""
+    """A taker of rows: each as often as it grows."""
 
     def put(self, row: Row) -> None:
         """Add a row, or replace the one that is about the same."""
@@ -218,8 +291,16 @@ def load(folder: Path) -> dict[str, Any]:
     return files
 
 
+def load_kernels(folder: Path = KERNELS) -> dict[str, Any]:
+    """Usage of the compiled kernels: target → content of its results file, by name."""
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    }
+
+
 def check(content: Mapping[str, Any]) -> None:
-    """Check a file's content against `FIELDS`.
+    """Check a file's content against its section's rows.
 
     Raises:
         ValueError: a field is missing, unknown or of another type.
@@ -227,18 +308,35 @@ def check(content: Mapping[str, Any]) -> None:
     for name in ("section", "date", "commit", "machine", "versions", "rows"):
         if name not in content:
             raise ValueError(f"{name}: missing in the results")
-    fields = FIELDS[content["section"]]
+    fields = _fields(content["section"])
     for row in content["rows"]:
         if row.keys() != fields.keys():
             odd = ", ".join(sorted(row.keys() ^ fields.keys()))
             raise ValueError(f"{odd}: missing or unknown in a row of {content['section']}")
-        for name, kinds in fields.items():
-            if not isinstance(row[name], kinds):
+        for name, kind in fields.items():
+            if not isinstance(row[name], kind):
                 raise ValueError(f"{name}: got {row[name]!r}")
 
 
+@cache
+def _fields(section: str) -> dict[str, Any]:
+    return get_type_hints(SECTIONS[section])
+
+
+def failure(error: Exception) -> str:
+    """The status of a candidate that has raised, in one line without paths."""
+    if isinstance(error, ImportError) and error.name:
+        return f"unavailable: needs {error.name}"
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    text = " ".join(word for word in first.split() if "/" not in word)[:120]
+    if isinstance(error, ImportError):
+        return f"unavailable: {text}"
+    return f"failed: {type(error).__name__}: {text}".rstrip(": ")
+
+
 def machine() -> dict[str, str | int]:
-    """What was measured on, without names that tell where it stands."""
+    """The machine that was measured on, without names that tell where it stands."""
+    # pytest-benchmark's description names the host, and a machine lent for its GPU has torch alone.
     described: dict[str, str | int] = {
         "cpu": _cpu_model(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -303,5 +401,5 @@ def _cpu_model() -> str:
 
 
 def row_key(row: Row) -> tuple[Any, ...]:
-    """What a row is about: two rows of one section with the same key replace each other."""
+    """The key of a row: two rows of one section with the same key replace each other."""
     return tuple(row.get(name) for name in _KEY)

@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def fields(self) -> dict[str, str | int]:
-        """What a row of results says of it."""
+        """Its fields of a row of results."""
         return {
             "shape": self.name,
             "sequences": self.sequences,

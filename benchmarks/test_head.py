@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks.accuracy import Truth, assess, truth_of
-from benchmarks.peers import CANDIDATES, ON_ONE_SHAPE, step
+from benchmarks.candidates import CANDIDATES, ON_ONE_SHAPE, step
+from benchmarks.head_points import Truth, assess, truth_of
+from benchmarks.measuring import Timing, stopwatch
 from benchmarks.shapes import DTYPES, LAPTOP, Problem, bare_matmul, make_problem
-from benchmarks.timing import Timing, stopwatch
 
 ROUNDS = 5
 

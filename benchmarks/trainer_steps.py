@@ -1,32 +1,28 @@
 """A whole trainer step, forward to update: plain, ours and TRL's, all checked against the first.
 
-Rows are on disk as soon as they are known. A trainer is timed on a setup only where its loss and
-the norm of its gradients are those of the eager one; who is wrong, missing or fails is named so.
-Rounds take every trainer once, after one whole step of each that is not timed.
+A trainer is timed on a setup only where its loss and the norm of its gradients are those of the
+eager one, after one whole step of each that is not timed. Peak memory is what a step takes beyond
+the model and the batch; on CPU in a fresh child process, in which a trainer that needs more than
+`LIMIT` fails instead of the machine.
 """
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from tempfile import TemporaryDirectory
 
-import torch
-
-from benchmarks.accuracy import WRONG_BEYOND, failure
-from benchmarks.results import NO_TIME, RESULTS, Results, Row, Sink
+from benchmarks.measuring import Loop, Pass, Step, Timing, quartiles, verdict
+from benchmarks.memory import allocated_peak, in_child, resident_peak, return_freed_memory
+from benchmarks.results import NO_TIME, RESULTS, Results, Row, Sink, failure
 from benchmarks.shapes import DTYPES
-from benchmarks.timing import FEWEST_ROUNDS, stopwatch
-from benchmarks.trainer_candidates import EAGER, TRAINERS, Stepper, Taken
-from benchmarks.trainer_memory import StepMemory, step_memory
-from benchmarks.trainer_setups import ON_CPU, Setup
+from benchmarks.trainers import EAGER, ON_CPU, TRAINERS, Setup, Stepper, Taken
 
 # Of `python -m benchmarks trainer`, whose last step may take a minute.
 DEADLINE = 520.0
+LIMIT = 18 * 2**30
 _UNKNOWN = (
     *("loss", "gradient_norm", "distance", "ms", "ms_quartiles", "of_eager"),
     *("of_eager_quartiles", "extra_bytes", "gradient_bytes"),
@@ -34,101 +30,144 @@ _UNKNOWN = (
 
 
 @dataclass(frozen=True)
-class TrainerRun:
-    """How the trainers are measured.
+class StepMemory:
+    """Of one step.
 
     Attributes:
-        results: where the rows go.
-        device: "cpu" or "cuda".
-        seconds: after these nothing new is begun.
-        seconds_of_rounds: no round of a setup is begun after these.
-        clock: seconds that go by.
-        memory: trainer, setup, device → its peak memory.
-        say: gets a line of progress now and then.
-        names: of the trainers; the others are compared with the eager one.
+        extra: bytes of the peak beyond the model and the batch, the gradients among them; None
+            where it could not be measured.
+        gradients: bytes of the gradients.
+        taken: what the measured step computed.
+        status: "ok", or why there is no figure.
     """
 
-    results: Sink
-    device: str = "cpu"
-    seconds: float = float("inf")
-    seconds_of_rounds: float = 75.0
-    clock: Callable[[], float] = time.monotonic
-    memory: Callable[[str, Setup, str], StepMemory] = step_memory
-    say: Callable[[str], None] = print
-    names: Sequence[str] | None = None
+    extra: int | None
+    gradients: int | None
+    taken: Taken | None
+    status: str
 
-    def measure(self, setups: Sequence[Setup]) -> None:
-        """Every setup in order, as far as the time allows."""
-        end = self.clock() + self.seconds
 
-        def late() -> bool:
-            return self.clock() >= end
+Measure = Callable[[str, Setup, Path], StepMemory]
 
-        for setup in setups:
-            rows = {name: row_of(name, setup) for name in self.names or TRAINERS}
-            if setup.rounds:
-                with TemporaryDirectory() as folder:
-                    self._time(setup, rows, Path(folder), late)
-                self._release()
-            if setup.memory:
-                self._remember(setup, rows, late)
-            for row in rows.values():
-                self.results.put(row)
 
-    def _time(
-        self, setup: Setup, rows: dict[str, Row], folder: Path, late: Callable[[], bool]
-    ) -> None:
-        steppers: dict[str, Stepper] = {}
-        for name, row in rows.items():
-            if late():
-                return
-            try:
-                stepper = Stepper(name, setup, folder, self.device)
-                stepper.warm_up()
-                compare(row, stepper.step(check=True), rows[EAGER])
-            except Exception as error:
-                row["status"] = failure(error)
-            if row["status"] == "ok":
-                steppers[name] = stepper
-            self._tell(setup, row, row["status"])
-        ms: dict[str, list[float]] = {name: [] for name in steppers}
-        measure, stop = stopwatch(self.device), self.clock() + self.seconds_of_rounds
-        for number in range(setup.rounds):
-            if late() or (number >= FEWEST_ROUNDS and self.clock() > stop):
-                return
-            for name, stepper in steppers.items():
-                gc.collect()
-                ms[name].append(measure(stepper.step))
-            for name in steppers:
-                rows[name].update(figures(ms[name], ms.get(EAGER)))
-                self._tell(setup, rows[name], f"{rows[name]['ms']:.0f} ms")
+def step_memory(name: str, setup: Setup, device: str = "cpu") -> StepMemory:
+    """Measure one trainer: in a child process on CPU, by the allocator on CUDA."""
+    if device == "cuda":
+        return _guarded(_allocated, name, setup)
+    # Only here: on CUDA the allocator is asked, and a GPU machine may lack it.
+    import psutil
 
-    def _remember(self, setup: Setup, rows: dict[str, Row], late: Callable[[], bool]) -> None:
-        for name, row in rows.items():
-            if late():
-                return
-            timed = row["status"] == "ok"
-            if not timed and row["status"] != NO_TIME:
-                continue
-            found = self.memory(name, setup, self.device)
-            self._release()
-            row.update(extra_bytes=found.extra, gradient_bytes=found.gradients)
-            row["memory_status"] = found.status
-            if not timed and found.taken is None:
-                row["status"] = found.status
-            elif found.taken is not None and not timed:
-                compare(row, found.taken, rows[EAGER])
-            size = "" if found.extra is None else f", {found.extra / 2**20:.0f} MiB"
-            self._tell(setup, row, row["status"] + size)
+    limit = min(LIMIT, int(0.8 * psutil.virtual_memory().available))
+    try:
+        return in_child(_guarded, _resident, name, setup, limit=limit)
+    except ChildProcessError as error:
+        return StepMemory(None, None, None, f"failed: {error}")
 
-    def _tell(self, setup: Setup, row: Row, text: str) -> None:
-        self.results.put(row)
-        self.say(f"{setup.name}, {setup.dtype}: {row['candidate']}: {text}")
 
-    def _release(self) -> None:
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+def _guarded(measure: Measure, name: str, setup: Setup) -> StepMemory:
+    try:
+        with TemporaryDirectory() as folder:
+            return measure(name, setup, Path(folder))
+    except Exception as error:
+        return StepMemory(None, None, None, failure(error))
+
+
+def _resident(name: str, setup: Setup, folder: Path) -> StepMemory:
+    return_freed_memory()
+    stepper = Stepper(name, setup, folder)
+    stepper.warm_up()
+    return _remembered(stepper, resident_peak)
+
+
+def _allocated(name: str, setup: Setup, folder: Path) -> StepMemory:
+    stepper = Stepper(name, setup, folder, "cuda")
+    stepper.warm_up()
+    # Once as it is measured: kernels are compiled and tuned at the first step of a shape.
+    stepper.step()
+    return _remembered(stepper, allocated_peak)
+
+
+def _remembered(stepper: Stepper, peak_of: Callable[[Step], int]) -> StepMemory:
+    taken: list[Taken] = []
+    extra = peak_of(lambda: taken.append(stepper.step(check=True)))
+    return StepMemory(extra, stepper.gradient_bytes, taken[0], "ok")
+
+
+@dataclass(frozen=True)
+class TrainerPoint:
+    """The trainers on one setup, as a point of the measuring loop.
+
+    Attributes:
+        setup: model and batch.
+        names: of the trainers, the eager one first: the others are compared with it.
+        memory_of: trainer, setup, device → its peak memory.
+    """
+
+    setup: Setup
+    names: tuple[str, ...] = ()
+    memory_of: Callable[[str, Setup, str], StepMemory] = step_memory
+
+    @property
+    def name(self) -> str:
+        return f"{self.setup.name}, {self.setup.dtype}"
+
+    @property
+    def rounds(self) -> int:
+        return self.setup.rounds
+
+    @property
+    def has_memory(self) -> bool:
+        return self.setup.memory
+
+    def rows(self) -> dict[str, Row]:
+        return {name: row_of(name, self.setup) for name in self.names or TRAINERS}
+
+    def open(self, device: str, rows: Mapping[str, Row]) -> _TrainerSession:
+        return _TrainerSession(self, device, rows)
+
+
+class _TrainerSession:
+    unit = None
+
+    def __init__(self, point: TrainerPoint, device: str, rows: Mapping[str, Row]) -> None:
+        self._point, self._device, self._rows = point, device, rows
+        self._steppers: dict[str, Stepper] = {}
+        self._folder = TemporaryDirectory()
+
+    def check(self, name: str) -> Row:
+        stepper = Stepper(name, self._point.setup, Path(self._folder.name), self._device)
+        stepper.warm_up()
+        found = self._compared(name, stepper.step(check=True))
+        if found["status"] == "ok":
+            self._steppers[name] = stepper
+        return found
+
+    def _compared(self, name: str, taken: Taken) -> Row:
+        eager = self._rows[EAGER]
+        known = name != EAGER and eager["status"] == "ok"
+        return compared(taken, eager if known else None, self._point.setup.dtype)
+
+    def steps(self, name: str) -> dict[str, Step]:
+        return {name: self._steppers[name].step}
+
+    def figures(self, name: str, timings: Mapping[str, Timing], prefix: str) -> Row:
+        eager = timings.get(EAGER)
+        return beside_eager(timings[name].ms, eager.ms if eager else None)
+
+    def release(self) -> None:
+        self._steppers.clear()
+        self._folder.cleanup()
+
+    def memory(self, name: str) -> Row:
+        found = self._point.memory_of(name, self._point.setup, self._device)
+        row: Row = {"extra_bytes": found.extra, "gradient_bytes": found.gradients}
+        row["memory_status"] = found.status
+        if self._rows[name]["status"] == "ok":
+            return row
+        # Nothing was timed: the measured step is the one that is compared.
+        return row | (
+            {"status": found.status} if found.taken is None else self._compared(name, found.taken)
+        )
 
 
 @dataclass(frozen=True)
@@ -145,13 +184,9 @@ class _Only:
 
 def measure_beside_eager(name: str, setup: Setup, device: str, sink: Sink) -> None:
     """One trainer's row, beside the eager trainer alone, for a process of its own."""
-
-    def say(text: str) -> None:
-        pass
-
-    names = tuple(dict.fromkeys((EAGER, name)))
-    run = TrainerRun(_Only(name, sink), device, seconds_of_rounds=15.0, say=say, names=names)
-    run.measure([setup])
+    point = TrainerPoint(setup, tuple(dict.fromkeys((EAGER, name))))
+    loop = Loop(_Only(name, sink), device, passes=(Pass(15.0),), say=lambda text: None)
+    loop.measure([point])
 
 
 def row_of(name: str, setup: Setup) -> Row:
@@ -174,55 +209,40 @@ def row_of(name: str, setup: Setup) -> Row:
     }
 
 
-def compare(row: Row, taken: Taken, eager: Row) -> None:
-    """Note what a step computed, and whether that is what the eager one computed.
-
-    Where the eager trainer has no figures, nothing is compared and `distance` stays None.
+def compared(taken: Taken, eager: Row | None, dtype: str) -> Row:
+    """Fields of what a step computed, and whether that is what the eager trainer computed.
 
     Args:
-        row: of the trainer, gets the figures and its status.
-        taken: its step.
-        eager: the eager trainer's row, which may be the same.
+        taken: the step.
+        eager: the eager trainer's row, None where it is this one or has no figures: nothing is
+            compared then, and there is no `distance`.
+        dtype: a name of `DTYPES`.
     """
     values = {"loss": taken.loss, "gradient_norm": taken.gradient_norm}
-    row.update(values, status="ok")
-    if eager["status"] != "ok" or row is eager:
-        if not all(value is not None and abs(value) < float("inf") for value in values.values()):
-            row["status"] = "wrong: its loss or gradient is not finite"
-        return
-    limit = WRONG_BEYOND[DTYPES[row["dtype"]]]
-    off = {name: _relative(value, eager[name]) for name, value in values.items()}
-    row["distance"] = max(off.values())
-    wrong = [
-        f"{name.replace('_', ' ')} off by {x:.1e}" for name, x in off.items() if not x <= limit
-    ]
-    if wrong:
-        row["status"] = "wrong: " + ", ".join(wrong)
+    if eager is None:
+        finite = all(value is not None and abs(value) < float("inf") for value in values.values())
+        status = "ok" if finite else "wrong: its loss or gradient is not finite"
+        return {**values, "status": status}
+    off = {name.replace("_", " "): _off(value, eager[name]) for name, value in values.items()}
+    return {**values, "distance": max(off.values()), "status": verdict(off, DTYPES[dtype])}
 
 
-def figures(ms: Sequence[float], eager: Sequence[float] | None) -> Mapping[str, object]:
+def beside_eager(ms: Sequence[float], eager: Sequence[float] | None) -> Row:
     """The fields of the timings of one trainer, and of the eager one in the same rounds."""
-    found: dict[str, object] = {"rounds": len(ms), "ms": round(median(ms), 2)}
-    found["ms_quartiles"] = _quartiles(ms, 2)
+    found: Row = {"rounds": len(ms), "ms": round(median(ms), 2), "ms_quartiles": quartiles(ms, 2)}
     if eager is not None:
         ratios = [mine / other for mine, other in zip(ms, eager, strict=True)]
         found["of_eager"] = round(median(ratios), 4)
-        found["of_eager_quartiles"] = _quartiles(ratios, 4)
+        found["of_eager_quartiles"] = quartiles(ratios, 4)
     return found
 
 
 def run_trainer(folder: Path = RESULTS / "cpu", say: Callable[[str], None] = print) -> None:
     """Measure on this CPU, in less than ten minutes on two cores."""
     results = Results(folder / "trainer.json", "trainer")
-    TrainerRun(results, seconds=DEADLINE, say=say).measure(ON_CPU)
+    loop = Loop(results, seconds=DEADLINE, passes=(Pass(75.0),), say=say)
+    loop.measure([TrainerPoint(setup) for setup in ON_CPU])
 
 
-def _quartiles(values: Sequence[float], digits: int) -> list[float]:
-    if len(values) == 1:
-        return 2 * [round(values[0], digits)]
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return [round(low, digits), round(high, digits)]
-
-
-def _relative(value: float | None, wanted: float) -> float:
+def _off(value: float | None, wanted: float) -> float:
     return float("nan") if value is None else abs(value - wanted) / max(abs(wanted), 1e-12)

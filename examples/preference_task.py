@@ -1,11 +1,14 @@
 """What `quickstart.py` trains on: a tokenizer, a reference model and three sets of features.
 
-Made here from the standard library's documentation, or loaded from the Hugging Face hub.
+Made here from the standard library's documentation, or loaded from the Hugging Face hub; and how a
+method trains on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +22,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
+import fused_prefopt as fp
 from fused_prefopt.data import (
+    PairCollator,
+    PointCollator,
     load_dataset_records,
     load_documents,
     make_pairs,
@@ -34,8 +41,11 @@ from fused_prefopt.data import (
     tokenise_points,
     train_tokenizer,
 )
+from fused_prefopt.data.columns import COMPLETION, COMPLETION_MASK
+from fused_prefopt.integrations.transformers import PreferenceTrainer
 
 Features = list[dict[str, Any]]
+COLLATORS = {"pairs": PairCollator, "points": PointCollator}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,18 @@ class Task:
     pairs: Features
     points: Features
     held_out: Features
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss, its hyperparameters, and how fast to train with it.
+
+    Small models want larger steps than the papers' 7–9B ones, and margins of a nat or so.
+    """
+
+    loss: str
+    hyperparameters: dict[str, Any]
+    learning_rate: float
 
 
 def embedded_task(options: argparse.Namespace) -> Task:
@@ -77,7 +99,7 @@ def hub_task(options: argparse.Namespace) -> Task:
     judged = load_dataset_records(options.dataset, options.held_out_split, options.held_out_limit)
     if not records or not judged:
         raise SystemExit(f"{options.dataset}: no usable rows in {options.split} or its held-out")
-    if "completion" in records[0]:
+    if COMPLETION in records[0]:
         pairs, points, held_out = pairs_of_points(records), records, pairs_of_points(judged)
     else:
         pairs, points, held_out = records, points_of_pairs(records), judged
@@ -147,6 +169,38 @@ def token_blocks(
     return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
 
 
+def train(
+    options: argparse.Namespace,
+    method: Method,
+    start: torch.nn.Module,
+    features: Mapping[str, Features],
+    pad_token_id: int,
+) -> PreferenceTrainer:
+    """The trainer of a copy of a model, after some steps with a preference loss.
+
+    Args:
+        options: `steps`, `seed` and what `training_arguments` reads.
+        method: the loss.
+        start: is copied.
+        features: "pairs" and "points", of which the loss takes one.
+        pad_token_id: of the tokenizer.
+    """
+    print(f"\n{method.loss}: {method.hyperparameters}", flush=True)
+    loss_fn = fp.PreferenceLoss(method.loss, **method.hyperparameters)
+    set_seed(options.seed)
+    kind, sequences = ("pairs", 1) if loss_fn.loss.pairwise else ("points", 2)
+    trainer = PreferenceTrainer(
+        copy.deepcopy(start),
+        training_arguments(options, method.loss, options.steps, method.learning_rate, sequences),
+        train_dataset=features[kind],
+        data_collator=COLLATORS[kind](pad_token_id),
+        loss_fn=loss_fn,
+    )
+    trainer.train()
+    trainer.attachment.detach()
+    return trainer
+
+
 def training_arguments(
     options: argparse.Namespace, name: str, steps: int, learning_rate: float, sequences: int = 1
 ) -> TrainingArguments:
@@ -164,5 +218,5 @@ def training_arguments(
         report_to="none",
         seed=options.seed,
         remove_unused_columns=False,
-        label_names=["completion_mask"],
+        label_names=[COMPLETION_MASK],
     )

@@ -8,36 +8,21 @@ model is the reference. α-DPO, γ-SimPO and DRO then start from it, through tra
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from preference_task import Features, Task, embedded_task, hub_task, training_arguments
+from preference_task import COLLATORS, Method, embedded_task, hub_task, train
 from transformers import set_seed
 
 import fused_prefopt as fp
-from fused_prefopt import report
-from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.cli.pictures import plot_margins, plot_rewards, plot_target_margins
+from fused_prefopt.cli.report import comparison_table
+from fused_prefopt.data import PairCollator
 from fused_prefopt.evaluation import PairScores, score_pairs
-from fused_prefopt.integrations.transformers import PreferenceTrainer
 from fused_prefopt.reference import add_reference_logps
-
-
-@dataclass(frozen=True)
-class Method:
-    """A loss, its hyperparameters, and how fast to train with it.
-
-    Small models want larger steps than the papers' 7–9B ones, and margins of a nat or so.
-    """
-
-    loss: str
-    hyperparameters: dict[str, Any]
-    learning_rate: float
-
 
 METHODS = (
     Method("alpha-dpo", {"beta": 5.0, "gamma": 2.0, "alpha": 0.1}, 3e-4),
@@ -47,43 +32,42 @@ METHODS = (
 )
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     started = time.perf_counter()
     set_seed(options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     task = hub_task(options) if options.model or options.dataset else embedded_task(options)
 
     cache = options.output / "cache"
-    pair_collator = PairCollator(task.tokenizer.pad_token_id)
-    point_collator = PointCollator(task.tokenizer.pad_token_id)
-    pairs = add_reference_logps(task.reference, task.pairs, pair_collator, cache_dir=cache)
-    points = add_reference_logps(task.reference, task.points, point_collator, cache_dir=cache)
-    held_out = add_reference_logps(task.reference, task.held_out, pair_collator, cache_dir=cache)
+    pad = task.tokenizer.pad_token_id
+    collator = PairCollator(pad)
+    features = {
+        kind: add_reference_logps(task.reference, rows, COLLATORS[kind](pad), cache_dir=cache)
+        for kind, rows in (("pairs", task.pairs), ("points", task.points))
+    }
+    held_out = add_reference_logps(task.reference, task.held_out, collator, cache_dir=cache)
 
-    before = score_pairs(task.reference, task.reference, held_out, pair_collator)
+    before = score_pairs(task.reference, task.reference, held_out, collator)
     scores, histories, losses = {}, {}, {}
     for method in METHODS:
         if method.loss not in options.methods:
             continue
-        print(f"\n{method.loss}: {method.hyperparameters}", flush=True)
-        loss_fn = fp.PreferenceLoss(method.loss, **method.hyperparameters)
-        is_pairs = loss_fn.loss.pairwise
-        model, history = train(
-            options,
-            method,
-            loss_fn,
-            task,
-            pairs if is_pairs else points,
-            pair_collator if is_pairs else point_collator,
-        )
-        scores[method.loss] = score_pairs(model, task.reference, held_out, pair_collator)
-        histories[method.loss], losses[method.loss] = history, loss_fn
+        if options.learning_rate:
+            method = replace(method, learning_rate=options.learning_rate)
+        trainer = train(options, method, task.reference, features, pad)
+        folder = str(options.output / method.loss)
+        trainer.save_model(folder)
+        task.tokenizer.save_pretrained(folder)
+        model = trainer.model.eval()
+        scores[method.loss] = score_pairs(model, task.reference, held_out, collator)
+        histories[method.loss] = trainer.state.log_history
+        losses[method.loss] = trainer.attachment.loss_fn
 
     write_results(options, before, scores, histories, losses, time.perf_counter() - started)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the example."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -106,39 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--accumulation", type=int, default=1, help="forward passes that share a step's batch")
     add("--learning-rate", type=float, help="instead of each method's own")
     add("--pretraining-steps", type=int, default=200, help="steps of the small Llama")
-    return parser.parse_args()
-
-
-def train(
-    options: argparse.Namespace,
-    method: Method,
-    loss_fn: fp.PreferenceLoss,
-    task: Task,
-    features: Features,
-    collator: PairCollator | PointCollator,
-) -> tuple[torch.nn.Module, list[dict[str, float]]]:
-    """The reference model after some steps with a preference loss, and the log of the steps."""
-    set_seed(options.seed)
-    model = copy.deepcopy(task.reference)
-    sequences = 1 if loss_fn.loss.pairwise else 2
-    trainer = PreferenceTrainer(
-        model,
-        training_arguments(
-            options,
-            method.loss,
-            options.steps,
-            options.learning_rate or method.learning_rate,
-            sequences,
-        ),
-        train_dataset=features,
-        data_collator=collator,
-        loss_fn=loss_fn,
-    )
-    trainer.train()
-    trainer.attachment.detach()
-    trainer.save_model(str(options.output / method.loss))
-    task.tokenizer.save_pretrained(options.output / method.loss)
-    return model.eval(), trainer.state.log_history
+    return parser.parse_args(arguments)
 
 
 def write_results(
@@ -153,7 +105,7 @@ def write_results(
     summaries = {"reference": before.summary()}
     for name, scores in after.items():
         summaries[name] = scores.summary(losses[name].loss.reward)
-    table = report.comparison_table(summaries)
+    table = comparison_table(summaries)
     print(f"\nheld-out pairs: {before.margins.numel()}\n\n{table}\n", flush=True)
     metrics = {
         "options": {name: str(value) for name, value in vars(options).items()},
@@ -164,14 +116,14 @@ def write_results(
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
     margins = {name: scores.margins for name, scores in after.items()}
-    report.plot_margins(before.margins, margins, options.output / "margins.png")
-    report.plot_rewards(histories, options.output / "rewards.png")
+    plot_margins(before.margins, margins, options.output / "margins.png")
+    plot_rewards(histories, options.output / "rewards.png")
     for name, loss_fn in losses.items():
         if name.startswith("gamma-"):
             output = loss_fn.eval().from_logps(after[name].batch)
             assert output.rewards is not None and output.target_margins is not None
             chosen, rejected = output.rewards.chunk(2)
-            report.plot_target_margins(
+            plot_target_margins(
                 chosen - rejected,
                 output.target_margins,
                 loss_fn.hyperparameters["gamma"],

@@ -12,26 +12,21 @@ by a second one that never met their prompts.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from preference_task import pretrain, training_arguments
-from reinforcement.judgement import Judgement, judge
-from reinforcement.page import judged_text, picture, publish, table
-from reinforcement.policy_gradient import Clipping, train_policy
+from preference_task import COLLATORS, Features, Method, pretrain, train
+from reinforcement.policy import Clipping, Judgement, judge, sample, train_policy
 from reinforcement.reward_model import RewardModel, pair_accuracy, train_reward_model
-from reinforcement.sampling import sample
 from transformers import PreTrainedModel, set_seed
 
-import fused_prefopt as fp
+from fused_prefopt.cli.console import markdown_table
+from fused_prefopt.cli.pictures import legends_below
 from fused_prefopt.data import (
-    PairCollator,
-    PointCollator,
     load_documents,
     make_pairs,
     paragraphs,
@@ -39,19 +34,44 @@ from fused_prefopt.data import (
     tokenise_pairs,
     train_tokenizer,
 )
-from fused_prefopt.integrations.transformers import PreferenceTrainer
+from fused_prefopt.data.columns import (
+    CHOSEN_IDS,
+    COMPLETION_IDS,
+    GROUP,
+    PROMPT_IDS,
+    REJECTED_IDS,
+    REWARD,
+    SCORE_CHOSEN,
+    SCORE_REJECTED,
+)
 from fused_prefopt.reference import add_reference_logps
 
-Features = list[dict[str, Any]]
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "rlhf" / "cpu.json"
+PAGE = ROOT / "docs" / "rlhf.md"
+JUDGES = ("reward model", "judge")
+_TEXT = """\
+# RLHF on a small model
 
+Written by `examples/rlhf.py --publish` from `benchmarks/results/rlhf/cpu.json`; edit nothing here.
 
-@dataclass(frozen=True)
-class Method:
-    """A loss, its hyperparameters, and how fast to train with it."""
+A small Llama, pretrained on the standard library's documentation and fine-tuned to continue its
+paragraphs (SFT), is the reference. A reward model learns to tell true continuations from spoilt
+ones and rates two samples of the reference for each of {limit} prompts. DPO and RPO (reward
+distillation) learn from those pairs, DRO from the ratings, {steps} steps each; GRPO samples for
+itself in {rounds} rounds. The *judge* is a second reward model, of other documents: what the first
+one gains and the judge does not is over-optimisation. Rewards have mean 0 and standard deviation 1
+on the reference's samples of the training prompts. KL(policy || SFT) is exact at each sampled
+token, by `fp.sequence_kl`.
 
-    loss: str
-    hyperparameters: dict[str, Any]
-    learning_rate: float
+{judged}
+
+{table}
+
+![Rewards, KL and GRPO's rounds](rlhf.png)
+
+One seed ({seed}), {seconds:.0f} s, threads: {threads}.
+"""
 
 
 # Ratings have mean 0 and standard deviation 1, so a log_z0 of 0 moves no mean log-prob.
@@ -60,12 +80,11 @@ METHODS = {
     "RPO": Method("reward-distillation", {"beta": 0.1}, 2e-4),
     "DRO": Method("dro", {"beta": 0.1, "log_z0": 0.0}, 2e-4),
 }
-COLLATORS = {"pairs": PairCollator, "points": PointCollator}
 SFT = Method("sft", {}, 3e-4)
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     started = time.perf_counter()
     set_seed(options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +103,7 @@ def main() -> None:
     unseen = pairs_of(held_out, options.held_out_limit)
 
     base = pretrain(options, tokenizer, texts)
-    reference = offline(options, SFT, base, {"pairs": own}, pad)
+    reference = train(options, SFT, base, {"pairs": own}, pad).model.eval()
     models = {}
     for name, pairs in (("reward model", own), ("judge", judges)):
         models[name] = train_reward_model(
@@ -98,7 +117,7 @@ def main() -> None:
         )
     accuracies = {name: pair_accuracy(model, unseen, pad) for name, model in models.items()}
 
-    prompts = [pair["prompt_ids"] for pair in own]
+    prompts = [pair[PROMPT_IDS] for pair in own]
     samples = sample(
         reference,
         [prompt for prompt in prompts for _ in range(2)],
@@ -115,7 +134,7 @@ def main() -> None:
 
     policies: dict[str, PreTrainedModel] = {"SFT": reference}
     for name, method in METHODS.items():
-        policies[name] = offline(options, method, reference, rated, pad)
+        policies[name] = train(options, method, reference, rated, pad).model.eval()
     policies["GRPO"], log = train_policy(
         reference,
         models["reward model"],
@@ -131,7 +150,7 @@ def main() -> None:
         settings=Clipping(entropy_weight=options.entropy_weight),
     )
 
-    judged = [pair["prompt_ids"] for pair in unseen]
+    judged = [pair[PROMPT_IDS] for pair in unseen]
     judgements = {
         name: judge(policy, reference, models, judged, pad, options.new_tokens, options.seed)
         for name, policy in policies.items()
@@ -139,7 +158,7 @@ def main() -> None:
     write_results(options, accuracies, judgements, log, time.perf_counter() - started)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line of the example."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -160,51 +179,27 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="pairs, half the points, or prompts of a step")
     add("--accumulation", type=int, default=1, help="forward passes that share a step's batch")
     add("--publish", action="store_true", help="write docs/rlhf.md and its committed results too")
-    return parser.parse_args()
-
-
-def offline(
-    options: argparse.Namespace,
-    method: Method,
-    start: PreTrainedModel,
-    features: dict[str, Features],
-    pad_token_id: int,
-) -> PreTrainedModel:
-    """A copy of the starting model after some steps with a loss of this package."""
-    print(f"\n{method.loss}: {method.hyperparameters}", flush=True)
-    set_seed(options.seed)
-    loss_fn = fp.PreferenceLoss(method.loss, **method.hyperparameters)
-    kind, sequences = ("pairs", 1) if loss_fn.loss.pairwise else ("points", 2)
-    trainer = PreferenceTrainer(
-        copy.deepcopy(start),
-        training_arguments(options, method.loss, options.steps, method.learning_rate, sequences),
-        train_dataset=features[kind],
-        data_collator=COLLATORS[kind](pad_token_id),
-        loss_fn=loss_fn,
-    )
-    trainer.train()
-    trainer.attachment.detach()
-    return trainer.model.eval()
+    return parser.parse_args(arguments)
 
 
 def rate(samples: Features, model: RewardModel, pad_token_id: int) -> dict[str, Features]:
     """Preference pairs and rated points of samples, of which two and two have the same prompt."""
     scores = model.scores(samples, pad_token_id).tolist()
     points = [
-        {**sample, "reward": score, "group": index // 2}
+        {**sample, REWARD: score, GROUP: index // 2}
         for index, (sample, score) in enumerate(zip(samples, scores, strict=True))
     ]
     pairs = []
     for two in zip(points[::2], points[1::2], strict=True):
-        worse, better = sorted(two, key=lambda point: point["reward"])
-        if better["completion_ids"] != worse["completion_ids"]:
+        worse, better = sorted(two, key=lambda point: point[REWARD])
+        if better[COMPLETION_IDS] != worse[COMPLETION_IDS]:
             pairs.append(
                 {
-                    "prompt_ids": better["prompt_ids"],
-                    "chosen_ids": better["completion_ids"],
-                    "rejected_ids": worse["completion_ids"],
-                    "score_chosen": better["reward"],
-                    "score_rejected": worse["reward"],
+                    PROMPT_IDS: better[PROMPT_IDS],
+                    CHOSEN_IDS: better[COMPLETION_IDS],
+                    REJECTED_IDS: worse[COMPLETION_IDS],
+                    SCORE_CHOSEN: better[REWARD],
+                    SCORE_REJECTED: worse[REWARD],
                 }
             )
     return {"pairs": pairs, "points": points}
@@ -232,6 +227,91 @@ def write_results(
     if options.publish:
         publish(metrics)
     print(f"\n{seconds:.0f} s; metrics and pictures are in {options.output}", flush=True)
+
+
+def table(summaries: Mapping[str, Mapping[str, float]]) -> str:
+    """A Markdown table, one row a policy: rewards with standard errors, KL, entropy, length."""
+    heading = ("policy", *JUDGES, "KL, nats", "KL per token", "entropy", "tokens")
+    rows = []
+    for name, numbers in summaries.items():
+        rewards = [f"{numbers[judge]:.3f} ± {numbers[f'{judge}_stderr']:.3f}" for judge in JUDGES]
+        others = [
+            f"{numbers['kl']:.2f}",
+            f"{numbers['kl_per_token']:.3f}",
+            f"{numbers['entropy']:.2f}",
+            f"{numbers['length']:.1f}",
+        ]
+        rows.append([name, *rewards, *others])
+    return markdown_table(heading, rows, numbers=True)
+
+
+def judged_text(metrics: Mapping[str, Any]) -> str:
+    """On what was judged, and how good the two reward models are."""
+    accuracies = metrics["pair_accuracies"]
+    shares = " and ".join(f"{accuracies[name]:.3f} ({name})" for name in JUDGES)
+    return (
+        f"One sample for each of {metrics['options']['held_out_limit']} held-out prompts, mean ±"
+        f" standard error. Of their true and spoilt continuations {shares} are in the right order."
+    )
+
+
+def page_text(metrics: Mapping[str, Any]) -> str:
+    """The whole page."""
+    options = metrics["options"]
+    return _TEXT.format(
+        limit=options["limit"],
+        steps=options["steps"],
+        rounds=options["rounds"],
+        seed=options["seed"],
+        judged=judged_text(metrics),
+        table=table(metrics["held_out"]),
+        seconds=metrics["seconds"],
+        threads=metrics["threads"],
+    )
+
+
+def publish(metrics: Mapping[str, Any]) -> None:
+    """Write the committed metrics, the page and its picture."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page_text(metrics), encoding="utf-8")
+    picture(metrics["held_out"], metrics["grpo"], PAGE.with_suffix(".png"))
+
+
+def picture(
+    summaries: Mapping[str, Mapping[str, float]], log: Sequence[Mapping[str, float]], path: Path
+) -> None:
+    """Reward against KL of all policies, and GRPO's way there.
+
+    Args:
+        summaries: policy → `Judgement.summary()`.
+        log: of `train_policy`.
+        path: PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, (name, numbers) in enumerate(summaries.items()):
+        for marker, rewards in zip("os", JUDGES, strict=True):
+            left.errorbar(
+                numbers["kl_per_token"],
+                numbers[rewards],
+                yerr=numbers[f"{rewards}_stderr"],
+                marker=marker,
+                color=f"C{place}",
+                linestyle="",
+                label=f"{name}, {rewards}",
+            )
+    left.set_xlabel("KL(policy || SFT), nats per token")
+    left.set_ylabel("held-out reward")
+    rounds = [row["round"] for row in log]
+    right.plot(rounds, [row["reward"] for row in log], label="reward")
+    right.plot(rounds, [row["entropy"] for row in log], label="entropy, nats")
+    right.plot(rounds, [row["kl"] for row in log], label="KL, nats per token")
+    right.set_xlabel("GRPO round")
+    legends_below(figure)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

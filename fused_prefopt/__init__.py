@@ -7,7 +7,6 @@ from fused_prefopt.losses import (
     published_settings,
 )
 from fused_prefopt.ops import (
-    Plan,
     SequenceKl,
     release_workspace,
     sequence_kl,
@@ -16,13 +15,14 @@ from fused_prefopt.ops import (
     token_policy,
     token_statistics,
 )
-from fused_prefopt.ops.shared_lengths import shared_and_tail_logps
+from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.types import (
     LMHead,
     LogpBatch,
     LossOutput,
     LowRank,
+    Plan,
     SequenceLogps,
     TokenPolicy,
     TokenStatistics,

@@ -1,5 +1,5 @@
 import sys
 
-from fused_prefopt.cli import main
+from fused_prefopt.cli.main import main
 
 sys.exit(main())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from numbers import Real
 
 import torch
@@ -13,11 +14,31 @@ from torch import Tensor
 # What to do about a loss or gradient that is not finite.
 ON_NONFINITE = ("stop", "skip", "ignore")
 _HOSTS = ("cpu",)
+_COMPILED = (
+    "fused_prefopt: labels, num_labels or sequence_ids do not fit this call (a label outside the"
+    " vocabulary, or another number of labelled rows); call it without torch.compile to be told"
+)
 
 
 def is_on_host(value: Tensor) -> bool:
     """Whether Python can look at a tensor's values without waiting for a device."""
     return value.device.type in _HOSTS
+
+
+def require(condition: Tensor, message: Callable[[], str]) -> None:
+    """Raise ValueError on CPU, or a device-side assert without a host sync elsewhere.
+
+    Args:
+        condition: 0-d bool.
+        message: begins with the argument's name. A compiled call does not tell it: with a number
+            of the call in it, every call would be compiled anew.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, _COMPILED)
+    elif not is_on_host(condition):
+        torch._assert_async(condition, message())
+    elif not bool(condition):
+        raise ValueError(message())
 
 
 def require_shape(name: str, value: Tensor, wanted: Sequence[int | str]) -> None:
@@ -121,3 +142,30 @@ def require_tokens(name: str, ids: Tensor, vocab_size: int | None) -> None:
             f"{name}: got token id {low if low < 0 else high}, needs ids of at least 0{bound}; is"
             " the tokenizer another model's?"
         )
+
+
+# Package → what installs it.
+_INSTALLS = {
+    "transformers": 'pip install "fused-prefopt[trainers]"',
+    "accelerate": 'pip install "fused-prefopt[trainers]"',
+    "datasets": 'pip install "fused-prefopt[trainers]"',
+    "tokenizers": 'pip install "fused-prefopt[trainers]"',
+    "omegaconf": 'pip install "fused-prefopt[trainers]"',
+    "safetensors": 'pip install "fused-prefopt[trainers]"',
+    "matplotlib": 'pip install "fused-prefopt[plots]"',
+    "peft": 'pip install "peft>=0.17"',
+    "trl": 'pip install "fused-prefopt[trainers]" "trl>=1.15"',
+}
+
+
+def require_packages(who: str, *packages: str) -> None:
+    """Raise ImportError, saying what to install, unless all the packages are there.
+
+    Args:
+        who: what needs them, for the message.
+        *packages: names to import.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        commands = " and ".join(dict.fromkeys(_INSTALLS[name] for name in missing))
+        raise ImportError(f"{who} needs {', '.join(missing)}: {commands}")

@@ -33,5 +33,5 @@ def gpu_index(device: torch.device) -> int:
 
 @cache
 def gpu_properties(index: int) -> Any:
-    """What CUDA or HIP says of a GPU, asked once: to ask takes longer than to plan a call."""
+    """Properties of a GPU, asked once: to ask takes longer than to plan a call."""
     return torch.cuda.get_device_properties(index)

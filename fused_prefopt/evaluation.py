@@ -1,4 +1,4 @@
-"""How well a model tells chosen from rejected, and how far it is from its reference."""
+"""Scores of a model on pairs: how well it tells them apart, how far it is from its reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_prefopt.data.columns import ATTENTION_MASK, INPUT_IDS, PAIR_IDS, PAIR_REFERENCES
 from fused_prefopt.data.labels import counts_of, labels_of
-from fused_prefopt.integrations.causal_lm import last_hidden, lm_head_of
+from fused_prefopt.models.causal_lm import last_hidden
 from fused_prefopt.ops import sequence_kl
 from fused_prefopt.reference import dataset_logps
-from fused_prefopt.types import LogpBatch
+from fused_prefopt.types import LMHead, LogpBatch
 
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
@@ -98,14 +99,11 @@ def score_pairs(
         progress=progress,
         description="held-out pairs",
     )
-    lengths = [
-        len(feature[side]) for side in ("chosen_ids", "rejected_ids") for feature in features
-    ]
-    names = ("ref_chosen_logps", "ref_rejected_logps")
+    lengths = [len(feature[side]) for side in PAIR_IDS for feature in features]
     batch = LogpBatch(
-        policy=torch.cat([columns[name] for name in names]),
+        policy=torch.cat([columns[name] for name in PAIR_REFERENCES]),
         lengths=torch.tensor(lengths),
-        reference=torch.tensor([feature[name] for name in names for feature in features]),
+        reference=torch.tensor([feature[name] for name in PAIR_REFERENCES for feature in features]),
     )
     return PairScores(batch, *_mean_kls(model, reference, features, collator, batch_size))
 
@@ -123,13 +121,13 @@ def _mean_kls(
     totals, tokens = torch.zeros(2), torch.zeros(2)
     for start in range(0, len(features), batch_size):
         batch = collator(features[start : start + batch_size])
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        inputs = {name: batch[name].to(device) for name in (INPUT_IDS, ATTENTION_MASK)}
         # KL(first || second): the policy takes the place that a loss gives the reference.
         found = sequence_kl(
             last_hidden(reference, inputs),
-            lm_head_of(reference),
+            LMHead.of(reference),
             last_hidden(model, inputs),
-            lm_head_of(model),
+            LMHead.of(model),
             labels_of(batch).to(device),
             num_labels=counts_of(batch)[0],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,21 +12,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_number
-from fused_prefopt.epilogues import run_epilogue
+from fused_prefopt.distributed import world_size
+from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import check_needs, find, length_desensitized, preset
 from fused_prefopt.losses.metrics import divergence_metrics
 from fused_prefopt.losses.whole_batch import whole_batch
-from fused_prefopt.ops import sequence_logps, takes_kernels, token_statistics
-from fused_prefopt.ops.call import LogpOptions
-from fused_prefopt.ops.shared_lengths import shared_and_tail_logps
+from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
+from fused_prefopt.ops.inputs import LogpOptions
+from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.ops.torch_engine import TorchEngine
-from fused_prefopt.reference_rows import MEASURED, policy_beside_reference
-from fused_prefopt.statistics.gather import world_size
 from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
 
 _EXTRAS = tuple(
     item.name for item in fields(LogpBatch) if item.name not in ("policy", "lengths", "prompt")
 )
+# `LogpBatch` fields that a reference's hidden states stand for.
+_MEASURED = frozenset({"reference", "sequence_kl"})
 
 
 class PreferenceLoss(nn.Module):
@@ -158,7 +160,7 @@ class PreferenceLoss(nn.Module):
         if prompt is not None or prompt_labels is not None:
             given.add("prompt")
         self._check_reference(ref_hidden, ref_head)
-        measured = MEASURED if ref_hidden is not None else frozenset()
+        measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
         options = dict(
             self.op_options,
@@ -175,7 +177,7 @@ class PreferenceLoss(nn.Module):
         tail = None
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given
-            sums, lengths, found = policy_beside_reference(
+            sums, lengths, found = _policy_beside_reference(
                 hidden, head, *reference, labels, missing, options
             )
             extras |= found
@@ -204,7 +206,7 @@ class PreferenceLoss(nn.Module):
             raise ValueError("ref_hidden: got one with `ld_alpha`, wanted `reference` instead")
 
     def from_logps(self, batch: LogpBatch) -> LossOutput:
-        """The same loss on known log-probs.
+        """The loss of known log-probs.
 
         Args:
             batch: per-sequence log-probs and what comes with them; `ld_alpha` does not reach them
@@ -220,26 +222,69 @@ class PreferenceLoss(nn.Module):
         return whole.own(self._of(whole.batch))
 
     def _of(self, batch: LogpBatch) -> LossOutput:
-        result = self._composed(batch)
+        result = None
+        if takes_kernels(self.op_options["engine"], batch.policy.device):
+            result = launch_loss(self.loss, self.statistics, batch)
+        if result is None:
+            summary = None
+            if self.statistics is not None:
+                observed = self.loss.observe(batch)
+                assert observed is not None
+                summary = self.statistics(observed)
+            result = self.loss(batch, summary)
         exact = divergence_metrics(batch, pairwise=self.loss.pairwise)
         return replace(result, metrics={**result.metrics, **exact})
-
-    def _composed(self, batch: LogpBatch) -> LossOutput:
-        if takes_kernels(self.op_options["engine"], batch.policy.device):
-            result = run_epilogue(self.loss, self.statistics, batch)
-            if result is not None:
-                return result
-        if self.statistics is None:
-            return self.loss(batch)
-        observed = self.loss.observe(batch)
-        assert observed is not None
-        return self.loss(batch, self.statistics(observed))
 
     def extra_repr(self) -> str:
         values = dict(self.hyperparameters)
         if self.ld_alpha is not None:
             values["ld_alpha"] = self.ld_alpha
         return ", ".join([self.name, *(f"{key}={value!r}" for key, value in values.items())])
+
+
+def _policy_beside_reference(
+    hidden: Tensor,
+    head: AnyHead,
+    ref_hidden: Tensor,
+    ref_head: AnyHead,
+    labels: Tensor,
+    missing: Collection[str],
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-probs of the policy, and of the `missing` fields those that the reference stands for.
+
+    A loss that needs `sequence_kl` gets everything from one pass over both heads.
+
+    Args:
+        hidden, head, labels: of the policy.
+        ref_hidden, ref_head: of the reference, on the same labels; constants.
+        missing: fields that the loss needs and nobody has given.
+        options: of `sequence_logps`.
+
+    Returns:
+        sums (S,), differentiable; lengths (S,); name → (S,), of which `sequence_kl` is
+        differentiable.
+
+    Raises:
+        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs `sequence_kl`,
+            and the options ask for another path than `recompute` or drop mass.
+    """
+    if "sequence_kl" in missing:
+        if options["path"] not in ("auto", "recompute") or options["drop_mass"]:
+            raise ValueError(
+                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but the KL"
+                " divergence from a reference needs 'recompute' and all mass"
+            )
+        kept = {key: value for key, value in options.items() if key not in ("path", "drop_mass")}
+        out = sequence_kl(hidden, head, ref_hidden, ref_head, labels, **kept)
+        fields = {"sequence_kl": out.kl, "reference": out.reference}
+        return out.policy, out.lengths, {key: fields[key] for key in _MEASURED & set(missing)}
+    policy = sequence_logps(hidden, head, labels, **options)
+    if "reference" not in missing:
+        return policy.sums, policy.lengths, {}
+    with torch.no_grad():
+        reference = sequence_logps(ref_hidden, ref_head, labels, **{**options, "path": "auto"})
+    return policy.sums, policy.lengths, {"reference": reference.sums}
 
 
 def _warn_without_labels(lengths: Tensor) -> None:

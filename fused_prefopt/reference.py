@@ -5,27 +5,39 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import require_tokens
-from fused_prefopt.fingerprint import (
-    TOKEN_COLUMNS,
+from fused_prefopt.data.columns import (
+    CHOSEN_IDS,
+    COMPLETION,
+    INPUT_IDS,
+    PAIR_REFERENCES,
+    POINT_REFERENCES,
+    PROMPT,
+    TOKENS,
+    feature_at,
+)
+from fused_prefopt.distributed import gather_objects, rank, wait_for_all_ranks, world_size
+from fused_prefopt.models.batch import batch_behind, completion_logps
+from fused_prefopt.models.causal_lm import input_vocab
+from fused_prefopt.models.model_call import evaluating, in_front, past_wrappers
+from fused_prefopt.reference_cache import (
+    SUFFIX,
+    Fingerprints,
+    PartialColumns,
+    ReferenceCache,
     data_fingerprint,
     model_fingerprint,
     precision_of,
     tokenizer_fingerprint,
 )
-from fused_prefopt.integrations.causal_lm import input_vocab
-from fused_prefopt.integrations.collated import completion_logps
-from fused_prefopt.integrations.evaluating import evaluating
-from fused_prefopt.integrations.fronted_forward import in_front
-from fused_prefopt.integrations.past_wrappers import batch_behind, past_wrappers
-from fused_prefopt.reference_cache import SUFFIX, Fingerprints, Known, ReferenceCache
 
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
@@ -47,7 +59,7 @@ def add_reference_logps(
 ) -> list[dict[str, Any]]:
     """Copies of the features with the reference model's log-probs as columns, in nats.
 
-    Pairs get `ref_chosen_logps` and `ref_rejected_logps`; points get `reference` and
+    Pairs get `ref_chosen_logps` and `ref_rejected_logps`; completions `reference` and
     `prompt_reference` (all prompt tokens but the first). The cost is that of a forward pass
     without logits. With a cache a killed run is continued by the next, which computes what is
     missing; the same `batch_size` then gives the same bits. Under torch.distributed every rank
@@ -78,33 +90,22 @@ def add_reference_logps(
     if cache_dir is not None and cache_file is not None:
         raise ValueError("cache_file: got a file and a cache_dir, needs one of them")
     _check_ranks(features)
-    known, cache = Known(len(features)), None
+    run = _Pass(model, features, collator, batch_size, progress, description)
+    known, cache = PartialColumns(len(features)), None
     if cache_dir is not None or cache_file is not None:
         prints = Fingerprints(
             data_fingerprint(features),
-            model_fingerprint(model, progress=progress and _rank() == 0),
+            model_fingerprint(model, progress=progress and rank() == 0),
             precision_of(model),
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
         path = Path(cache_file or Path(cache_dir or "") / f"reference-{prints.name}{SUFFIX}")
         cache = ReferenceCache(path, prints)
         known = _load(cache, len(features))
-    batches = _batches(features, batch_size)
-    missing = [number for number, each in enumerate(batches) if not known.is_done(each)]
+    missing = [number for number, each in enumerate(run.batches) if not known.is_done(each)]
     if missing:
-        mine = _share(missing)
-        run = _run(model, features, collator, [batches[i] for i in mine], progress, description)
-        unsaved: list[int] = []
-        for count, (number, (indices, columns)) in enumerate(zip(mine, run, strict=True), start=1):
-            _check_finite(indices, columns)
-            known.add(torch.tensor(indices), columns)
-            unsaved.append(number)
-            if cache is not None and (count % save_every == 0 or count == len(mine)):
-                name = f"{batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}"
-                part = torch.tensor([index for number in unsaved for index in batches[number]])
-                cache.save_part(name, part, {k: v[part] for k, v in known.columns.items()})
-                unsaved = []
-        known = _union(_gathered(known))
+        _fill(known, run, _share(missing), cache, save_every)
+        known = _union(gather_objects(known))
     if cache is not None:
         _finish(cache, known)
     values = {name: column.tolist() for name, column in known.columns.items()}
@@ -127,37 +128,73 @@ def dataset_logps(
 
     Returns:
         (n,) fp32 columns: `ref_chosen_logps` and `ref_rejected_logps` for pairs, `reference` and
-        `prompt_reference` for points. Arguments are those of `add_reference_logps`.
+        `prompt_reference` for completions. Arguments are those of `add_reference_logps`.
     """
-    known = Known(len(features))
-    batches = _batches(features, batch_size)
-    for indices, columns in _run(model, features, collator, batches, progress, description):
+    known = PartialColumns(len(features))
+    run = _Pass(model, features, collator, batch_size, progress, description)
+    for indices, columns in run.over(run.batches):
         known.add(torch.tensor(indices), columns)
     return known.columns
 
 
-def _batches(features: Sequence[Feature], batch_size: int) -> _Batches:
-    """Sequences of like length together: less padding."""
-    order = sorted(range(len(features)), key=lambda index: _tokens(features[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+@dataclass(frozen=True)
+class _Pass:
+    """A model's forward pass over a data set: its options, in the words of `add_reference_logps`.
+
+    Attributes:
+        batches: indices of features; sequences of like length stand together, for less padding.
+    """
+
+    model: nn.Module
+    features: Sequence[Feature]
+    collator: Collator
+    batch_size: int
+    progress: bool
+    description: str
+
+    @cached_property
+    def batches(self) -> _Batches:
+        order = sorted(range(len(self.features)), key=lambda index: _tokens(self.features[index]))
+        starts = range(0, len(order), self.batch_size)
+        return [order[start : start + self.batch_size] for start in starts]
+
+    def over(self, batches: _Batches) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """The indices of one batch after another, with its columns."""
+        vocab = input_vocab(self.model)
+        with evaluating(self.model):
+            for indices in self._shown(batches):
+                batch = self.collator([self.features[index] for index in indices])
+                require_tokens("features", batch[INPUT_IDS], vocab)
+                columns = _logps(self.model, batch, CHOSEN_IDS in self.features[0])
+                yield indices, {name: values.float().cpu() for name, values in columns.items()}
+
+    def _shown(self, batches: _Batches) -> Iterator[list[int]]:
+        if not self.progress or rank() > 0:
+            return iter(batches)
+        from tqdm.auto import tqdm
+
+        return iter(tqdm(batches, desc=self.description, unit="batch"))
 
 
-def _run(
-    model: nn.Module,
-    features: Sequence[Feature],
-    collator: Collator,
-    batches: _Batches,
-    progress: bool,
-    description: str,
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """The indices of one batch after another, with its columns."""
-    vocab = input_vocab(model)
-    with evaluating(model):
-        for indices in _bar(batches, progress, description):
-            batch = collator([features[index] for index in indices])
-            require_tokens("features", batch["input_ids"], vocab)
-            columns = _logps(model, batch, "chosen_ids" in features[0])
-            yield indices, {name: values.float().cpu() for name, values in columns.items()}
+def _fill(
+    known: PartialColumns,
+    run: _Pass,
+    mine: list[int],
+    cache: ReferenceCache | None,
+    save_every: int,
+) -> None:
+    """Compute this rank's batches, by number, and keep them in parts of the cache."""
+    unsaved: list[int] = []
+    results = run.over([run.batches[number] for number in mine])
+    for count, (number, (indices, columns)) in enumerate(zip(mine, results, strict=True), start=1):
+        _check_finite(indices, columns)
+        known.add(torch.tensor(indices), columns)
+        unsaved.append(number)
+        if cache is not None and (count % save_every == 0 or count == len(mine)):
+            name = f"{run.batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}"
+            part = torch.tensor([index for each in unsaved for index in run.batches[each]])
+            cache.save_part(name, part, {k: v[part] for k, v in known.columns.items()})
+            unsaved = []
 
 
 @torch.no_grad()
@@ -173,14 +210,13 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str,
 
     def forward(inner: nn.Module, own: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         found.update(completion_logps(inner, batch_behind(kwargs), prompt=not pairs))
-        return found["completion"]
+        return found[COMPLETION]
 
     with in_front(model, forward):
         model(**past_wrappers(batch))
-    if not pairs:
-        return {"reference": found["completion"], "prompt_reference": found["prompt"]}
-    chosen, rejected = found["completion"].chunk(2)
-    return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    if pairs:
+        return dict(zip(PAIR_REFERENCES, found[COMPLETION].chunk(2), strict=True))
+    return dict(zip(POINT_REFERENCES, (found[COMPLETION], found[PROMPT]), strict=True))
 
 
 def _check_finite(indices: list[int], columns: Mapping[str, Tensor]) -> None:
@@ -188,42 +224,41 @@ def _check_finite(indices: list[int], columns: Mapping[str, Tensor]) -> None:
         for index, value in zip(indices, values.tolist(), strict=True):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"model: got {name}={value} for feature {index}, needs finite log-probs; is its"
-                    " dtype too narrow, or are its weights not finite?"
+                    f"model: got {name}={value} for {feature_at(index)}, needs finite log-probs; is"
+                    " its dtype too narrow, or are its weights not finite?"
                 )
 
 
-def _finish(cache: ReferenceCache, known: Known) -> None:
+def _finish(cache: ReferenceCache, known: PartialColumns) -> None:
     """Rank 0 writes the whole; no rank returns before the file is there."""
-    if _rank() == 0 and not cache.path.is_file():
+    if rank() == 0 and not cache.path.is_file():
         cache.finish(known)
-    if _ranks() > 1:
-        dist.barrier()
+    wait_for_all_ranks()
     # A rank on a disk of its own has parts that rank 0 does not see.
     cache.clear_parts()
 
 
 def _share(missing: list[int]) -> list[int]:
     """This rank's batches, as many as any other's: forward passes of a sharded model are joint."""
-    padded = missing + missing[:1] * (-len(missing) % _ranks())
-    return padded[_rank() :: _ranks()]
+    padded = missing + missing[:1] * (-len(missing) % world_size())
+    return padded[rank() :: world_size()]
 
 
-def _load(cache: ReferenceCache, size: int) -> Known:
-    """What any rank has on disk; where one refuses its file, all do."""
-    found: Known | ValueError
+def _load(cache: ReferenceCache, size: int) -> PartialColumns:
+    """Log-probs that any rank has on disk; where one refuses its file, all do."""
+    found: PartialColumns | ValueError
     try:
         found = cache.load(size)
     except ValueError as error:
         found = error
-    every = _gathered(found)
+    every = gather_objects(found)
     for each in every:
         if isinstance(each, ValueError):
             raise each
     return _union(every)
 
 
-def _union(every: list[Known]) -> Known:
+def _union(every: list[PartialColumns]) -> PartialColumns:
     union = every[0]
     for each in every[1:]:
         union.merge(each)
@@ -231,34 +266,9 @@ def _union(every: list[Known]) -> Known:
 
 
 def _check_ranks(features: Sequence[Feature]) -> None:
-    if _ranks() > 1 and len(set(_gathered(data_fingerprint(features)))) > 1:
+    if world_size() > 1 and len(set(gather_objects(data_fingerprint(features)))) > 1:
         raise ValueError("features: got different ones on the ranks, needs all of them on each")
 
 
-def _gathered(own: Any) -> list[Any]:
-    """What every rank has, in rank order."""
-    if _ranks() == 1:
-        return [own]
-    every: list[Any] = [None] * _ranks()
-    dist.all_gather_object(every, own)
-    return every
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _ranks() > 1 else 0
-
-
 def _tokens(feature: Feature) -> int:
-    return sum(len(feature.get(name, ())) for name in TOKEN_COLUMNS)
-
-
-def _bar(batches: _Batches, progress: bool, description: str) -> Iterator[list[int]]:
-    if not progress or _rank() > 0:
-        return iter(batches)
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(batches, desc=description, unit="batch"))
+    return sum(len(feature.get(name, ())) for name in TOKENS)

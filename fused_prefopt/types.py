@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from fused_prefopt.checks import (
     require_shape,
 )
 
-if TYPE_CHECKING:
-    from fused_prefopt.ops.plan import Plan
+# Matmuls of forward and backward together, by the op's path; P is the time of one.
+COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
 
 
 @dataclass(frozen=True)
@@ -136,17 +135,46 @@ class LMHead:
         Raises:
             ValueError: the model has no output embedding, one whose values are elsewhere (ZeRO-3,
                 FSDP, offloading), or one that a plain ``hidden @ weight.T + bias`` does not
-                describe. `integrations.head_check.check_head` also compares logits.
+                describe. `models.head_check.check_head` also compares logits.
         """
         if isinstance(model, torch.nn.Linear) and type(model).forward is torch.nn.Linear.forward:
             return cls(model.weight, model.bias)
-        from fused_prefopt.integrations.causal_lm import lm_head_of
+        from fused_prefopt.models.causal_lm import head_parts
 
-        return lm_head_of(model)
+        parts = head_parts(model)._asdict()
+        return cls(**parts | {"low_rank": tuple(LowRank(*term) for term in parts["low_rank"])})
 
 
 # What is taken for a head; a bare tensor is its weight.
 AnyHead = LMHead | Tensor | torch.nn.Linear
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Way in which a batch of log-probs is computed.
+
+    Attributes:
+        path: `evaluate`, `stash`, `local` or `recompute`.
+        engine: `torch`, `cublas` or `triton`; `cublas+triton` where each does a part.
+        workspace: bytes that tiles and kept probabilities may take.
+        reason: why this path, in words.
+        rows: n, labelled rows (an upper bound where a compiler traces).
+        kept_rows: k of them whose probabilities are kept for the backward.
+    """
+
+    path: str
+    engine: str
+    workspace: int
+    reason: str
+    rows: int = 0
+    kept_rows: int = 0
+
+    @property
+    def cost(self) -> float:
+        """Matmuls of forward and backward together, in P."""
+        if self.path != "recompute" or not self.rows:
+            return COST_IN_P[self.path]
+        return COST_IN_P["recompute"] - self.kept_rows / self.rows
 
 
 @dataclass(frozen=True)
@@ -172,7 +200,7 @@ class SequenceLogps:
 
 @dataclass(frozen=True)
 class TokenPolicy:
-    """What a policy gives each labelled token, both in the shape of the labels, differentiable.
+    """A policy at each labelled token: both in the shape of the labels, differentiable.
 
     Entry t is about the distribution that predicts labels[t]; 0 where there is no label.
 
@@ -187,7 +215,7 @@ class TokenPolicy:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What the model thinks at each labelled token, all in the shape of the labels.
+    """Statistics of a model's distribution at each labelled token, all in the shape of the labels.
 
     Entry t is about the distribution that predicts labels[t]; 0 where there is no label.
 
@@ -209,7 +237,7 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class LogpBatch:
-    """What a loss sees of a batch: per-sequence log-probabilities and what comes with them.
+    """A batch as a loss sees it: per-sequence log-probabilities and what comes with them.
 
     For pairwise losses the first half of every field is chosen, the second half rejected.
 

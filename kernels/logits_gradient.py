@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.tiles import bend, blocks, cap_slope
+from fused_prefopt.kernels.tiles import bend, blocks, cap_slope, require_rows
 
 
 @triton.jit
@@ -168,9 +168,7 @@ def logits_gradient(
         ValueError: rows of `source` or `out` are not contiguous, or the parts do not fit.
     """
     rows, width = source.shape
-    for name, value in (("source", source), ("out", out)):
-        if value.stride(1) != 1 and width > 1:
-            raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")
+    require_rows(source=source, out=out)
     height, block = 16, 256
     if maxima is not None and part_width < first + width:
         # A block meets one maximum: the largest that divides every part.

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.batch_values import is_finite
-from fused_prefopt.kernels.forms import LARGEST, contracts, mirror_rate
+from fused_prefopt.kernels.loss_form import LARGEST, contracts, mirror_rate
+from fused_prefopt.kernels.loss_parts import is_finite
 
 
 @triton.jit
@@ -24,8 +24,8 @@ def mirror_descent(
 
     The paper's update in ``t = log(n p)``, where it needs no largest exponent:
     ``t ← t − η (τ log(e^t + n 1e-10) + γ₀ σ(γ₀ e^t − m))``, then minus log mean e^t, which cancels
-    the constant part of its gradient. Only for settings that `forms.contracts` accepts: e^t then
-    stays far from overflow, and float32 errors die out.
+    the constant part of its gradient. Only for settings that `loss_form.contracts` accepts: there
+    e^t stays far from overflow, and float32 errors die out.
     """
     margins = tl.where(taking_part, margins, 0.0).to(tl.float32)
     count = tl.maximum(tl.sum(taking_part.to(tl.float32), 0), 1.0)

@@ -1,4 +1,4 @@
-"""What the matmul kernels share: which tile a program computes, and its logits in fp32."""
+"""Tiles of logits: which of them a program computes, its values in fp32, and operands' layout."""
 
 from __future__ import annotations
 
@@ -147,3 +147,10 @@ def tile_operands(
 def blocks(size: int, block: int) -> int:
     """Programs that cover a size; `triton.cdiv` takes a hundred times as long on the host."""
     return -(-size // block)
+
+
+def require_rows(**named: Tensor | None) -> None:
+    """Raise ValueError unless the rows of every matrix here are contiguous."""
+    for name, value in named.items():
+        if value is not None and value.stride(1) != 1 and value.shape[1] > 1:
+            raise ValueError(f"{name}: got strides {value.stride()}, wanted contiguous rows")

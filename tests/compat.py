@@ -28,19 +28,27 @@ INTERPRETED = "kernels, interpreted"
 # Part → its files.
 PARTS = {
     "op": (
-        "test_op_*.py",
+        "test_logps.py",
+        "test_gradients.py",
+        "test_input*.py",
+        "test_autograd.py",
+        "test_compiled.py",
         "test_plan.py",
         "test_cutting.py",
-        "test_kept_buffer.py",
         "test_kept_probabilities.py",
-        "test_packed.py",
-        "test_sequence_kl.py",
-        "test_token_*.py",
+        "test_batch.py",
+        "test_kl.py",
+        "test_tokens.py",
     ),
-    INTERPRETED: ("test_interpreted_*.py",),
-    "losses": ("test_losses.py", "test_golden.py"),
-    "transformers' trainers": ("test_integrations_transformers.py",),
-    "TRL's trainers": ("test_integrations_trl.py",),
+    INTERPRETED: ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py"),
+    "losses": ("test_pairwise.py", "test_golden.py"),
+    "transformers' trainers": ("test_attach.py", "test_metrics.py", "test_transformers.py"),
+    "TRL's trainers": (
+        "test_trl_common.py",
+        "test_trl_dpo.py",
+        "test_trl_kto.py",
+        "test_trl_rows.py",
+    ),
 }
 PACKAGES = (
     "torch",
@@ -134,7 +142,8 @@ class Environment:
         report.unlink(missing_ok=True)
         files = sorted(path for pattern in PARTS[part] for path in TESTS.rglob(pattern))
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if self.interpreted or part == INTERPRETED:
+        chosen = ["-m", "interpreted"] if part == INTERPRETED else []
+        if self.interpreted or chosen:
             settings["TRITON_INTERPRET"] = "1"
         done = subprocess.run(
             [
@@ -147,7 +156,7 @@ class Environment:
                 "--dist",
                 "worksteal",
             ]
-            + ["-p", "no:cacheprovider", f"--junitxml={report}", *files],
+            + ["-p", "no:cacheprovider", f"--junitxml={report}", *chosen, *files],
             env=os.environ | settings,
             cwd=ROOT,
         )

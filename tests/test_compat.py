@@ -39,7 +39,7 @@ def test_the_page_shows_the_results_and_all_passed():
 
 def test_every_part_has_files():
     for patterns in PARTS.values():
-        assert all(list((ROOT / "tests").glob(pattern)) for pattern in patterns)
+        assert all(list((ROOT / "tests").rglob(pattern)) for pattern in patterns)
 
 
 def test_the_oldest_versions_are_the_least_that_the_package_asks_for():

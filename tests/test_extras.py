@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from command_line_jobs import python
 
-pytest.importorskip("trl")
-ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = 'pip install "fused-prefopt[trainers]"'
-
-
-@pytest.mark.parametrize(
-    ("module", "missing", "command"),
-    [
-        ("transformers", "transformers", TRAINERS),
-        ("transformers", "accelerate", TRAINERS),
-        ("trl", "transformers", TRAINERS),
-        ("trl", "trl", f'{TRAINERS} "trl>=1.15"'),
-    ],
+# (integration, the package that is missing, what installs it)
+CASES = (
+    ("transformers", "transformers", TRAINERS),
+    ("transformers", "accelerate", TRAINERS),
+    ("trl", "transformers", TRAINERS),
+    ("trl", "trl", f'{TRAINERS} "trl>=1.15"'),
 )
-def test_an_integration_without_its_packages_names_the_extra(module, missing, command):
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None\nimport fused_prefopt.integrations.{module}"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    needs = f"ImportError: fused_prefopt.integrations.{module} needs {missing}: {command}"
-    assert done.stderr.splitlines()[-1] == needs
+# Each import in a process of its own, after torch.
+_IMPORTS = f"""
+import importlib, os, sys
+import fused_prefopt
+
+for module, missing, _ in {CASES!r}:
+    child = os.fork()
+    if not child:
+        sys.modules[missing] = None
+        try:
+            importlib.import_module(f"fused_prefopt.integrations.{{module}}")
+        except ImportError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="wants processes that share what is imported")
+def test_an_integration_without_its_packages_names_the_extra():
+    for package in ("transformers", "accelerate", "datasets", "trl"):
+        pytest.importorskip(package)
+    done = python("-c", _IMPORTS)
+    assert done.stdout.splitlines() == [
+        f"fused_prefopt.integrations.{module} needs {missing}: {command}"
+        for module, missing, command in CASES
+    ], done.stderr

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator, PointCollator
-from fused_prefopt.integrations.causal_lm import last_hidden
+from fused_prefopt.data.columns import ATTENTION_MASK, COMPLETION_IDS, PAIR_IDS, PROMPT_IDS
+from fused_prefopt.models.causal_lm import last_hidden
 
 Features = Sequence[dict[str, Any]]
 _LEARNING_RATE = 3e-4
@@ -43,7 +44,7 @@ class RewardModel(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """(S,) scores of a collated batch of S sequences."""
         hidden = last_hidden(self.language_model, batch)
-        last = batch["attention_mask"].sum(1) - 1
+        last = batch[ATTENTION_MASK].sum(1) - 1
         scores = self.score(hidden[torch.arange(len(last)), last]).squeeze(1)
         return (scores - self.mean) / self.spread
 
@@ -109,11 +110,8 @@ def train_reward_model(
 def pair_accuracy(model: RewardModel, pairs: Features, pad_token_id: int) -> float:
     """Share of pairs whose chosen completion scores higher."""
     sides = [
-        [
-            {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"]}
-            for pair in pairs
-        ]
-        for side in ("chosen", "rejected")
+        [{PROMPT_IDS: pair[PROMPT_IDS], COMPLETION_IDS: pair[side]} for pair in pairs]
+        for side in PAIR_IDS
     ]
     chosen, rejected = (model.scores(side, pad_token_id) for side in sides)
     return (chosen > rejected).float().mean().item()

@@ -3,20 +3,16 @@
 from fused_prefopt.data.adapters import (
     completions,
     hh_rlhf,
-    load_dataset_records,
     preference,
     ultrafeedback,
     ultrafeedback_binarized,
 )
-from fused_prefopt.data.collators import PairCollator, PointCollator
-from fused_prefopt.data.conversion import pairs_of_points, points_of_pairs
-from fused_prefopt.data.docstrings import Document, load_documents, paragraphs, split_documents
+from fused_prefopt.data.collators import GroupBatchSampler, PairCollator, PointCollator
+from fused_prefopt.data.corpus import Document, load_documents, paragraphs, split_documents
+from fused_prefopt.data.corrupted import make_pairs, make_points
 from fused_prefopt.data.labels import labels_of, prompt_labels_of
-from fused_prefopt.data.pairs import make_pairs
-from fused_prefopt.data.points import make_points
-from fused_prefopt.data.sampler import GroupBatchSampler
-from fused_prefopt.data.tokenise import tokenise_pairs, tokenise_points
-from fused_prefopt.data.tokenizer import train_tokenizer
+from fused_prefopt.data.records import load_dataset_records, pairs_of_points, points_of_pairs
+from fused_prefopt.data.tokenise import tokenise_pairs, tokenise_points, train_tokenizer
 
 __all__ = [
     "Document",

@@ -1,8 +1,9 @@
-"""Collators: token ids of pairs or points become one batch, padded or packed."""
+"""Collators: token ids of pairs or completions as a batch, padded, packed or sharing prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,31 +11,39 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_shape, require_tokens
-from fused_prefopt.data.columns import SCORES, require_columns
-from fused_prefopt.data.feature_columns import is_given, stacked
-from fused_prefopt.data.labels import LABEL_COUNTS, count_labels
-from fused_prefopt.data.shared_prompt import shared_layout
+from fused_prefopt.data.columns import (
+    ATTENTION_MASK,
+    COMPLETION_IDS,
+    COMPLETION_MASK,
+    INPUT_IDS,
+    LABEL_COUNTS,
+    NUM_SEQUENCES,
+    PAIR_FIELDS,
+    PAIR_IDS,
+    PAIR_REFERENCES,
+    POINT_FIELDS,
+    POSITION_IDS,
+    PREDICTORS,
+    PROMPT_IDS,
+    SEGMENTS,
+    SEQUENCE_IDS,
+    TARGET_SEQUENCES,
+    TARGETS,
+    feature_at,
+    is_given,
+    require_columns,
+    stacked,
+)
+from fused_prefopt.data.labels import count_labels
 
 Feature = Mapping[str, Any]
-POINT_COLUMNS = {
-    "reward": ("rewards", torch.float32),
-    "group": ("groups", torch.int64),
-    "desirable": ("desirable", torch.bool),
-    "reference": ("reference", torch.float32),
-    "prompt_reference": ("prompt_reference", torch.float32),
-    "sequence_kl": ("sequence_kl", torch.float32),
-    "collision": ("collision", torch.float32),
-}
-# Columns of a pair's two completions that become one field, chosen first.
-PAIR_COLUMNS = {
-    "rewards": SCORES,
-    "collision": ("collision_chosen", "collision_rejected"),
-}
+# Segments of a row that holds a pair with its prompt once.
+IN_PROMPT, IN_CHOSEN, IN_REJECTED, IN_PADDING = range(4)
 
 
 @dataclass
 class _Collator:
-    """How sequences are laid out, padded or packed."""
+    """Layout of sequences, padded or packed."""
 
     pad_token_id: int
     padding_free: bool = False
@@ -60,12 +69,13 @@ class _Collator:
         sequences = []
         for column in completions:
             for index, feature in enumerate(features):
+                where = feature_at(index)
                 prompt, completion = (
-                    _tokens(feature[name], name, index, self.vocab_size)
-                    for name in ("prompt_ids", column)
+                    _tokens(feature[name], name, where, self.vocab_size)
+                    for name in (PROMPT_IDS, column)
                 )
                 if completion.numel() == 0:
-                    raise ValueError(f"{column}: feature {index} is empty, wanted at least 1 token")
+                    raise ValueError(f"{column}: {where} is empty, wanted at least 1 token")
                 sequences.append((prompt, completion))
         return sequences
 
@@ -82,9 +92,9 @@ class _Collator:
             attention_mask[row, :end] = 1
             completion_mask[row, len(prompt) : end] = 1
         return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "completion_mask": completion_mask,
+            INPUT_IDS: input_ids,
+            ATTENTION_MASK: attention_mask,
+            COMPLETION_MASK: completion_mask,
         }
 
     def _packed(self, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -92,13 +102,13 @@ class _Collator:
         lengths = torch.tensor([len(prompt) + len(end) for prompt, end in sequences])
         is_completion = torch.tensor([0, 1]).repeat(len(sequences))
         return {
-            "input_ids": torch.cat(parts)[None],
-            "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
-            "completion_mask": torch.repeat_interleave(
+            INPUT_IDS: torch.cat(parts)[None],
+            POSITION_IDS: torch.cat([torch.arange(n) for n in lengths.tolist()])[None],
+            COMPLETION_MASK: torch.repeat_interleave(
                 is_completion, torch.tensor([len(part) for part in parts])
             )[None],
-            "sequence_ids": torch.repeat_interleave(torch.arange(len(sequences)), lengths)[None],
-            "num_sequences": len(sequences),
+            SEQUENCE_IDS: torch.repeat_interleave(torch.arange(len(sequences)), lengths)[None],
+            NUM_SEQUENCES: len(sequences),
         }
 
 
@@ -151,7 +161,7 @@ class PairCollator(_Collator):
             Both: `label_counts` (`data.labels.LabelCounts`), which spares CUDA the wait for the
             number of labels; without it, or cut and joined by accelerate, it is counted there.
             Where `completion_mask` changes afterwards, take it out.
-            Shared prompts: what `data.shared_prompt.shared_layout` returns.
+            Shared prompts: what `shared_layout` returns.
             If the features have them: `rewards` (where none lacks a score), `collision` (2B,) and
             `ref_chosen_logps`, `ref_rejected_logps` (B,), float32. Never `labels`: transformers'
             Trainer would rescale the loss by them; see `data.labels_of`.
@@ -160,16 +170,10 @@ class PairCollator(_Collator):
             ValueError: no feature, a missing column or value, an empty completion, a token id
                 outside the vocabulary, or a score or log-prob that is no finite number.
         """
-        _require_features(features, ("prompt_ids", "chosen_ids", "rejected_ids"))
-        batch = self._layout(features, ("chosen_ids", "rejected_ids"))
-        for joined, names in PAIR_COLUMNS.items():
-            if is_given(features, *names):
-                columns = [stacked(features, name) for name in names]
-                batch[joined] = torch.cat(columns)
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
-            if is_given(features, name):
-                batch[name] = stacked(features, name)
-        return batch
+        _require_features(features, (PROMPT_IDS, *PAIR_IDS))
+        batch = self._layout(features, PAIR_IDS)
+        sources = PAIR_FIELDS | {name: (name,) for name in PAIR_REFERENCES}
+        return batch | _fields(features, sources)
 
 
 @dataclass
@@ -205,22 +209,101 @@ class PointCollator(_Collator):
                 outside the vocabulary, a number that is not finite, a group that is no integer, or
                 a label neither a bool nor 0 or 1.
         """
-        _require_features(features, ("prompt_ids", "completion_ids"))
-        batch = self._layout(features, ("completion_ids",))
-        for column, (name, dtype) in POINT_COLUMNS.items():
-            if is_given(features, column):
-                batch[name] = stacked(features, column, dtype)
-        return batch
+        _require_features(features, (PROMPT_IDS, COMPLETION_IDS))
+        batch = self._layout(features, (COMPLETION_IDS,))
+        return batch | _fields(features, POINT_FIELDS)
 
 
-def _tokens(ids: Any, column: str, index: int, vocab_size: int | None) -> Tensor:
+def shared_layout(
+    triples: Sequence[tuple[Tensor, Tensor, Tensor]], pad_token_id: int, multiple: int
+) -> dict[str, Tensor]:
+    """Lay out B pairs, each in one row with its prompt once, padded on the right.
+
+    Both completions see the prompt and themselves, not each other, and both continue the prompt's
+    positions; so the hidden states are those of the plain layout, and the prompt's cost is paid
+    once.
+
+    Args:
+        triples: prompt, chosen and rejected ids of each pair, int64.
+        pad_token_id: fills the padded positions.
+        multiple: the length is rounded up to one of it.
+
+    Returns:
+        (B, L) int64: `input_ids`, `position_ids`, `completion_mask`, and `segments`, which tells
+        prompt 0, chosen 1, rejected 2 and padding 3 apart. (N,) int64, for each token that is
+        predicted: `predictors`, the row of the flattened hidden states that predicts it,
+        `targets`, the token, and `target_sequences`, in [0, 2B), chosen before rejected.
+    """
+    lengths = [sum(map(len, triple)) for triple in triples]
+    width = -(-max(lengths) // multiple) * multiple
+    shape = (len(triples), width)
+    input_ids, position_ids = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.int64)
+    segments = torch.full(shape, IN_PADDING)
+    predictors, targets, sequences = [], [], []
+    for row, (triple, length) in enumerate(zip(triples, lengths, strict=True)):
+        prompt, chosen, rejected = map(len, triple)
+        parts = torch.tensor([IN_PROMPT, IN_CHOSEN, IN_REJECTED])
+        segments[row, :length] = parts.repeat_interleave(torch.tensor([prompt, chosen, rejected]))
+        input_ids[row, :length] = torch.cat(triple)
+        position_ids[row, :length] = torch.cat(
+            (torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected))
+        )
+        for side, start in enumerate((prompt, prompt + chosen)):
+            completion = triple[1 + side]
+            rows = torch.arange(start - 1, start + len(completion) - 1)
+            # The last token of the prompt predicts the first one of either completion.
+            rows[0] = prompt - 1
+            predicted = rows >= 0
+            predictors.append(row * width + rows[predicted])
+            targets.append(completion[predicted])
+            sequences.append(torch.full_like(targets[-1], side * len(triples) + row))
+    return {
+        INPUT_IDS: input_ids,
+        POSITION_IDS: position_ids,
+        COMPLETION_MASK: ((segments == IN_CHOSEN) | (segments == IN_REJECTED)).long(),
+        SEGMENTS: segments,
+        PREDICTORS: torch.cat(predictors),
+        TARGETS: torch.cat(targets),
+        TARGET_SEQUENCES: torch.cat(sequences),
+    }
+
+
+def shared_attention(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mask of rows that share a prompt, to be added to the attention scores.
+
+    Args:
+        segments: (B, L) of `shared_layout`.
+        dtype: of the result.
+
+    Returns:
+        (B, 1, L, L): 0 where a query (third) sees a key (fourth dimension), else the lowest
+        finite number.
+    """
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    # Padding sees itself alone: a row that sees nothing would be NaN.
+    seen = ((key == IN_PROMPT) & (query != IN_PADDING)) | (key == query)
+    seen = seen.tril().unsqueeze(1)
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=segments.device)
+    return torch.where(seen, hidden.new_zeros(()), hidden)
+
+
+def _fields(features: Sequence[Feature], sources: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+    """Fields of a batch, each of the columns that it is made of, if the features have them."""
+    return {
+        name: torch.cat([stacked(features, column) for column in columns])
+        for name, columns in sources.items()
+        if is_given(features, *columns)
+    }
+
+
+def _tokens(ids: Any, column: str, where: str, vocab_size: int | None) -> Tensor:
     """(n,) int64 token ids of a feature, checked."""
     try:
         tokens = torch.as_tensor(ids, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{column}: feature {index} is no list of token ids: {error}") from error
-    require_shape(f"{column} of feature {index}", tokens, ("tokens",))
-    require_tokens(f"{column} of feature {index}", tokens, vocab_size)
+        raise ValueError(f"{column}: {where} is no list of token ids: {error}") from error
+    require_shape(f"{column} of {where}", tokens, ("tokens",))
+    require_tokens(f"{column} of {where}", tokens, vocab_size)
     return tokens
 
 
@@ -228,4 +311,68 @@ def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> Non
     if not features:
         raise ValueError("features: got an empty list, wanted at least one feature")
     for index, feature in enumerate(features):
-        require_columns(feature, wanted, f"feature {index}")
+        require_columns(feature, wanted, feature_at(index))
+
+
+class GroupBatchSampler:
+    """Batches of whole groups, for losses that average over the completions of a prompt.
+
+    Each epoch visits every index once. A group never spans two batches unless it is larger than a
+    batch. Pass it to a DataLoader as `batch_sampler`.
+
+    Args:
+        groups: one integer per dataset row, equal for the completions of one prompt.
+        batch_size: most rows in a batch.
+        shuffle: visit the groups in another order each epoch.
+        seed: of the order; the same seed and epoch give the same batches in every process.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self, groups: Sequence[int], batch_size: int, shuffle: bool = True, seed: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, wanted at least 1")
+        rows: dict[int, list[int]] = {}
+        for row, group in enumerate(groups):
+            rows.setdefault(int(group), []).append(row)
+        self._rows = list(rows.values())
+        self._most = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows in every batch but the last, or None when they may differ.
+
+        accelerate reads it, and skips batches of any other size when it deals them to processes.
+        """
+        sizes = {len(rows) for rows in self._rows}
+        return self._most if len(sizes) == 1 and self._most % sizes.pop() == 0 else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches())
+
+    def _batches(self) -> list[list[int]]:
+        order = list(self._rows)
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        batches: list[list[int]] = []
+        for rows in order:
+            if not batches or len(batches[-1]) + len(rows) > self._most:
+                batches += [rows[i : i + self._most] for i in range(0, len(rows), self._most)]
+            else:
+                batches[-1] = batches[-1] + rows
+        return batches

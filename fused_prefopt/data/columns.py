@@ -1,18 +1,79 @@
-"""Columns of records and features: their names, and checks of what stands in them."""
+"""Columns of records, features and batches: all their names, and checks of what stands in them.
+
+A record is a row of texts or chats, a feature is a row of token ids, a batch is what a collator
+makes of features.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fused_prefopt.checks import closest
 
-PAIR = ("chosen", "rejected")
-SCORES = ("score_chosen", "score_rejected")
-# Names of a single completion's score and label; the first that is there counts.
-RATINGS = ("reward", "score", "rating")
-LABELS = ("desirable", "label")
+# Records: texts, or chats, which are lists of messages.
+PROMPT, COMPLETION = "prompt", "completion"
+PAIR = CHOSEN, REJECTED = ("chosen", "rejected")
+ROLE, CONTENT = "role", "content"
+# Records and features: the judgements; of several names, the first that has values counts.
+SCORES = SCORE_CHOSEN, SCORE_REJECTED = ("score_chosen", "score_rejected")
+RATINGS = REWARD, SCORE, RATING = ("reward", "score", "rating")
+LABELS = DESIRABLE, LABEL = ("desirable", "label")
+GROUP = "group"
+# Records of the embedded corpus: how a text was spoilt, and whether its pair was exchanged.
+CORRUPTION, FLIPPED = "corruption", "flipped"
+
+# Features: token ids.
+TOKENS = PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS, COMPLETION_IDS = (
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "completion_ids",
+)
+PAIR_IDS = (CHOSEN_IDS, REJECTED_IDS)
+# Features and batches: a reference's log-probs of pairs, named as in TRL, and of completions.
+PAIR_REFERENCES = REF_CHOSEN_LOGPS, REF_REJECTED_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+POINT_REFERENCES = REFERENCE, PROMPT_REFERENCE = ("reference", "prompt_reference")
+# The same of completions in TRL's batches; it has no name for the last, the prompts'.
+TRL_REFERENCES = REF_LOGPS, REF_KL_LOGPS, REF_PROMPT_LOGPS = (
+    "ref_logps",
+    "ref_KL_logps",
+    "ref_prompt_logps",
+)
+COLLISIONS = ("collision_chosen", "collision_rejected")
+
+# Batches: how sequences are laid out; the first three are what Hugging Face's models call them.
+INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
+COMPLETION_MASK, LABEL_COUNTS = "completion_mask", "label_counts"
+SEQUENCE_IDS, NUM_SEQUENCES = "sequence_ids", "num_sequences"
+# The same where a pair shares its prompt in one row.
+SEGMENTS, PREDICTORS = "segments", "predictors"
+TARGETS, TARGET_SEQUENCES = "targets", "target_sequences"
+# TRL's prefix of the layout of mismatched completions.
+MISMATCHED = "KL_"
+
+# Batches: fields of `LogpBatch`, and the columns of features that they are made of.
+REWARDS, GROUPS, KL = "rewards", "groups", "kl"
+SEQUENCE_KL, COLLISION = "sequence_kl", "collision"
+PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS}
+POINT_FIELDS = {
+    REWARDS: (REWARD,),
+    GROUPS: (GROUP,),
+    DESIRABLE: (DESIRABLE,),
+    REFERENCE: (REFERENCE,),
+    PROMPT_REFERENCE: (PROMPT_REFERENCE,),
+    SEQUENCE_KL: (SEQUENCE_KL,),
+    COLLISION: (COLLISION,),
+}
+# Scores that stand for labels, and a flag that a batch's rewards are such, for the metrics.
+LABEL_REWARDS, MADE_UP_REWARDS = "label_rewards", "made_up_rewards"
+
+# Not every row of a data set need have been scored.
+_PARTLY = frozenset((REWARD, *SCORES))
 # What Python, NumPy and torch raise of values that are no number, or several.
 _UNREADABLE = (TypeError, ValueError, OverflowError, RuntimeError)
 
@@ -46,6 +107,11 @@ def row_at(index: int) -> str:
     return f"row {index} (counted from 0)"
 
 
+def feature_at(index: int) -> str:
+    """A feature's place as messages name it."""
+    return f"feature {index}"
+
+
 def column_of(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> str | None:
     """The first of these columns with a value in any row, or None."""
     rows = list(rows)
@@ -58,7 +124,7 @@ def finite_number(name: str, value: Any, where: str) -> float:
     Args:
         name: of its column.
         value: what stands there; text that spells a number is one.
-        where: which row it is, such as `row_at(3)` or "feature 3".
+        where: which row it is, such as `row_at(3)` or `feature_at(3)`.
 
     Raises:
         ValueError: it is no number (a bool is none), NaN or infinite.
@@ -118,6 +184,70 @@ def judgement(name: str, value: Any, where: str) -> bool:
         f"{name}: got {value!r} in {where}, wanted true or false, or 1 or 0; map what is desirable"
         " to true and everything else to false"
     )
+
+
+_Reader = Callable[[str, Any, str], float]
+_NUMBER: tuple[_Reader, torch.dtype] = (finite_number, torch.float32)
+# Column → what reads its values, and their dtype; of every other column they are numbers.
+_KINDS: dict[str, tuple[_Reader, torch.dtype]] = {
+    GROUP: (whole_number, torch.int64),
+    **dict.fromkeys(LABELS, (judgement, torch.bool)),
+}
+
+
+def read_value(name: str, value: Any, where: str) -> float:
+    """The value of any column but texts and token ids: int of a group, bool of a label, or float.
+
+    Args:
+        name: of its column.
+        value: what stands there.
+        where: which row it is.
+
+    Raises:
+        ValueError: as `finite_number`, `whole_number` or `judgement` do.
+    """
+    read, _ = _KINDS.get(name, _NUMBER)
+    return read(name, value, where)
+
+
+def is_given(features: Sequence[Mapping[str, Any]], *names: str) -> bool:
+    """Whether a batch is to have columns: any feature has one; of scores, every one has all."""
+    there = [name for name in names if any(name in feature for feature in features)]
+    if len(there) == len(names) and _PARTLY.issuperset(names):
+        return all(has_values(feature, names) for feature in features)
+    return any(feature.get(name) is not None for feature in features for name in there)
+
+
+def stacked(features: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    """A column of the features.
+
+    Args:
+        features: S rows.
+        name: of the column.
+
+    Returns:
+        (S,), int64 of groups, bool of labels, float32 of everything else.
+
+    Raises:
+        ValueError: a feature has no value, or one that is none of its kind or not finite; the
+            message has the feature's index.
+    """
+    read, dtype = _KINDS.get(name, _NUMBER)
+    values = []
+    for index, feature in enumerate(features):
+        where = feature_at(index)
+        require_columns(feature, (name,), where)
+        if feature[name] is None:
+            raise ValueError(f"{name}: got None in {where}, needs a value in each or none")
+        values.append(read(name, feature[name], where))
+    column = torch.tensor(values, dtype=dtype)
+    if dtype.is_floating_point and not column.isfinite().all():
+        index = int(column.isfinite().logical_not().nonzero()[0])
+        raise ValueError(
+            f"{name}: got {values[index]!r} in {feature_at(index)}, wanted a number within"
+            f" {dtype}; scale the column"
+        )
+    return column
 
 
 def _is_bool(value: Any) -> bool:

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_shape
-
-LABEL_COUNTS = "label_counts"
+from fused_prefopt.data.columns import (
+    ATTENTION_MASK,
+    COMPLETION_MASK,
+    INPUT_IDS,
+    LABEL_COUNTS,
+    SEQUENCE_IDS,
+)
 
 
 class LabelCounts(UserDict[str, Any]):
-    """How many rows of a batch carry a label after the shift: a number that never leaves the host.
+    """Numbers of labelled rows of a batch, after the shift, which never leave the host.
 
     A mapping without items, which a move to a device or to pinned memory leaves as it is. What
     cuts, joins, gathers or broadcasts batches (accelerate's `dispatch_batches`) makes a new one of
@@ -50,7 +55,7 @@ class LabelCounts(UserDict[str, Any]):
 
     def of(self, batch: Mapping[str, Any]) -> tuple[int | None, int | None]:
         """Those of the completions and of the prompts, None where they are another batch's."""
-        if self._shape != tuple(batch["completion_mask"].shape):
+        if self._shape != tuple(batch[COMPLETION_MASK].shape):
             return None, None
         return self._completion, self._prompt
 
@@ -61,7 +66,7 @@ def count_labels(batch: Mapping[str, Any]) -> LabelCounts:
     Args:
         batch: of a collator, on the CPU; padded or packed.
     """
-    ids = batch.get("sequence_ids")
+    ids = batch.get(SEQUENCE_IDS)
 
     def count(labels: Tensor) -> int:
         predicted = labels[..., 1:] != -100
@@ -70,7 +75,7 @@ def count_labels(batch: Mapping[str, Any]) -> LabelCounts:
         return int(predicted.sum())
 
     return LabelCounts(
-        shape=tuple(batch["completion_mask"].shape),
+        shape=tuple(batch[COMPLETION_MASK].shape),
         completion=count(labels_of(batch)),
         prompt=count(prompt_labels_of(batch)),
     )
@@ -99,9 +104,9 @@ def labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
     Returns:
         The shape of `input_ids`, int64.
     """
-    mask = batch["completion_mask"]
-    require_shape("completion_mask", mask, batch["input_ids"].shape)
-    return batch["input_ids"].masked_fill(mask == 0, ignore_index)
+    mask = batch[COMPLETION_MASK]
+    require_shape(COMPLETION_MASK, mask, batch[INPUT_IDS].shape)
+    return batch[INPUT_IDS].masked_fill(mask == 0, ignore_index)
 
 
 def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
@@ -114,7 +119,7 @@ def prompt_labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tens
     Returns:
         The shape of `input_ids`, int64.
     """
-    hidden = batch["completion_mask"] != 0
-    if "attention_mask" in batch:
-        hidden = hidden | (batch["attention_mask"] == 0)
-    return batch["input_ids"].masked_fill(hidden, ignore_index)
+    hidden = batch[COMPLETION_MASK] != 0
+    if ATTENTION_MASK in batch:
+        hidden = hidden | (batch[ATTENTION_MASK] == 0)
+    return batch[INPUT_IDS].masked_fill(hidden, ignore_index)

@@ -1,34 +1,52 @@
-"""Text and chat records turned into token ids, with TRL's column names."""
+"""Texts and chats turned into token ids, what truncation does to them, and a trained tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fused_prefopt.data.columns import (
+    CHOSEN_IDS,
+    COMPLETION,
+    COMPLETION_IDS,
+    DESIRABLE,
+    GROUP,
     LABELS,
     PAIR,
+    PROMPT,
+    PROMPT_IDS,
     RATINGS,
+    REJECTED_IDS,
+    REWARD,
     SCORES,
     column_of,
-    finite_number,
     has_values,
-    judgement,
+    read_value,
     require_columns,
     row_at,
-    whole_number,
 )
-from fused_prefopt.data.truncation import RowCounts
 
 Ids = list[int]
 Record = Mapping[str, Any]
 Features = list[dict[str, Any]]
+# Prompt and completion of one side of a row, as token ids.
+Side = tuple[Sequence[int], Sequence[int]]
+_END = "<|endoftext|>"
+_PAD = "<|pad|>"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}"
+    + _END
+    + "\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+logger = logging.getLogger(__name__)
 
 
 def tokenise_pairs(
     records: Iterable[Record], tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> Features:
-    """Turn preference pairs into token ids.
+    """Token ids of preference pairs.
 
     Texts are encoded on their own, the prompt after the tokenizer's beginning-of-text token if it
     uses one, each completion before its end-of-text token. Chats go through the chat template,
@@ -66,7 +84,7 @@ def tokenise_pairs(
 def tokenise_points(
     records: Iterable[Record], tokenizer: Any, max_length: int, max_prompt_length: int
 ) -> Features:
-    """Turn rated completions into token ids, the way `tokenise_pairs` does.
+    """Token ids of rated or judged completions, made as `tokenise_pairs` does.
 
     Args:
         records: with `prompt` and `completion`, both strings or both lists of messages; kept if
@@ -102,15 +120,15 @@ def counted_pairs(
     features = []
     for index, record in enumerate(records):
         where = row_at(index)
-        require_columns(record, ("prompt", *PAIR), where)
-        whole = [encoder.encode(record["prompt"], record[side], where) for side in PAIR]
+        require_columns(record, (PROMPT, *PAIR), where)
+        whole = [encoder.encode(record[PROMPT], record[side], where) for side in PAIR]
         cut = [encoder.fit(*side) for side in whole]
         scores = {}
         if has_values(record, SCORES):
-            scores = {name: finite_number(name, record[name], where) for name in SCORES}
+            scores = {name: read_value(name, record[name], where) for name in SCORES}
         if counts.keeps(whole, cut):
             (prompt, chosen), (_, rejected) = cut
-            ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            ids = {PROMPT_IDS: prompt, CHOSEN_IDS: chosen, REJECTED_IDS: rejected}
             features.append({**ids, **scores})
     counts.require_some("records")
     return features, counts
@@ -128,25 +146,169 @@ def counted_points(
     counts = RowCounts(what, max_length, max_prompt_length, pairwise=False)
     records = list(records)
     sources = {
-        "reward": (column_of(records, RATINGS), finite_number),
-        "group": ("group", whole_number),
-        "desirable": (column_of(records, LABELS), judgement),
+        REWARD: column_of(records, RATINGS),
+        GROUP: GROUP,
+        DESIRABLE: column_of(records, LABELS),
     }
     features = []
     for index, record in enumerate(records):
         where = row_at(index)
-        require_columns(record, ("prompt", "completion"), where)
-        whole = encoder.encode(record["prompt"], record["completion"], where)
+        require_columns(record, (PROMPT, COMPLETION), where)
+        whole = encoder.encode(record[PROMPT], record[COMPLETION], where)
         prompt, completion = encoder.fit(*whole)
         extras = {
-            name: read(source, record[source], where)
-            for name, (source, read) in sources.items()
+            name: read_value(source, record[source], where)
+            for name, source in sources.items()
             if source is not None and record.get(source) is not None
         }
         if counts.keeps([whole], [(prompt, completion)]):
-            features.append({"prompt_ids": prompt, "completion_ids": completion, **extras})
+            features.append({PROMPT_IDS: prompt, COMPLETION_IDS: completion, **extras})
     counts.require_some("records")
     return features, counts
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE tokenizer; it has no unknown token, any text has an encoding.
+
+    Args:
+        texts: to train on.
+        vocab_size: entries, the 256 bytes and two special tokens included.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast` with end-of-text and padding tokens and a plain
+        chat template; it adds no special tokens by itself.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size: got {vocab_size}, wanted at least 258")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END, _PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=_END,
+        pad_token=_PAD,
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+@dataclass
+class RowCounts:
+    """Counts of rows that were read, cut, and dropped as nothing can be learnt from them.
+
+    Attributes:
+        what: the rows are, to begin the message: "pairs".
+        max_length: tokens of prompt and completion together; None cuts nothing.
+        max_prompt_length: tokens of the prompt alone; None sets no such limit.
+        pairwise: whether a row has two sides.
+        read: rows.
+        kept: rows with a label on every side, their sides different.
+        completions: rows of which a completion was cut.
+        prompts: rows of which a prompt was cut.
+        touched: rows of which either was cut.
+        equal: rows dropped as their two sides are the same tokens.
+        empty: rows dropped as a side has no label left.
+    """
+
+    what: str
+    max_length: int | None
+    max_prompt_length: int | None = None
+    pairwise: bool = True
+    read: int = 0
+    kept: int = 0
+    completions: int = 0
+    prompts: int = 0
+    touched: int = 0
+    equal: int = 0
+    empty: int = 0
+
+    def keeps(self, whole: Sequence[Side], cut: Sequence[Side]) -> bool:
+        """Count a row and say whether it is kept.
+
+        Args:
+            whole: prompt and completion of each side before they were cut.
+            cut: the same afterwards.
+        """
+        prompt_cut, completion_cut = (
+            any(len(before[i]) > len(after[i]) for before, after in zip(whole, cut, strict=True))
+            for i in (0, 1)
+        )
+        self.read += 1
+        self.prompts += prompt_cut
+        self.completions += completion_cut
+        self.touched += prompt_cut or completion_cut
+        # Nothing predicts a sequence's first token.
+        if any(len(completion) - (not prompt) < 1 for prompt, completion in cut):
+            self.empty += 1
+        elif self.pairwise and _lists(cut[0]) == _lists(cut[1]):
+            self.equal += 1
+        else:
+            self.kept += 1
+            return True
+        return False
+
+    def add_empty(self, rows: int) -> None:
+        """Count rows that were dropped elsewhere, as their prompt left their completion no room."""
+        self.read += rows
+        self.empty += rows
+        self.completions += rows
+        self.touched += rows
+
+    @property
+    def message(self) -> str:
+        """All counts, and what to raise where something was cut."""
+        equal = f"sides equal {self.equal}, " if self.pairwise else ""
+        said = (
+            f"{self.what}: read {self.read}, kept {self.kept}; completions truncated"
+            f" {self.completions}, prompts truncated {self.prompts}, {equal}without a completion"
+            f" {self.empty}"
+        )
+        if not self.touched:
+            return said
+        prompts_apart = self.max_prompt_length is not None
+        limits = [
+            f"{name} ({limit})"
+            for name, limit, counts in (
+                ("max_length", self.max_length, self.completions or not prompts_apart),
+                ("max_prompt_length", self.max_prompt_length, self.prompts and prompts_apart),
+            )
+            if counts
+        ]
+        share = self.touched / self.read
+        most = f", which cuts {share:.0%} of the rows" if self._cuts_most else ""
+        return f"{said}; raise {' or '.join(limits)}{most}"
+
+    def log(self) -> None:
+        """Log the message, as a warning if rows were dropped or more than half of them cut."""
+        warns = self.kept < self.read or self._cuts_most
+        logger.log(logging.WARNING if warns else logging.INFO, "%s", self.message)
+
+    def require_some(self, name: str) -> None:
+        """Raise ValueError unless rows are left.
+
+        Args:
+            name: of the argument that they came in.
+        """
+        if not self.read:
+            raise ValueError(f"{name}: got no rows, needs at least one")
+        if not self.kept:
+            raise ValueError(f"{name}: no row is left, needs at least one; {self.message}")
+
+    @property
+    def _cuts_most(self) -> bool:
+        return 2 * self.touched > self.read
 
 
 class _Encoder:
@@ -212,3 +374,8 @@ class _Encoder:
 
 def _is_chat(turns: Any) -> bool:
     return isinstance(turns, Iterable) and not isinstance(turns, str | Mapping)
+
+
+def _lists(side: Side) -> tuple[list[int], list[int]]:
+    prompt, completion = side
+    return list(prompt), list(completion)

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
-from fused_prefopt.statistics.gather import sum_over_ranks, world_size
+from fused_prefopt.distributed import sum_over_ranks, world_size
 
 _SKIPPED = "skipped_steps"
 
@@ -44,7 +44,7 @@ def mind_nonfinite(trainer: Any, on_nonfinite: str) -> None:
 
 
 class StepLosses:
-    """What became of the micro-batches' losses, kept on their device until it is asked for.
+    """Sums of the micro-batches' losses, kept on their device until it is asked for.
 
     Args:
         device: of the losses.
@@ -87,7 +87,7 @@ class StepLosses:
         return step
 
     def logged(self, name: str, value: float, *, skips: bool) -> float:
-        """What to log for a trainer's mean over the steps since the last log or the start.
+        """The number to log for a trainer's mean over the steps since the last log or the start.
 
         Every rank must make the call.
 
@@ -213,7 +213,7 @@ def _stop(trainer: Any, loss: float, gradient: float = 0.0) -> None:
 
 
 def _steps_in_backward(trainer: Any) -> str:
-    """What moves the weights inside the backward pass; empty where `optimizer.step` does."""
+    """Mover of the weights in the backward pass, by name; "" where `optimizer.step` is it."""
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))

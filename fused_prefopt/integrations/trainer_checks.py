@@ -1,18 +1,27 @@
-"""What a trainer and its data sets must be like for a preference loss, checked before training."""
+"""Checks of a trainer, its data sets and its batches: what a preference loss needs of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fused_prefopt.checks import require_tokens
 from fused_prefopt.data import PairCollator, PointCollator
-from fused_prefopt.integrations.attachment import OF_REFERENCE, lacks_reference
-from fused_prefopt.integrations.causal_lm import input_vocab
-from fused_prefopt.integrations.collated import given_fields
-from fused_prefopt.integrations.counted_labels import CountedLabels
-from fused_prefopt.integrations.past_wrappers import PREFERENCE_KEY
+from fused_prefopt.data.columns import (
+    CHOSEN_IDS,
+    COMPLETION_IDS,
+    COMPLETION_MASK,
+    INPUT_IDS,
+    LABEL_COUNTS,
+    PROMPT,
+    SEGMENTS,
+)
+from fused_prefopt.data.labels import count_labels
+from fused_prefopt.integrations.attach import OF_REFERENCE, lacks_reference
 from fused_prefopt.losses import check_needs
+from fused_prefopt.models.batch import given_fields
+from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.preference import PreferenceLoss
 
 # Tokens that may fill the padded places, which are masked.
@@ -37,10 +46,10 @@ def require_trainer(trainer: Any) -> None:
     """Raise ValueError unless a `transformers.Trainer` leaves batches and the model as they are."""
     refuse_functions_of_logits(vars(trainer))
     args = trainer.args
-    if args.remove_unused_columns or trainer.label_names != [PREFERENCE_KEY]:
+    if args.remove_unused_columns or trainer.label_names != [COMPLETION_MASK]:
         raise ValueError(
             "args: wanted remove_unused_columns=False and"
-            f" label_names=[{PREFERENCE_KEY!r}], got {args.remove_unused_columns} and"
+            f" label_names=[{COMPLETION_MASK!r}], got {args.remove_unused_columns} and"
             f" {trainer.label_names}"
         )
     if args.n_gpu > 1:
@@ -88,7 +97,7 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
     collator = trainer.data_collator
     if not isinstance(collator, PairCollator | PointCollator):
         return
-    always = {"prompt"} | (OF_REFERENCE if has_reference else set())
+    always = {PROMPT} | (OF_REFERENCE if has_reference else set())
 
     def fields_of(row: Any) -> set[str]:
         given = given_fields(collator([row]))
@@ -127,7 +136,7 @@ def collator_for(
     name, row = next(_first_rows(train_dataset, eval_dataset, streams=True), ("", None))
     if row is None:
         return None
-    kinds = {"chosen_ids": PairCollator, "completion_ids": PointCollator}
+    kinds = {CHOSEN_IDS: PairCollator, COMPLETION_IDS: PointCollator}
     kind = next((kind for column, kind in kinds.items() if column in row), None)
     if kind is None:
         raise ValueError(
@@ -152,3 +161,63 @@ def _first_rows(train: Any, evaluated: Any, streams: bool) -> Iterator[tuple[str
         row = next(iter(data), None)
         if row is not None:
             yield name, row
+
+
+def leave_out_ligers_loss(args: Any) -> None:
+    """With ``use_liger_kernel`` keep Liger's kernels of layers, and not its fused loss.
+
+    That one comes with a forward of its own, which a trainer puts in the model's place when
+    training starts: in place of an attached one.
+
+    Args:
+        args: of a `transformers.Trainer`; its `liger_kernel_config` is changed.
+    """
+    if args.use_liger_kernel:
+        config = args.liger_kernel_config or {}
+        args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+
+
+@dataclass
+class CheckedTokens:
+    """A collator whose batches' token ids all have a row in the model's input embedding.
+
+    Args:
+        collator: any, of batches with `input_ids`.
+        vocab_size: rows of the input embedding.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    vocab_size: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The collator's batch.
+
+        Raises:
+            ValueError: a token id is negative, or at least `vocab_size`.
+        """
+        batch = self.collator(examples)
+        for name, ids in batch.items():
+            if name.endswith(INPUT_IDS):
+                require_tokens(name, ids, self.vocab_size)
+        return batch
+
+
+@dataclass
+class CountedLabels:
+    """A collator whose batches carry `LabelCounts`, also of the mismatched completions of TRL's.
+
+    Args:
+        collator: any; batches without `completion_mask` stay as they are.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The collator's batch."""
+        batch = self.collator(examples)
+        for name in [name for name in batch if name.endswith(COMPLETION_MASK)]:
+            prefix = name.removesuffix(COMPLETION_MASK)
+            part = {each[len(prefix) :]: batch[each] for each in batch if each.startswith(prefix)}
+            if part[COMPLETION_MASK].device.type == "cpu" and SEGMENTS not in part:
+                batch[prefix + LABEL_COUNTS] = count_labels(part)
+        return batch

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fused_prefopt.extras import require_packages
+from fused_prefopt.checks import require_packages
 
 try:
     from transformers import Trainer, TrainingArguments
@@ -20,25 +20,25 @@ except (ImportError, RuntimeError):  # of a lazy module, which tells less than w
     require_packages(__name__, "transformers", "accelerate")
     raise
 
-from fused_prefopt.integrations.attachment import OF_REFERENCE, Attachment, preference_outputs
-from fused_prefopt.integrations.causal_lm import backbone_of, readable_head
-from fused_prefopt.integrations.head_check import require_trained_head
-from fused_prefopt.integrations.liger import leave_out_ligers_loss
-from fused_prefopt.integrations.loss_state import KeepsLossState
-from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
-from fused_prefopt.integrations.past_wrappers import (
-    PREFERENCE_KEY,
-    PreparesExactly,
-    exact_loss,
-    past_wrappers,
+from fused_prefopt.data.columns import COMPLETION_MASK, SEQUENCE_KL
+from fused_prefopt.integrations.attach import (
+    OF_REFERENCE,
+    Attachment,
+    Reference,
+    preference_outputs,
 )
-from fused_prefopt.integrations.reference_pass import Reference
+from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.trainer_checks import (
     collator_for,
+    leave_out_ligers_loss,
     let_collator_check,
     require_collated_rows,
     require_trainer,
 )
+from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.models.causal_lm import backbone_of, readable_head
+from fused_prefopt.models.head_check import require_trained_head
+from fused_prefopt.models.model_call import exact_loss, past_wrappers
 from fused_prefopt.preference import PreferenceLoss
 
 __all__ = ["Attachment", "PreferenceTrainer", "attach", "past_wrappers", "preference_outputs"]
@@ -106,7 +106,7 @@ def attach(
         require_trained_head(reference, "reference")
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
-    if loss_fn.ld_alpha is not None and "sequence_kl" in needs:
+    if loss_fn.ld_alpha is not None and SEQUENCE_KL in needs:
         raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with {loss_fn.name}, needs None")
     if reference != "precomputed" and needs:
         options = {name: loss_fn.op_options[name] for name in ("workspace_mb", "engine")}
@@ -119,7 +119,7 @@ def attach(
                 "reference_cache: got one with reference='precomputed', needs 'adapter' or a model"
                 " to compute what it keeps"
             )
-        if loss_fn.ld_alpha is not None or "sequence_kl" in needs:
+        if loss_fn.ld_alpha is not None or SEQUENCE_KL in needs:
             raise ValueError(
                 f"reference_cache: got one with {loss_fn}, which wants more of the reference than"
                 " the log-probs of whole completions; needs a reference without a cache"
@@ -147,7 +147,7 @@ class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The trainer's own, of fields that the model's wrappers do not round."""
-        if PREFERENCE_KEY not in inputs or self.compute_loss_func is not None:
+        if COMPLETION_MASK not in inputs or self.compute_loss_func is not None:
             found = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
             self.judge_before_backward(model, found[0] if return_outputs else found)
             return found
@@ -219,7 +219,7 @@ class PreferenceTrainer(LogsPreferences, Trainer):
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         args.remove_unused_columns = False
         if args.label_names is None:
-            args.label_names = [PREFERENCE_KEY]
+            args.label_names = [COMPLETION_MASK]
         if data_collator is None:
             data_collator = collator_for(train_dataset, eval_dataset, processing_class, model)
         given = (data_collator, train_dataset, eval_dataset, processing_class, *more)
@@ -235,7 +235,13 @@ class PreferenceTrainer(LogsPreferences, Trainer):
 
 
 def _log_in(trainer: Trainer, attachment: Attachment) -> None:
-    """Give the trainer the methods of `LogsPreferences`, in front of its class's own."""
+    """Give the trainer the methods of `LogsPreferences`, in front of its class's own.
+
+    By another class, as `transformers` has no public door for them: a callback cannot add to the
+    log that a trainer keeps, nor to the metrics that `evaluate` returns, and none is told of a
+    batch before it is prepared, of its loss before the backward pass, or of a checkpoint that is
+    loaded. `tests/integrations/test_doors.py` notices one that opens.
+    """
     trainer.attachment = attachment
     kind = type(trainer)
     if not issubclass(kind, LogsPreferences):

@@ -1,63 +1,69 @@
 """Losses: pure functions of per-sequence log-probs, composed from rewards, margins and links."""
 
-from fused_prefopt.losses import baselines, presets, trl_presets, variants
-from fused_prefopt.losses.anchored import AnchoredLoss
-from fused_prefopt.losses.bradley_terry import bradley_terry_loss
-from fused_prefopt.losses.curved_rewards import (
-    AlphaRatio,
-    ForwardKlRatio,
-    JensenShannonRatio,
-    MeanPower,
-)
-from fused_prefopt.losses.feedback import AnchoredFeedbackLoss, BinaryFeedbackLoss
-from fused_prefopt.losses.further_links import Blended, Exact, Indifferent
-from fused_prefopt.losses.gaps import gap_of
-from fused_prefopt.losses.length_desensitized import length_desensitized, tail_labels
+from fused_prefopt.losses import presets
+from fused_prefopt.losses.adaptive_margin import AdaptiveMargin, Normalisation, gap_of
+from fused_prefopt.losses.dynamic_margin import DynamicMargin, exact_margins, mirror_margins
 from fused_prefopt.losses.links import (
+    Blended,
+    Exact,
     Hinge,
+    Indifferent,
     Logistic,
     Robust,
     Squared,
     UnbiasedRobust,
     Weighted,
-    hinge,
-    logistic,
-    robust,
-    squared,
-    unbiased_robust,
 )
 from fused_prefopt.losses.margins import (
-    AdaptiveMargin,
     ConstantMargin,
-    DynamicMargin,
-    Normalisation,
-)
-from fused_prefopt.losses.needs import check_needs
-from fused_prefopt.losses.offsets import (
     DropMargin,
     LengthMargin,
     OffsetMargin,
     ScoreMargin,
     SequenceKlMargin,
 )
-from fused_prefopt.losses.pairwise import PairwiseLoss
-from fused_prefopt.losses.pointwise import DirectRewardLoss
-from fused_prefopt.losses.published import PublishedSetting, preset, published_settings
-from fused_prefopt.losses.reductions import SoftMinimum
-from fused_prefopt.losses.registry import LossInfo, available_losses, find, register
-from fused_prefopt.losses.regularisers import Calibration, ChosenNll
+from fused_prefopt.losses.pairwise import (
+    AnchoredLoss,
+    PairwiseLoss,
+    TransportLoss,
+    bradley_terry_loss,
+)
+from fused_prefopt.losses.pointwise import (
+    AnchoredFeedbackLoss,
+    BinaryFeedbackLoss,
+    DirectRewardLoss,
+)
+from fused_prefopt.losses.protocol import check_needs
+from fused_prefopt.losses.registry import (
+    LossInfo,
+    PublishedSetting,
+    available_losses,
+    find,
+    preset,
+    published_settings,
+    register,
+)
 from fused_prefopt.losses.rewards import (
+    AlphaRatio,
+    ForwardKlRatio,
+    JensenShannonRatio,
     LogOdds,
     LogRatio,
     MeanLogp,
     MeanLogRatio,
+    MeanPower,
     RejectedShare,
     SumLogp,
 )
-from fused_prefopt.losses.scaling import DynamicScale
-from fused_prefopt.losses.solver import exact_margins, mirror_margins
-from fused_prefopt.losses.transport import TransportLoss
-from fused_prefopt.losses.weighting import OnPolicyWeights
+from fused_prefopt.losses.terms import (
+    Calibration,
+    ChosenNll,
+    DynamicScale,
+    OnPolicyWeights,
+    SoftMinimum,
+    length_desensitized,
+    tail_labels,
+)
 
 __all__ = [
     "AdaptiveMargin",
@@ -102,24 +108,16 @@ __all__ = [
     "UnbiasedRobust",
     "Weighted",
     "available_losses",
-    "baselines",
     "bradley_terry_loss",
     "check_needs",
     "exact_margins",
     "find",
     "gap_of",
-    "hinge",
     "length_desensitized",
-    "logistic",
     "mirror_margins",
     "preset",
     "presets",
     "published_settings",
     "register",
-    "robust",
-    "squared",
     "tail_labels",
-    "trl_presets",
-    "unbiased_robust",
-    "variants",
 ]

@@ -1,9 +1,11 @@
-"""Links: from reward margins and target margins to losses."""
+"""Links: from reward margins m and target margins γ of pairs to their losses."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
@@ -11,39 +13,19 @@ from fused_prefopt.checks import require_number
 from fused_prefopt.losses.protocol import Link
 
 
-def logistic(
-    reward_margins: Tensor, target_margins: Tensor, *, label_smoothing: float = 0.0
-) -> Tensor:
-    """Bradley–Terry negative log-likelihood with a share of flipped labels.
-
-    ``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``
-
-    Args:
-        reward_margins: (P,) m.
-        target_margins: (P,) γ.
-        label_smoothing: ε.
-
-    Returns:
-        (P,) losses in nats.
-
-    Source: DPO (Rafailov et al. 2023), eq. 7; ε after cDPO (Mitchell 2023).
-    """
-    excess = reward_margins - target_margins
-    if label_smoothing == 0:
-        return -logsigmoid(excess)
-    # log σ(x) = log σ(−x) + x: one log-sigmoid serves both terms.
-    return label_smoothing * excess - logsigmoid(excess)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Logistic:
-    """The `logistic` link with its hyperparameter.
+    """Bradley–Terry negative log-likelihood with a share of flipped labels, in nats.
+
+    ``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``
 
     Args:
         label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
 
     Raises:
         ValueError: `label_smoothing` is out of range.
+
+    Source: DPO (Rafailov et al. 2023), eq. 7; ε after cDPO (Mitchell 2023).
     """
 
     label_smoothing: float = 0.0
@@ -53,89 +35,26 @@ class Logistic:
 
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
-        return logistic(reward_margins, target_margins, label_smoothing=self.label_smoothing)
-
-
-def robust(reward_margins: Tensor, target_margins: Tensor, *, epsilon: float) -> Tensor:
-    """Log-likelihood under flipped labels, where a flipped pair must exceed the target too.
-
-    ``−(1−ε) log σ(m − γ) − ε log σ(−m − γ)``
-
-    Args:
-        reward_margins: (P,) m.
-        target_margins: (P,) γ.
-        epsilon: ε.
-
-    Returns:
-        (P,) losses in nats.
-
-    Source: cDPO (Mitchell 2023) with a target margin; `logistic` where γ is 0.
-    """
-    given = logsigmoid(reward_margins - target_margins)
-    flipped = logsigmoid(-reward_margins - target_margins)
-    return -(1 - epsilon) * given - epsilon * flipped
-
-
-def unbiased_robust(reward_margins: Tensor, target_margins: Tensor, *, epsilon: float) -> Tensor:
-    """The loss whose mean over labels flipped with probability ε is that of the clean labels.
-
-    ``[−(1−ε) log σ(m − γ) + ε log σ(−m − γ)] / (1 − 2ε)``
-
-    Args:
-        reward_margins: (P,) m.
-        target_margins: (P,) γ.
-        epsilon: ε.
-
-    Returns:
-        (P,) losses, which may be negative.
-
-    Source: rDPO (Chowdhury et al. 2024).
-    """
-    given = logsigmoid(reward_margins - target_margins)
-    flipped = logsigmoid(-reward_margins - target_margins)
-    return (epsilon * flipped - (1 - epsilon) * given) / (1 - 2 * epsilon)
-
-
-def hinge(reward_margins: Tensor, target_margins: Tensor, *, delta: float = 1.0) -> Tensor:
-    """``max(0, δ − (m − γ))``, in units of reward.
-
-    Args:
-        reward_margins: (P,) m.
-        target_margins: (P,) γ.
-        delta: δ.
-
-    Returns:
-        (P,) losses.
-
-    Source: SLiC-HF (Zhao et al. 2023).
-    """
-    return relu(delta - (reward_margins - target_margins))
-
-
-def squared(reward_margins: Tensor, target_margins: Tensor) -> Tensor:
-    """``(m − γ)²``.
-
-    Args:
-        reward_margins: (P,) m.
-        target_margins: (P,) γ.
-
-    Returns:
-        (P,) losses.
-
-    Source: IPO (Azar et al. 2023), eq. 17.
-    """
-    return (reward_margins - target_margins).square()
+        excess = reward_margins - target_margins
+        if self.label_smoothing == 0:
+            return -logsigmoid(excess)
+        # log σ(x) = log σ(−x) + x: one log-sigmoid serves both terms.
+        return self.label_smoothing * excess - logsigmoid(excess)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Robust:
-    """The `robust` link with its hyperparameter.
+    """Log-likelihood under flipped labels, where a flipped pair must exceed the target too.
+
+    ``−(1−ε) log σ(m − γ) − ε log σ(−m − γ)``, in nats; `Logistic` where γ is 0.
 
     Args:
         epsilon: 0 <= ε <= 0.5, probability that a label is flipped.
 
     Raises:
         ValueError: `epsilon` is out of range.
+
+    Source: cDPO (Mitchell 2023) with a target margin.
     """
 
     epsilon: float = 0.1
@@ -145,18 +64,24 @@ class Robust:
 
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
-        return robust(reward_margins, target_margins, epsilon=self.epsilon)
+        given = logsigmoid(reward_margins - target_margins)
+        flipped = logsigmoid(-reward_margins - target_margins)
+        return -(1 - self.epsilon) * given - self.epsilon * flipped
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnbiasedRobust:
-    """The `unbiased_robust` link with its hyperparameter.
+    """The loss whose mean over labels flipped with probability ε is that of the clean labels.
+
+    ``[−(1−ε) log σ(m − γ) + ε log σ(−m − γ)] / (1 − 2ε)``, which may be negative.
 
     Args:
         epsilon: 0 <= ε < 0.5, probability that a label is flipped.
 
     Raises:
         ValueError: `epsilon` is out of range.
+
+    Source: rDPO (Chowdhury et al. 2024).
     """
 
     epsilon: float = 0.1
@@ -166,18 +91,22 @@ class UnbiasedRobust:
 
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
-        return unbiased_robust(reward_margins, target_margins, epsilon=self.epsilon)
+        given = logsigmoid(reward_margins - target_margins)
+        flipped = logsigmoid(-reward_margins - target_margins)
+        return (self.epsilon * flipped - (1 - self.epsilon) * given) / (1 - 2 * self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hinge:
-    """The `hinge` link with its hyperparameter.
+    """``max(0, δ − (m − γ))``, in units of reward.
 
     Args:
         delta: δ, by how much m must exceed γ, in units of reward.
 
     Raises:
         ValueError: `delta` is not a finite number.
+
+    Source: SLiC-HF (Zhao et al. 2023).
     """
 
     delta: float = 1.0
@@ -187,16 +116,85 @@ class Hinge:
 
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
-        return hinge(reward_margins, target_margins, delta=self.delta)
+        return relu(self.delta - (reward_margins - target_margins))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Squared:
-    """The `squared` link."""
+    """``(m − γ)²``.
+
+    Source: IPO (Azar et al. 2023), eq. 17.
+    """
 
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
-        return squared(reward_margins, target_margins)
+        return (reward_margins - target_margins).square()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """``KL(q ‖ p)``, the policy's preference ``q = (σ(x), σ(−x))`` from ``p = (1−ε, ε)``, in nats.
+
+    ``x = m − γ``.
+
+    Args:
+        label_smoothing: 0 < ε <= 0.5, probability that a label is flipped.
+
+    Raises:
+        ValueError: `label_smoothing` is out of range.
+
+    Source: EXO (Ji et al. 2024, arXiv:2402.00856), eq. 16.
+    """
+
+    label_smoothing: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_number("label_smoothing", self.label_smoothing, low=0, high=0.5, above=True)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        excess = reward_margins - target_margins
+        kept, flipped = logsigmoid(excess), logsigmoid(-excess)
+        kept_part = kept.exp() * (kept - math.log1p(-self.label_smoothing))
+        return kept_part + flipped.exp() * (flipped - math.log(self.label_smoothing))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blended:
+    """``−(1−s) log σ(x) + s e^−x`` with ``s = σ(x/T)``: exponential where the pair is right.
+
+    ``x = m − γ``.
+
+    Args:
+        temperature: 0 < T <= 1; larger ones make the loss explode for pairs that are far off.
+
+    Raises:
+        ValueError: `temperature` is out of range.
+
+    Source: DiscoPOP (Lu et al. 2024, arXiv:2406.08414), eq. 5.
+    """
+
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_number("temperature", self.temperature, low=0, high=1, above=True)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        excess = reward_margins - target_margins
+        share = excess / self.temperature
+        # s·e^−x as one exponential: apart they are 0·∞ for a pair that is far off.
+        exponential = (logsigmoid(share) - excess).exp()
+        return exponential - torch.sigmoid(-share) * logsigmoid(excess)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indifferent:
+    """No preference: 0 for every pair, where only the regularisers are to train."""
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) zeros; NaN for a pair without finite margins."""
+        return 0 * (reward_margins - target_margins)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_prefopt.losses.needs import halves
+from fused_prefopt.losses.protocol import halves
 from fused_prefopt.types import LogpBatch
 
 
@@ -20,7 +20,7 @@ def spread(values: Tensor) -> Tensor:
 
 
 def nonfinite(losses: Tensor) -> Tensor:
-    """How many losses of this batch are NaN or infinite, in their dtype."""
+    """Number of NaN or infinite losses, in their dtype."""
     return losses.isfinite().logical_not().sum().to(losses.dtype)
 
 
@@ -28,7 +28,7 @@ def nonfinite(losses: Tensor) -> Tensor:
 def pairwise_metrics(
     batch: LogpBatch, rewards: Tensor, target_margins: Tensor, losses: Tensor
 ) -> dict[str, Tensor]:
-    """What TRL's DPO trainer logs of a batch of pairs, plus KL and margin.
+    """Metrics of a batch of pairs: those of TRL's DPO trainer, plus KL and margin.
 
     Args:
         batch: the pairs.
@@ -83,7 +83,7 @@ def divergence_metrics(batch: LogpBatch, *, pairwise: bool) -> dict[str, Tensor]
 def feedback_metrics(
     batch: LogpBatch, rewards: Tensor, desirable: Tensor, losses: Tensor
 ) -> dict[str, Tensor]:
-    """What TRL's KTO trainer logs of judged completions, beside `pointwise_metrics`.
+    """Metrics of judged completions: those of TRL's KTO trainer, and `pointwise_metrics`.
 
     Args:
         batch: the completions.
@@ -107,7 +107,7 @@ def feedback_metrics(
 
 @torch.no_grad()
 def pointwise_metrics(batch: LogpBatch, rewards: Tensor, losses: Tensor) -> dict[str, Tensor]:
-    """The same for single completions.
+    """Metrics of single completions.
 
     Args:
         batch: the completions.

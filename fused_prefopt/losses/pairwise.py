@@ -1,4 +1,4 @@
-"""Pairwise losses: scale × (reward − margin) through a link, weighted, plus regularisers."""
+"""Losses of pairs: composed ones, two anchors, matched quantiles, and scores of reward models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from fused_prefopt.checks import require_floating, require_shape
 from fused_prefopt.losses.links import Logistic
 from fused_prefopt.losses.margins import ConstantMargin
 from fused_prefopt.losses.metrics import mean, pairwise_metrics
-from fused_prefopt.losses.needs import halves
-from fused_prefopt.losses.protocol import Link, Margin, Regulariser, Reward, Scale, Weighting
+from fused_prefopt.losses.protocol import (
+    Link,
+    Margin,
+    Regulariser,
+    Reward,
+    Scale,
+    Weighting,
+    halves,
+    needed,
+)
+from fused_prefopt.losses.rewards import LogRatio
 from fused_prefopt.statistics import JointStatistic, Statistic
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -51,7 +62,7 @@ class PairwiseLoss:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the parts need, together."""
+        """Union of the parts' needs."""
         return self.reward.needs.union(
             self.margin.needs, *(term.needs for term in self.regularisers)
         )
@@ -114,3 +125,249 @@ class PairwiseLoss:
     def _reward_margins(rewards: Tensor) -> Tensor:
         chosen, rejected = halves(rewards)
         return chosen - rejected
+
+
+def noise_contrastive(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``−log σ(r_w) − ½ log σ(−r_w) − ½ log σ(−r_l)``.
+
+    Args:
+        chosen: (P,) r_w.
+        rejected: (P,) r_l.
+
+    Returns:
+        (P,) losses in nats.
+
+    Source: NCA (Chen et al. 2024, arXiv:2402.05369), for two responses.
+    """
+    return -logsigmoid(chosen) - 0.5 * (logsigmoid(-chosen) + logsigmoid(-rejected))
+
+
+def binary(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``−log σ(r_w) − log σ(−r_l)``.
+
+    Args:
+        chosen: (P,) r_w.
+        rejected: (P,) r_l.
+
+    Returns:
+        (P,) losses in nats.
+
+    Source: BCO (Jung et al. 2024, arXiv:2404.04656), without its reward shift, as in TRL.
+    """
+    return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+
+def self_play(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``(r_w − ½)² + (r_l + ½)²``.
+
+    Args:
+        chosen: (P,) r_w.
+        rejected: (P,) r_l.
+
+    Returns:
+        (P,) losses.
+
+    Source: SPPO (Wu et al. 2024, arXiv:2405.00675), eq. 4.7 with certain preferences.
+    """
+    return (chosen - 0.5).square() + (rejected + 0.5).square()
+
+
+def raise_chosen(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``1 − σ(r_w) + σ(r_l)``: the chosen completion goes up, the rejected one down.
+
+    Args:
+        chosen: (P,) r_w.
+        rejected: (P,) r_l.
+
+    Returns:
+        (P,) losses.
+
+    Source: APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266), eq. 7.
+    """
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def lower_both(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``σ(r_w) + 1 − σ(r_w − r_l)``: both completions go down, the rejected one further.
+
+    Args:
+        chosen: (P,) r_w.
+        rejected: (P,) r_l.
+
+    Returns:
+        (P,) losses.
+
+    Source: APO-down (D'Oosterlinck et al. 2024, arXiv:2408.06266), eq. 8.
+    """
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+@dataclass(frozen=True)
+class AnchoredLoss:
+    """``mean over pairs of judge(r_w, r_l)``.
+
+    Args:
+        reward: implicit reward of a sequence.
+        judge: (P,) chosen and (P,) rejected rewards → (P,) losses.
+        weight: constant factor on the losses.
+    """
+
+    reward: Reward
+    judge: Callable[[Tensor, Tensor], Tensor]
+    weight: float = 1.0
+    pairwise: ClassVar[bool] = True
+    wants: ClassVar[frozenset[str]] = frozenset()
+    coupled: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The reward's."""
+        return self.reward.needs
+
+    def statistics(self) -> None:
+        """None: each pair stands alone."""
+        return None
+
+    def observe(self, batch: LogpBatch) -> Tensor:
+        """(P,) the reward margins, detached."""
+        chosen, rejected = halves(self.reward(batch).detach())
+        return chosen - rejected
+
+    def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
+        """The loss of a batch of pairs.
+
+        Args:
+            batch: chosen half first.
+            summary: not used.
+
+        Returns:
+            Mean loss, (P,) losses, metrics, (S,) rewards and target margins of 0.
+
+        Raises:
+            ValueError: a needed field is missing, or the number of sequences odd.
+        """
+        rewards = self.reward(batch)
+        losses = self.weight * self.judge(*halves(rewards))
+        rewards, target_margins = rewards.detach(), torch.zeros_like(losses)
+        return LossOutput(
+            loss=mean(losses),
+            losses=losses,
+            metrics=pairwise_metrics(batch, rewards, target_margins, losses),
+            rewards=rewards,
+            target_margins=target_margins,
+        )
+
+
+def paired_quantiles(batch: LogpBatch) -> tuple[Tensor, Tensor]:
+    """Samples of "aot": (P,) ``L_w − L_l`` of the policy, which is to dominate the reference's."""
+    policy, reference = halves(batch.policy), halves(needed(batch, "reference"))
+    return policy[0] - policy[1], reference[0] - reference[1]
+
+
+def unpaired_quantiles(batch: LogpBatch) -> tuple[Tensor, Tensor]:
+    """Samples of "aot-unpaired": (P,) Δ of the chosen, which is to dominate the rejected's."""
+    return halves(batch.policy - needed(batch, "reference"))
+
+
+def matched(upper: Tensor, lower: Tensor) -> Tensor:
+    """Difference of equal quantiles: each of `upper` less what has its rank in `lower`.
+
+    Args:
+        upper: (P,) in nats.
+        lower: (P,) in nats; entries next to a non-finite one take no part either.
+
+    Returns:
+        (P,) in the order of `upper`; NaN where a pair is not finite.
+    """
+    # Both sides drop the same pairs: NaN sorts last, and the ranks of the others stay matched.
+    nonfinite = (upper + lower).isfinite().logical_not()
+    upper = upper.masked_fill(nonfinite, torch.nan)
+    lower = lower.masked_fill(nonfinite, torch.nan)
+    ordered, order = upper.sort()
+    return torch.empty_like(ordered).scatter(0, order, ordered - lower.sort().values)
+
+
+@dataclass(frozen=True)
+class TransportLoss:
+    """``mean over places i of link(β (upper₍ᵢ₎ − lower₍ᵢ₎), 0)``, both sorted within the batch.
+
+    The loss of a place in the order is reported at the pair whose upper value has it. Several
+    processes sort the pairs of all of them as one batch.
+
+    Args:
+        reward: β and the log-ratio.
+        quantiles: the two (P,) samples of which the first is to dominate the second.
+        link: from differences to losses.
+
+    Source: AOT (Melnyk et al. 2024, arXiv:2406.05882).
+    """
+
+    reward: LogRatio
+    quantiles: Callable[[LogpBatch], tuple[Tensor, Tensor]]
+    link: Link = field(default_factory=Logistic)
+    pairwise: ClassVar[bool] = True
+    wants: ClassVar[frozenset[str]] = frozenset()
+    coupled: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def statistics(self) -> None:
+        """None: ranks are within the batch."""
+        return None
+
+    def observe(self, batch: LogpBatch) -> Tensor:
+        """(P,) the differences, detached."""
+        return matched(*self.quantiles(batch)).detach()
+
+    def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
+        """The loss of a batch of pairs.
+
+        Args:
+            batch: chosen half first, with `reference`.
+            summary: not used.
+
+        Returns:
+            Mean loss, (P,) losses, metrics, (S,) rewards βΔ and target margins of 0.
+
+        Raises:
+            ValueError: a needed field is missing, or the number of sequences odd.
+        """
+        differences = self.reward.beta * matched(*self.quantiles(batch))
+        target_margins = torch.zeros_like(differences)
+        losses = self.link(differences, target_margins)
+        rewards = self.reward(batch).detach()
+        return LossOutput(
+            loss=mean(losses),
+            losses=losses,
+            metrics=pairwise_metrics(batch, rewards, target_margins, losses),
+            rewards=rewards,
+            target_margins=target_margins,
+        )
+
+
+def bradley_terry_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: float | Tensor = 0
+) -> Tensor:
+    """Negative log-likelihood of the preferences under the scores.
+
+    ``mean over pairs of −log σ(s_w − s_l − margin)``
+
+    Args:
+        chosen_scores: (P,) s_w, of the preferred responses.
+        rejected_scores: (P,) s_l.
+        margin: by how much s_w is to exceed s_l, one number or (P,).
+
+    Returns:
+        0-d loss in nats; 0 without pairs.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+
+    Source: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155), eq. 1; the margin after Llama 2
+    (Touvron et al. 2023, arXiv:2307.09288), eq. 2.
+    """
+    require_shape("chosen_scores", chosen_scores, ("P",))
+    require_floating("chosen_scores", chosen_scores)
+    require_shape("rejected_scores", rejected_scores, chosen_scores.shape)
+    if isinstance(margin, torch.Tensor) and margin.dim():
+        require_shape("margin", margin, chosen_scores.shape)
+    return mean(-logsigmoid(chosen_scores - rejected_scores - margin))

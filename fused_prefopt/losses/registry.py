@@ -1,4 +1,4 @@
-"""The published methods by name."""
+"""Published methods by name, and the settings that papers trained with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Loss])
 
 @dataclass(frozen=True)
 class LossInfo:
-    """What a user wants to know of a registered loss.
+    """Needs, options and source of a registered loss.
 
     Attributes:
         needs: `LogpBatch` fields used beyond `policy` and `lengths`, with the defaults.
@@ -86,7 +86,7 @@ class LossSpec:
         return self.factory(**hyperparameters)
 
     def info(self) -> LossInfo:
-        """What the loss needs and accepts."""
+        """Needs, options and source, with the default hyperparameters."""
         loss = self.build()
         return LossInfo(
             needs=tuple(sorted(loss.needs)),
@@ -151,3 +151,75 @@ def find(name: str) -> LossSpec:
 def available_losses() -> dict[str, LossInfo]:
     """Name → what the loss needs and accepts, of every registered loss, by name."""
     return {name: _SPECS[name].info() for name in sorted(_SPECS)}
+
+
+@dataclass(frozen=True)
+class PublishedSetting:
+    """Hyperparameters and learning rate that a paper trained a model with.
+
+    Attributes:
+        loss: name of the registered loss.
+        hyperparameters: of the loss, those that differ from its defaults or are the paper's.
+        learning_rate: of Adam, batch size 128, one epoch, cosine schedule with 10 % warm-up.
+        paper: where the setting is printed.
+    """
+
+    loss: str
+    hyperparameters: dict[str, Any]
+    learning_rate: float
+    paper: str
+
+
+# Margins are printed as ratios γ/β; losses take γ in units of reward.
+_ALPHA_DPO = {
+    "llama-3-8b-instruct": (2.5, 0.6, 0.2, 1e-6),
+    "llama-3-8b-instruct-v0.2": (10.0, 0.4, 0.2, 1e-6),
+    "mistral-7b-instruct": (2.5, 0.15, 0.05, 6e-7),
+    "gemma-2-9b-it": (10.0, 0.4, 0.05, 8e-7),
+}
+_GAMMA_PO = {
+    "llama-3-8b-instruct": (10.0, 0.4, 10.0, 1e-6),
+    "mistral-7b-instruct": (2.5, 0.15, 10.0, 6e-7),
+    "gemma-2-9b-it": (10.0, 0.5, 20.0, 8e-7),
+    "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
+}
+
+
+def published_settings() -> dict[str, PublishedSetting]:
+    """Name ("loss/model") → setting, of all that are known, by name."""
+    settings = {}
+    for model, (beta, ratio, alpha, rate) in _ALPHA_DPO.items():
+        options = {"beta": beta, "gamma": ratio * beta, "alpha": alpha}
+        paper = "α-DPO (arXiv:2410.10148), Table 4"
+        settings[f"alpha-dpo/{model}"] = PublishedSetting("alpha-dpo", options, rate, paper)
+    for model, (beta, ratio, tau, rate) in _GAMMA_PO.items():
+        options = {"beta": beta, "gamma": ratio * beta, "tau": tau}
+        paper = "γ-PO (arXiv:2506.03690), Table 7"
+        settings[f"gamma-simpo/{model}"] = PublishedSetting("gamma-simpo", options, rate, paper)
+    return dict(sorted(settings.items()))
+
+
+def preset(name: str) -> tuple[str, dict[str, Any]]:
+    """Loss and hyperparameters of a published setting.
+
+    Args:
+        name: "loss/model", such as "gamma-simpo/llama-3-8b-instruct"; case and "_" for "-" do not
+            matter.
+
+    Returns:
+        Name of the loss, and hyperparameters for it.
+
+    Raises:
+        ValueError: there is none; the message has the closest names.
+    """
+    settings, key = published_settings(), name.lower().replace("_", "-")
+    if key not in settings:
+        losses = " and ".join(
+            f"`fused-prefopt losses {loss}`"
+            for loss in dict.fromkeys(each.loss for each in settings.values())
+        )
+        raise ValueError(
+            f"unknown setting {name!r}{closest(key, settings)}; {losses} list all {len(settings)}"
+        )
+    setting = settings[key]
+    return setting.loss, dict(setting.hyperparameters)

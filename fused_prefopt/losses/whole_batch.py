@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_prefopt.losses.needs import halves
-from fused_prefopt.statistics.gather import gather_over_ranks, world_size
+from fused_prefopt.distributed import gather_over_ranks, world_size
+from fused_prefopt.losses.protocol import halves
 from fused_prefopt.types import LogpBatch, LossOutput
 
 # `kl` is one number, each rank's own.

@@ -7,16 +7,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fused_prefopt.kernels.accumulators import spread_rows
+from fused_prefopt.kernels.fold_rows import fold_rows
+from fused_prefopt.kernels.kl import SlabLogits, fold_kl_rows, kl_gradient
 from fused_prefopt.kernels.logits_gradient import logits_gradient
-from fused_prefopt.kernels.row_statistics import fold_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.kernels.spread_rows import spread_rows
 from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, WeightKind, aligned
-from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.tile import RowGradients, RowStatistics, Tile, WeighedRows
+from fused_prefopt.ops.precision import HeadMath
+from fused_prefopt.ops.tile import (
+    KeptTile,
+    KlGradients,
+    KlStatistics,
+    RowGradients,
+    RowStatistics,
+    Tile,
+    WeighedRows,
+)
 from fused_prefopt.ops.torch_engine import TorchEngine, locate, product
 
 _ANY = 1 << 30
+_PREFERRED_OF_TWO = TileShape(8192, 16384)
 
 
 class CublasEngine(TorchEngine):
@@ -54,6 +64,16 @@ class CublasEngine(TorchEngine):
             sums_rows=gradient,
         )
 
+    @classmethod
+    def kl_cost(
+        cls, math: HeadMath, weight: WeightKind, other: WeightKind, backward: bool
+    ) -> TileCost:
+        policy = cls.cost(math, weight, "rebuild" if backward else "fold")
+        reference = cls.cost(math, other, "fold")
+        slab = max(policy.weight + policy.sliced, reference.weight)
+        logit = policy.logit + policy.slab + reference.logit
+        return TileCost(logit, policy.hidden, slab, _PREFERRED_OF_TWO)
+
     @staticmethod
     def in_place(math: HeadMath, device: torch.device) -> bool:
         return math.kept == math.operand(device) and device.type != "cpu"
@@ -75,14 +95,13 @@ class CublasEngine(TorchEngine):
         out = weighed.at(slice(tile.first, tile.first + tile.shape[1]))
         self._fold_rows(tile, statistics, self._tile(tile.shape), out, weighed)
 
-    def finish_kept(
-        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients
-    ) -> Tensor:
-        shift = maxima[0] - rows.logsumexps
-        inside, column = locate(targets, 0, kept.shape[1])
-        place = torch.arange(kept.shape[0], device=kept.device), column.squeeze(1)
-        own = (rows.residuals * (-shift).exp_()).to(kept.dtype)
-        kept[place] = own.where(inside, kept[place])
+    def finish_kept(self, kept: KeptTile, rows: RowGradients) -> Tensor:
+        values = kept.values
+        shift = kept.maxima[0] - rows.logsumexps
+        inside, column = locate(kept.targets, 0, values.shape[1])
+        place = torch.arange(values.shape[0], device=values.device), column.squeeze(1)
+        own = (rows.residuals * (-shift).exp_()).to(values.dtype)
+        values[place] = own.where(inside, values[place])
         return shift.exp_().mul_(rows.scale)
 
     def fold_and_weigh(
@@ -109,29 +128,49 @@ class CublasEngine(TorchEngine):
         )
 
     def kept_gradient(
-        self,
-        kept: Tensor,
-        maxima: Tensor,
-        part_width: int,
-        first: int,
-        targets: Tensor,
-        rows: RowGradients,
-        out: Tensor,
-        bias: bool,
+        self, kept: KeptTile, rows: RowGradients, out: Tensor, bias: bool
     ) -> Tensor | None:
         return logits_gradient(
-            kept,
+            kept.values,
             rows.logsumexps,
             out,
-            targets=targets,
+            targets=kept.targets,
             residuals=rows.residuals,
             scale=rows.scale,
             ceiling=self.kept_ceiling,
-            maxima=maxima,
-            part_width=part_width,
-            first=first,
+            maxima=kept.maxima,
+            part_width=kept.part_width,
+            first=kept.first,
             sums=bias,
         )
+
+    def fold_both(
+        self, tile: Tile, reference: Tile, engine: TorchEngine, statistics: KlStatistics
+    ) -> None:
+        assert isinstance(engine, CublasEngine)
+        fold_kl_rows(
+            self._slab_logits(tile, self._tile(tile.shape)),
+            engine._slab_logits(reference, engine._tile(reference.shape)),
+            tile.targets,
+            statistics.policy,
+            statistics.reference,
+            statistics.weighted,
+            tile.first,
+        )
+
+    def kl_gradient(
+        self,
+        tile: Tile,
+        reference: Tile,
+        engine: TorchEngine,
+        rows: KlGradients,
+        out: Tensor,
+        bias: bool,
+    ) -> Tensor | None:
+        assert isinstance(engine, CublasEngine)
+        logits = self._slab_logits(tile, self._beside(out))
+        others = engine._slab_logits(reference, engine._tile(reference.shape))
+        return kl_gradient(logits, others, tile.targets, rows, out, first=tile.first, sums=bias)
 
     sequence_sums = staticmethod(sequence_sums)
     spread_rows = staticmethod(spread_rows)
@@ -159,8 +198,13 @@ class CublasEngine(TorchEngine):
             slack=self.math.slack,
         )
 
+    def _slab_logits(self, tile: Tile, products: Tensor) -> SlabLogits:
+        """Products of a head, and how they become logits: what the kernels of two heads read."""
+        values = product(tile.hidden, tile.weight.t(), products)
+        return SlabLogits(values, tile.bias, self.math.alpha, self.math.ceiling)
+
     def _beside(self, out: Tensor) -> Tensor:
-        """Where the products of `out` (c, v) go: there if it takes fp32, else into a tile."""
+        """Place of the products of `out` (c, v): there if it takes fp32, else a tile."""
         if out.dtype == self.math.accumulator:
             return out
         return self._tile((out.shape[0], out.shape[1]))

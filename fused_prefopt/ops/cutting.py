@@ -1,4 +1,4 @@
-"""How a pass over a head is cut into tiles, within a budget of bytes.
+"""Cuts of a pass over a head into tiles, within a budget of bytes.
 
 On a CPU a tile is what its caches hold. On a GPU a slab of the vocabulary goes through products of
 the library, and is cut so that each fills whole waves of the GPU's multiprocessors.
@@ -36,7 +36,7 @@ class TileShape:
 
 @dataclass(frozen=True, order=True)
 class Tiles:
-    """How one pass over the head is cut.
+    """Cut of one pass over the head.
 
     Attributes:
         rows: c, rows of a tile.
@@ -55,7 +55,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class WeightKind:
-    """What tiles cost by, of a head's weight.
+    """Kind of a head's weight, by which tiles cost.
 
     Attributes:
         dtype, device: of it.
@@ -299,7 +299,7 @@ class GpuPass:
 
 
 def waves(rows: int, columns: int, processors: int) -> float:
-    """How often a GPU's processors are filled by the tiles of a product, in the best of shapes."""
+    """Number of times that a product's tiles fill a GPU's processors, in the best of shapes."""
 
     def count(height: int, width: int) -> int:
         return -(-(-(-rows // height) * -(-columns // width)) // processors)

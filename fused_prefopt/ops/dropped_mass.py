@@ -27,7 +27,7 @@ _UNIT = 2.0**-50
 
 @dataclass(frozen=True)
 class Parts:
-    """Which rows need which part of the vocabulary.
+    """Parts of the vocabulary, and the rows that need each.
 
     Attributes:
         kept: (parts, n) bool.
@@ -67,7 +67,7 @@ def add_mass(logsumexps: Tensor, statistics: RowStatistics) -> None:
 
 
 def choose_parts(masses: Tensor, logsumexps: Tensor, targets: Tensor, drop_mass: float) -> Parts:
-    """What each row keeps; waits for CUDA once.
+    """Parts that each row keeps; waits for CUDA once.
 
     Args:
         masses: (parts, n) logsumexps of the parts.

@@ -1,4 +1,4 @@
-"""Which engines there are and which one a call gets; an engine is imported when first chosen."""
+"""Engines by name: which one a call gets; each is imported when first chosen."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 ENGINES = ("torch", "cublas", "triton")
 # What is asked of an engine: fold a tile's logits into statistics; the same and keep their
 # exponentials; the same and weigh the head's rows by them; the same and more statistics; turn what
-# was kept into its gradient; build logits again for theirs; the same with entropies' gradient.
-ROLES = ("fold", "keep", "weigh", "details", "kept", "rebuild", "entropy")
-# The only kernel that has these sums; in a matmul's epilogue entropies take too many registers.
-_ONLY = {"details": "triton", "entropy": "cublas"}
+# was kept into its gradient; build logits again for theirs; the same with entropies' gradient; both
+# passes over a policy's logits beside a reference's.
+ROLES = ("fold", "keep", "weigh", "details", "kept", "rebuild", "entropy", "kl")
+# The only kernel that has these sums; in a matmul's epilogue entropies and two heads take too many
+# registers.
+_ONLY = {"details": "triton", "entropy": "cublas", "kl": "cublas"}
 _OLDEST_TRITON = "3.4"
 
 
@@ -72,7 +74,7 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def role_engine(name: str, role: str, device: torch.device, hidden_size: int, bent: bool) -> str:
-    """Which engine does a part of a pass over a head: the choice of `auto`, or the one named.
+    """Engine of a part of a pass over a head: the choice of `auto`, or the one named.
 
     Args:
         name: of `choose_engine`.
@@ -124,7 +126,7 @@ def _warn_once(message: str) -> None:
 
 
 def missing_triton() -> str | None:
-    """What is wrong with Triton here, or None."""
+    """Fault of Triton here, in words, or None."""
     try:
         # Not `import triton`: that takes a second, and most calls on a CPU never need it.
         found = importlib.metadata.version("triton")

@@ -1,4 +1,4 @@
-"""Where a backward over tiles sums its gradients: rows of hidden, slabs of the weights."""
+"""Sums of the gradients of a backward over tiles: rows of hidden, slabs of the weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Gradients(NamedTuple):
     low_weight: Tensor | None = None
 
 
-class Needs(NamedTuple):
-    """Which of `HeadTensors` need a gradient."""
+class Wanted(NamedTuple):
+    """Gradients that are wanted, of `HeadTensors`."""
 
     hidden: bool
     weight: bool
@@ -78,7 +78,7 @@ class GradientSums:
     Args:
         head: the labelled rows.
         padded_vocab: rows of the weight with its padding, which gets zeros.
-        needs: which gradients are wanted.
+        wanted: which gradients those are.
         unit: what the tiles' gradients are to be multiplied by, or None for 1.
         scattered: tiles come with any rows, and not every row in every slab.
 
@@ -92,20 +92,20 @@ class GradientSums:
         self,
         head: HeadRows,
         padded_vocab: int,
-        needs: Needs,
+        wanted: Wanted,
         unit: Tensor | None = None,
         scattered: bool = False,
     ) -> None:
         tensors = head.tensors
         self._head, self._unit, self._scattered = head, unit, scattered
-        self._columns = needs.columns(tensors.weight.shape[1])
-        self._hidden = head.new(head.rows, head.hidden_size) if needs.rows else None
+        self._columns = wanted.columns(tensors.weight.shape[1])
+        self._hidden = head.new(head.rows, head.hidden_size) if wanted.rows else None
         if self._hidden is not None and scattered:
             self._hidden.zero_()
-        self._needs = needs
+        self._wanted = wanted
 
-        def padded(value: Tensor | None, wanted: bool) -> Tensor | None:
-            if value is None or not wanted:
+        def padded(value: Tensor | None, needed: bool) -> Tensor | None:
+            if value is None or not needed:
                 return None
             gradient = value.new_empty(padded_vocab, *value.shape[1:])
             # Without labelled rows no slab is written.
@@ -114,9 +114,9 @@ class GradientSums:
                 gradient[unwritten:].zero_()
             return gradient
 
-        self._weight = padded(tensors.weight, needs.weight)
-        self._bias = padded(tensors.bias, needs.bias)
-        self._low_weight = padded(tensors.low_weight, needs.low_weight)
+        self._weight = padded(tensors.weight, wanted.weight)
+        self._bias = padded(tensors.bias, wanted.bias)
+        self._low_weight = padded(tensors.low_weight, wanted.low_weight)
         self._slab, self._empty = slice(0, 0), True
         self._slab_weight: Tensor | None = None
         self._slab_bias: Tensor | None = None
@@ -182,7 +182,7 @@ class GradientSums:
             if self._unit is not None:
                 unit = self._unit.repeat(head.rows)
                 factor = unit if factor is None else factor * unit
-            found = spread(head, self._hidden, self._needs, factor)
+            found = spread(head, self._hidden, self._wanted, factor)
         return found._replace(weight=self._weight, bias=self._bias, low_weight=self._low_weight)
 
     def _buffer(self, slab: slice) -> Tensor | None:
@@ -204,7 +204,7 @@ class GradientSums:
 def spread(
     head: HeadRows,
     rows: Tensor,
-    needs: Needs,
+    wanted: Wanted,
     factor: Tensor | None = None,
     shares: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
@@ -212,7 +212,7 @@ def spread(
 
     Args:
         rows: (n, D + r) in the accumulator's dtype.
-        needs: which gradients are wanted.
+        wanted: which gradients those are.
         factor: (n,) on each row, or None.
         shares: (n,) of each row, and (n,) of the weight's row of its target, which is added; or
             None for 1 and 0.
@@ -222,11 +222,11 @@ def spread(
     found: dict[str, Tensor] = {}
     for name, columns in places.items():
         whole = getattr(head.tensors, name)
-        if whole is None or not getattr(needs, name):
+        if whole is None or not getattr(wanted, name):
             continue
         full = found[name] = torch.zeros_like(whole)
         # What passes through copies is cut: they may take no more than the workspace does.
-        step = max(1, head.workspace // (12 * max(1, rows.shape[1])))
+        step = max(1, head.spec.workspace // (12 * max(1, rows.shape[1])))
         for start in range(0, head.rows, step):
             part = slice(start, start + step)
             options = {} if shares is None else _shares(head, part, columns, shares)

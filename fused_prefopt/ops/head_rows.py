@@ -1,35 +1,100 @@
-"""The labelled rows of a batch before a head, in the pieces that tiles are made of."""
+"""Labelled rows of a batch before a head: the options of a pass, and the pieces of its tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops import dropped_mass
-from fused_prefopt.ops.cutting import (
-    GpuPass,
-    TileCost,
-    Tiles,
-    WeightKind,
-    about,
-    aligned,
-    first_rows,
-    tile_shape,
-)
+from fused_prefopt.ops.cutting import Tiles, WeightKind, aligned, first_rows
 from fused_prefopt.ops.engines import load_engine, processors, role_engine
-from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.plan import MIB, kept_bytes, statistics_bytes
+from fused_prefopt.ops.plan import PassSize, cut, known_cost
+from fused_prefopt.ops.precision import HeadMath
 from fused_prefopt.ops.torch_engine import TorchEngine, product
 from fused_prefopt.ops.vocab_shard import VocabShard
 
+# Lists of integers (a compiler's symbols among them), of numbers, and one text: see `Spec.packed`.
+Packed = tuple[list[int], list[float], str]
+# Counts of a `Spec`, in the order in which they are packed; and the scalars of each head.
+_SIZES = ("num_sequences", "num_labels", "ignore_index", "vocab", "workspace", "kept_rows", "first")
+_SCALARS = len(fields(HeadMath)) - 1  # all but the dtype
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Options of the registered ops: all that they take beside tensors.
+
+    Attributes:
+        num_sequences: S.
+        num_labels: labelled rows, or -1: counting them costs CUDA a host sync.
+        ignore_index: the target of rows without a label.
+        vocab: rows of the weight that are no padding.
+        workspace, kept_rows: of the plan; of the first k rows the probabilities are kept.
+        first: vocabulary index of this rank's first row.
+        entropy: the rows' entropies are wanted; on `evaluate` and `recompute` only.
+        drop_mass: probability that the gradient of a row may leave out; 0 but for `local` and
+            `recompute`.
+        path: of the plan.
+        engine: of `engines.choose_engine`; it may be `auto`.
+        group: the process group whose ranks share the head's rows; empty for a whole head.
+        math: the head's scalars and the dtype that matmuls compute in.
+        reference: those of the second head of `sequence_kl`, or None.
+    """
+
+    num_sequences: int
+    num_labels: int
+    ignore_index: int
+    vocab: int
+    workspace: int
+    math: HeadMath
+    path: str
+    engine: str
+    kept_rows: int = 0
+    first: int = 0
+    entropy: bool = False
+    drop_mass: float = 0.0
+    group: str = ""
+    reference: HeadMath | None = None
+
+    def packed(self) -> Packed:
+        """The form in which the options go through a registered op."""
+        sizes = [getattr(self, name) for name in _SIZES] + [int(self.entropy)]
+        scalars = [self.drop_mass, *self.math.scalars]
+        if self.reference is not None:
+            scalars += self.reference.scalars
+        dtype = str(self.math.dtype).removeprefix("torch.")
+        return sizes, scalars, "|".join((self.path, self.engine, dtype, self.group))
+
+    @classmethod
+    def unpacked(cls, sizes: Sequence[int], scalars: Sequence[float], names: str) -> Spec:
+        """The reverse of `packed`."""
+        *counts, entropy = sizes
+        drop_mass, *of_heads = scalars
+        path, engine, name, group = names.split("|", 3)
+        dtype: torch.dtype = getattr(torch, name)
+        head, other = of_heads[:_SCALARS], of_heads[_SCALARS:]
+        return cls(
+            **dict(zip(_SIZES, counts, strict=True)),
+            math=HeadMath.from_scalars(head, dtype),
+            path=path,
+            engine=engine,
+            entropy=bool(entropy),
+            drop_mass=drop_mass,
+            group=group,
+            reference=HeadMath.from_scalars(other, dtype) if other else None,
+        )
+
+    @property
+    def shard(self) -> VocabShard:
+        return VocabShard(self.group, self.first)
+
 
 class HeadTensors(NamedTuple):
-    """What the products ``hidden @ weight.T + low_hidden @ low_weight.T + bias`` are made of.
+    """Tensors of the products ``hidden @ weight.T + low_hidden @ low_weight.T + bias``.
 
     Attributes:
         hidden: (M, D) all rows.
@@ -44,6 +109,16 @@ class HeadTensors(NamedTuple):
     bias: Tensor | None = None
     low_hidden: Tensor | None = None
     low_weight: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank term, 0 without one."""
+        return 0 if self.low_weight is None else self.low_weight.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        """D + r, what the products are summed over."""
+        return self.weight.shape[1] + self.rank
 
     def detached(self) -> HeadTensors:
         """The same without gradients."""
@@ -70,27 +145,17 @@ class HeadRows:
         tensors: of the head, padded vocabulary rows cut off.
         index: (n,) the labelled rows.
         targets: (n,) their target tokens, counted from the shard's first row.
-        shard: which rows of the head these are.
-        math: the head's scalars.
-        path, engine, workspace: of the plan.
-        kept_rows: k, the first rows, whose probabilities are kept for the backward.
+        spec: the options.
         backward: whether the pass is a backward.
-        drop_mass: probability that a row's gradient may leave out.
-        entropy: whether the rows' entropies are wanted, or their gradient.
+        given: how it is cut where another head is cut beside it, or None.
     """
 
     tensors: HeadTensors
     index: Tensor
     targets: Tensor
-    shard: VocabShard
-    math: HeadMath
-    path: str
-    engine: str
-    workspace: int
-    kept_rows: int
-    backward: bool
-    drop_mass: float = 0.0
-    entropy: bool = False
+    spec: Spec
+    backward: bool = False
+    given: Tiles | None = None
 
     @classmethod
     def of(
@@ -98,19 +163,33 @@ class HeadRows:
         tensors: HeadTensors,
         targets: Tensor,
         index: Tensor,
-        vocab: int,
-        shard: VocabShard,
-        *rest: Any,
+        spec: Spec,
+        *,
+        backward: bool = False,
+        given: Tiles | None = None,
     ) -> HeadRows:
-        """The rows at `index` (n,) of targets (M,), before the first `vocab` rows of the head.
-
-        Args:
-            *rest: the attributes from `math` on.
-        """
+        """The rows at `index` (n,) of targets (M,), before the first rows of the head."""
         own = targets[index]
-        if shard.first:
-            own -= shard.first
-        return cls(tensors.first(vocab), index, own, shard, *rest)
+        if spec.first:
+            own -= spec.first
+        return cls(tensors.first(spec.vocab), index, own, spec, backward, given)
+
+    @property
+    def math(self) -> HeadMath:
+        return self.spec.math
+
+    @property
+    def path(self) -> str:
+        return self.spec.path
+
+    @property
+    def engine(self) -> str:
+        return self.spec.engine
+
+    @cached_property
+    def shard(self) -> VocabShard:
+        """Place of these rows of the head in the vocabulary."""
+        return self.spec.shard
 
     def build_engine(self, role: str) -> TorchEngine:
         """The plan's engine for a role, one of `engines.ROLES`; for tiles of this pass."""
@@ -121,8 +200,7 @@ class HeadRows:
 
     def engine_of(self, role: str) -> str:
         """Name of the engine for a role."""
-        bent = self.math.softcap is not None
-        return role_engine(self.engine, role, self.device, self.hidden_size, bent)
+        return role_engine(self.engine, role, self.device, self.hidden_size, self.math.bent)
 
     @cached_property
     def _engines(self) -> dict[str, TorchEngine]:
@@ -135,7 +213,7 @@ class HeadRows:
     @property
     def kept(self) -> int:
         """k, of the rows that there are."""
-        return self.rows if self.path == "local" else min(self.kept_rows, self.rows)
+        return self.rows if self.path == "local" else min(self.spec.kept_rows, self.rows)
 
     @property
     def vocab(self) -> int:
@@ -143,14 +221,11 @@ class HeadRows:
 
     @property
     def rank(self) -> int:
-        """r of the low-rank term, 0 without one."""
-        low = self.tensors.low_weight
-        return 0 if low is None else low.shape[1]
+        return self.tensors.rank
 
     @property
     def hidden_size(self) -> int:
-        """D + r, what the products are summed over."""
-        return self.tensors.weight.shape[1] + self.rank
+        return self.tensors.hidden_size
 
     @property
     def device(self) -> torch.device:
@@ -158,8 +233,8 @@ class HeadRows:
 
     @cached_property
     def tiles(self) -> Tiles:
-        """How this pass is cut."""
-        return tiles_of(self)
+        """Cut of this pass."""
+        return tiles_of(self) if self.given is None else self.given
 
     @property
     def kept_width(self) -> int:
@@ -297,73 +372,33 @@ class HiddenRows:
 
 
 def tiles_of(head: HeadRows) -> Tiles:
-    """How a pass over a head is cut, within its workspace."""
-    vocab, hidden_size = head.vocab, head.hidden_size
-    math, gpu = head.math, head.engine != "torch"
-    rows = about(head.rows) if gpu else head.rows
+    """Cut of a pass over one head, within its workspace."""
+    gpu, weight = head.engine != "torch", head.tensors.weight
     named = tuple((head.engine_of(role), role) for role in _roles(head))
-    cost = known_cost(named, math, WeightKind.of(head.tensors.weight))
-    if head.backward and head.in_place:
-        cost = replace(cost, slab=0)
-    if head.rank:
-        # A slab of both weights, and its gradient before it is parted.
-        cost = replace(cost, weight=cost.weight + head.operand.itemsize + math.accumulator.itemsize)
-    if gpu and head.backward and head.tensors.bias is not None:
-        # Sums over the rows, a number for every 16 of them.
-        cost = replace(cost, slab=cost.slab + math.accumulator.itemsize / 16)
-    copied = 0
-    if head.drop_mass:
-        narrow = min(cost.preferred.vocab, dropped_mass.PART)
-        cost = replace(cost, preferred=replace(cost.preferred, vocab=narrow))
-        # The rows that need a part are copied from all of them, and so are their sums.
-        copied = head.operand.itemsize + math.accumulator.itemsize
-        if head.kept:
-            cost = replace(cost, logit=cost.logit + math.kept.itemsize)
-    budget = head.workspace - kept_bytes(head.kept, vocab, math.kept.itemsize)
-    if gpu:
-        budget -= min(statistics_bytes(rows), budget // 2)
-        budget -= 4 * head.kept * -(-vocab // 128)
-    if not gpu or head.drop_mass:
-        gathered = rows * hidden_size * cost.hidden
-        once = 3 * gathered <= 2 * budget
-        if once:
-            budget, cost = budget - gathered, replace(cost, hidden=0)
-        cost = replace(cost, hidden=cost.hidden + copied)
-        whole = replace(cost, logit=cost.logit + cost.slab)
-        shape = tile_shape(rows, vocab, hidden_size, budget, whole)
-        return Tiles(shape.rows, shape.vocab, shape.vocab, shape.rows, once)
-    # What was kept is multiplied no more.
-    multiplied = rows - head.kept if head.backward else rows
-    budget = budget // MIB * MIB if budget > MIB else budget
-    cuts = head.path in ("evaluate", "stash") and not head.makes_slabs
-    given = (rows, multiplied, vocab, hidden_size, budget, cost, processors(head.device), cuts)
-    return GpuPass(*given).tiles()
-
-
-def cost_of(named: tuple[tuple[str, str], ...], math: HeadMath, weight: WeightKind) -> TileCost:
-    """What the buffers of a tile take at most.
-
-    Args:
-        named: engines, and the roles that they have in the pass.
-        math: the head's scalars.
-        weight: of the head.
-    """
-    costs = [load_engine(name).cost(math, weight, role) for name, role in named]
-    return replace(
-        costs[0],
-        logit=max(each.logit for each in costs),
-        weight=max(each.weight for each in costs),
-        slab=max(each.slab for each in costs),
-        smallest=max(each.smallest for each in costs),
+    return cut(
+        PassSize(
+            head.rows,
+            head.vocab,
+            head.hidden_size,
+            head.spec.workspace,
+            known_cost(named, head.math, WeightKind.of(weight)),
+            head.math,
+            head.device,
+            backward=head.backward,
+            low_rank=head.rank > 0,
+            gpu=gpu,
+            bias=head.tensors.bias is not None,
+            kept=head.kept,
+            in_place=head.backward and head.in_place,
+            drops=head.spec.drop_mass > 0,
+            cuts_rows=head.path in ("evaluate", "stash") and not head.makes_slabs,
+        )
     )
 
 
-known_cost = lru_cache(maxsize=1024)(cost_of)
-
-
 def _roles(head: HeadRows) -> list[str]:
-    """What a pass asks of its engines."""
-    if head.entropy:
+    """Roles that a pass asks of its engines."""
+    if head.spec.entropy:
         return ["entropy" if head.backward else "details"]
     if head.path in ("evaluate", "stash"):
         return ["fold" if head.path == "evaluate" else "weigh"]

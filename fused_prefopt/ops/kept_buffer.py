@@ -34,7 +34,7 @@ def lease(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tu
 
 
 def find(ticket: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """What was leased with the ticket, or None if its buffer was taken over or released."""
+    """Tensor that was leased with the ticket, or None if its buffer was taken over or released."""
     wanted = int(ticket)
     for held, buffer in list(_buffers.values()):
         if held == wanted:

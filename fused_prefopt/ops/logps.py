@@ -1,17 +1,29 @@
-"""The public op: per-sequence and per-token log-probs of labels, without logits in memory."""
+"""Public ops on one head: log-probs of labels and more, without logits in memory."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.ops.call import Call, LogpOptions, read_call
+from fused_prefopt.ops.autograd import head_logps
 from fused_prefopt.ops.cutting import WeightKind
 from fused_prefopt.ops.engines import role_engine
-from fused_prefopt.ops.head_rows import cost_of, known_cost
-from fused_prefopt.ops.plan import Plan, Room, make_plan, room_of
-from fused_prefopt.ops.registered import head_logps
-from fused_prefopt.types import AnyHead, SequenceLogps, TokenPolicy
+from fused_prefopt.ops.head_rows import HeadRows
+from fused_prefopt.ops.inputs import (
+    Call,
+    Layout,
+    LogpOptions,
+    labelled_rows,
+    layout_of,
+    read_call,
+)
+from fused_prefopt.ops.passes import fold_details
+from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan, room_of
+from fused_prefopt.ops.precision import fixed_precision
+from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
 
 
 def sequence_logps(
@@ -161,6 +173,128 @@ def token_policy(
     return TokenPolicy(_at_labels(outputs[0], labels, shift), _at_labels(outputs[3], labels, shift))
 
 
+@torch.no_grad()
+def token_statistics(
+    hidden: Tensor,
+    head: AnyHead,
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    num_labels: int | None = None,
+    ignore_index: int = -100,
+    workspace_mb: float | None = None,
+    engine: str = "auto",
+) -> TokenStatistics:
+    """Log-prob, entropy, collision, mean logit and correctness of every labelled token.
+
+    Without gradient. The entropy ``−Σ_v p_v log p_v``, the collision ``log Σ_v p_v²`` and the
+    others come from the one pass over the logits that the log-probs need. Arguments, layout and
+    errors are those of `token_logps`.
+    """
+    options = LogpOptions(
+        shift=shift,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        num_labels=num_labels,
+        ignore_index=ignore_index,
+        workspace_mb=workspace_mb,
+        engine=engine,
+    )
+    call = read_call(hidden, head, labels, options)
+    if call.shard.group:
+        raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
+    index = labelled_rows(call.layout.targets, ignore_index, call.count)
+    spec = replace(call.spec("evaluate", call.workspace(False)), entropy=True)
+    rows = HeadRows.of(call.tensors, call.layout.targets, index, spec)
+    with fixed_precision(hidden, call.math.dtype):
+        found = call.checked(fold_details(rows))
+    statistics, details = found.statistics, found.details
+    assert details is not None
+
+    def dense(values: Tensor) -> Tensor:
+        everywhere = values.new_zeros(call.layout.targets.shape)
+        everywhere[index] = values
+        return _at_labels(everywhere, labels, shift)
+
+    return TokenStatistics(
+        dense(statistics.logps()),
+        dense(details.entropies(statistics)),
+        dense(details.squares.log() - 2 * statistics.sum.log()),
+        dense(details.logit_sum / call.vocab),
+        dense(details.best == rows.targets),
+    )
+
+
+def shared_and_tail_logps(
+    hidden: Tensor,
+    head: AnyHead,
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    ignore_index: int = -100,
+    **options: Any,
+) -> tuple[SequenceLogps, SequenceLogps]:
+    """`sequence_logps` of the tokens up to the length of the partner, and of those beyond.
+
+    One call of the op at no further cost: the tails are sequences of their own. The first half of
+    the sequences is chosen, the second rejected; of a pair with ``n = min(|y_w|, |y_l|)`` labelled
+    tokens, the first n of each completion are shared and the others its tail. The two sums and
+    lengths add up to those of `sequence_logps`.
+
+    Args:
+        hidden, head, labels, shift, sequence_ids, num_sequences, ignore_index: as there.
+        **options: the others of `sequence_logps`.
+
+    Returns:
+        The shared parts and the tails, S sequences each, with one plan.
+
+    Raises:
+        ValueError: the number of sequences is odd, or what `sequence_logps` raises.
+
+    Source: LD-DPO (Liu et al. 2024, arXiv:2409.06411), whose α weighs the tails.
+    """
+    where = LogpOptions(
+        shift=shift,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        ignore_index=ignore_index,
+    )
+    layout = layout_of(labels, where)
+    sequences = layout.num_sequences
+    if sequences % 2:
+        raise ValueError(
+            f"labels: got {sequences} sequences, needs an even number: chosen first, then rejected"
+        )
+    out = sequence_logps(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        layout.targets,
+        shift=False,
+        sequence_ids=layout.ids() + sequences * _in_tail(layout, ignore_index),
+        num_sequences=2 * sequences,
+        ignore_index=ignore_index,
+        **options,
+    )
+    shared = SequenceLogps(out.sums[:sequences], out.lengths[:sequences], out.plan)
+    return shared, SequenceLogps(out.sums[sequences:], out.lengths[sequences:], out.plan)
+
+
+def _in_tail(layout: Layout, ignore_index: int) -> Tensor:
+    """(M,) bool, whether a labelled row is beyond the length of its sequence's partner."""
+    ids, order = layout.ids().sort(stable=True)
+    counted = (layout.targets != ignore_index)[order]
+    lengths = ids.new_zeros(layout.num_sequences).scatter_add(0, ids, counted.long())
+    pairs = layout.num_sequences // 2
+    shared = lengths[:pairs].minimum(lengths[pairs:]).repeat(2)
+    before = lengths.cumsum(0) - lengths
+    beyond = counted.cumsum(0) - before[ids] > shared[ids]
+    return torch.empty_like(beyond).scatter(0, order, beyond)
+
+
 def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
     values = values.view(labels.shape)
     # Each row's value goes to the label it predicts; a sequence's last row has none to give.
@@ -171,46 +305,22 @@ def _run(
     hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
     call = read_call(hidden, head, labels, options)
-    plan = _plan(call, labels.numel() if call.count < 0 else call.count, options)
-    tensors, math, layout = call.tensors, call.math, call.layout
-    if plan.path == "evaluate":
-        tensors = tensors.detached()
-    outputs = call.checked(
-        head_logps(
-            *tensors,
-            layout.targets,
-            layout.sequence_ids,
-            layout.num_sequences,
-            options.ignore_index,
-            call.count,
-            call.vocab,
-            math.softcap,
-            math.logit_scale,
-            math.temperature,
-            math.dtype,
-            plan.path,
-            call.engine,
-            plan.workspace,
-            plan.kept_rows,
-            call.shard.group,
-            call.shard.first,
-            options.drop_mass if plan.path in ("local", "recompute") else 0.0,
-            options.entropy,
-        )
-    )
-    return plan, outputs
+    plan = _plan(call)
+    tensors = call.tensors.detached() if plan.path == "evaluate" else call.tensors
+    where = call.layout.targets, call.layout.sequence_ids
+    spec = call.spec(plan.path, plan.workspace, plan.kept_rows)
+    return plan, call.checked(head_logps(*tensors, *where, *spec.packed()))
 
 
-def _plan(call: Call, rows: int, options: LogpOptions) -> Plan:
-    tensors, math, device = call.tensors, call.math, call.tensors.hidden.device
-    gradients = torch.is_grad_enabled()
+def _plan(call: Call) -> Plan:
+    options, tensors, math, rows = call.options, call.tensors, call.math, call.rows
+    gradients, device = torch.is_grad_enabled(), tensors.hidden.device
     parameters = (tensors.weight, tensors.bias, tensors.low_weight)
     inputs = (tensors.hidden, tensors.low_hidden)
     head_trains = gradients and any(p is not None and p.requires_grad for p in parameters)
 
     def engine_of(role: str) -> str:
-        bent = math.softcap is not None
-        return role_engine(call.engine, role, device, call.hidden_size, bent)
+        return role_engine(call.engine, role, device, call.hidden_size, math.bent)
 
     def engine(path: str, kept: int) -> str:
         if options.entropy:
@@ -228,15 +338,14 @@ def _plan(call: Call, rows: int, options: LogpOptions) -> Plan:
         sizes = (rows, call.vocab, call.hidden_size)
         return room_of(*sizes, math.kept.itemsize, cost, gpu=call.engine != "torch")
 
-    return make_plan(
-        path=options.path,
-        engine=engine,
-        rows=rows,
-        vocab=call.vocab,
-        workspace=call.workspace(options.workspace_mb, rows, head_trains),
-        room=room,
+    demand = Demand(
+        options.path,
+        rows,
+        call.vocab,
+        call.workspace(head_trains),
         head_trains=head_trains,
         hidden_trains=gradients and any(x is not None and x.requires_grad for x in inputs),
         entropy=options.entropy,
         drop_mass=options.drop_mass,
     )
+    return make_plan(demand, engine, room)

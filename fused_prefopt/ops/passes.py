@@ -1,4 +1,4 @@
-"""The forward and the backward pass of every path: loops over tiles, vocabulary slab by slab.
+"""Forward and backward passes of every path: loops over tiles, vocabulary slab by slab.
 
 The vocabulary is the outer loop: a slab of the weight is cast once, and a slab of its gradient is
 written once, in the weight's own dtype.
@@ -6,7 +6,7 @@ written once, in the weight's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,22 +14,24 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.ops import dropped_mass
-from fused_prefopt.ops.gradients import Gradients, GradientSums, Needs, row_factors, spread
+from fused_prefopt.ops.gradients import Gradients, GradientSums, Wanted, row_factors, spread
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.kept_buffer import find, give_back, lease
 from fused_prefopt.ops.tile import (
     Details,
     EntropyGradients,
+    KeptTile,
     RowGradients,
     RowStatistics,
     Tile,
     WeighedRows,
 )
+from fused_prefopt.ops.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a forward leaves for its backward.
+    """Tensors that a forward leaves for its backward.
 
     Attributes:
         logsumexps: (n,).
@@ -51,7 +53,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What a forward has returned for each labelled row, and the loss's gradient by it, all (n,).
+    """Results of a forward for each labelled row, and the loss's gradient by them, all (n,).
 
     Attributes:
         logps: log-probs.
@@ -66,57 +68,73 @@ class Upstream:
     by_entropies: Tensor | None = None
 
 
-def forward(head: HeadRows) -> tuple[Tensor, Tensor, Kept]:
-    """Log-probs of the labelled rows (n,), entropies (n,) or (0,), and what `backward` needs."""
-    stash, maxima, masses, details = head.new(0), head.new(0), head.new(0), None
-    ticket = torch.zeros(1, dtype=torch.int64)
-    if head.entropy:
-        statistics, details = fold_details(head)
-    else:
-        statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
-    if head.path == "stash":
-        stash, maxima = _weigh(head, statistics)
-    elif not head.entropy:
-        if head.drop_mass:
-            masses = dropped_mass.no_mass(head.vocab, statistics)
-        if head.kept:
-            kept, ticket = lease(head.kept_size, head.math.kept, head.device)
-            maxima = head.new(-(-head.vocab // head.kept_width), head.kept)
-            _fold(head, statistics, masses, kept, maxima)
-        else:
-            _fold(head, statistics, masses)
-    merged = head.shard.merge(statistics)
-    entropies = head.new(0) if details is None else details.entropies(merged)
-    logps, logsumexps = merged.finish()
-    return logps, entropies, Kept(logsumexps, stash, maxima, ticket, masses)
+@dataclass(frozen=True)
+class Folded:
+    """Statistics of the logits of this rank's rows of a head, and what is kept of them.
+
+    Attributes:
+        statistics: of the labelled rows.
+        details: more of them, or None where the entropies are not wanted.
+        stash, maxima, ticket, masses: as in `Kept`, or None where they are not.
+    """
+
+    statistics: RowStatistics
+    details: Details | None = None
+    stash: Tensor | None = None
+    maxima: Tensor | None = None
+    ticket: Tensor | None = None
+    masses: Tensor | None = None
+
+    def finished(self, shard: VocabShard) -> tuple[Tensor, Tensor, Kept]:
+        """Log-probs (n,) and entropies (n,) or (0,) of whole rows, and what `backward` needs."""
+        merged = shard.merge(self.statistics)
+        entropies = None if self.details is None else self.details.entropies(merged)
+        logps, logsumexps = merged.finish()
+
+        def given(value: Tensor | None, dimensions: int = 1) -> Tensor:
+            # As many as a compiler was told: of a batch without labels nothing is kept.
+            return logps.new_empty((0,) * dimensions) if value is None else value
+
+        ticket = torch.zeros(1, dtype=torch.int64) if self.ticket is None else self.ticket
+        stash, maxima, masses = given(self.stash), given(self.maxima, 2), given(self.masses)
+        return logps, given(entropies), Kept(logsumexps, stash, maxima, ticket, masses)
 
 
-def _fold(
-    head: HeadRows,
-    statistics: RowStatistics,
-    masses: Tensor,
-    kept: Tensor | None = None,
-    maxima: Tensor | None = None,
-) -> None:
-    """Fold all logits into the statistics; keep those of the first rows, if there is a tensor."""
+def forward_of(head: HeadRows) -> Callable[[HeadRows], Folded]:
+    """The forward pass that a path takes."""
+    if head.spec.entropy:
+        return fold_details
+    return weigh if head.path == "stash" else fold
+
+
+def fold(head: HeadRows) -> Folded:
+    """All logits, folded into the statistics of their rows; those of the first k are kept."""
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
+    masses = kept = maxima = ticket = None
+    if head.spec.drop_mass:
+        masses = dropped_mass.no_mass(head.vocab, statistics)
+    if head.kept:
+        kept, ticket = lease(head.kept_size, head.math.kept, head.device)
+        maxima = head.new(-(-head.vocab // head.kept_width), head.kept)
     hidden = head.hidden_rows()
     folder = head.build_engine("fold" if head.kept < head.rows or kept is None else "keep")
     keeper = folder if kept is None else head.build_engine("keep")
     together = keeper is folder and folder.keeps_some
     for rows, slab, weight, bias in head.pieces(head.row_slices(kept_apart=not together)):
-        own = dropped_mass.fresh(statistics[rows]) if head.drop_mass else statistics[rows]
+        own = statistics[rows] if masses is None else dropped_mass.fresh(statistics[rows])
         tile = partial(Tile, weight=weight, bias=bias, targets=head.targets[rows], first=slab.start)
         if kept is not None and maxima is not None and rows.start < head.kept:
             here = slice(rows.start, min(rows.stop, head.kept))
             keeper.fold_and_keep(tile(hidden[rows]), own, kept[here], maxima[:, here])
         else:
             folder.fold(tile(hidden[rows]), own)
-        if head.drop_mass:
+        if masses is not None:
             dropped_mass.add_mass(masses[slab.start // dropped_mass.PART, rows], own)
             statistics[rows].merge(own)
+    return Folded(statistics, maxima=maxima, ticket=ticket, masses=masses)
 
 
-def fold_details(head: HeadRows) -> tuple[RowStatistics, Details]:
+def fold_details(head: HeadRows) -> Folded:
     """All logits, folded into the statistics of their rows and more of them."""
     statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
     details = Details.empty(head.rows, head.math.accumulator, head.device)
@@ -124,15 +142,12 @@ def fold_details(head: HeadRows) -> tuple[RowStatistics, Details]:
     for rows, slab, weight, bias in head.pieces(head.row_slices()):
         tile = partial(Tile, weight=weight, bias=bias, targets=head.targets[rows], first=slab.start)
         engine.fold_details(tile(hidden[rows]), statistics[rows], details[rows])
-    return statistics, details
+    return Folded(statistics, details)
 
 
-def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
-    """Fold all logits, and sum the weight's rows weighed by their exponentials.
-
-    Returns:
-        The sums (n, D) and the references (1, n) that they are in.
-    """
+def weigh(head: HeadRows) -> Folded:
+    """All logits, folded, and the sums of the weight's rows weighed by their exponentials."""
+    statistics = RowStatistics.empty(head.rows, head.math.accumulator, head.device)
     engine, hidden = head.build_engine("weigh"), head.hidden_rows()
     sums = head.new(head.rows, head.hidden_size)
     lowest = torch.finfo(head.math.accumulator).min
@@ -149,11 +164,11 @@ def _weigh(head: HeadRows, statistics: RowStatistics) -> tuple[Tensor, Tensor]:
             first = slab.start + part.start
             engine.fold_and_weigh(tile(hidden[rows], first=first), own, weighed, part)
         head.add_product(weights, weight, sums[rows], accumulate=slab.start > 0)
-    return sums, references
+    return Folded(statistics, stash=sums, maxima=references)
 
 
 def backward(
-    head: HeadRows, kept: Kept, upstream: Upstream, padded_vocab: int, needs: Needs
+    head: HeadRows, kept: Kept, upstream: Upstream, padded_vocab: int, wanted: Wanted
 ) -> Gradients:
     """Gradients of ``(by_logps * logps + by_entropies * entropies).sum()``.
 
@@ -161,20 +176,20 @@ def backward(
         kept: what `forward` has returned.
         upstream: of the labelled rows.
         padded_vocab: rows of the weight with its padding.
-        needs: which gradients are wanted.
+        wanted: which gradients those are.
     """
     if head.path == "stash":
-        return _unstash(head, kept, upstream, needs)
+        return _unstash(head, kept, upstream, wanted)
     probabilities = None
     if head.kept:
         probabilities = find(kept.ticket, head.kept_size, head.math.kept)
         if probabilities is None:
-            head = replace(head, path="recompute", kept_rows=0)
+            head = replace(head, spec=replace(head.spec, path="recompute", kept_rows=0))
     factors = [upstream.by_logps * -head.math.slope]
     if upstream.by_entropies is not None:
         factors.append(upstream.by_entropies * -head.math.slope)
     scales, unit = row_factors(factors, head.operand)
-    sums = GradientSums(head, padded_vocab, needs, unit, scattered=head.drop_mass > 0)
+    sums = GradientSums(head, padded_vocab, wanted, unit, scattered=head.spec.drop_mass > 0)
     if head.rows:
         entropy = None
         if upstream.entropies is not None and len(scales) == 2:
@@ -185,12 +200,12 @@ def backward(
     return sums.gradients()
 
 
-def _unstash(head: HeadRows, kept: Kept, upstream: Upstream, needs: Needs) -> Gradients:
+def _unstash(head: HeadRows, kept: Kept, upstream: Upstream, wanted: Wanted) -> Gradients:
     """``by_logps · ((1 − p_y) W_y − Σ_v p_v W_v)`` of each row, the sum without the target y."""
     shares = (kept.maxima[0] - kept.logsumexps).exp_().neg_()
     inside = (head.targets >= 0) & (head.targets < head.vocab)
     own = head.math.target_residual(upstream.logps, kept.logsumexps).neg().where(inside, 0.0)
-    return spread(head, kept.stash, needs, upstream.by_logps * head.math.slope, (shares, own))
+    return spread(head, kept.stash, wanted, upstream.by_logps * head.math.slope, (shares, own))
 
 
 def _add_tiles(
@@ -203,8 +218,8 @@ def _add_tiles(
     sums: GradientSums,
 ) -> None:
     parts, logsumexps = None, kept.logsumexps
-    if head.drop_mass:
-        budget = head.drop_mass / head.shard.size
+    if head.spec.drop_mass:
+        budget = head.spec.drop_mass / head.shard.size
         parts = dropped_mass.choose_parts(kept.masses, logsumexps, head.targets, budget)
         left, out = head.shard.add(parts.kept_mass), head.shard.add(parts.dropped_mass)
         # The exact gradient of the log-prob among what is kept: it still sums to zero.
@@ -212,7 +227,7 @@ def _add_tiles(
         logps, logsumexps = logps - remaining, logsumexps + remaining
     residuals = head.math.target_residual(logps, logsumexps)
     numbers = RowGradients(logsumexps, residuals, scale, entropy)
-    finished = head.keeps_gradients and not head.drop_mass and not sums.wants_bias
+    finished = head.keeps_gradients and not head.spec.drop_mass and not sums.wants_bias
     filler = SlabGradients(head, numbers, probabilities, kept.maxima, finished)
     sums.factor = filler.factor
     for slab, weight, bias in head.slabs():
@@ -253,9 +268,10 @@ class SlabGradients:
         self.factor = None
         if finished and kept is not None:
             engine = head.build_engine("kept")
-            self.factor = engine.finish_kept(kept[:, : head.vocab], maxima, head.targets, numbers)
+            whole = KeptTile(kept[:, : head.vocab], maxima, head.kept_width, head.targets)
+            self.factor = engine.finish_kept(whole, numbers)
         self.hidden = head.hidden_rows(self.factor)
-        self._in_place = kept is not None and head.in_place and not head.drop_mass
+        self._in_place = kept is not None and head.in_place and not head.spec.drop_mass
         self._buffer = None if self._in_place else head.slab_buffer()
 
     def fill(
@@ -293,16 +309,10 @@ class SlabGradients:
         self, slab: slice, rows: slice | Tensor, out: Tensor, sums: GradientSums
     ) -> None:
         assert self._kept is not None
-        found = self._head.build_engine("kept").kept_gradient(
-            self._kept[rows, slab],
-            self._maxima[:, rows],
-            self._head.kept_width,
-            slab.start,
-            self._head.targets[rows],
-            self._numbers[rows],
-            out,
-            sums.wants_bias,
-        )
+        head, maxima = self._head, self._maxima[:, rows]
+        where = maxima, head.kept_width, head.targets[rows], slab.start
+        tile, numbers = KeptTile(self._kept[rows, slab], *where), self._numbers[rows]
+        found = head.build_engine("kept").kept_gradient(tile, numbers, out, sums.wants_bias)
         sums.add_bias(found, slice(0, slab.stop - slab.start))
 
     def _rebuild(

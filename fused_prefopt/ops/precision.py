@@ -1,21 +1,102 @@
-"""What matmuls compute in while the op runs."""
+"""Scalars and dtypes of an LM head's logits, and the precision that its matmuls run under."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.devices import current
+from fused_prefopt.types import LMHead
 
 _REDUCTIONS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
+@dataclass(frozen=True)
+class HeadMath:
+    """The scalar part of an `LMHead`, and the dtype that its matmuls compute in.
+
+    ``logits = bend(alpha (hidden @ weight.T + bias))`` with ``bend(x) = ceiling · tanh(x)`` under
+    a softcap and ``x`` without.
+    """
+
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, head: LMHead, dtype: torch.dtype) -> HeadMath:
+        """The scalars of a head, computing in `dtype`."""
+        return cls(head.softcap, head.logit_scale, head.temperature, dtype)
+
+    @property
+    def scalars(self) -> tuple[float, ...]:
+        """All but the dtype, as numbers: what `from_scalars` reads."""
+        return self.softcap or 0.0, self.logit_scale, self.temperature
+
+    @classmethod
+    def from_scalars(cls, scalars: Sequence[float], dtype: torch.dtype) -> HeadMath:
+        """The reverse of `scalars`; there is no softcap of 0."""
+        softcap, logit_scale, temperature = scalars
+        return cls(softcap or None, logit_scale, temperature, dtype)
+
+    @property
+    def bent(self) -> bool:
+        """Whether a softcap bends the logits, which takes a fused kernel's registers."""
+        return self.softcap is not None
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def kept(self) -> torch.dtype:
+        """Dtype that `local` keeps its probabilities in; they meet a matmul in `dtype` anyway."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else self.accumulator
+
+    @property
+    def alpha(self) -> float:
+        return self.slope if self.softcap is None else self.logit_scale / self.softcap
+
+    @property
+    def ceiling(self) -> float | None:
+        return None if self.softcap is None else self.softcap / self.temperature
+
+    @property
+    def slope(self) -> float:
+        """d logit / d (hidden @ weight.T + bias) where the softcap does not bend it."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def slack(self) -> float:
+        """By how much a logit may exceed what exponentials refer to, in the operand dtype."""
+        return 8.0 if self.dtype == torch.float16 else 60.0
+
+    def cap_slope(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """1 − tanh² of the softcap, from the logits it has left; any shape; `out` may be those."""
+        assert self.ceiling is not None
+        tanh = torch.mul(logits, 1 / self.ceiling, out=out)
+        return tanh.square_().neg_().add_(1)
+
+    def target_residual(self, logps: Tensor, logsumexps: Tensor) -> Tensor:
+        """(c,) residual of the targets, (p − 1) · slope of the softcap, from their log-probs."""
+        value = logps.expm1()
+        return value if self.softcap is None else value * self.cap_slope(logps + logsumexps)
+
+    def operand(self, device: torch.device) -> torch.dtype:
+        """Dtype of matmul operands: CPU matmuls return their operands' dtype, so fp32."""
+        if device.type == "cpu" and self.dtype != torch.float64:
+            return torch.float32
+        return self.dtype
+
+
 class fixed_precision:
-    """What a pass over the head runs under.
+    """Context that a pass over the head runs under.
 
     Autocast is off (the op has chosen its dtype), matmuls have the precision of that dtype, and
     the GPU that holds the tensors is the current one.

@@ -1,4 +1,4 @@
-"""What an engine is handed: a tile of the head, the rows' numbers, and where its results go."""
+"""Arguments of an engine: a tile of a head, the rows' numbers, and where its results go."""
 
 from __future__ import annotations
 
@@ -30,6 +30,25 @@ class Tile:
     def shape(self) -> tuple[int, int]:
         """(c, v)."""
         return self.targets.shape[0], self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class KeptTile:
+    """Rows × a vocabulary slab of what `fold_and_keep` has left.
+
+    Attributes:
+        values: (c, v) exp(logit − maximum) in `HeadMath.kept`.
+        maxima: (parts, c) that they refer to, of the whole vocabulary.
+        part_width: entries of a part.
+        targets: (c,) int64 vocabulary index of the targets, anywhere.
+        first: vocabulary index of the slab's first entry.
+    """
+
+    values: Tensor
+    maxima: Tensor
+    part_width: int
+    targets: Tensor
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ class WeighedRows:
 
 @dataclass(frozen=True)
 class Details:
-    """What else a forward may keep of each row's logits, all (n,).
+    """Further statistics of each row's logits, all (n,).
 
     Attributes:
         weighted: running Σ (logit − maximum) exp(logit − maximum).
@@ -133,7 +152,7 @@ class Details:
 
 @dataclass(frozen=True)
 class EntropyGradients:
-    """What the entropies add to each row's gradient, all (n,).
+    """Share of the entropies in each row's gradient, all (n,).
 
     Attributes:
         entropies: H of the whole rows.
@@ -149,7 +168,7 @@ class EntropyGradients:
 
 @dataclass(frozen=True)
 class RowGradients:
-    """What each row's gradient is made of, all (n,).
+    """Numbers that each row's gradient is made of, all (n,).
 
     Attributes:
         logsumexps: of the whole rows.
@@ -166,3 +185,65 @@ class RowGradients:
     def __getitem__(self, rows: slice | Tensor) -> RowGradients:
         entropy = None if self.entropy is None else self.entropy[rows]
         return RowGradients(self.logsumexps[rows], self.residuals[rows], self.scale[rows], entropy)
+
+
+@dataclass(frozen=True)
+class KlStatistics:
+    """Running statistics of each row where a policy's logits meet a reference's.
+
+    Attributes:
+        policy, reference: maximum, Σ exp(logit − maximum) and target logit, each (n,).
+        weighted: (n,) running Σ exp(r − max r) (r − z) of policy logits z, reference logits r.
+    """
+
+    policy: RowStatistics
+    reference: RowStatistics
+    weighted: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> KlStatistics:
+        """Of rows that have met no logit yet."""
+        policy, reference = (RowStatistics.empty(rows, dtype, device) for _ in range(2))
+        return cls(policy, reference, torch.zeros_like(policy.sum))
+
+    def __getitem__(self, rows: slice) -> KlStatistics:
+        return KlStatistics(self.policy[rows], self.reference[rows], self.weighted[rows])
+
+    def kls(self) -> Tensor:
+        """(n,) ``KL(reference || policy) = E[r − z] − lse r + lse z``, the mean over the reference.
+
+        Terms cancel where the two distributions are close: they are added in float64, and what
+        rounding has left below 0 becomes 0.
+        """
+        mean = self.weighted.double() / self.reference.sum.double()
+        maxima = self.policy.maximum.double() - self.reference.maximum.double()
+        sums = self.policy.sum.double().log() - self.reference.sum.double().log()
+        return (mean + (maxima + sums)).clamp_(min=0).to(self.weighted.dtype)
+
+
+@dataclass(frozen=True)
+class KlGradients:
+    """Numbers that the gradient of a policy's logits beside a reference's is made of, all (n,).
+
+    Attributes:
+        logsumexps: of the policy's whole rows.
+        reference_logsumexps: of the reference's.
+        scale: factor on the policy's probabilities.
+        reference_scale: factor on the reference's.
+        targets: the whole gradient of the target's logit.
+    """
+
+    logsumexps: Tensor
+    reference_logsumexps: Tensor
+    scale: Tensor
+    reference_scale: Tensor
+    targets: Tensor
+
+    def __getitem__(self, rows: slice) -> KlGradients:
+        return KlGradients(
+            self.logsumexps[rows],
+            self.reference_logsumexps[rows],
+            self.scale[rows],
+            self.reference_scale[rows],
+            self.targets[rows],
+        )

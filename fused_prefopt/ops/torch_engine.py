@@ -1,4 +1,4 @@
-"""The torch engine: what happens to one tile of logits (c rows × v vocabulary entries).
+"""The torch engine: everything that happens to one tile of logits (c rows × v entries).
 
 The loops over tiles are in `passes`. Matmuls take their operands in
 `HeadMath.operand` and leave an accumulator (fp32, or float64 for float64 inputs) that nothing
@@ -12,9 +12,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import is_on_host
 from fused_prefopt.ops.cutting import TileCost, Tiles, TileShape, WeightKind
-from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
+from fused_prefopt.ops.precision import HeadMath
+from fused_prefopt.ops.tile import (
+    Details,
+    KeptTile,
+    KlGradients,
+    KlStatistics,
+    RowGradients,
+    RowStatistics,
+    Tile,
+    WeighedRows,
+)
 
 # exp(-46) is about 1e-20. Probabilities below it change no sum, but as denormals, their own or
 # those of their product with an upstream gradient, they make a CPU matmul 20 times slower.
@@ -47,10 +57,11 @@ class TorchEngine:
         self.math, self.tiles, self.device = math, tiles, device
         self.part_width = tiles.products
         self._buffer: Tensor | None = None
+        self._second: Tensor | None = None
 
     @staticmethod
     def cost(math: HeadMath, weight: WeightKind, role: str) -> TileCost:
-        """What the buffers take for a tile of a head with such a weight (V, D).
+        """Bytes of the buffers for a tile of a head with such a weight (V, D).
 
         Args:
             role: what is asked, one of `engines.ROLES`.
@@ -74,6 +85,23 @@ class TorchEngine:
             logit += accumulator.itemsize  # of the logarithms
         preferred = _PREFERRED.get(weight.device.type, _PREFERRED_ELSEWHERE)
         return TileCost(logit, hidden, slabs, preferred)
+
+    @classmethod
+    def kl_cost(
+        cls, math: HeadMath, weight: WeightKind, other: WeightKind, backward: bool
+    ) -> TileCost:
+        """Bytes of the buffers for a tile of both heads, whose hidden sizes add up.
+
+        Args:
+            math: of the head that has a softcap, if one of them has.
+            weight: (V, D) of the policy.
+            other: (V, D') of the reference.
+            backward: whether the pass is a backward.
+        """
+        policy, reference = cls.cost(math, weight, "rebuild"), cls.cost(math, other, "rebuild")
+        logit = policy.logit + reference.logit + (0 if backward else math.accumulator.itemsize)
+        slab = max(policy.weight, reference.weight)
+        return TileCost(logit, policy.hidden, slab, policy.preferred)
 
     @staticmethod
     def in_place(math: HeadMath, device: torch.device) -> bool:
@@ -118,15 +146,12 @@ class TorchEngine:
             columns.copy_(logits)
         maxima[tile.first // self.part_width] = statistics.maximum
 
-    def finish_kept(
-        self, kept: Tensor, maxima: Tensor, targets: Tensor, rows: RowGradients
-    ) -> Tensor:
+    def finish_kept(self, kept: KeptTile, rows: RowGradients) -> Tensor:
         """With `keeps_gradients`: put the targets' into what was kept.
 
         Args:
-            kept: (k, V), changed in place: it is the gradient then, but for a factor of each row.
-            maxima: (1, k) that it refers to.
-            targets: (k,) vocabulary index of the targets.
+            kept: of the whole vocabulary (k, V), changed in place: it is the gradient then, but
+                for a factor of each row.
             rows: of these rows.
 
         Returns:
@@ -192,39 +217,86 @@ class TorchEngine:
         return self._summed(gradient if added is None else gradient.add_(added), out, bias)
 
     def kept_gradient(
-        self,
-        kept: Tensor,
-        maxima: Tensor,
-        part_width: int,
-        first: int,
-        targets: Tensor,
-        rows: RowGradients,
-        out: Tensor,
-        bias: bool,
+        self, kept: KeptTile, rows: RowGradients, out: Tensor, bias: bool
     ) -> Tensor | None:
         """The same from what `fold_and_keep` has left.
 
         Args:
-            kept: (c, v), a slab of it.
-            maxima: (parts, c), of the whole vocabulary.
-            part_width: entries of a part.
-            first: vocabulary entry at which the slab starts.
-            targets: (c,) vocabulary index of the targets.
+            kept: a slab of it.
             rows: of these rows.
-            out: (c, v) in the operand dtype, filled; with `in_place` it may be `kept`.
+            out: (c, v) in the operand dtype, filled; with `in_place` it may be what was kept.
             bias: whether its sums over the rows are wanted.
         """
+        values = kept.values
         in_place = out.dtype == self.math.accumulator
-        gradient = out if in_place else self._tile((kept.shape[0], kept.shape[1]))
-        maximum = maxima[first // part_width]
+        gradient = out if in_place else self._tile((values.shape[0], values.shape[1]))
+        maximum = kept.maxima[kept.first // kept.part_width]
         factor = (maximum - rows.logsumexps).exp_().mul_(rows.scale)
-        torch.mul(kept, factor.unsqueeze(1), out=gradient)
+        torch.mul(values, factor.unsqueeze(1), out=gradient)
         if self.math.softcap is not None:
-            # Where `kept` has underflowed to 0, 0 times the slope of its log, -inf, would be NaN.
-            logits = kept.to(gradient.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
+            # Where a value has underflowed to 0, 0 times the slope of its log, -inf, would be NaN.
+            logits = values.to(gradient.dtype, copy=True).log_().clamp_(min=_SMALLEST_EXPONENT)
             logits.add_(maximum.unsqueeze(1))
             gradient.mul_(self.math.cap_slope(logits, out=logits))
-        return self._summed(self._finish(gradient, targets, first, rows), out, bias)
+        return self._summed(self._finish(gradient, kept.targets, kept.first, rows), out, bias)
+
+    def fold_both(
+        self, tile: Tile, reference: Tile, engine: TorchEngine, statistics: KlStatistics
+    ) -> None:
+        """Fold a policy's and a reference's logits into the running statistics of their rows.
+
+        Args:
+            tile: of the policy's head.
+            reference: the same rows and vocabulary entries of the reference's.
+            engine: of the reference's head, of the same class.
+            statistics: of these rows, changed in place.
+        """
+        logits = self._logits(tile, self._tile(tile.shape))
+        others = engine._logits(reference, engine._tile(reference.shape))
+        differences = torch.sub(others, logits, out=engine._second_tile(tile.shape))
+        if reference.bias is not None:
+            # A bias of -inf: where the reference gives no probability, the policy may give none.
+            differences.masked_fill_(others.isneginf(), 0.0)
+        self._fold(logits, tile, statistics.policy)
+        factor = self._fold(others, reference, statistics.reference)
+        terms = differences.mul_(others).sum(1)
+        statistics.weighted.mul_(factor).add_(terms)
+
+    def kl_gradient(
+        self,
+        tile: Tile,
+        reference: Tile,
+        engine: TorchEngine,
+        rows: KlGradients,
+        out: Tensor,
+        bias: bool,
+    ) -> Tensor | None:
+        """The gradient of the policy's logits where they meet a reference's, as in `fold_both`.
+
+        Args:
+            rows: of these rows.
+            out: (c, v) in the operand dtype, filled.
+            bias: whether its sums over the rows are wanted.
+
+        Returns:
+            (v,) the sums, or None.
+        """
+        in_place = out.dtype == self.math.accumulator
+        logits = self._logits(tile, out if in_place else self._tile(tile.shape))
+        slope = None if self.math.softcap is None else self.math.cap_slope(logits)
+        exp_below(logits, rows.logsumexps)
+        logits.mul_(rows.scale.unsqueeze(1))
+        # Half of TDPO2's rows.
+        if not is_on_host(rows.reference_scale) or rows.reference_scale.any():
+            others = engine._logits(reference, engine._tile(reference.shape))
+            exp_below(others, rows.reference_logsumexps)
+            logits.addcmul_(others, rows.reference_scale.unsqueeze(1))
+        if slope is not None:
+            logits.mul_(slope)
+        inside, column = locate(tile.targets, tile.first, tile.shape[1])
+        own = rows.targets.where(inside, logits.gather(1, column).squeeze(1))
+        logits.scatter_(1, column, own.unsqueeze(1))
+        return self._summed(logits, out, bias)
 
     @staticmethod
     def sequence_sums(
@@ -277,9 +349,18 @@ class TorchEngine:
     def _tile(self, shape: tuple[int, int]) -> Tensor:
         """A contiguous tile in the one buffer of accumulators."""
         if self._buffer is None:
-            size = self.tiles.rows * self.tiles.products
-            self._buffer = torch.empty(size, dtype=self.math.accumulator, device=self.device)
+            self._buffer = self._new_tile()
         return self._buffer[: shape[0] * shape[1]].view(shape)
+
+    def _second_tile(self, shape: tuple[int, int]) -> Tensor:
+        """The same in a buffer beside it."""
+        if self._second is None:
+            self._second = self._new_tile()
+        return self._second[: shape[0] * shape[1]].view(shape)
+
+    def _new_tile(self) -> Tensor:
+        size = self.tiles.rows * self.tiles.products
+        return torch.empty(size, dtype=self.math.accumulator, device=self.device)
 
     def _logits(self, tile: Tile, out: Tensor) -> Tensor:
         alpha = self.math.alpha
@@ -338,7 +419,7 @@ def exp_below(tile: Tensor, ceiling: Tensor) -> None:
 
 
 def locate(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which targets are in a slab (c,), and in which of its columns (c, 1); in any if in none."""
+    """Whether each target is in a slab (c,), and its column there (c, 1): any if it is not."""
     within = targets - first if first else targets
     inside = (within >= 0) & (within < width)
     return inside, within.clamp(0, width - 1).unsqueeze(1)

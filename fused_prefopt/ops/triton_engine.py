@@ -8,15 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fused_prefopt.kernels.accumulators import rescale_rows
 from fused_prefopt.kernels.architectures import Block
-from fused_prefopt.kernels.fold_logits import Partials, fold_logits
+from fused_prefopt.kernels.fold_logits import Partials, fold_logits, merge_partials
 from fused_prefopt.kernels.logits_gradient import logits_gradient
-from fused_prefopt.kernels.merge_partials import merge_partials
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
-from fused_prefopt.kernels.rescale import rescale_rows
 from fused_prefopt.ops.cublas_engine import CublasEngine
 from fused_prefopt.ops.cutting import TileCost, Tiles, WeightKind
-from fused_prefopt.ops.head_math import HeadMath
+from fused_prefopt.ops.precision import HeadMath
 from fused_prefopt.ops.tile import Details, RowGradients, RowStatistics, Tile, WeighedRows
 from fused_prefopt.ops.tuning import Tuning, tuning_of
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_prefopt.ops.layout import require
+from fused_prefopt.checks import require
 from fused_prefopt.ops.tile import RowStatistics
 from fused_prefopt.types import LMHead, LowRank
 
@@ -21,7 +21,7 @@ _DIFFERENT = (
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which rows of a head this rank holds.
+    """Rows of a head that this rank holds.
 
     Attributes:
         group: name of the process group that shares the head; empty for a whole head.
@@ -125,9 +125,7 @@ def _local(head: LMHead, vocab: int | None = None) -> LMHead:
         for term in head.low_rank
     )
     valid = head.valid_vocab if vocab is None else min(vocab, weight.shape[0])
-    return LMHead(
-        weight, bias, head.softcap, head.logit_scale, head.temperature, valid, low_rank=terms
-    )
+    return replace(head, weight=weight, bias=bias, valid_vocab=valid, low_rank=terms)
 
 
 def _to_local(value: Tensor) -> Tensor:

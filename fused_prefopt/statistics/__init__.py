@@ -1,14 +1,15 @@
 """The only state of the package: what a loss remembers of earlier batches."""
 
-from fused_prefopt.statistics.base import Statistic
-from fused_prefopt.statistics.joint import JointStatistic
-from fused_prefopt.statistics.level import ReferenceLevel, RewardLevel, RunningLevel
+from fused_prefopt.statistics.base import JointStatistic, Statistic
 from fused_prefopt.statistics.margin_queue import MarginPool, MarginQueue
 from fused_prefopt.statistics.moments import (
     BatchMoments,
     DatasetMoments,
+    MarginMeans,
     Moments,
+    ReferenceMean,
     ReferenceMoments,
+    RunningMean,
     RunningMoments,
 )
 
@@ -16,13 +17,13 @@ __all__ = [
     "BatchMoments",
     "DatasetMoments",
     "JointStatistic",
+    "MarginMeans",
     "MarginPool",
     "MarginQueue",
     "Moments",
-    "ReferenceLevel",
+    "ReferenceMean",
     "ReferenceMoments",
-    "RewardLevel",
-    "RunningLevel",
+    "RunningMean",
     "RunningMoments",
     "Statistic",
 ]

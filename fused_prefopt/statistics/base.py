@@ -1,7 +1,8 @@
-"""What the statistics share: state that keeps its precision, ranks that agree on it."""
+"""State of a loss, one module or two: it keeps its precision, and all ranks agree on it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_prefopt.statistics.gather import world_size
+from fused_prefopt.distributed import world_size
 
 
 class Statistic(nn.Module):
@@ -54,3 +55,46 @@ class Statistic(nn.Module):
             return moved if moved.dtype == state.dtype else state.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+class JointStatistic(Statistic):
+    """Statistics of a margin and of a scale, on the same pairs.
+
+    A failure in either leaves both as they were. `nonfinite` is the larger of their counts.
+
+    Args:
+        margin: sees the first row of what is observed; None where the margin remembers nothing.
+        scale: sees the second.
+    """
+
+    def __init__(self, margin: Statistic | None, scale: Statistic) -> None:
+        super().__init__()
+        self.margin = margin
+        self.scale = scale
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> tuple[Any, Any]:
+        """Pass a batch on.
+
+        Args:
+            observed: (2, P) this rank's values; P may be 0.
+
+        Returns:
+            What the two statistics return; None for the one that is not there.
+        """
+        for part in (self.margin, self.scale):
+            if part is not None:
+                part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks
+        if self.margin is None:
+            scale = self.scale(observed[1])
+            self.nonfinite.copy_(self.scale.nonfinite)
+            return None, scale
+        before = copy.deepcopy(self.margin.state_dict())
+        margin = self.margin(observed[0])
+        try:
+            scale = self.scale(observed[1])
+        except BaseException:
+            self.margin.load_state_dict(before)
+            raise
+        self.nonfinite.copy_(torch.maximum(self.margin.nonfinite, self.scale.nonfinite))
+        return margin, scale

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_count
+from fused_prefopt.distributed import gather_over_ranks
 from fused_prefopt.statistics.base import Statistic
-from fused_prefopt.statistics.gather import gather_over_ranks
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,14 @@ class MarginQueue(Statistic):
         Returns:
             The pool, current margins first.
         """
+        take = self._take
+        if torch.compiler.is_compiling():
+            # The generator's state is no part of a graph: one break here instead of ten. Disabled
+            # by a decorator, importing this would import Triton.
+            take = torch.compiler.disable(take)
+        return take(observed)
+
+    def _take(self, observed: Tensor) -> MarginPool:
         current, start = observed.detach().to(torch.float64), 0
         if self.training and not self.sees_all_ranks:
             current, start = gather_over_ranks(current, self.process_group)

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a per-pair value over the batches seen so far."""
+"""Mean and standard deviation of a per-pair value, in a batch and over the batches so far."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_number
+from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.statistics.base import Statistic
-from fused_prefopt.statistics.gather import sum_over_ranks
 
 STD_FLOOR = 1e-6
 
@@ -194,3 +194,113 @@ class DatasetMoments(BatchStatistic):
         if self.training:
             self.nonfinite.add_(self._sums(observed).nonfinite.to(torch.int64))
         return Moments(self.mean.clone(), self.std.clamp(min=STD_FLOOR))
+
+
+@dataclass(frozen=True)
+class MarginMeans:
+    """Mean reward margins, now and on average.
+
+    Attributes:
+        batch: 0-d float64, mean of the current global batch; `average` where it has no value.
+        average: 0-d float64, exponential average of the batches' means.
+    """
+
+    batch: Tensor
+    average: Tensor
+
+
+class RunningMean(BatchStatistic):
+    """Bias-corrected exponential average of E[x], the current batch included.
+
+    ``a ← ρ a + (1−ρ) E[x]``, ``w ← ρ w + (1−ρ)``, ``M₀ = a/w``. Expectations are over the finite
+    values of all ranks. In eval the stored average is used as it is; with nothing stored, the
+    batch's own mean.
+
+    Args:
+        momentum: ρ, weight of the past.
+
+    Raises:
+        ValueError: `momentum` is outside [0, 1).
+
+    Source: β-DPO (Wu et al. 2024, arXiv:2407.08639), with the bias of the first steps corrected.
+    """
+
+    average: Tensor
+    weight: Tensor
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        super().__init__()
+        require_number("momentum", momentum, low=0, high=1, below=True)
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> MarginMeans:
+        """Take a batch in (training only) and return the means.
+
+        Args:
+            observed: (P,) this rank's reward margins; P may be 0.
+
+        Returns:
+            The batch's mean and the running one.
+        """
+        batch = self._sums(observed)
+        defined = batch.count >= 1
+        average, weight = self.average, self.weight
+        if self.training:
+            average = average.where(~defined, torch.lerp(batch.mean, average, self.momentum))
+            weight = weight.where(~defined, 1 - self.momentum * (1 - weight))
+        seen = weight > 0
+        level = torch.where(seen, average / weight.where(seen, 1.0), batch.mean)
+        summary = MarginMeans(torch.where(defined, batch.mean, level), level)
+        if self.training:
+            # Commit only now, when nothing can fail any more.
+            self._store(self.average, average)
+            self._store(self.weight, weight)
+            self.nonfinite.add_(batch.nonfinite.to(torch.int64))
+        return summary
+
+
+class ReferenceMean(BatchStatistic):
+    """The γ-PO authors' baseline for β-DPO: from zero, not corrected, of the earlier batches.
+
+    ``M₀ ← ρ M₀ + (1−ρ) E[x]``, once the batch has been judged by the M₀ before it. Expectations
+    are over the finite values of all ranks. Their code also updates it in evaluation; here eval
+    leaves it alone.
+
+    Args:
+        momentum: ρ, weight of the past.
+
+    Raises:
+        ValueError: `momentum` is outside [0, 1).
+
+    Source: the code of γ-PO (Sun et al. 2025, arXiv:2506.03690), its "b-dpo" and "b-simpo".
+    """
+
+    average: Tensor
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        super().__init__()
+        require_number("momentum", momentum, low=0, high=1, below=True)
+        self.momentum = momentum
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor) -> MarginMeans:
+        """Return the means of a batch, then (training only) take it in.
+
+        Args:
+            observed: (P,) this rank's reward margins; P may be 0.
+
+        Returns:
+            The batch's mean and the average of those before it.
+        """
+        batch = self._sums(observed)
+        defined, level = batch.count >= 1, self.average.clone()
+        summary = MarginMeans(torch.where(defined, batch.mean, level), level)
+        if self.training:
+            average = torch.lerp(batch.mean, level, self.momentum)
+            self._store(self.average, torch.where(defined, average, level))
+            self.nonfinite.add_(batch.nonfinite.to(torch.int64))
+        return summary

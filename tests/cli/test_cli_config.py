@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bare_cli import ROOT, bare
+from command_line_jobs import ROOT
 
 from fused_prefopt import available_losses
-from fused_prefopt.command_line.config_file import parsed_overrides, read_config
-from fused_prefopt.command_line.errors import UserError
+from fused_prefopt.cli.config import parsed_overrides, read_config
+from fused_prefopt.cli.console import UserError
 from fused_prefopt.losses import published_settings
 
 pytest.importorskip("transformers")
@@ -43,7 +43,13 @@ def test_words_in_three_forms_are_read_as_yaml():
 @pytest.mark.parametrize(
     ("text", "value"),
     [("no", "no"), ("on", "on"), ("true", True), ("1e-6", 1e-6), ("1E5", 1e5), (".5", 0.5)]
-    + [("5", 5), ("-3.", -3.0), ("1e", "1e"), ("~", None), ("-.inf", float("-inf"))],
+    + [("5", 5), ("-3.", -3.0), ("1e", "1e"), ("~", None), ("-.inf", float("-inf"))]
+    + [
+        ("[no, {a: off}]", ["no", {"a": "off"}]),
+        ("'no'", "no"),
+        ("${a}", "${a}"),
+        ("2026-01-01", "2026-01-01"),
+    ],
 )
 def test_plain_values_are_those_of_yaml_1_2(text, value):
     ((_, read),) = parsed_overrides([f"key={text}"])
@@ -70,6 +76,8 @@ def test_words_go_before_the_file_and_reach_into_mappings(config):
     assert read.training.max_steps == 9
     assert read.settings.loss_kwargs == {"beta": 1.0, "gamma": 0.5}
     assert read.settings.peft == {"r": 8} == read.given["peft"]
+    assert config(text, "loss_kwargs={beta: 2}").settings.loss_kwargs == {"beta": 2}
+    assert config(text, "loss_kwargs=null", "loss_kwargs.tau=1").settings.loss_kwargs == {"tau": 1}
 
 
 def test_defaults_are_a_trainers_but_for_a_few(config):
@@ -97,8 +105,8 @@ def test_a_published_setting_brings_its_learning_rate(config):
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        ("max_step: 3\n", [], "unknown key 'max_step' (did you mean 'max_steps'"),
-        ("", ["held-uot=test"], "unknown key 'held_uot' (did you mean 'held_out'"),
+        ("max_step: 3\n", [], "job.yaml: unknown key 'max_step' (did you mean 'max_steps'"),
+        ("", ["held-uot=test"], "command line: unknown key 'held_uot' (did you mean 'held_out'"),
         ("max_steps: many\n", [], "max_steps: invalid int value: 'many'"),
         ("max_steps: 4.5\n", [], "max_steps: invalid int value: '4.5'"),
         ("pictures: perhaps\n", [], "pictures: Truthy value expected: got perhaps"),
@@ -174,6 +182,16 @@ def test_a_tracker_that_is_not_installed_is_named(config, monkeypatch):
     assert config("report_to: tensorboard\n").training.report_to == ["tensorboard"]
 
 
+def test_words_that_other_yaml_takes_for_booleans_are_words_wherever_they_stand(config):
+    text = "save_strategy: &word no  # is no false\neval_strategy: *word\n"
+    read = config(
+        f"{text}lr_scheduler_kwargs: {{a: NO}}\nloss_kwargs: {{no: on, b: [yes, true, 'off']}}\n"
+    )
+    assert read.given["save_strategy"] == read.given["eval_strategy"] == "no"
+    assert read.given["lr_scheduler_kwargs"] == {"a": "NO"}
+    assert read.given["loss_kwargs"] == {"no": "on", "b": ["yes", True, "off"]}
+
+
 def test_keys_that_are_merged_in_may_be_given_again(config):
     text = "peft: &base {r: 2, lora_alpha: 4}\nloss_kwargs: &more\n  <<: *base\n  r: 3\n"
     read = config(f"{text}model_config:\n  <<: *more\n  r: 5\n", "model=null")
@@ -187,14 +205,6 @@ def test_a_file_that_is_not_there_or_no_mapping(tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(UserError, match="list.yaml: got list, needs keys with values"):
         read_config(str(tmp_path / "list.yaml"), [])
-
-
-def test_without_transformers_training_says_what_to_install():
-    example = ROOT / "examples" / "train.yaml"
-    done = bare(f'sys.exit(main(["train", {str(example)!r}]))')
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    wanted = 'training needs transformers, accelerate: pip install "fused-prefopt[trainers]"'
-    assert wanted in done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

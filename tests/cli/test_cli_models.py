@@ -12,70 +12,55 @@ from data_tokenizer import tiny_tokenizer
 from tiny_models import VOCAB, tiny_llama
 
 pytest.importorskip("datasets")
-pytest_plugins = ["command_line_fixtures"]
-
-
-@pytest.fixture
-def refused(job, tmp_path, capsys):
-    """Runs a training that must end with 2 before it writes a model; returns its last line."""
-
-    def run(*words, **keys):
-        assert job("train", *words, **keys) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        assert not list((tmp_path / "run").glob("*.safetensors"))
-        return said.splitlines()[-1].removeprefix("fused-prefopt: ")
-
-    return run
 
 
 @pytest.fixture
 def saved(material, tmp_path):
-    """A copy of the tiny model's folder, without some of its files."""
+    """A folder of the tiny model without some of its files, or of another with its tokenizer."""
 
-    def copy(*without):
-        folder = shutil.copytree(material / "model", tmp_path / "copy")
+    def save(*without, model=None):
+        folder = tmp_path / "saved"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(material / "model", folder)
+        if model is not None:
+            (folder / "model.safetensors").unlink()
+            model.save_pretrained(folder)
         for name in without:
             (folder / name).unlink()
         return folder
 
-    return copy
+    return save
+
+
+def base_model():
+    return tiny_llama().model
+
+
+def reward_model():
+    return transformers.LlamaForSequenceClassification(tiny_llama(pad_token_id=0).config)
 
 
 @pytest.mark.parametrize("key", ["model", "reference_model"])
-def test_a_base_model_has_no_head(refused, tmp_path, key):
-    folder = tmp_path / "base"
-    tiny_llama().model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+@pytest.mark.parametrize("make", [base_model, reward_model])
+def test_a_model_of_another_kind_has_no_head(refused, saved, key, make):
+    model = make()
+    folder = saved(model=model)
     assert refused(**{key: str(folder)}) == (
-        f"{key}: {folder} has no lm_head.weight (it was saved as LlamaModel), so its head would be"
-        " random; name a causal language model"
+        f"{key}: {folder} has no lm_head.weight (it was saved as {type(model).__name__}), so its"
+        " head would be random; name a causal language model"
     )
 
 
-def test_a_reward_model_has_no_head(refused, tmp_path):
-    config = tiny_llama(pad_token_id=0).config
-    folder = tmp_path / "reward"
-    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    said = refused(model=str(folder))
-    assert "has no lm_head.weight (it was saved as LlamaForSequenceClassification)" in said
-
-
-def test_a_tied_head_is_not_missing(job, tmp_path):
-    folder = tmp_path / "tied"
-    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    assert job("train", model=str(folder)) == 0
+def test_a_tied_head_is_not_missing(job, saved, tmp_path):
+    assert job("train", model=str(saved(model=tiny_llama(tie_word_embeddings=True)))) == 0
     assert len(log_of(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("reference", ["precomputed", "model"])
-def test_a_reference_of_another_vocabulary_is_refused(refused, tmp_path, reference):
-    folder = tmp_path / "wider"
+def test_a_reference_of_another_vocabulary_is_refused(refused, saved, reference):
     wider = tiny_llama()
     wider.resize_token_embeddings(VOCAB + 9)
-    wider.save_pretrained(folder)
+    folder = saved(model=wider)
     assert refused(reference_model=str(folder), reference=reference) == (
         f"reference_model: got '{folder}' with a vocabulary of 70, needs the 61 of the model that"
         " trains; name one with the same vocabulary"
@@ -110,7 +95,6 @@ def test_a_folder_that_is_no_whole_model_is_told_what_it_lacks(refused, saved, t
     folder = saved("config.json")
     needs = "a folder without config.json, needs one that save_pretrained wrote"
     assert refused(model=str(folder)) == f"model: got '{folder}', {needs}"
-    shutil.rmtree(folder)
     folder = saved("model.safetensors")
     said = refused(model=str(folder))
     assert said.startswith(f"model: got '{folder}', which cannot be loaded (Error no file named")
@@ -165,17 +149,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert said == f"output_dir: got {tmp_path / 'a' / 'b'}, but {tmp_path} cannot be written to"
 
 
-def test_what_the_reference_pass_meets_is_blamed_on_its_own_key(refused, material, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    assert refused(cache_dir=str(file)).startswith("cache_dir: [Errno ")
-    broken = transformers.AutoModelForCausalLM.from_pretrained(material / "model")
+def test_what_the_reference_pass_meets_is_blamed_on_its_own_key(refused, saved, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert refused(cache_dir=str(tmp_path / "file")).startswith("cache_dir: [Errno ")
+    broken = tiny_llama()
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.nan
-    broken.save_pretrained(tmp_path / "nan")
-    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    folder = str(saved(model=broken))
     for key in ("model", "reference_model"):
-        said = refused(**{key: str(tmp_path / "nan")})
+        said = refused(**{key: folder})
         assert said.startswith(f"{key}: got ref_chosen_logps=nan for feature "), said
 
 
@@ -199,9 +181,9 @@ def test_a_mistake_of_the_code_keeps_its_traceback(job, monkeypatch):
 
 
 def test_pictures_want_matplotlib_before_anything_is_loaded(refused, monkeypatch):
-    from fused_prefopt import extras
+    from fused_prefopt import checks
 
-    find = extras.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == "matplotlib" else find(n))
+    find = checks.find_spec
+    monkeypatch.setattr(checks, "find_spec", lambda n: None if n == "matplotlib" else find(n))
     wanted = 'pictures needs matplotlib: pip install "fused-prefopt[plots]"'
     assert refused(pictures=True, model="no/such/model") == wanted

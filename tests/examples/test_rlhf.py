@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import rlhf
 import torch
-from reinforcement.page import PAGE, RESULTS, judged_text, page_text, table
-from reinforcement.policy_gradient import (
+from reinforcement.policy import (
     Clipping,
     clipped_loss,
     group_advantages,
+    sample,
     token_policy_of,
 )
 from reinforcement.reward_model import RewardModel, pair_accuracy, train_reward_model
-from reinforcement.sampling import sample
 from tiny_models import tiny_llama
 from training_loop import update
 
 from fused_prefopt import TokenPolicy
 from fused_prefopt.data import PointCollator, labels_of
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_EXTRAS = Clipping(clip=0.2, kl_weight=0.0, entropy_weight=0.0)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
@@ -161,34 +156,23 @@ def test_the_policy_of_a_batch_is_that_of_the_models_logits():
 
 
 @pytest.mark.slow
-def test_the_whole_example_on_a_few_steps(tmp_path):
+def test_the_whole_example_on_a_few_steps(tmp_path, capsys):
     few = (
         "--pretraining-steps 2 --reward-steps 2 --steps 2 --rounds 1 --limit 24 --held-out-limit 8"
         " --batch-size 4 --new-tokens 8"
     )
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "examples" / "rlhf.py"),
-            "--output",
-            str(tmp_path),
-            *few.split(),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    rlhf.main(["--output", str(tmp_path), *few.split()])
+    said = capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics["held_out"]) == ["SFT", "DPO", "RPO", "DRO", "GRPO"]
     assert metrics["held_out"]["SFT"]["kl"] == pytest.approx(0, abs=1e-4)
     assert all(metrics["held_out"][name]["kl"] > 0 for name in ("DPO", "RPO", "DRO", "GRPO"))
     assert len(metrics["grpo"]) == 1
     assert (tmp_path / "rewards.png").stat().st_size > 5000
-    assert table(metrics["held_out"]) in result.stdout and judged_text(metrics) in result.stdout
+    assert rlhf.table(metrics["held_out"]) in said and rlhf.judged_text(metrics) in said
 
 
 def test_the_published_page_is_that_of_the_published_metrics():
-    metrics = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert PAGE.read_text(encoding="utf-8") == page_text(metrics)
-    assert PAGE.with_suffix(".png").is_file()
+    metrics = json.loads(rlhf.RESULTS.read_text(encoding="utf-8"))
+    assert rlhf.PAGE.read_text(encoding="utf-8") == rlhf.page_text(metrics)
+    assert rlhf.PAGE.with_suffix(".png").is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -14,8 +13,8 @@ import accelerate_loop
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from test_resume import assert_bit_equal
 from tiny_models import pair_features, tiny_llama
+from trainers import ROOT, Killed, assert_bit_equal, child_environment
 
 from fused_prefopt.data import PairCollator
 
@@ -70,10 +69,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert weights[0] == weights[1]
 
 
-class Killed(Exception):
-    """Stands for whatever ends a run."""
-
-
 def ending(seed: str):
     """A hook that ends a run in some forward pass after the first checkpoint."""
     passes, last = [], random.Random(seed).randint(2 * SAVE_EVERY + 1, 2 * STEPS)
@@ -86,21 +81,38 @@ def ending(seed: str):
     return hook
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing ends, by its options; made once."""
+    folders = {}
+
+    def folder(**given):
+        key = tuple(sorted(given.items()))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("whole")
+            run(folders[key], **given)
+        return folders[key]
+
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("loss", ["gamma-simpo", "alpha-dpo"])
-def test_a_run_that_failed_resumes_bit_equal(tmp_path, loss, precision):
+@pytest.mark.parametrize(
+    ("loss", "precision"), [("gamma-simpo", "no"), ("gamma-simpo", "bf16"), ("alpha-dpo", "no")]
+)
+def test_a_run_that_failed_resumes_bit_equal(tmp_path, whole, loss, precision):
     given = {"loss": loss, "precision": precision}
-    run(tmp_path / "whole", **given)
     with pytest.raises(Killed):
-        run(tmp_path / "failed", hook=ending(f"{loss} {precision}"), **given)
-    assert not (tmp_path / "failed" / "model").exists()
-    run(tmp_path / "failed", "--resume", **given)
-    assert_same_run(tmp_path / "whole", tmp_path / "failed")
+        run(tmp_path, hook=ending(f"{loss} {precision}"), **given)
+    assert not (tmp_path / "model").exists()
+    run(tmp_path, "--resume", **given)
+    assert_same_run(whole(**given), tmp_path)
 
 
-def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(tmp_path, monkeypatch):
-    run(tmp_path / "whole", loss="gamma-simpo")
+def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(
+    tmp_path, whole, monkeypatch
+):
+    given = {"loss": "gamma-simpo", "precision": "no"}
     save = accelerate_loop.Accelerator.save_state
 
     def half(accelerator, folder):
@@ -112,10 +124,10 @@ def test_a_run_killed_while_it_saves_resumes_from_the_checkpoint_before(tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(accelerate_loop.Accelerator, "save_state", half)
         with pytest.raises(Killed):
-            run(tmp_path / "killed", loss="gamma-simpo")
-    assert accelerate_loop.last_checkpoint(tmp_path / "killed")[0] == 4
-    run(tmp_path / "killed", "--resume", loss="gamma-simpo")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+            run(tmp_path, **given)
+    assert accelerate_loop.last_checkpoint(tmp_path)[0] == 4
+    run(tmp_path, "--resume", **given)
+    assert_same_run(whole(**given), tmp_path)
 
 
 def test_accumulation_equals_one_larger_batch(tmp_path, monkeypatch):
@@ -148,15 +160,14 @@ def nan_in_pass(number: int):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_batch_of_nan_stops_the_run_before_a_weight_is_touched(tmp_path, accumulation):
+def test_a_batch_of_nan_stops_the_run_before_a_weight_is_touched(tmp_path, whole, accumulation):
     given = {"loss": "gamma-simpo", "accumulation": accumulation, "save_every": 1}
     with pytest.raises(SystemExit, match="step 5: the loss is nan, the gradient's norm nan: stop"):
         run(tmp_path, hook=nan_in_pass(5 * accumulation), **given)
     assert accelerate_loop.last_checkpoint(tmp_path)[0] == 4 == len(log(tmp_path))
     assert not (tmp_path / "model").exists()
     run(tmp_path, "--resume", **given)
-    run(tmp_path / "whole", **given)
-    assert_same_run(tmp_path / "whole", tmp_path)
+    assert_same_run(whole(**given), tmp_path)
 
 
 @pytest.mark.parametrize("loss", ["gamma-simpo", "alpha-dpo", "beta-dpo"])
@@ -187,66 +198,54 @@ def test_a_batch_of_nan_that_is_skipped_leaves_weights_and_statistics(tmp_path, 
     assert len(log(tmp_path)) == STEPS + 1
 
 
-def test_a_folder_with_checkpoints_is_only_continued_on_demand(tmp_path):
+def test_a_finished_run_is_left_as_it_is_and_continued_on_demand(tmp_path, capsys):
+    def contents():
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
     run(tmp_path, loss="simpo")
+    before = contents()
     with pytest.raises(SystemExit, match="checkpoint-9 is there: --resume"):
         run(tmp_path, loss="simpo")
-
-
-def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
-    run(tmp_path, loss="simpo")
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     capsys.readouterr()
     run(tmp_path, "--resume", loss="simpo")
     assert capsys.readouterr().out == f"already finished at step {STEPS}\n"
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files} == before
+    assert contents() == before
     run(tmp_path, "--resume", loss="simpo", steps=STEPS + 1)
     assert len(log(tmp_path)) == STEPS + 1
     assert (tmp_path / "model" / "step.txt").read_text() == str(STEPS + 1)
 
 
-def test_a_run_killed_before_its_model_is_written_writes_it_without_a_step(tmp_path, monkeypatch):
-    run(tmp_path / "whole", loss="gamma-simpo")
-
+def test_a_run_killed_before_its_model_is_written_writes_it_without_a_step(
+    tmp_path, whole, monkeypatch
+):
     def killed(*_):
         raise Killed
 
+    given = {"loss": "gamma-simpo", "precision": "no"}
     with monkeypatch.context() as patch:
         patch.setattr(accelerate_loop, "save_model", killed)
         with pytest.raises(Killed):
-            run(tmp_path / "killed", loss="gamma-simpo")
-    run(tmp_path / "killed", "--resume", loss="gamma-simpo")
-    assert len(log(tmp_path / "killed")) == STEPS
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+            run(tmp_path, **given)
+    run(tmp_path, "--resume", **given)
+    assert len(log(tmp_path)) == STEPS
+    assert_same_run(whole(**given), tmp_path)
 
 
 @pytest.mark.slow
-def test_the_example_runs_alone_in_an_empty_folder(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    shutil.copy(root / "examples" / "accelerate_loop.py", tmp_path)
-    words = "--steps=2 --limit=16 --max-length=32 --batch-size=2 --accumulation=1".split()
-    for resume in ([], ["--resume"]):
-        done = subprocess.run(
-            [sys.executable, "accelerate_loop.py", "--output=out", *words, *resume],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "already finished at step 2\n"
-    assert len(log(tmp_path / "out")) == 2
-
-
-@pytest.mark.slow
-def test_the_example_learns_from_the_embedded_text(tmp_path, capfd):
-    small = ["--steps=20", "--limit=96", "--max-length=32", "--save-every=20"]
-    accelerate_loop.main([f"--output={tmp_path}", *small])
-    shown = capfd.readouterr().err
-    assert "20/20" in shown and "reference log-probs" in shown
-    losses = [row["loss"] for row in log(tmp_path)]
-    assert sum(losses[-5:]) < sum(losses[:5])
-    assert (tmp_path / "model" / "model.safetensors").is_file()
+def test_the_example_alone_in_an_empty_folder_learns_from_the_embedded_text(tmp_path):
+    shutil.copy(ROOT / "examples" / "accelerate_loop.py", tmp_path)
+    words = "--steps=16 --limit=64 --max-length=32 --save-every=16 --accumulation=1".split()
+    done = subprocess.run(
+        [sys.executable, "accelerate_loop.py", "--output=out", *words],
+        cwd=tmp_path,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "16/16" in done.stderr and "reference log-probs" in done.stderr
+    losses = [row["loss"] for row in log(tmp_path / "out")]
+    assert len(losses) == 16 and sum(losses[-5:]) < sum(losses[:5])
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()

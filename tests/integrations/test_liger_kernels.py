@@ -7,24 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import pair_features, tiny_llama
+from model_families import assert_gradients, family, fused, gradients, own_loss, pairs
+from tiny_models import tiny_llama
+from trainers import build
 
 import fused_prefopt as fp
-from fused_prefopt.data import PairCollator
-
-pytest.importorskip("transformers")
-
-from model_families import assert_gradients, family, fused, gradients, own_loss, pairs
-from test_integrations_transformers import arguments
-
-from fused_prefopt.integrations.transformers import PreferenceTrainer
-
-
-def liger(name, model, **kernels):
-    """Liger's patches on a model: without a GPU none of its kernels can run."""
-    patches = pytest.importorskip("liger_kernel.transformers")
-    options = {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": True} | kernels
-    getattr(patches, f"apply_liger_kernel_to_{name}")(model=model, **options)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +19,13 @@ def liger(name, model, **kernels):
     [("llama", {"swiglu": False}), ("qwen3", {"swiglu": False}), ("gemma2", {"geglu": False})],
 )
 def test_beside_ligers_forward_its_own_loss_is_not_called(name, kernels, monkeypatch):
+    patches = pytest.importorskip("liger_kernel.transformers")
     model, batch = family(name), pairs()
     truth = own_loss(model, batch)
     wanted = gradients(model, truth)
-    liger(name, model, **kernels)
+    # Without a GPU none of its kernels can run.
+    options = {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": True} | kernels
+    getattr(patches, f"apply_liger_kernel_to_{name}")(model=model, **options)
     patched = model.forward.__func__
     monkeypatch.setitem(patched.__globals__, "LigerForCausalLMLoss", None)
     loss, got, _ = fused(model, batch)
@@ -44,45 +34,22 @@ def test_beside_ligers_forward_its_own_loss_is_not_called(name, kernels, monkeyp
     assert model.forward.__func__ is patched
 
 
-@pytest.mark.parametrize("kind", ["transformers", "trl"])
+@pytest.mark.parametrize("kind", ["transformers", "dpo"])
 def test_a_trainer_with_ligers_kernels_leaves_out_its_loss(kind, tmp_path, monkeypatch):
     pytest.importorskip("liger_kernel")
-    if kind == "trl":
-        pytest.importorskip("trl")
     from liger_kernel.transformers.model import llama
 
     monkeypatch.setattr(llama, "LigerForCausalLMLoss", None)
-    steps = {"transformers": trained_by_transformers, "trl": trained_by_trl}[kind]
-    plain = steps(tmp_path / "plain")
     config = {"rope": False, "rms_norm": False, "swiglu": False}
-    ours = steps(tmp_path / "liger", use_liger_kernel=True, liger_kernel_config=config)
+    states = []
+    for options in ({}, {"use_liger_kernel": True, "liger_kernel_config": config}):
+        run = build(kind, tmp_path, loss="simpo", max_steps=2, **options)
+        run.train()
+        states.append(run.model.state_dict())
     start = tiny_llama().state_dict()
-    assert any(not torch.equal(value, start[name]) for name, value in plain.items())
-    for name, value in plain.items():
-        assert torch.equal(ours[name], value), name
-
-
-def trained_by_transformers(folder, **options):
-    model = tiny_llama()
-    PreferenceTrainer(
-        model,
-        arguments(folder, **options),
-        train_dataset=pair_features(8),
-        data_collator=PairCollator(0),
-        loss_fn=fp.PreferenceLoss("simpo"),
-    ).train()
-    return model.state_dict()
-
-
-def trained_by_trl(folder, **changes):
-    from test_integrations_trl import dataset, options, trainer
-
-    from fused_prefopt.integrations.trl import FusedDPOConfig, FusedDPOTrainer
-
-    config = FusedDPOConfig(**options(folder, loss="simpo", max_steps=2, **changes))
-    built = trainer(FusedDPOTrainer, config, dataset())
-    built.train()
-    return built.model.state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in states[0].items())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
 
 
 class InPlaceNorm(torch.autograd.Function):
@@ -108,4 +75,4 @@ def test_a_backbone_may_overwrite_the_gradient_it_gets(path):
     norm.forward = lambda hidden: hidden * norm.weight
     wanted = gradients(model, own_loss(model, batch))
     norm.forward = lambda hidden: InPlaceNorm.apply(hidden, norm.weight)
-    assert_gradients(fused(model, batch, path=path)[1], wanted)
+    assert_gradients(fused(model, batch, fp.PreferenceLoss("simpo", path=path))[1], wanted)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from loss_cases import VARIANTS
-from test_integrations_transformers import arguments
 from tiny_models import pair_features, point_features, tiny_llama
+from trainers import OF_TRL, build, pairs_with_reference
 from waits import watched, watched_steps
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator, PointCollator
-from fused_prefopt.integrations.transformers import PreferenceTrainer
+from fused_prefopt.integrations import nonfinite
 from fused_prefopt.losses import find
 from fused_prefopt.ops import sequence_kl, token_policy, token_statistics
 from fused_prefopt.ops.plan import PATHS
-from fused_prefopt.reference import add_reference_logps
 
 LAYOUTS = {
-    "padded": PairCollator(0),
-    "packed": PairCollator(0, padding_free=True),
-    "shared prompts": PairCollator(0, shared_prompt=True),
+    "padded": {},
+    "packed": {"padding_free": True},
+    "shared prompts": {"shared_prompt": True},
 }
 
 
@@ -29,36 +30,45 @@ def waits(monkeypatch):
     return watched(monkeypatch)
 
 
-def train(folder, waits, loss_fn, data, model=None, **options):
-    given = arguments(folder, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3)
-    trainer = PreferenceTrainer(
-        model or tiny_llama(), given, train_dataset=data, loss_fn=loss_fn, **options
-    )
-    watched_steps(trainer, waits)
-    trainer.train()
-    return waits.found
+@pytest.fixture
+def found(tmp_path, waits):
+    """What a trainer of some kind waits for in its second step."""
+
+    def train(kind="transformers", data=None, *, collator=None, **options):
+        given = {} if collator is None else {"given": {"data_collator": collator}}
+        run = build(kind, tmp_path, data, max_steps=2, **given, **options)
+        watched_steps(run, waits)
+        run.train()
+        return waits.found
+
+    return train
 
 
-def calls(case):
-    """The op's count of labelled rows, and the op without a count."""
+def calls(counted):
+    """The op's arguments, with its count of labelled rows or without."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 6, 8, generator=generator)
     weight = torch.randn(23, 8, generator=generator)
     labels = torch.randint(0, 23, (4, 6), generator=generator)
     labels[:, :2] = -100
-    return hidden.requires_grad_(), weight, labels, {"num_labels": 16} if case else {}
+    return hidden.requires_grad_(), weight, labels, {"num_labels": 16} if counted else {}
+
+
+def without_file(found):
+    """Operation and function of each wait."""
+    return [re.sub(r" in \w+:", " in ", each) for each in found]
 
 
 def test_waits_are_noticed(waits):
     hidden, weight, labels, _ = calls(False)
     with waits:
         fp.sequence_logps(hidden, weight, labels)
-    assert waits.found == ["aten._local_scalar_dense.default in call:read_call"]
+    assert without_file(waits.found) == ["aten._local_scalar_dense.default in read_call"]
     waits.found.clear()
     options = {"sequence_ids": torch.arange(24) // 6, "num_labels": 20}
     with waits:
         fp.token_logps(hidden.flatten(0, 1), weight, labels.flatten().abs() % 23, **options)
-    assert waits.found == ["aten._local_scalar_dense.default in layout:packed_layout"]
+    assert without_file(waits.found) == ["aten._local_scalar_dense.default in packed_layout"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -72,8 +82,8 @@ def test_the_op(waits, path, drop_mass):
         if path != "evaluate":
             out.sums.sum().backward()
     # One more is documented: what is left out decides how long the matmuls are.
-    documented = ["tolist in dropped_mass:choose_parts"] * (weight.requires_grad and drop_mass > 0)
-    assert waits.found == documented
+    documented = ["tolist in choose_parts"] * (weight.requires_grad and drop_mass > 0)
+    assert without_file(waits.found) == documented
 
 
 def test_the_other_ops(waits):
@@ -109,55 +119,51 @@ def test_every_loss(waits, name, options):
     assert waits.found == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reference", ["precomputed", "model"])
-def test_a_preference_trainers_step(tmp_path, waits, layout, reference):
-    data, options = pair_features(8), {}
-    if reference == "precomputed":
-        data = add_reference_logps(tiny_llama(7), data, PairCollator(0), progress=False)
-    else:
-        options = {"reference": tiny_llama(7)}
-    for name in ("dpo", "alpha-dpo", "gamma-dpo"):
-        loss_fn = fp.PreferenceLoss(name)
-        found = train(tmp_path, waits, loss_fn, data, data_collator=LAYOUTS[layout], **options)
-        assert found == []
+# The loss, its own options, and where its reference is.
+STEPS = [
+    ("alpha-dpo", {}, "precomputed"),
+    ("gamma-dpo", {}, "precomputed"),
+    ("dpo", {}, "model"),
+    ("dpo", {}, "adapter"),
+    ("tdpo2", {}, "model"),
+    ("wpo", {}, "model"),
+    ("dpo", {"ld_alpha": 0.3}, "model"),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_beside_an_adapters_own_reference(tmp_path, waits, layout):
-    peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(tiny_llama(), lora)
-    collator, loss_fn = LAYOUTS[layout], fp.PreferenceLoss("dpo")
-    data = pair_features(8)
-    options = {"data_collator": collator, "reference": "adapter", "log_tokens": True}
-    assert train(tmp_path, waits, loss_fn, data, model, **options) == []
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize(
-    ("name", "options"), [("tdpo2", {}), ("wpo", {}), ("dpo", {"ld_alpha": 0.3})], ids=str
+    ("loss", "options", "source", "layout"),
+    [
+        (*step, layout)
+        for step in STEPS
+        for layout in LAYOUTS
+        # The last ones ask the head for more, which a shared prompt does not give.
+        if layout != "shared prompts" or step in STEPS[:4]
+    ],
+    ids=str,
 )
-def test_steps_that_ask_the_head_for_more(tmp_path, waits, name, options, layout):
-    loss_fn = fp.PreferenceLoss(name, **options)
-    given = {"data_collator": LAYOUTS[layout], "reference": tiny_llama(7)}
-    assert train(tmp_path, waits, loss_fn, pair_features(8), **given) == []
+def test_a_step_on_pairs(found, layout, loss, options, source):
+    model, reference = tiny_llama(), {"model": tiny_llama(7)}.get(source, source)
+    if source == "adapter":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora)
+    data = pairs_with_reference() if source == "precomputed" else pair_features(8)
+    given = {"collator": PairCollator(0, **LAYOUTS[layout]), "log_tokens": source == "adapter"}
+    loss_fn = fp.PreferenceLoss(loss, **options)
+    assert found(data=data, model=model, reference=reference, loss=loss_fn, **given) == []
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
-def test_a_step_on_points_with_their_prompts(tmp_path, waits, padding_free):
-    loss_fn = fp.PreferenceLoss("dro", beta=0.5)
-    collator = PointCollator(0, padding_free=padding_free)
-    options = {"data_collator": collator, "reference": tiny_llama(7)}
-    assert train(tmp_path, waits, loss_fn, point_features(8), **options) == []
+def test_a_step_on_points_with_their_prompts(found, padding_free):
+    given = {"collator": PointCollator(0, padding_free=padding_free), "reference": tiny_llama(7)}
+    assert found(data=point_features(8), loss="dro", **given) == []
 
 
 @pytest.mark.parametrize(("on_nonfinite", "waited"), [("stop", 1), ("skip", 1), ("ignore", 0)])
 def test_the_one_wait_of_a_step_is_for_what_is_not_finite(
-    tmp_path, monkeypatch, waits, on_nonfinite, waited
+    found, monkeypatch, waits, on_nonfinite, waited
 ):
-    from fused_prefopt.integrations import nonfinite
-
     judge = nonfinite._BeforeTheOptimizer.on_pre_optimizer_step
 
     def judged(*args, **kwargs):
@@ -165,47 +171,31 @@ def test_the_one_wait_of_a_step_is_for_what_is_not_finite(
             return judge(*args, **kwargs)
 
     monkeypatch.setattr(nonfinite._BeforeTheOptimizer, "on_pre_optimizer_step", judged)
-    loss_fn = fp.PreferenceLoss("simpo")
-    found = train(tmp_path, waits, loss_fn, pair_features(8), on_nonfinite=on_nonfinite)
-    assert found == ["tolist in nonfinite:on_pre_optimizer_step"] * waited
+    noticed = found(data=pair_features(8), loss="simpo", on_nonfinite=on_nonfinite)
+    assert without_file(noticed) == ["tolist in on_pre_optimizer_step"] * waited
 
 
-def test_a_collator_of_another_makes_is_counted_too(tmp_path, waits):
+def test_a_collator_of_another_makes_is_counted_too(found):
     def collator(features):
         batch = PairCollator(0)(features)
         return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
 
-    loss_fn = fp.PreferenceLoss("simpo")
-    assert train(tmp_path, waits, loss_fn, pair_features(8), data_collator=collator) == []
+    assert found(data=pair_features(8), loss="simpo", collator=collator) == []
 
 
-@pytest.mark.parametrize("precomputed", [False, True])
-@pytest.mark.parametrize("loss", ["dpo", "alpha-dpo", "tdpo2", "simpo"])
-def test_a_step_under_trls_dpo(tmp_path, waits, loss, precomputed):
-    trl = pytest.importorskip("fused_prefopt.integrations.trl")
-    from test_integrations_trl import dataset, options, trainer
-
-    if loss == "tdpo2" and precomputed:
-        pytest.skip("log-probs are not all that it needs")
-    changes = {"max_steps": 2, "precompute_ref_log_probs": precomputed, "log_tokens": True}
-    config = trl.FusedDPOConfig(**options(tmp_path, **changes), loss=loss)
-    reference = None if precomputed else tiny_llama(5)
-    run = trainer(trl.FusedDPOTrainer, config, dataset(), ref_model=reference)
-    watched_steps(run, waits)
-    run.train()
-    assert waits.found == []
+LOSSES = {"dpo": ("dpo", "alpha-dpo", "tdpo2", "simpo"), "kto": ("kto", "dro")}
+CASES = [
+    (kind, loss, precomputed)
+    for kind in OF_TRL
+    for loss in LOSSES[kind]
+    for precomputed in (False, True)
+    # Log-probs are not all that TDPO needs.
+    if not (loss == "tdpo2" and precomputed)
+]
 
 
-@pytest.mark.parametrize("precomputed", [False, True])
-@pytest.mark.parametrize("loss", ["kto", "dro"])
-def test_a_step_under_trls_kto(tmp_path, waits, loss, precomputed):
-    trl = pytest.importorskip("fused_prefopt.integrations.trl")
-    from test_integrations_points import options, trainer
-
-    changes = {"max_steps": 2, "precompute_ref_log_probs": precomputed}
-    config = trl.FusedKTOConfig(**options(tmp_path, **changes), loss=loss)
-    reference = None if precomputed else tiny_llama(5)
-    run = trainer(trl.FusedKTOTrainer, config, ref_model=reference)
-    watched_steps(run, waits)
-    run.train()
-    assert waits.found == []
+@pytest.mark.parametrize(("kind", "loss", "precomputed"), CASES)
+def test_a_step_under_trl(found, kind, loss, precomputed):
+    given = {"reference": tiny_llama(5)} if loss == "tdpo2" else {}
+    options = {"precompute_ref_log_probs": precomputed, "log_tokens": True}
+    assert found(kind, loss=loss, **options, **given) == []

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from data_tokenizer import WORDS, tiny_tokenizer
-from tiny_models import pair_features, tiny_llama
-
-from fused_prefopt.data import PairCollator
-from fused_prefopt.reference import add_reference_logps
+from data_tokenizer import tiny_tokenizer
+from tiny_models import tiny_llama
+from trainers import TEXT, child_environment, pairs_with_reference
 
 pytest.importorskip("trl")
+pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 OURS = "from fused_prefopt.integrations.trl import"
 # The script's name, then what each of the two changed lines begins with before and after.
@@ -86,9 +83,10 @@ SUBCLASS = (
 )
 # One interpreter for all scripts: each is run as `__main__`, with its own arguments.
 DRIVER = """
-import json, runpy, sys
+import gc, json, runpy, sys
 for arguments in json.loads(sys.argv[1]):
     sys.argv = arguments
+    gc.freeze()  # every training collects
     runpy.run_path(arguments[0], run_name="__main__")
 """
 
@@ -108,14 +106,6 @@ def trl_script(name: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def run_scripts(folder: Path, commands: list[list[str]]) -> None:
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    env = {**os.environ, **offline, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRIVER, json.dumps(commands)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def curves(folder: Path) -> dict[str, list[float]]:
     """What a run's last checkpoint says was logged at each step."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
@@ -132,26 +122,20 @@ def require_same(theirs: dict[str, list[float]], ours: dict[str, list[float]]) -
         assert ours[name] == pytest.approx(values, rel=1e-4, abs=1e-4), name
 
 
-@pytest.mark.slow
-def test_trls_own_scripts_with_two_changed_lines(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    words = WORDS[6:]
-    rows = [
-        {
-            "prompt": f"the {words[i % 7]}",
-            "chosen": f" sat {words[i % 5]}",
-            "rejected": f" {words[i % 3]} 2",
-        }
+def trl_commands(folder: Path) -> list[list[str]]:
+    """TRL's two scripts and ours of them, written into the folder, with their arguments."""
+    pairs = [
+        {"prompt": f"the {TEXT[i % 7]}"}
+        | {"chosen": f" sat {TEXT[i % 5]}", "rejected": f" {TEXT[i % 3]} 2"}
         for i in range(16)
     ]
     points = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in rows
+        for row in pairs
         for side in ("chosen", "rejected")
     ]
     given = {
-        "model_name_or_path": tmp_path / "model",
+        "model_name_or_path": folder / "model",
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
@@ -165,44 +149,59 @@ def test_trls_own_scripts_with_two_changed_lines(tmp_path):
         "dtype": "float32",
     }
     commands = []
-    for name, data in (("dpo", rows), ("kto", points)):
-        (tmp_path / name).mkdir()
+    for name, data in (("dpo", pairs), ("kto", points)):
+        (folder / name).mkdir()
         lines = "\n".join(json.dumps(row) for row in data)
-        (tmp_path / name / "train.jsonl").write_text(lines)
+        (folder / name / "train.jsonl").write_text(lines)
         text = trl_script(name)
         for who, script in (("theirs", text), ("ours", changed(text, CHANGES[name]))):
-            path = tmp_path / f"{name}_{who}.py"
+            path = folder / f"{name}_{who}.py"
             path.write_text(script, encoding="utf-8")
-            options = given | {"dataset_name": tmp_path / name, "output_dir": path.with_suffix("")}
+            options = given | {"dataset_name": folder / name, "output_dir": path.with_suffix("")}
             flags = [str(each) for key, value in options.items() for each in (f"--{key}", value)]
             own = ["--log_tokens", "True"] if who == "ours" else []
             commands.append([str(path), *flags, *own])
-    run_scripts(tmp_path, commands)
-    for name in CHANGES:
-        require_same(curves(tmp_path / f"{name}_theirs"), curves(tmp_path / f"{name}_ours"))
+    return commands
 
 
-@pytest.mark.slow
-def test_a_script_of_transformers_trainer_with_two_changed_lines(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
-    features = add_reference_logps(
-        tiny_llama(7), pair_features(16), PairCollator(0), progress=False
-    )
-    torch.save(features, tmp_path / "features.pt")
+def transformers_commands(folder: Path) -> list[list[str]]:
+    """The trainer by hand and ours of it."""
+    torch.save(pairs_with_reference(16), folder / "features.pt")
     scripts = {
         "by_hand": BY_HAND,
         "attached": changed(BY_HAND, ATTACH),
         "subclass": changed(BY_HAND, SUBCLASS),
     }
-    commands = []
     for name, text in scripts.items():
-        path = tmp_path / f"{name}.py"
-        path.write_text(text, encoding="utf-8")
-        places = (path, tmp_path / "model", tmp_path / "features.pt", tmp_path / name)
-        commands.append([str(place) for place in places])
-    run_scripts(tmp_path, commands)
-    theirs = curves(tmp_path / "by_hand")
-    for name in ("attached", "subclass"):
-        ours = curves(tmp_path / name)
-        require_same(theirs, ours)
-        assert "rewards/margins" in ours
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return [
+        [str(folder / each) for each in (f"{name}.py", "model", "features.pt", name)]
+        for name in scripts
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder in which one interpreter has run all scripts."""
+    folder = tmp_path_factory.mktemp("scripts")
+    for each in (tiny_llama(), tiny_tokenizer()):
+        each.save_pretrained(folder / "model")
+    commands = trl_commands(folder) + transformers_commands(folder)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    env = child_environment(**offline)
+    command = [sys.executable, "-c", DRIVER, json.dumps(commands)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_trls_own_scripts_with_two_changed_lines(trained, name):
+    require_same(curves(trained / f"{name}_theirs"), curves(trained / f"{name}_ours"))
+
+
+@pytest.mark.parametrize("name", ["attached", "subclass"])
+def test_a_script_of_transformers_trainer_with_two_changed_lines(trained, name):
+    ours = curves(trained / name)
+    require_same(curves(trained / "by_hand"), ours)
+    assert "rewards/margins" in ours

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -12,17 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import pair_features, tiny_llama
-from transformers import TrainingArguments
+from trainers import (
+    OF_TRL,
+    ROOT,
+    Killed,
+    assert_bit_equal,
+    build,
+    child_environment,
+    pairs,
+    points,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator
-from fused_prefopt.integrations.transformers import PreferenceTrainer
 from fused_prefopt.reference import add_reference_logps
 
-HERE = Path(__file__).resolve().parent
-STEPS, SAVE_EVERY, ACCUMULATION = 10, 3, 2
-PAIRS = 13  # seven forward passes and four steps an epoch
+pytestmark = pytest.mark.slow
+STEPS, SAVE_EVERY = 10, 3
+PAIRS = 13  # seven forward passes and four steps an epoch: three and a bit epochs
 # Times, a mean over the steps of this process, and TRL's count of tokens, which starts again at 0.
 NOT_RESUMED = {
     "train_runtime",
@@ -35,81 +42,40 @@ LOSSES = {
     "gamma-simpo": {"queue_size": 24, "sample_size": 12},
     "alpha-dpo": {"alpha": 0.3, "beta": 2.0, "gamma": 0.5},
     "beta-dpo": {},
+    "kto": {},
+}
+RUNS = [(kind, name) for kind in ("transformers", "dpo") for name in LOSSES if name != "kto"]
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": SAVE_EVERY,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
 }
 
 
-class Killed(Exception):
-    """Stands for whatever ends a run."""
-
-
-def settings(folder: Path, **options):
-    """What both kinds of trainer are given: three and a bit epochs, dropout, an optimizer."""
-    given = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "save_strategy": "steps",
-        "save_steps": SAVE_EVERY,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "cosine",
-        "optim": "adamw_torch",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return given | options
-
-
-def policy():
-    return tiny_llama(attention_dropout=0.3)
-
-
-def transformers_run(folder: Path, name: str, on_nonfinite: str = "stop", **options):
-    loss_fn = fp.PreferenceLoss(name, **LOSSES[name])
-    features = pair_features(PAIRS)
-    if "reference" in loss_fn.loss.needs:
-        features = add_reference_logps(tiny_llama(7), features, PairCollator(0), progress=False)
-    given = settings(folder, remove_unused_columns=False, label_names=["completion_mask"])
-    return PreferenceTrainer(
-        policy(),
-        TrainingArguments(**given | options),
-        train_dataset=features,
-        data_collator=PairCollator(0),
-        loss_fn=loss_fn,
-        on_nonfinite=on_nonfinite,
-    )
-
-
-def trl_run(folder: Path, name: str, on_nonfinite: str = "stop"):
-    pytest.importorskip("trl")
-    from data_tokenizer import tiny_tokenizer
-    from test_integrations_trl import dataset
-
-    from fused_prefopt.integrations.trl import FusedDPOConfig, FusedDPOTrainer
-
-    given = settings(folder, bf16=False, gradient_checkpointing=False)
-    return FusedDPOTrainer(
-        policy(),
-        ref_model=tiny_llama(7),
-        args=FusedDPOConfig(
-            **given, loss=name, loss_kwargs=LOSSES[name], on_nonfinite=on_nonfinite
-        ),
-        train_dataset=dataset(PAIRS),
-        processing_class=tiny_tokenizer(),
-    )
-
-
-RUNS = {"transformers": transformers_run, "trl": trl_run}
+def run_of(kind: str, folder: Path, name: str, on_nonfinite: str = "stop", **options):
+    """A run with dropout."""
+    if kind in OF_TRL:
+        data = pairs(PAIRS) if kind == "dpo" else points(PAIRS, label=[True, False] * 7)
+    else:
+        data = pair_features(PAIRS)
+        if "reference" in fp.PreferenceLoss(name, **LOSSES[name]).loss.needs:
+            data = add_reference_logps(tiny_llama(7), data, PairCollator(0), progress=False)
+    given = {"loss": name, "loss_kwargs": LOSSES[name], "on_nonfinite": on_nonfinite}
+    model = tiny_llama(attention_dropout=0.3)
+    return build(kind, folder, data, model=model, **given, **SETTINGS | options)
 
 
 def end(trainer, seed: str, how) -> None:
     """Call `how` in some forward pass after the first checkpoint, maybe amid an accumulation."""
     passes, last = [], random.Random(seed).randint(2 * SAVE_EVERY + 1, 2 * STEPS - 2)
 
-    def count(*_):
-        passes.append(1)
+    def count(module, *_):
+        if torch.is_grad_enabled():
+            passes.append(1)
         if len(passes) == last:
             how()
 
@@ -134,69 +100,62 @@ def outcome(trainer) -> dict:
     }
 
 
-def assert_bit_equal(one, other, where: str = "") -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for name in one:
-            assert_bit_equal(one[name], other[name], f"{where}/{name}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_bit_equal(*pair, f"{where}/{index}")
-    elif isinstance(one, torch.Tensor):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=where)
-    else:
-        assert one == other, where
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run without an end in between leaves, and its folder; made once."""
+    runs = {}
+
+    def run(kind, name):
+        if (kind, name) not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            trainer = run_of(kind, folder, name)
+            trainer.train()
+            runs[kind, name] = outcome(trainer), folder
+            assert len(runs[kind, name][0]["log"]) == STEPS + 1
+        return runs[kind, name]
+
+    return run
 
 
 def resumed(kind: str, folder: Path, name: str) -> dict:
-    trainer = RUNS[kind](folder, name)
+    trainer = run_of(kind, folder, name)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     return outcome(trainer)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("name", ["gamma-simpo", "alpha-dpo", "beta-dpo"])
-def test_a_run_that_failed_resumes_bit_equal(tmp_path, kind, name):
-    whole = RUNS[kind](tmp_path / "whole", name)
-    whole.train()
-    failing = RUNS[kind](tmp_path / "failed", name)
+@pytest.mark.parametrize(("kind", "name"), [*RUNS, ("kto", "kto")])
+def test_a_run_that_failed_resumes_bit_equal(tmp_path, whole, kind, name):
+    failing = run_of(kind, tmp_path, name)
     end(failing, f"{kind} {name}", raise_killed)
     with pytest.raises(Killed):
         failing.train()
     assert SAVE_EVERY <= failing.state.global_step < STEPS
-    wanted = outcome(whole)
-    assert len(wanted["log"]) == STEPS + 1
-    assert_bit_equal(wanted, resumed(kind, tmp_path / "failed", name))
+    assert_bit_equal(whole(kind, name)[0], resumed(kind, tmp_path, name))
 
 
-@pytest.mark.slow
-def test_a_killed_process_resumes_bit_equal(tmp_path):
+def test_a_killed_process_resumes_bit_equal(tmp_path, whole):
     code = f"""
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = {[str(HERE), str(HERE.parent / "support")]!r}
-from test_resume import end, transformers_run
-trainer = transformers_run(Path({str(tmp_path / "killed")!r}), "gamma-simpo")
+sys.path[:0] = {[str(ROOT / "tests" / folder) for folder in ("integrations", "support")]!r}
+from test_resume import end, run_of
+trainer = run_of("transformers", Path({str(tmp_path)!r}), "gamma-simpo")
 end(trainer, "killed", lambda: os.kill(os.getpid(), signal.SIGKILL))
 trainer.train()
 """
-    env = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    command, env = [sys.executable, "-c", code], child_environment()
+    child = subprocess.run(command, env=env, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    whole = transformers_run(tmp_path / "whole", "gamma-simpo")
-    whole.train()
-    assert_bit_equal(outcome(whole), resumed("transformers", tmp_path / "killed", "gamma-simpo"))
+    found = resumed("transformers", tmp_path, "gamma-simpo")
+    assert_bit_equal(whole("transformers", "gamma-simpo")[0], found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("name", ["gamma-simpo", "alpha-dpo"])
-def test_nan_from_the_backbone_leaves_the_statistics_and_earlier_checkpoints(tmp_path, kind, name):
+@pytest.mark.parametrize(("kind", "name"), [run for run in RUNS if run[1] != "beta-dpo"])
+def test_nan_from_the_backbone_leaves_the_statistics_and_earlier_checkpoints(
+    tmp_path, whole, kind, name
+):
     """Ignored, NaN is in the log and the weights are lost."""
-    passes, failing = [], RUNS[kind](tmp_path / "failed", name, on_nonfinite="ignore")
+    passes, failing = [], run_of(kind, tmp_path, name, on_nonfinite="ignore")
 
     def hook(_, __, output):
         passes.append(1)
@@ -211,7 +170,7 @@ def test_nan_from_the_backbone_leaves_the_statistics_and_earlier_checkpoints(tmp
     assert finite.tolist() == [True] * 3 + [False] * (STEPS - 3)
     assert [row["nonfinite"] > 0 for row in rows] == [False] * 3 + [True] * (STEPS - 3)
     before, after = (
-        torch.load(tmp_path / "failed" / f"checkpoint-{step}" / "preference_loss.pt")
+        torch.load(tmp_path / f"checkpoint-{step}" / "preference_loss.pt")
         for step in (SAVE_EVERY, STEPS)
     )
     # One pair is left of the first epoch, and four passes are done of the third.
@@ -225,28 +184,39 @@ def test_nan_from_the_backbone_leaves_the_statistics_and_earlier_checkpoints(tmp
     ]
     assert any(value.nan_to_num().any() for value in kept[0].values())
     assert_bit_equal(*kept)
-    whole = RUNS[kind](tmp_path / "whole", name)
-    whole.train()
-    again = RUNS[kind](tmp_path / "again", name)
-    again.train(resume_from_checkpoint=str(tmp_path / "failed" / f"checkpoint-{SAVE_EVERY}"))
-    assert_bit_equal(outcome(whole), outcome(again))
+    again = run_of(kind, tmp_path, name)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVE_EVERY}"))
+    assert_bit_equal(whole(kind, name)[0], outcome(again))
 
 
-def test_the_statistics_matter_to_what_is_compared(tmp_path):
+def test_a_loss_attached_to_a_plain_trainer_is_resumed_with_its_statistics(tmp_path):
+    options = {"log_tokens": True, "max_steps": 4, "save_steps": 2}
+    first = run_of("attached", tmp_path, "gamma-simpo", **options)
+    first.train()
+    again = run_of("attached", tmp_path, "gamma-simpo", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_bit_equal(outcome(first), outcome(again))
+
+
+def test_a_loss_of_points_keeps_its_count_of_what_was_not_finite(tmp_path):
+    first = run_of("kto", tmp_path, "kto", max_steps=SAVE_EVERY)
+    first.attachment.loss_fn.statistics.nonfinite.fill_(7)
+    first.train()
+    again = run_of("kto", tmp_path, "kto", max_steps=SAVE_EVERY + 1)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVE_EVERY}"))
+    assert int(again.attachment.loss_fn.statistics.nonfinite) == 7
+
+
+def test_the_statistics_matter_to_what_is_compared(tmp_path, whole):
     """Without them the resumed run differs: the tests above cannot pass by chance."""
-    whole = transformers_run(tmp_path, "gamma-simpo")
-    whole.train()
-    checkpoint = tmp_path / "checkpoint-6"
-    (checkpoint / "preference_loss.pt").unlink()
-    again = transformers_run(tmp_path / "again", "gamma-simpo")
+    wanted, folder = whole("transformers", "gamma-simpo")
+    checkpoint = folder / "checkpoint-6"
+    (checkpoint / "preference_loss.pt").rename(checkpoint / "away.pt")
+    again = run_of("transformers", tmp_path / "again", "gamma-simpo")
     with pytest.warns(UserWarning, match="preference_loss.pt: not found, the statistics start"):
         again.train(resume_from_checkpoint=str(checkpoint))
-    one, other = outcome(whole), outcome(again)
-    assert one["log"][:6] == other["log"][:6] and one["log"][6] != other["log"][6]
-
-
-def test_statistics_of_another_loss_are_refused(tmp_path):
-    transformers_run(tmp_path / "gamma", "gamma-simpo", max_steps=3).train()
-    other = transformers_run(tmp_path / "alpha", "alpha-dpo")
+    log = outcome(again)["log"]
+    assert wanted["log"][:6] == log[:6] and wanted["log"][6] != log[6]
+    other = run_of("transformers", tmp_path / "alpha", "alpha-dpo")
     with pytest.raises(ValueError, match=r"got the statistics of another loss.*\n?.*alpha-dpo"):
-        other.train(resume_from_checkpoint=str(tmp_path / "gamma" / "checkpoint-3"))
+        other.train(resume_from_checkpoint=str(folder / "checkpoint-3"))

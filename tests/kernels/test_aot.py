@@ -21,11 +21,23 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from benchmarks import kernel_gate  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.aot import recording  # noqa: E402
-from benchmarks.kernel_cases import CASES  # noqa: E402
-from benchmarks.kernel_gate import content, launches, rows_of, run_gate  # noqa: E402
-from benchmarks.kernel_results import changes, faults, load_kernels, save_kernels  # noqa: E402
-from benchmarks.kernel_targets import TARGETS, Case, Setting  # noqa: E402
+from benchmarks.kernel_cases import (
+    CASES,  # noqa: E402
+    TARGETS,
+    Case,
+    Setting,
+)
+from benchmarks.kernel_gate import (  # noqa: E402
+    changes,
+    content,
+    faults,
+    launches,
+    recording,
+    rows_of,
+    run_gate,
+    save_kernels,
+)
+from benchmarks.results import load_kernels
 
 SM_80, SM_90 = TARGETS["sm_80"], TARGETS["sm_90"]
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"

@@ -11,7 +11,7 @@ from loss_cases import compute, random_batch
 
 from fused_prefopt import PreferenceLoss
 from fused_prefopt.losses import DynamicMargin, DynamicScale, LogRatio, PairwiseLoss, find
-from fused_prefopt.statistics import ReferenceLevel, RunningLevel
+from fused_prefopt.statistics import ReferenceMean, RunningMean
 from fused_prefopt.types import LogpBatch
 
 SIZES = (8, 14, 2, 10)
@@ -193,6 +193,6 @@ def test_the_papers_form_is_the_default():
     composed = PairwiseLoss(LogRatio(beta=0.1), DynamicMargin(gamma=0.5))
     assert find("gamma-dpo").build() == composed and not composed.margin.centered
     for name in ("beta-dpo", "beta-simpo"):
-        assert type(find(name).build().scale.statistics()) is RunningLevel
+        assert type(find(name).build().scale.statistics()) is RunningMean
         code = find(name).build(statistics="reference").scale
-        assert type(code.statistics()) is ReferenceLevel
+        assert type(code.statistics()) is ReferenceMean

@@ -110,15 +110,6 @@ def test_without_it_the_weights_are_likelihoods_and_losses_that_want_none_do_not
         assert torch.equal(*results) is ("collision" not in info.wants), name
 
 
-def test_a_policy_that_is_certain_of_every_token_weighs_every_pair_by_one():
-    # A one-hot distribution: log p = log Σ p² = 0 at each token.
-    batch = fp.LogpBatch(
-        torch.zeros(4), torch.tensor([2, 3, 4, 5]), torch.zeros(4), collision=torch.zeros(4)
-    )
-    results = [fp.PreferenceLoss(name).from_logps(batch).losses for name in ("wpo", "dpo")]
-    assert torch.equal(*results)
-
-
 def test_a_compiled_loss_computes_it_too():
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(4, 7, 5, generator=generator, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_prefopt as fp
-from fused_prefopt.losses import length_desensitized
+from fused_prefopt.losses import length_desensitized, tail_labels
 
 S, T, D, V = 6, 9, 5, 23
 # As many labels on both sides of the second pair, none on one of the third.
@@ -118,22 +118,6 @@ def test_a_loss_of_hidden_states_weighs_the_tails(name, layout, alpha):
         torch.testing.assert_close(found.losses, plain.losses, rtol=1e-12, atol=1e-14)
 
 
-def test_wpo_weighs_pairs_by_their_whole_completions():
-    hidden, weight, labels = draws()
-    reference = torch.zeros(S, dtype=torch.float64)
-    results = [
-        fp.PreferenceLoss(name, ld_alpha=0.3)(hidden, weight, labels, reference=reference).losses
-        for name in ("wpo", "dpo")
-    ]
-    unweighted = [
-        fp.PreferenceLoss(name)(hidden, weight, labels, reference=reference).losses
-        for name in ("wpo", "dpo")
-    ]
-    weights = [first / second for first, second in (results, unweighted)]
-    torch.testing.assert_close(*weights, rtol=1e-12, atol=0)
-    assert not torch.allclose(results[1], unweighted[1])
-
-
 @pytest.mark.parametrize("layout", [{}, {"padding_free": True}, {"shared_prompt": True}], ids=str)
 def test_through_a_model(layout):
     pytest.importorskip("transformers")
@@ -179,11 +163,6 @@ def test_what_cannot_be_weighted(name, alpha, wanted):
         fp.PreferenceLoss(name, ld_alpha=alpha)
 
 
-def test_it_is_shown():
-    assert "ld_alpha=0.5" in repr(fp.PreferenceLoss("simpo", ld_alpha=0.5))
-    assert "ld_alpha" not in repr(fp.PreferenceLoss("simpo"))
-
-
 def test_it_compiles_in_one_graph():
     hidden, weight, labels = draws()
     loss_fn = fp.PreferenceLoss("simpo", ld_alpha=0.3)
@@ -197,3 +176,32 @@ def test_it_compiles_in_one_graph():
     torch.testing.assert_close(*results, rtol=1e-12, atol=0)
     for found, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_tails_by_hand():
+    labels = torch.tensor([[-100, 3, 4, 5, 6], [-100, 1, -100, -100, -100]])
+    labels = torch.cat([labels, torch.tensor([[-100, -100, 7, 8, -100], [-100, 2, 2, -100, 9]])])
+    assert tail_labels(labels).tolist() == [
+        [-100, -100, -100, 5, 6],
+        [-100] * 5,
+        [-100] * 5,
+        [-100, -100, 2, -100, 9],
+    ]
+    with pytest.raises(ValueError, match="3 sequences, wanted an even number"):
+        tail_labels(labels[:3])
+    with pytest.raises(ValueError, match="labels: got shape"):
+        tail_labels(labels[0])
+
+
+def test_weighted_tails_by_hand():
+    fields = {"policy": [-10.0, -6, -20, -3], "reference": [-12.0, -2, -19, -4]}
+    values = {name: torch.tensor(each, dtype=torch.float64) for name, each in fields.items()}
+    batch = fp.LogpBatch(**values, lengths=torch.tensor([5, 2, 5, 3]))
+    tail, tail_reference = torch.tensor([-4.0, 0, 0, -2]), torch.tensor([-3.0, 0, 0, -1])
+    weighted = length_desensitized(batch, tail, tail_reference, alpha=0.25)
+    assert weighted.policy.tolist() == [-7.0, -6.0, -20.0, -1.5]
+    assert weighted.reference.tolist() == [-9.75, -2.0, -19.0, -3.25]
+    with pytest.raises(ValueError, match="alpha: got 1.5"):
+        length_desensitized(batch, tail, tail_reference, alpha=1.5)
+    with pytest.raises(ValueError, match="tail: got shape"):
+        length_desensitized(batch, tail[:2], tail_reference, alpha=0.5)

@@ -9,10 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from fused_prefopt.command_line.losses import one_loss
-from fused_prefopt.loss_page import COMMAND, formula, hyperparameters, text, write
-from fused_prefopt.losses import available_losses, find, published_settings
-from fused_prefopt.losses.registry import _NAMES, _SPECS
+from fused_prefopt.cli.losses import (
+    COMMAND,
+    formula,
+    hyperparameters,
+    losses_page,
+    one_loss,
+    write_losses_page,
+)
+from fused_prefopt.losses import (
+    available_losses,
+    find,
+    published_settings,
+    register,
+    registry,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "losses.md"
@@ -20,18 +31,18 @@ REGISTERED = available_losses()
 
 
 def section(name: str) -> str:
-    return text().split(f"\n### {name}\n")[1].split("\n### ")[0]
+    return losses_page().split(f"\n### {name}\n")[1].split("\n### ")[0]
 
 
 def test_the_page_is_up_to_date():
     message = f"docs/losses.md: out of date, wants `{COMMAND}` to write it again"
-    assert PAGE.read_text(encoding="utf-8") == text(), message
+    assert PAGE.read_text(encoding="utf-8") == losses_page(), message
 
 
 def test_the_command_writes_the_page(tmp_path):
     command = [sys.executable, *COMMAND.split()[1:], str(tmp_path / "docs" / "page.md")]
     subprocess.run(command, check=True, cwd=ROOT, timeout=120)
-    assert (tmp_path / "docs" / "page.md").read_text(encoding="utf-8") == text()
+    assert (tmp_path / "docs" / "page.md").read_text(encoding="utf-8") == losses_page()
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -47,7 +58,7 @@ def test_every_loss_has_its_formula_options_needs_and_paper(name):
     assert all(f"`{field}`" in found for field in info.needs)
     assert ("- Statistic:" in found) is info.stateful
     assert ("- Spans the batch:" in found) is info.coupled
-    row = next(line for line in text().splitlines() if line.startswith(f"| [{name}]("))
+    row = next(line for line in losses_page().splitlines() if line.startswith(f"| [{name}]("))
     assert all(alias in row for alias in info.aliases) and info.paper in row
 
 
@@ -60,8 +71,17 @@ def test_every_published_setting_is_shown_with_its_loss(name):
     assert f"{setting.learning_rate:g}" in row
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What is registered here is forgotten."""
+    for name in ("_SPECS", "_NAMES"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+
+
+@pytest.mark.usefixtures("own_registry")
 def test_a_new_loss_appears_on_the_page(tmp_path):
-    def factory(*, beta: float = 0.1):
+    @register("test-page", paper="Me 2027", aliases=("other",))
+    def factory(*, beta: float = 0.1, gamma: float = 0.5):
         """``−log σ(βΔ)``.
 
         Args:
@@ -70,42 +90,18 @@ def test_a_new_loss_appears_on_the_page(tmp_path):
         """
         return find("dpo").build(beta=beta)
 
-    _SPECS["test-page"] = type(find("dpo"))("test-page", factory, ("other",), "Me 2027")
-    _NAMES["test-page"] = "test-page"
-    try:
-        write(tmp_path / "losses.md")
-        found = (tmp_path / "losses.md").read_text(encoding="utf-8")
-    finally:
-        del _SPECS["test-page"], _NAMES["test-page"]
-    assert "| [test-page](#test-page) | other | pairs | `reference` |  | Me 2027 |" in found
-    assert r"| `beta` | `0.1` | β, of \|y\| tokens and more. |" in found
-    assert found != text()
-
-
-def test_a_hyperparameter_without_a_meaning_is_shown_without_one():
-    def factory(*, beta: float = 0.1, gamma: float = 0.5):
-        """``−log σ(βΔ)``.
-
-        Args:
-            beta: β.
-        """
-        return find("dpo").build(beta=beta)
-
+    @register("test-bare", paper="Me 2027")
     def undocumented(*, beta: float = 0.1):
         return find("dpo").build(beta=beta)
 
-    for number, each in enumerate((factory, undocumented)):
-        name = f"test-meaning-{number}"
-        _SPECS[name] = type(find("dpo"))(name, each, (), "Me 2027")
-        _NAMES[name] = name
-    try:
-        partly, bare = section("test-meaning-0"), section("test-meaning-1")
-        shown = [one_loss(f"test-meaning-{number}") for number in range(2)]
-    finally:
-        for name in ("test-meaning-0", "test-meaning-1"):
-            del _SPECS[name], _NAMES[name]
-    assert "| `beta` | `0.1` | β. |\n| `gamma` | `0.5` |  |" in partly
-    assert "| `beta` | `0.1` |  |" in bare
-    rows = [[line.split() for line in each.splitlines()] for each in shown]
-    assert ["beta", "0.1", "β."] in rows[0] and ["gamma", "0.5"] in rows[0]
-    assert ["beta", "0.1"] in rows[1]
+    write_losses_page(tmp_path / "losses.md")
+    found = (tmp_path / "losses.md").read_text(encoding="utf-8")
+    assert "| [test-page](#test-page) | other | pairs | `reference` |  | Me 2027 |" in found
+    # A hyperparameter without a meaning is shown without one, here and in the command line.
+    explained = r"| `beta` | `0.1` | β, of \|y\| tokens and more. |"
+    assert f"{explained}\n| `gamma` | `0.5` |  |" in section("test-page")
+    assert "| `beta` | `0.1` |  |" in section("test-bare")
+    rows = [line.split() for line in one_loss("test-page").splitlines()]
+    assert ["beta", "0.1", *"β, of |y| tokens and more.".split()] in rows
+    assert ["gamma", "0.5"] in rows
+    assert ["beta", "0.1"] in [line.split() for line in one_loss("test-bare").splitlines()]

@@ -1,17 +1,18 @@
-"""Losses that span the batch: several ranks with unequal batches against one with all pairs."""
+"""Losses that remember or span the batch: ranks with unequal batches against one with all pairs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss_cases import random_batch
+from loss_cases import VARIANTS, random_batch
 
-from fused_prefopt import LogpBatch, PreferenceLoss, available_losses
+from fused_prefopt import LogpBatch, PreferenceLoss
 from fused_prefopt.losses import (
     ChosenNll,
     DynamicMargin,
@@ -19,148 +20,180 @@ from fused_prefopt.losses import (
     MeanLogp,
     PairwiseLoss,
     SoftMinimum,
-    register,
 )
-from fused_prefopt.losses.registry import _NAMES, _SPECS
+from fused_prefopt.losses.whole_batch import whole_batch
 
 # Pairs per rank and step: unequal, and none on one of the ranks.
-SPLITS = {2: [(3, 1), (0, 4), (2, 2)], 3: [(3, 1, 0), (1, 2, 4), (0, 0, 2)]}
-LOSSES = [
-    ("cpo", {}),
-    ("sft", {}),
-    ("aot", {"label_smoothing": 0.1}),
-    ("aot-unpaired", {}),
-    ("dr-dpo", {"temperature": 0.5}),
-    ("test-joint", {}),
+SPLITS = {
+    2: [(3, 1), (2, 4), (0, 3), (5, 0), (1, 1)],
+    3: [(3, 1, 0), (2, 1, 3), (0, 0, 3), (1, 3, 1), (1, 0, 1)],
+}
+MET = [
+    (name, options)
+    for name, options in VARIANTS
+    if (loss := PreferenceLoss(name, **options).loss).coupled or loss.statistics() is not None
 ]
-SPANNING = {name for name, info in available_losses().items() if info.coupled}
-# Those with nothing of their own above, with their defaults.
-LOSSES += [(name, {}) for name in sorted(SPANNING - {name for name, _ in LOSSES})]
-FURTHER = ("rewards", "prompt", "prompt_reference", "sequence_kl", "collision")
-T, D, V = 6, 5, 17
+# What pairs can remember of each other at once, and every way in which they can meet.
+JOINT = PairwiseLoss(
+    MeanLogp(beta=2.5),
+    DynamicMargin(gamma=0.5, queue_size=16, sample_size=8),
+    scale=DynamicScale(alpha=0.3),
+)
+SPANNING = dataclasses.replace(
+    JOINT, regularisers=(ChosenNll(nll="token_mean"),), reduction=SoftMinimum()
+)
 
 
-@register("test-joint", paper="every way in which pairs can meet, at once")
-def joint(*, beta: float = 2.5) -> PairwiseLoss:
-    return PairwiseLoss(
-        MeanLogp(beta=beta),
-        DynamicMargin(gamma=0.5, queue_size=16, sample_size=8),
-        regularisers=(ChosenNll(nll="token_mean"),),
-        scale=DynamicScale(alpha=0.3),
-        reduction=SoftMinimum(),
-    )
-
-
-# Registered for the names above alone: the tests of every loss must not meet it.
-JOINT = _SPECS.pop("test-joint")
-_NAMES.pop("test-joint")
-
-
-def loss_of(name: str, options: dict) -> PreferenceLoss:
-    _SPECS["test-joint"], _NAMES["test-joint"] = JOINT, "test-joint"
-    try:
-        return PreferenceLoss(name, **options)
-    finally:
-        del _SPECS["test-joint"], _NAMES["test-joint"]
-
-
-def batches(world: int) -> list[dict[str, torch.Tensor]]:
-    """Hidden states, labels and reference sums of all pairs of each step, pairs first."""
-    generator = torch.Generator().manual_seed(world)
-    found = []
-    for split in SPLITS[world]:
-        pairs = sum(split)
-        labels = torch.randint(0, V, (pairs, 2, T), generator=generator)
-        ends = torch.randint(2, T + 1, (pairs, 2, 1), generator=generator)
-        spread = torch.linspace(-1, 2, 2 * pairs, dtype=torch.float64).reshape(pairs, 2)
-        found.append(
-            {
-                "hidden": torch.randn(pairs, 2, T, D, generator=generator, dtype=torch.float64),
-                "labels": labels.masked_fill(torch.arange(T) >= ends, -100),
-                "reference": -9 * torch.rand(pairs, 2, generator=generator, dtype=torch.float64),
-                **{name: (spread * (2 + i)).sin() for i, name in enumerate(FURTHER)},
-            }
-        )
+def loss_fns(states: list[dict] | None = None) -> list[PreferenceLoss]:
+    """Fresh losses, or those that go on from what was saved."""
+    found = [PreferenceLoss(name, **options) for name, options in MET]
+    for loss in (JOINT, SPANNING):
+        loss_fn = PreferenceLoss("simpo")
+        loss_fn.loss, loss_fn.statistics = loss, loss.statistics()
+        loss_fn.statistics.sees_all_ranks = loss.coupled
+        found.append(loss_fn)
+    for loss_fn, state in zip(found, states or [], strict=bool(states)):
+        loss_fn.load_state_dict(state)
     return found
 
 
-def results_of(rank: int | None, world: int) -> list[dict[str, torch.Tensor]]:
-    """Loss, losses, metrics and gradients of every loss and step; of one rank, or of all pairs."""
-    weight = torch.randn(V, D, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+def batches(world: int) -> list[LogpBatch]:
+    """One global batch of pairs for each split; the second holds a NaN pair."""
     found = []
-    for name, options in LOSSES:
-        loss_fn = loss_of(name, options)
-        for step, (whole, split) in enumerate(zip(batches(world), SPLITS[world], strict=True)):
-            start = 0 if rank is None else sum(split[:rank])
-            here = slice(start, None if rank is None else start + split[rank])
-            # Chosen first: (P, 2, …) → (2P, …).
-            own = {key: value[here].transpose(0, 1).flatten(0, 1) for key, value in whole.items()}
-            hidden, head = own["hidden"].requires_grad_(), weight.clone().requires_grad_()
-            call = (hidden, head, own["labels"])
-            extras = {name: own[name] for name in ("reference", *FURTHER)}
-            if rank is not None and step == rank:
-                # One rank alone evaluates: nothing is exchanged, and nothing remembered.
-                loss_fn.eval()(*call, **extras)
-                loss_fn.train()
-            result = loss_fn(*call, **extras)
-            result.loss.backward()
-            by_pair = {
-                "losses": result.losses.detach(),
-                "target_margins": result.target_margins,
-                "rewards": result.rewards.reshape(2, -1).t(),
-                "hidden": hidden.grad.reshape(2, -1, T, D).transpose(0, 1),
+    for step, split in enumerate(SPLITS[world]):
+        batch = random_batch(2 * sum(split), 10 * world + step)
+        policy = batch.policy.detach().clone()
+        if step == 1:
+            policy[4] = math.nan
+        groups = torch.arange(batch.size)
+        found.append(dataclasses.replace(batch, policy=policy, kl=None, groups=groups))
+    return found
+
+
+def part(batch: LogpBatch, pairs: slice) -> LogpBatch:
+    def cut(values: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = values.chunk(2)
+        return torch.cat([chosen[pairs], rejected[pairs]])
+
+    return LogpBatch(**{name: cut(getattr(batch, name)) for name in batch.given})
+
+
+def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[dict]:
+    """What each loss and step returns, pairs in the last dimension; of one rank, or of all."""
+    found = []
+    for loss_fn in losses:
+        for step, (batch, split) in enumerate(zip(batches(world), SPLITS[world], strict=True)):
+            if rank is not None:
+                start = sum(split[:rank])
+                batch = part(batch, slice(start, start + split[rank]))
+                if step == rank + 1:
+                    # One rank alone evaluates: nothing is exchanged, and nothing remembered.
+                    loss_fn.eval().from_logps(batch)
+                    loss_fn.train()
+            policy = batch.policy.requires_grad_()
+            result = loss_fn.from_logps(batch)
+            (gradient,) = torch.autograd.grad(result.loss, policy)
+            pairs, spans = batch.size // 2, loss_fn.loss.coupled
+            by_pair = {"losses": result.losses, "rewards": result.rewards}
+            if result.target_margins is not None:
+                by_pair["target_margins"] = result.target_margins
+            if spans:
+                by_pair["gradient"] = gradient / (1 if rank is None else world)
+            shaped = {
+                name: values.detach().reshape(-1, pairs) if pairs else values.detach()
+                for name, values in by_pair.items()
             }
-            metrics = torch.stack(list(result.metrics.values()))
-            found.append(
-                {"loss": result.loss.detach(), "head": head.grad, "metrics": metrics, **by_pair}
-            )
+            agreed = {}
+            if spans:
+                agreed = {"loss": result.loss.detach(), **result.metrics}
+            found.append({"by pair": shaped, "agreed": agreed})
+        if loss_fn.statistics is not None:
+            counted = {"nonfinite": loss_fn.statistics.nonfinite.clone()}
+            found.append({"by pair": {}, "agreed": counted})
     return found
 
 
 def _work(rank: int, world: int, folder: str) -> None:
-    file = f"file://{folder}/init"
-    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world)
-    torch.save(results_of(rank, world), f"{folder}/{rank}.pt")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init{world}", rank=rank, world_size=world
+    )
+    losses = loss_fns()
+    torch.save(results(losses, rank, world), f"{folder}/{world}-{rank}.pt")
+    torch.save([each.state_dict() for each in losses], f"{folder}/states-{world}-{rank}.pt")
+    if world == 3:
+        restored = loss_fns(torch.load(f"{folder}/states-2-0.pt"))
+        torch.save(results(restored, rank, world), f"{folder}/restored-{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two ranks, and then three, have computed and saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for world in (2, 3):
+        mp.spawn(_work, args=(world, str(folder)), nprocs=world)
+    return folder
+
+
+def assert_same(whole: list[dict], ranks: list[list[dict]]) -> None:
+    for one, *parts in zip(whole, *ranks, strict=True):
+        for name, value in one["agreed"].items():
+            for each in parts:
+                close(each["agreed"][name], value)
+        for name, value in one["by pair"].items():
+            close(torch.cat([each["by pair"][name] for each in parts if has(each, name)], 1), value)
+
+
+def has(part: dict, name: str) -> bool:
+    return part["by pair"][name].numel() > 0
+
+
 def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_mean_over_ranks_is_the_loss_of_all_pairs(world, tmp_path):
-    mp.spawn(_work, args=(world, str(tmp_path)), nprocs=world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    for whole, *parts in zip(results_of(None, world), *ranks, strict=True):
-        for part in parts:
-            close(part["loss"], whole["loss"])
-            close(part["metrics"], whole["metrics"])
-        close(sum(part["head"] for part in parts) / world, whole["head"])
-        close(torch.cat([part["hidden"] for part in parts]) / world, whole["hidden"])
-        for name in ("losses", "rewards", "target_margins"):
-            close(torch.cat([part[name] for part in parts]), whole[name])
+def test_several_processes_equal_one(world, folder):
+    whole = results(loss_fns(), None, world)
+    assert_same(whole, [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)])
+    # A NaN stays in its pair where nothing spans the batch.
+    apart = [each["by pair"]["losses"] for each in whole if each["by pair"] and not each["agreed"]]
+    assert len(apart) > 50 and all(losses.isnan().sum() <= 1 for losses in apart)
+    counts = [each["agreed"]["nonfinite"] for each in whole if "nonfinite" in each["agreed"]]
+    assert {0, 1} >= {int(count) for count in counts if count.dim() == 0} >= {1}
 
 
-def test_which_losses_span_the_batch():
-    assert {name for name, _ in LOSSES} - {"test-joint"} == SPANNING
-    for name, nll in (("cpo", "sum"), ("cpo", "sequence_mean"), ("sft", "sum")):
-        assert not PreferenceLoss(name, nll=nll).loss.coupled
-    assert not PreferenceLoss("cpo", nll_weight=0.0).loss.coupled
+@pytest.mark.slow
+def test_what_two_processes_save_one_and_three_restore(folder):
+    first, second = (torch.load(folder / f"states-2-{rank}.pt") for rank in range(2))
+    alone = loss_fns()
+    results(alone, None, 2)
+    queues = 0
+    for one, other, loss_fn in zip(first, second, alone, strict=True):
+        for name, value in loss_fn.state_dict().items():
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+            close(one[name], value)
+            # A queue holds what one process would have remembered.
+            if name == "statistics.margins" and value.numel():
+                queues += 1
+                assert value.isfinite().sum() == min(value.numel(), 19)
+    assert queues >= 3
+    restored = [torch.load(folder / f"restored-{rank}.pt") for rank in range(3)]
+    assert_same(results(loss_fns(first), None, 3), restored)
 
 
-# Of γ-PO's pool each rank knows which pairs are its own: see the test above.
+# Of γ-PO's pool each rank knows which pairs are its own: see the tests above.
 CUT = [
-    name
-    for name in available_losses()
-    if not isinstance(getattr(PreferenceLoss(name).loss, "margin", None), DynamicMargin)
+    (name, options)
+    for name, options in [*VARIANTS, ("cpo", {"nll_weight": 0.0})]
+    if not isinstance(getattr(PreferenceLoss(name, **options).loss, "margin", None), DynamicMargin)
 ]
 
 
-@pytest.mark.parametrize("name", CUT)
-def test_whether_a_loss_is_the_mean_of_its_parts(name):
-    loss, batch = PreferenceLoss(name).loss, random_batch(24, seed=5)
+@pytest.mark.parametrize(("name", "options"), CUT, ids=str)
+def test_whether_a_loss_is_the_mean_of_its_parts(name, options):
+    loss, batch = PreferenceLoss(name, **options).loss, random_batch(24, seed=5)
     # References of other sequences, so that sorting them is not sorting the policy.
     batch = dataclasses.replace(batch, groups=None, reference=batch.reference.roll(5))
     statistics = loss.statistics()
@@ -171,3 +204,16 @@ def test_whether_a_loss_is_the_mean_of_its_parts(name):
         total += loss(LogpBatch(**fields, kl=batch.kl), summary).loss.item()
     wanted = loss(batch, summary).loss.item()
     assert math.isclose(total / 2, wanted, rel_tol=1e-9) is not loss.coupled
+
+
+def test_a_batch_of_all_ranks_keeps_the_gradient_of_both():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        logps, kls = (torch.randn(4, requires_grad=True) for _ in range(2))
+        whole = whole_batch(LogpBatch(logps, torch.ones(4, dtype=torch.int64), sequence_kl=kls))
+        slopes = torch.arange(4.0)
+        ((whole.batch.policy + 2 * whole.batch.sequence_kl) * slopes).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(whole.batch.sequence_kl, kls)
+    assert torch.equal(logps.grad, slopes) and torch.equal(kls.grad, 2 * slopes)

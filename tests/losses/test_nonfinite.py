@@ -14,7 +14,7 @@ from fused_prefopt.losses import DynamicMargin, DynamicScale, MeanLogp, Pairwise
 
 STATEFUL = [
     (name, options)
-    for name, options in [*VARIANTS, ("gamma-simpo", {"queue_size": 16, "sample_size": 9})]
+    for name, options in VARIANTS
     if PreferenceLoss(name, **options).statistics is not None
 ]
 JOINT = PairwiseLoss(

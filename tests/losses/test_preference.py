@@ -2,118 +2,130 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from divergences import eager_tokens
+from loss_cases import (
+    VARIANTS,
+    VOCABULARY,
+    eager_logps,
+    extras_of,
+    hidden_batch,
+    random_batch,
+    single,
+)
+from reference_losses import LOSSES, loss_and_gradients, loss_of, pairs, true_loss
+from truth import leaves_of, relative
 
 import fused_prefopt as fp
 
-S, T, D, V = 8, 11, 6, 37
+# Path and how many of hidden states and head train; `evaluate` has no gradient.
+PATHS = {"local": 2, "recompute": 2, "stash": 1, "evaluate": 0}
 
 
 @pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    labels = torch.randint(0, V, (S, T), generator=generator)
-    prompt_labels = labels.clone()
-    labels[:, :4], prompt_labels[:, 4:] = -100, -100
-    labels[1, 7:] = -100
-    return {
-        "hidden": draw(S, T, D),
-        "weight": draw(V, D),
-        "labels": labels,
-        "prompt_labels": prompt_labels,
-        "extras": {
-            "reference": -draw(S).abs() * 20,
-            "rewards": draw(S),
-            "desirable": draw(S) > 0,
-            "kl": draw(1).abs()[0],
-            "prompt_reference": -draw(S).abs() * 9,
-            "groups": torch.arange(S) // 3,
-            "sequence_kl": draw(S).abs(),
-            "collision": -draw(S).abs() * 9,
-        },
-    }
+def batch() -> dict:
+    return hidden_batch()
 
 
-def eager(hidden, weight, labels):
-    logps = (hidden[:, :-1] @ weight.T).log_softmax(-1)
-    targets = labels[:, 1:]
-    picked = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return (picked * (targets >= 0)).sum(1), (targets >= 0).sum(1)
-
-
-@pytest.mark.parametrize("path", ["auto", "local", "recompute"])
-@pytest.mark.parametrize("name", fp.available_losses())
-def test_fused_call_equals_the_loss_on_eager_log_probs(name, path, batch):
-    results, gradients = [], []
-    for fused in (True, False):
-        loss_fn = fp.PreferenceLoss(name, path=path)
-        hidden = batch["hidden"].clone().requires_grad_()
-        weight = batch["weight"].clone().requires_grad_()
+def results(loss_fn: fp.PreferenceLoss, given: dict, learns: int, *, fused: bool) -> list:
+    """Two training steps, so that statistics of the first reach the second, with gradients."""
+    extras = dict(given)
+    leaves = [extras.pop("hidden").clone(), extras.pop("weight").clone()]
+    labels, prompt_labels = extras.pop("labels"), extras.pop("prompt_labels")
+    for leaf in leaves[:learns]:
+        leaf.requires_grad_()
+    found = []
+    for _ in range(2):
         if fused:
-            result = loss_fn(
-                hidden,
-                weight,
-                batch["labels"],
-                prompt_labels=batch["prompt_labels"],
-                **batch["extras"],
-            )
+            result = loss_fn(*leaves, labels, prompt_labels=prompt_labels, **extras)
         else:
-            policy, lengths = eager(hidden, weight, batch["labels"])
-            prompt, _ = eager(hidden.detach(), weight.detach(), batch["prompt_labels"])
-            logps = fp.LogpBatch(policy, lengths, prompt=prompt, **batch["extras"])
-            result = loss_fn.from_logps(logps)
-        result.loss.backward()
-        results.append(result)
-        gradients.append((hidden.grad, weight.grad))
-    ours, truth = results
-    torch.testing.assert_close(ours.losses, truth.losses, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(ours.loss, truth.loss, rtol=1e-10, atol=1e-12)
-    assert ours.metrics.keys() == truth.metrics.keys()
-    for metric, value in ours.metrics.items():
-        torch.testing.assert_close(value, truth.metrics[metric], rtol=1e-9, atol=1e-12)
-    for got, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+            policy, lengths = eager_logps(*leaves, labels)
+            prompt, _ = eager_logps(*(leaf.detach() for leaf in leaves), prompt_labels)
+            result = loss_fn.from_logps(fp.LogpBatch(policy, lengths, prompt=prompt, **extras))
+        gradients = torch.autograd.grad(result.loss, leaves[:learns]) if learns else ()
+        found.append((result, gradients))
+    return found
 
 
-@pytest.mark.parametrize("name", fp.available_losses())
-def test_a_frozen_head_takes_the_stash_path_to_the_same_gradient(name, batch):
-    gradients = []
-    for trains in (True, False):
-        hidden = batch["hidden"].clone().requires_grad_()
-        weight = batch["weight"].clone().requires_grad_(trains)
-        loss_fn = fp.PreferenceLoss(name)
-        result = loss_fn(
-            hidden, weight, batch["labels"], prompt_labels=batch["prompt_labels"], **batch["extras"]
-        )
-        result.loss.backward()
-        gradients.append(hidden.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_the_fused_call_equals_the_loss_on_eager_log_probs(name, options, path, batch):
+    ours = results(fp.PreferenceLoss(name, path=path, **options), batch, PATHS[path], fused=True)
+    true = results(fp.PreferenceLoss(name, **options), batch, PATHS[path], fused=False)
+    for (got, gradients), (wanted, slopes) in zip(ours, true, strict=True):
+        torch.testing.assert_close(got.losses, wanted.losses, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(got.metrics, wanted.metrics, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(gradients, slopes, rtol=1e-8, atol=1e-10)
+
+
+# Every loss and option on both engines; the paths take turns, and each engine meets each of them.
+TURNS = itertools.cycle(["local", "recompute", "stash", "evaluate", "recompute"])
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("name", "options", "engine", "path"),
+    [(*case, engine, next(TURNS)) for case in VARIANTS for engine in ("cublas", "triton")],
+    ids=str,
+)
+def test_interpreted_engines_equal_float64(name, options, engine, path, batch):
+    given = single(batch)
+    true = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    loss_fn = fp.PreferenceLoss(name, path=path, engine=engine, **options)
+    ours = results(loss_fn, given, PATHS[path], fused=True)
+    wanted = results(fp.PreferenceLoss(name, **options), true, PATHS[path], fused=False)
+    for (got, gradients), (truth, slopes) in zip(ours, wanted, strict=True):
+        for found, exact in zip(
+            (got.losses, got.loss, *gradients), (truth.losses, truth.loss, *slopes), strict=True
+        ):
+            assert found.dtype == torch.float32
+            assert (found - exact).abs().max() <= 2e-5 * max(1.0, exact.abs().max().item())
+
+
+# One registered loss with each kind of statistic, or none.
+KINDS = {type(fp.PreferenceLoss(name).statistics): name for name in fp.available_losses()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS.values())
+def test_a_compiled_loss_is_compiled_once(name):
+    torch.compiler.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    loss_fn, plain = fp.PreferenceLoss(name), fp.PreferenceLoss(name)
+    compiled, seen = torch.compile(loss_fn.from_logps, backend=count), []
+    for step in range(4):
+        got, wanted = (each(random_batch(8, step)) for each in (compiled, plain.from_logps))
+        torch.testing.assert_close(got.losses, wanted.losses)
+        seen.append(len(graphs))
+    assert 0 < seen[0] == seen[-1]
 
 
 def test_prompt_sums_may_be_given_instead_of_prompt_labels(batch):
     loss_fn = fp.PreferenceLoss("dro")
-    prompt, _ = eager(batch["hidden"], batch["weight"], batch["prompt_labels"])
+    prompt, _ = eager_logps(batch["hidden"], batch["weight"], batch["prompt_labels"])
     inputs = (batch["hidden"], batch["weight"], batch["labels"])
-    given = loss_fn(*inputs, prompt=prompt, **batch["extras"])
-    fused = loss_fn(*inputs, prompt_labels=batch["prompt_labels"], **batch["extras"])
+    given = loss_fn(*inputs, prompt=prompt, **extras_of(batch))
+    fused = loss_fn(*inputs, prompt_labels=batch["prompt_labels"], **extras_of(batch))
     torch.testing.assert_close(given.loss, fused.loss, rtol=1e-12, atol=0)
 
 
 def test_a_missing_field_is_named_before_anything_is_computed_or_updated(batch):
     loss_fn = fp.PreferenceLoss("alpha-dpo")
     before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    bad_labels = torch.full_like(batch["labels"], V + 1)
+    bad_labels = torch.full_like(batch["labels"], VOCABULARY + 1)
     with pytest.raises(ValueError, match="alpha-dpo needs `reference`"):
         loss_fn(batch["hidden"], batch["weight"], bad_labels)
     with pytest.raises(ValueError, match="labels: got a label outside"):
-        loss_fn(
-            batch["hidden"], batch["weight"], bad_labels, reference=batch["extras"]["reference"]
-        )
+        loss_fn(batch["hidden"], batch["weight"], bad_labels, reference=batch["reference"])
     for name, value in loss_fn.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -121,10 +133,10 @@ def test_a_missing_field_is_named_before_anything_is_computed_or_updated(batch):
 def test_a_wrong_extra_leaves_the_statistics_untouched(batch):
     loss_fn = fp.PreferenceLoss("gamma-dpo")
     before = loss_fn.statistics.margins.clone()
-    with pytest.raises(ValueError, match=r"reference: got shape \(3,\), wanted \(8\)"):
+    with pytest.raises(ValueError, match=r"reference: got shape \(3,\), wanted \(6\)"):
         loss_fn(batch["hidden"], batch["weight"], batch["labels"], reference=torch.zeros(3))
     with pytest.raises(TypeError, match="refrence: unknown argument"):
-        loss_fn(batch["hidden"], batch["weight"], batch["labels"], refrence=torch.zeros(S))
+        loss_fn(batch["hidden"], batch["weight"], batch["labels"], refrence=torch.zeros(6))
     assert torch.equal(loss_fn.statistics.margins.isnan(), before.isnan())
 
 
@@ -151,6 +163,8 @@ def test_hyperparameters_are_the_defaults_with_the_given_ones():
         "label_smoothing": 0.0,
     }
     assert "beta=0.3" in repr(fp.PreferenceLoss("dpo", beta=0.3))
+    assert "ld_alpha=0.5" in repr(fp.PreferenceLoss("simpo", ld_alpha=0.5))
+    assert "ld_alpha" not in repr(fp.PreferenceLoss("simpo"))
 
 
 def test_a_published_setting_by_name_of_which_arguments_override_single_values():
@@ -195,3 +209,82 @@ def test_the_process_group_is_the_statistics_too():
     assert loss_fn.process_group is None
     loss_fn.process_group = group
     assert loss_fn.process_group is loss_fn.statistics.process_group is group
+
+
+@pytest.mark.parametrize("workspace_mb", [256, 1e-9])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_reference_is_measured_where_it_is_needed(name, workspace_mb):
+    two = pairs()
+    loss_fn = loss_of(name)
+    loss_fn.op_options["workspace_mb"] = workspace_mb
+    got = loss_and_gradients(loss_fn, two)
+    for ours, wanted in zip(got, true_loss(name, two), strict=True):
+        assert relative(ours, wanted) <= 2e-5
+
+
+def test_what_is_given_goes_before_what_is_measured():
+    two = pairs()
+    case, other = two.policy, two.reference
+    given = fp.sequence_logps(other.hidden, other.head, other.labels).sums - 3
+    result = fp.PreferenceLoss("dpo")(
+        case.hidden,
+        case.head,
+        case.labels,
+        reference=given,
+        ref_hidden=other.hidden,
+        ref_head=other.head,
+    )
+    wanted = fp.PreferenceLoss("dpo")(case.hidden, case.head, case.labels, reference=given)
+    assert torch.equal(result.losses, wanted.losses)
+    known = torch.linspace(0, 2, 6)
+    result = fp.PreferenceLoss("tdpo1")(
+        case.hidden,
+        case.head,
+        case.labels,
+        sequence_kl=known,
+        ref_hidden=other.hidden,
+        ref_head=other.head,
+    )
+    measured = fp.sequence_logps(other.hidden, other.head, other.labels).sums
+    fields = {"reference": measured, "sequence_kl": known}
+    wanted = fp.PreferenceLoss("tdpo1")(case.hidden, case.head, case.labels, **fields)
+    assert torch.equal(result.losses, wanted.losses)
+
+
+def test_one_half_of_a_reference_is_refused():
+    two = pairs()
+    case, other = two.policy, two.reference
+    given = (case.hidden, case.head, case.labels)
+    with pytest.raises(ValueError, match="ref_head: got None with `ref_hidden`"):
+        fp.PreferenceLoss("tdpo1")(*given, ref_hidden=other.hidden)
+    with pytest.raises(ValueError, match="ref_hidden: got None with `ref_head`"):
+        fp.PreferenceLoss("tdpo1")(*given, ref_head=other.head)
+    with pytest.raises(ValueError, match="tdpo1 needs `reference`"):
+        fp.PreferenceLoss("tdpo1")(*given)
+    with pytest.raises(ValueError, match="ref_hidden: got one with `ld_alpha`"):
+        fp.PreferenceLoss("dpo", ld_alpha=0.5)(*given, ref_hidden=other.hidden, ref_head=other.head)
+
+
+def test_the_exact_divergence_is_among_the_metrics():
+    two = pairs()
+    case, other = two.policy, two.reference
+    given = (case.hidden, case.head, case.labels)
+    result = fp.PreferenceLoss("tdpo1")(*given, ref_hidden=other.hidden, ref_head=other.head)
+    chosen, rejected = eager_tokens(two.double())[0].sum(1).chunk(2)
+    assert result.metrics["sequence_kl/chosen"].item() == pytest.approx(
+        chosen.mean().item(), rel=1e-5
+    )
+    assert result.metrics["sequence_kl/rejected"].item() == pytest.approx(
+        rejected.mean().item(), rel=1e-5
+    )
+    plain = fp.PreferenceLoss("dpo")(*given, ref_hidden=other.hidden, ref_head=other.head)
+    assert not [name for name in plain.metrics if name.startswith("sequence_kl")]
+
+
+@pytest.mark.parametrize("options", [{"path": "local"}, {"drop_mass": 0.1}])
+def test_options_that_the_divergence_cannot_follow_are_refused(options):
+    two = pairs()
+    case, other = leaves_of(two.policy, (True, True, True)), two.reference
+    given = (case.hidden, case.head, case.labels)
+    with pytest.raises(ValueError, match="path: got .* needs 'recompute' and all mass"):
+        fp.PreferenceLoss("tdpo1", **options)(*given, ref_hidden=other.hidden, ref_head=other.head)

@@ -1,4 +1,7 @@
-"""README's recipe "How to add a loss", followed to the letter in a copy of the tree."""
+"""The recipes for a loss, followed to the letter in a copy of the tree.
+
+README adds one of known parts, CONTRIBUTING one with a margin of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,43 +18,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "my-loss"
-# Lists of losses live in these; what is slow among them takes minutes.
-WHOLE = [
-    "test_loss_registry.py",
-    "test_loss_table.py",
-    "test_loss_page.py",
-    "test_collision.py",
-    "test_losses_over_ranks.py",
-    "test_statistics_distributed.py",
-]
-# These have a case for every loss, by its name.
-BY_NAME = [
-    "test_every_loss.py",
-    "test_cli.py",
-    "test_loss_fused.py",
-    "test_preference.py",
-    "test_losses_beside_reference.py",
-]
-INTERPRETED = "interpreted_losses.py"
+PAGE = "docs/losses.md"
+# New losses and registered ones that judge and need the same: what meets these meets those.
+TWINS = {"my-loss": "ipo", "my-margin-loss": "odpo"}
+# Beside the cases of both by name: the page, and the new part with all others.
+SELECTED = f"{' or '.join((*TWINS, *TWINS.values()))} or up_to_date or (whole_space and LogRatio)"
+WHERE = r"(?:at\s+the\s+end\s+of|to\s+the\s+end\s+of)\s+`([^`]+)`"
+LOSSES = """
+from fused_prefopt.cli.main import main
+for words in (["losses"], ["losses", "my-loss"], ["losses", "my-margin-loss"]):
+    assert main(words) == 0
+
+import torch
+import fused_prefopt as fp
+
+reference, rewards = torch.tensor([-3.0, -4.0, -5.0, -6.0]), torch.tensor([2.0, 0.0, 1.0, 3.0])
+batch = fp.LogpBatch(-torch.arange(4.0), torch.ones(4).long(), reference, rewards=rewards)
+margins = 0.3 * (batch.policy - reference)
+margins = margins[:2] - margins[2:]
+for name, targets in (("my-loss", [0.5, 0.5]), ("my-margin-loss", [0.5, 0.0])):
+    wanted = torch.nn.functional.softplus(torch.tensor(targets) - margins)
+    torch.testing.assert_close(fp.PreferenceLoss(name, beta=0.3).from_logps(batch).losses, wanted)
+"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What README's section says to do: paste this code there, then run this."""
+    """A section of a document: paste its blocks at the ends of the files it names, run this."""
 
-    file: str
-    code: str
-    command: str
+    document: str
+    heading: str
+    name: str
+
+    def text(self) -> str:
+        document = (ROOT / self.document).read_text(encoding="utf-8")
+        return document.split(f"\n## {self.heading}\n")[1].split("\n## ")[0]
+
+    def blocks(self) -> dict[str, str]:
+        """File → code for its end."""
+        blocks = dict(re.findall(rf"(?s){WHERE}:\n\n```python\n(.*?)```", self.text()))
+        assert len(blocks) == self.text().count("```python")
+        return blocks
+
+    def command(self) -> list[str]:
+        (command,) = re.findall(r"`python (-m [^`]+)`", self.text())
+        return command.split()
 
 
-def recipe() -> Recipe:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## How to add a loss\n")[1].split("\n## ")[0]
-    (file,) = re.findall(r"Register the composition at the end of\s+`([^`]+)`", section)
-    (code,) = re.findall(r"(?s)```python\n(.*?)```", section)
-    (command,) = re.findall(r"`python (-m [^`]+)`", section)
-    return Recipe(file, code, command)
+RECIPES = [
+    Recipe("README.md", "How to add a loss", "my-loss"),
+    Recipe("CONTRIBUTING.md", "A loss with a new margin", "my-margin-loss"),
+]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -65,7 +82,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def python(folder: Path, *words: str, **environment: str) -> str:
     """Output of a fresh interpreter in the copy, which must end well."""
-    given = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    given = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
@@ -77,77 +95,68 @@ def python(folder: Path, *words: str, **environment: str) -> str:
     return done.stdout
 
 
-def run_tests(folder: Path, *words: str, **environment: str) -> str:
-    return python(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words, **environment)
+def met(output: str, name: str) -> set[str]:
+    """Tests that a loss with its defaults has passed."""
+    return set(re.findall(rf"(?m)^PASSED (\S+?)\[{name}(?:\]|-\{{\}})", output))
 
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory) -> Path:
-    """A copy of the tree after the recipe, and nothing but what it names has changed."""
+    """A copy of the tree after both recipes; nothing but what they name has changed."""
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     folder = tmp_path_factory.mktemp("recipe") / "source"
     shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
-    before, steps = contents(folder), recipe()
-    with (folder / steps.file).open("a", encoding="utf-8") as file:
-        file.write("\n\n" + steps.code)
-    python(folder, *steps.command.split())
-    after = contents(folder)
-    assert before.keys() == after.keys()
-    changed = {name for name, value in after.items() if value != before[name]}
-    assert changed == {steps.file, "docs/losses.md"}
+    for number, recipe in enumerate(RECIPES, 1):
+        before, blocks = contents(folder), recipe.blocks()
+        for file, code in blocks.items():
+            with (folder / file).open("a", encoding="utf-8") as end:
+                end.write("\n\n" + code)
+        python(folder, *recipe.command())
+        after = contents(folder)
+        assert before.keys() == after.keys() and len(blocks) == number
+        changed = {name for name, value in after.items() if value != before[name]}
+        assert changed == {*blocks, PAGE}
     return folder
 
 
 @pytest.mark.slow
-def test_the_pasted_loss_is_on_its_page_and_in_the_command_line(followed):
-    page = (followed / "docs" / "losses.md").read_text(encoding="utf-8")
-    assert f"\n### {NAME}\n\n``−log σ(m − γ)``, ``m = β(Δ_w − Δ_l)``.\n" in page
+def test_the_new_losses_are_on_their_page_and_linted_like_the_rest(followed):
+    page = (followed / PAGE).read_text(encoding="utf-8")
+    assert "\n### my-loss\n\n``−log σ(m − γ)``, ``m = β(Δ_w − Δ_l)``.\n" in page
+    assert "\n### my-margin-loss\n\n``−log σ(m − α max(0, s_w − s_l))``" in page
     assert "| `gamma` | `0.5` | γ, target margin in units of reward. |" in page
-    shown = python(followed, "-m", "fused_prefopt", "losses", NAME)
-    assert shown.startswith(f"{NAME}\nMe et al. 2027, eq. 1\n")
-    assert re.search(r"(?m)^beta +0\.1 +β > 0, reward per nat\.$", shown)
-    assert f"\n{NAME} " in python(followed, "-m", "fused_prefopt", "losses")
-
-
-@pytest.mark.slow
-def test_the_pasted_loss_is_linted_like_the_rest(followed):
     if importlib.util.find_spec("ruff") is None:
         pytest.skip("needs ruff")
-    file = recipe().file
-    python(followed, "-m", "ruff", "check", "--no-cache", file)
-    python(followed, "-m", "ruff", "format", "--no-cache", "--check", file)
-    run_tests(followed, "tests/test_house.py", "-k", file)
+    files = sorted({file for recipe in RECIPES for file in recipe.blocks()})
+    python(followed, "-m", "ruff", "check", "--no-cache", *files)
+    python(followed, "-m", "ruff", "format", "--no-cache", "--check", *files)
 
 
 @pytest.mark.slow
-def test_every_test_of_the_registry_takes_the_pasted_loss(followed):
+def test_the_command_line_shows_them_and_they_are_what_they_say(followed):
+    shown = python(followed, "-c", LOSSES)
+    assert all(f"\n{recipe.name} " in shown for recipe in RECIPES)
+    assert "\nmy-loss\nMe et al. 2027, eq. 1\n" in shown
+    assert re.search(r"(?m)^beta +0\.1 +β > 0, reward per nat\.$", shown)
+
+
+@pytest.mark.slow
+def test_every_test_of_the_registry_takes_the_new_losses(followed):
     before = contents(followed)
-    files = [f"tests/{name}" for name in WHOLE]
-    assert " passed" in run_tests(followed, "-m", "not slow", *files)
-    files = [f"tests/{name}" for name in BY_NAME]
-    assert " passed" in run_tests(followed, "-m", "not slow", "-k", f"{NAME} or is_a_table", *files)
-    if importlib.util.find_spec("triton") is not None:
-        options = ("-m", "not slow", "-k", NAME, f"tests/{INTERPRETED}")
-        assert " passed" in run_tests(followed, *options, TRITON_INTERPRET="1")
+    # Whatever goes over the registered losses, their options or their parts.
+    going_over = re.compile(r"\b(VARIANTS|REGISTERED)\b|\bparts\(|available_losses\(\)")
+    files = [
+        str(path.relative_to(followed))
+        for path in (followed / "tests" / "losses").glob("test_*.py")
+        if path.name != Path(__file__).name and going_over.search(path.read_text("utf-8"))
+    ]
+    # The interpreter is on from the start or not at all.
+    for marker, environment in (("not slow", {}), ("interpreted", {"TRITON_INTERPRET": "1"})):
+        if environment and importlib.util.find_spec("triton") is None:
+            continue
+        options = ("-q", "-rp", "-p", "no:cacheprovider", "-k", SELECTED, "-m", marker)
+        output = python(followed, "-m", "pytest", *options, *files, **environment)
+        for new, known in TWINS.items():
+            assert met(output, new) == met(output, known), new
+            assert len(met(output, new)) >= (1 if environment else 15), new
     assert contents(followed) == before
-
-
-@pytest.mark.slow
-def test_the_pasted_loss_trains(followed):
-    code = f"""
-import torch
-import fused_prefopt as fp
-
-hidden = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-labels = torch.arange(24).reshape(4, 6) % 7
-reference = torch.tensor([-3.0, -4.0, -5.0, -6.0])
-results = [
-    fp.PreferenceLoss(*name, beta=0.3)(hidden, torch.eye(7, 5), labels, reference=reference)
-    for name in (["{NAME}"], ["dpo"])
-]
-wanted = torch.nn.functional.softplus(0.5 - (results[1].rewards[:2] - results[1].rewards[2:]))
-torch.testing.assert_close(results[0].losses, wanted)
-results[0].loss.backward()
-assert hidden.grad.abs().sum() > 0
-"""
-    python(followed, "-c", code)

@@ -1,4 +1,4 @@
-"""Our losses against TRL's trainers on the same log-probs: their own `_compute_loss`, driven.
+"""Our losses, of log-probs and of hidden states, against TRL's own `_compute_loss`, driven.
 
 The trainers are not built: `_compute_loss` runs on a stand-in for `self`, with a stand-in model
 that returns given token log-probs, and reference sums as if they had been precomputed.
@@ -6,12 +6,14 @@ that returns given token log-probs, and reference sums as if they had been preco
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fused_prefopt import PreferenceLoss
 from fused_prefopt.losses import (
     PairwiseLoss,
     bradley_terry_loss,
@@ -26,7 +28,7 @@ pytest.importorskip("transformers")
 from trl import DPOTrainer, RewardTrainer  # noqa: E402
 from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 
-S, T, PROMPT = 10, 13, 4
+S, T, PROMPT, D, V = 10, 13, 4, 5, 31
 
 
 def stand_in(values: dict[str, torch.Tensor], **settings) -> tuple[SimpleNamespace, object]:
@@ -56,7 +58,7 @@ def stand_in(values: dict[str, torch.Tensor], **settings) -> tuple[SimpleNamespa
 
 
 class Sequences:
-    """Random token log-probs of sequences with a prompt, and their sums."""
+    """Hidden states of sequences with a prompt, their head, and the log-probs that TRL sees."""
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         generator = torch.Generator().manual_seed(0)
@@ -68,30 +70,37 @@ class Sequences:
         places = torch.arange(T)
         self.mask = ((places >= PROMPT) & (places < ends[:, None])).long()
         shifted = self.mask[:, 1:]
-        self.leaf = (-draw(S, T - 1).abs()).requires_grad_()
-        self.tokens = self.leaf * shifted
-        self.collision = -draw(S, T - 1).abs()
+        self.hidden, self.weight = draw(S, T, D).requires_grad_(), draw(V, D).requires_grad_()
+        ids = torch.randint(0, V, (S, T), generator=generator)
+        self.labels = ids.masked_fill(self.mask == 0, -100)
+        logps = (self.hidden @ self.weight.T).log_softmax(-1)[:, :-1]
+        self.tokens = logps.gather(-1, ids[:, 1:, None])[..., 0] * shifted
+        collision = (2 * logps.detach()).logsumexp(-1)
         self.desirable = torch.arange(S) % 3 > 0
-        drift = draw(S) * 2
         self.batch = LogpBatch(
             policy=self.tokens.sum(1),
             lengths=shifted.sum(1),
-            reference=self.tokens.detach().sum(1) + drift,
+            reference=self.tokens.detach().sum(1) + draw(S) * 2,
             desirable=self.desirable,
-            collision=(self.collision * shifted).sum(1),
+            collision=(collision * shifted).sum(1),
         )
         self.shared = {
             "log_probs": self.tokens,
             "entropy": torch.ones_like(self.tokens),
             "mean_logits": torch.ones_like(self.tokens),
             "is_top1": torch.ones_like(self.tokens).bool(),
-            "log_sum_sq_probs": self.collision,
+            "log_sum_sq_probs": collision,
         }
         self.inputs = {
-            "input_ids": torch.ones(S, T, dtype=torch.long),
+            "input_ids": ids,
             "attention_mask": torch.ones(S, T, dtype=torch.long),
             "completion_mask": self.mask,
         }
+
+    def fused(self, name: str, **options) -> torch.Tensor:
+        """Our loss of the hidden states."""
+        loss_fn = PreferenceLoss(name, **options)
+        return loss_fn(self.hidden, self.weight, self.labels, reference=self.batch.reference).loss
 
 
 def trl_pairs(data: Sequences, loss_type: str, **settings) -> tuple[torch.Tensor, dict]:
@@ -120,9 +129,8 @@ def trl_pairs(data: Sequences, loss_type: str, **settings) -> tuple[torch.Tensor
 
 def assert_equal(data: Sequences, ours: torch.Tensor, theirs: torch.Tensor, rtol=1e-9) -> None:
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-10)
-    gradients = [
-        torch.autograd.grad(loss, data.leaf, retain_graph=True)[0] for loss in (ours, theirs)
-    ]
+    leaves = (data.hidden, data.weight)
+    gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-10)
 
 
@@ -161,7 +169,8 @@ def test_pair_losses_equal_trl(loss_type, settings, name, options):
     theirs, logged = trl_pairs(data, loss_type, **settings)
     ours = find(name).build(**options)(data.batch)
     # TRL's ε of this loss is float32 whatever the log-probs are.
-    assert_equal(data, ours.loss, theirs, rtol=1e-6 if loss_type == "exo_pair" else 1e-9)
+    for loss in (ours.loss, data.fused(name, **options)):
+        assert_equal(data, loss, theirs, rtol=1e-6 if loss_type == "exo_pair" else 1e-9)
     for metric in ("logps/chosen", "logps/rejected"):
         assert ours.metrics[metric].item() == pytest.approx(logged[metric], rel=1e-12)
     curved = "f_divergence_type" in settings
@@ -211,27 +220,30 @@ def test_weighted_losses_of_trl_are_ours_times_the_weights(loss_type):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "nca_pair", "ipo", "aot"])
-def test_length_desensitised_losses_equal_trl(alpha, loss_type):
+@pytest.mark.parametrize(
+    ("loss_type", "settings", "name", "options"),
+    [
+        ("sigmoid", {}, "dpo", {}),
+        ("sigmoid", {"use_weighting": True}, "wpo", {}),
+        ("ipo", {}, "ipo", {"length_normalized": True}),
+        *((each, {}, each.replace("_", "-"), {}) for each in ("nca_pair", "aot", "apo_down")),
+    ],
+    ids=str,
+)
+def test_length_desensitised_losses_equal_trl(loss_type, settings, name, options, alpha):
     data = Sequences()
-    settings = {"ld_alpha": alpha}
-    labels = data.inputs["input_ids"].masked_fill(data.mask == 0, -100)
-    tail = (tail_labels(labels)[:, 1:] != -100).double()
+    tail = (tail_labels(data.labels)[:, 1:] != -100).double()
     assert 0 < tail.sum() < data.mask.sum()
     tail_reference = torch.linspace(-3, 0, S, dtype=torch.float64)
     # TRL takes precomputed reference sums as they are: with their tails already weighted.
     weighted = length_desensitized(
         data.batch, (data.tokens * tail).sum(1), tail_reference, alpha=alpha
     )
-    data.batch = LogpBatch(
-        **{name: getattr(data.batch, name) for name in data.batch.given - {"reference"}},
-        reference=weighted.reference,
-    )
-    theirs, _ = trl_pairs(data, loss_type, **settings)
-    names = {"sigmoid": "dpo"}
-    options = {"length_normalized": True} if loss_type == "ipo" else {}
-    ours = find(names.get(loss_type, loss_type)).build(**options)(weighted)
-    assert_equal(data, ours.loss, theirs)
+    data.batch = dataclasses.replace(data.batch, reference=weighted.reference)
+    theirs, _ = trl_pairs(data, loss_type, ld_alpha=alpha, **settings)
+    known = find(name).build(**options)(weighted).loss
+    for ours in (known, data.fused(name, ld_alpha=alpha, **options)):
+        assert_equal(data, ours, theirs)
 
 
 def test_label_smoothing_of_the_plain_loss_differs_on_purpose():
@@ -269,10 +281,7 @@ def test_kto_equals_trl(kl, weights):
     settings = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, **weights}
     data = Sequences()
     theirs, logged = trl_points(data, "kto", kl, **settings)
-    batch = LogpBatch(
-        **{name: getattr(data.batch, name) for name in data.batch.given},
-        kl=torch.tensor(kl, dtype=torch.float64),
-    )
+    batch = dataclasses.replace(data.batch, kl=torch.tensor(kl, dtype=torch.float64))
     ours = find("kto").build(**settings)(batch)
     assert_equal(data, ours.loss, theirs)
     shared = logged.keys() & ours.metrics.keys()
@@ -292,10 +301,14 @@ def test_apo_zero_unpaired_equals_trl():
 def cpo_losses(loss_type: str, data: Sequences, **settings) -> torch.Tensor:
     """TRL's CPO preference term, in which "simpo" takes mean log-probs."""
     cpo = pytest.importorskip("trl.experimental.cpo")
-    options = {"beta": 0.1, "label_smoothing": 0.0, "loss_type": loss_type, **settings}
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu")), alpha=0.0, **options
-    )
+    options = {
+        "alpha": 0.0,
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "loss_type": loss_type,
+        **settings,
+    }
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")), **options)
     logps = data.batch.policy / data.batch.lengths if loss_type == "simpo" else data.batch.policy
     return cpo.CPOTrainer.cpo_loss(trainer, *logps.chunk(2))[0].mean()
 
@@ -339,17 +352,7 @@ def test_bradley_terry_equals_trl(margin):
 
 def test_alpha_po_equals_trl():
     data = Sequences()
-    cpo = pytest.importorskip("trl.experimental.cpo")
-    chosen, rejected = (data.batch.policy / data.batch.lengths).chunk(2)
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
-        alpha=0.25,
-        beta=2.5,
-        label_smoothing=0.0,
-        loss_type="simpo",
-        simpo_gamma=1.0,
-    )
-    theirs = cpo.CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean()
+    theirs = cpo_losses("simpo", data, alpha=0.25, beta=2.5, simpo_gamma=1.0)
     assert_equal(data, find("alpha-po").build()(data.batch).loss, theirs)
 
 
@@ -369,7 +372,7 @@ def test_discopop_of_a_pair_far_off_is_nan_in_trl_and_finite_here():
     theirs, _ = trl_pairs(data, "discopop")
     assert theirs.isnan()
     ours = find("discopop").build()(data.batch)
-    (gradient,) = torch.autograd.grad(ours.loss, data.leaf)
+    (gradient,) = torch.autograd.grad(ours.loss, data.hidden)
     assert ours.losses.isfinite().all() and gradient.isfinite().all()
     assert ours.losses[0].item() == pytest.approx(-ours.metrics["rewards/margins"].item() * 5, 0.1)
 
@@ -380,5 +383,5 @@ def test_the_forward_kl_far_off_is_nan_in_trl_and_finite_here():
     theirs, _ = trl_pairs(data, "sigmoid", f_divergence_type="forward_kl")
     assert theirs.isnan()
     ours = find("f-dpo").build(divergence="forward_kl")(data.batch)
-    (gradient,) = torch.autograd.grad(ours.loss, data.leaf)
+    (gradient,) = torch.autograd.grad(ours.loss, data.hidden)
     assert ours.losses.isfinite().all() and gradient.isfinite().all()

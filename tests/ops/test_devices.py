@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -10,23 +9,18 @@ import pytest
 import torch
 from loss_cases import random_batch
 
-from fused_prefopt import devices, epilogues
-from fused_prefopt.losses import find
-from fused_prefopt.ops import (
-    autotune,
-    call,
-    precision,
-    registered,
-    registered_backward,
-    registered_kl,
-    token_statistics,
-)
-from fused_prefopt.statistics import MarginQueue
-from fused_prefopt.types import LogpBatch
-
 triton = pytest.importorskip("triton")
+
+from fused_prefopt import devices, loss_kernel  # noqa: E402
+from fused_prefopt.losses import find  # noqa: E402
+from fused_prefopt.ops import autograd, inputs, kl, logps, precision, tuning  # noqa: E402
+from fused_prefopt.ops.head_rows import Spec  # noqa: E402
+from fused_prefopt.statistics import MarginQueue  # noqa: E402
+from fused_prefopt.types import LogpBatch  # noqa: E402
+
 # Tensors without values stand for a GPU's.
 GPU = torch.device("meta")
+MATH = precision.HeadMath(None, 1.0, 1.0, torch.float32)
 
 
 @pytest.fixture
@@ -45,17 +39,16 @@ def launches(monkeypatch):
         found.append((kernel.__name__, stack[-1], {each.device for each in tensors}))
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
-    for module in (autotune, epilogues, precision):
+    for module in (tuning, loss_kernel, precision):
         monkeypatch.setattr(module, "current", current)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    for name in ("pair_loss", "point_loss"):
-        monkeypatch.setattr(epilogues, name, getattr(epilogues, name)._init_fn)
-    monkeypatch.setattr(call, "_check", lambda *_: None)
-    monkeypatch.setattr(call, "_compute_dtype", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(call, "require", lambda *_: None)
-    monkeypatch.setattr(call, "choose_engine", lambda name, *_: name)
-    for name in ("registered", "registered_kl", "token_statistics"):
-        module = importlib.import_module(f"fused_prefopt.ops.{name}")
+    for name in ("pair_loss_op", "point_loss_op"):
+        monkeypatch.setattr(loss_kernel, name, getattr(loss_kernel, name)._init_fn)
+    monkeypatch.setattr(inputs, "_check", lambda *_: None)
+    monkeypatch.setattr(inputs, "_compute_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(inputs, "require", lambda *_: None)
+    monkeypatch.setattr(inputs, "choose_engine", lambda name, *_: name)
+    for module in (autograd, kl, logps):
         monkeypatch.setattr(module, "labelled_rows", lambda targets, *_: targets.new_empty(16))
     yield found
     assert stack == [None]
@@ -80,40 +73,36 @@ def head(low_rank=False):
 def test_log_probs_and_their_gradients(launches, path, engine, low_rank):
     tensors, rows = head(low_rank)
     kept = 16 if path == "local" else 0
-    scalars = (500, None, 1.0, 1.0, torch.float32)
-    plan = (path, engine, 1 << 24, kept, "", 0, 0.0, False)
-    out = registered.head_logps._init_fn(*tensors, *rows, 4, -100, 16, *scalars, *plan)
-    logps, sums, _, entropies, *saved = out
+    spec = Spec(4, 16, -100, 500, 1 << 24, MATH, path, engine, kept_rows=kept).packed()
+    logps, sums, _, entropies, *saved = autograd.head_logps._init_fn(*tensors, *rows, *spec)
     on_its_device(launches, "_sequence_sums_kernel")
     assert len(launches) > 1
     if path == "evaluate":
         return
     launches.clear()
-    needs = (True, path != "stash", path != "stash", low_rank, low_rank and path != "stash")
-    registered_backward.head_logps_backward._init_fn(
-        None, sums, None, *tensors, *rows, logps, entropies, *saved, *scalars, *plan, needs
+    wanted = (True, path != "stash", path != "stash", low_rank, low_rank and path != "stash")
+    autograd.head_logps_backward._init_fn(
+        *tensors, *rows, logps, entropies, *saved, None, sums, None, *spec, wanted
     )
     on_its_device(launches, "_spread_rows_kernel")
 
 
 def test_divergences_and_their_gradients(launches):
     tensors, rows = head()
-    scalars = (500, (0.0, 1.0, 1.0) * 2, torch.float32, "cublas", 1 << 24)
-    out = registered_kl.head_kl._init_fn(*tensors, *tensors, *rows, 4, -100, 16, *scalars)
+    spec = Spec(4, 16, -100, 500, 1 << 24, MATH, "recompute", "cublas", reference=MATH).packed()
+    out = kl.head_kl._init_fn(*tensors, *tensors, *rows, *spec)
     on_its_device(launches, "_fold_kl_rows_kernel", "_sequence_sums_kernel")
     launches.clear()
     kls, policy, _, _, *saved = out
-    needs = (True, True, True, False, False)
-    registered_kl.head_kl_backward._init_fn(
-        kls, policy, *tensors, *tensors, *rows, *saved, *scalars, needs
-    )
+    wanted = (True, True, True, False, False)
+    kl.head_kl_backward._init_fn(*tensors, *tensors, *rows, *saved, kls, policy, *spec, wanted)
     on_its_device(launches, "_kl_gradient_kernel")
 
 
 def test_statistics_of_tokens(launches):
     (hidden, weight, *_), (labels, _) = head()
     options = {"num_labels": 20, "engine": "triton"}
-    token_statistics(hidden.view(4, 6, 32), weight, labels.view(4, 6), **options)
+    logps.token_statistics(hidden.view(4, 6, 32), weight, labels.view(4, 6), **options)
     on_its_device(launches, "_fold_logits_kernel", "_merge_partials_kernel")
 
 
@@ -130,7 +119,7 @@ def test_losses(launches, name):
         statistics = statistics.to(GPU)
     if isinstance(statistics, MarginQueue):
         statistics.order = lambda _: torch.empty(2048, dtype=torch.int64, device=GPU)
-    assert epilogues.run_epilogue(loss, statistics, LogpBatch(**fields)) is not None
+    assert loss_kernel.launch_loss(loss, statistics, LogpBatch(**fields)) is not None
     assert len(launches) == 1
     on_its_device(launches)
 
@@ -140,7 +129,7 @@ def test_the_search_for_tile_shapes(launches):
         run()
         return 1.0
 
-    choices = autotune.autotune(32, 500, rows=64, device=GPU, timer=timer, save=False)
+    choices = tuning.autotune(32, 500, rows=64, device=GPU, timer=timer, save=False)
     assert len(choices) == 3
     on_its_device(launches, "_fold_logits_kernel", "_recompute_gradient_kernel")
 

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from truth import TRANSFORMS, Case, leaves_of, make_case, relative, true_logits
+from truth import (
+    KERNEL_ENGINES,
+    TRANSFORMS,
+    Case,
+    assert_gradients,
+    computed,
+    covering,
+    largest_error,
+    leaves_of,
+    make_case,
+    needs_of,
+    relative,
+    true_logits,
+)
 
 import fused_prefopt as fp
 from fused_prefopt.ops import dropped_mass
 
 PATHS = ("local", "recompute")
+KERNELS = {torch.float32: (1e-5, 3e-6), torch.float16: (1e-5, 1e-3), torch.bfloat16: (1e-5, 8e-3)}
 # Above the engine's tiles of one part, not a multiple of it.
 VOCAB, PART = 150, 12
 
@@ -172,3 +187,22 @@ def test_without_labels_there_is_nothing_to_drop():
     labels = torch.full_like(case.labels, -100)
     fp.sequence_logps(case.hidden, case.head, labels, drop_mass=0.1).sums.sum().backward()
     assert not case.hidden.grad.any() and not case.weight.grad.any()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("where", "transform", "dtype"),
+    covering(product(KERNEL_ENGINES, PATHS), ["plain", "all"], KERNELS),
+)
+def test_kernels_drop_what_the_torch_engine_drops(where, transform, dtype, monkeypatch):
+    engine, path = where
+    monkeypatch.setattr(dropped_mass, "PART", 32)
+    case = make_case(2, 9, 24, 301, dtype=dtype, **TRANSFORMS[transform])
+    options = {"needs": needs_of(path), "path": path, "drop_mass": 0.3}
+    wanted = computed(case, engine="torch", **options)
+    got = computed(case, engine=engine, **options)
+    values, gradients = KERNELS[dtype]
+    assert largest_error(got.tokens, wanted.tokens) <= values
+    assert_gradients(got, wanted, gradients)
+    exact = computed(case, engine=engine, needs=needs_of(path), path=path)
+    assert relative(got.grads[1], exact.grads[1]) > 2 * gradients

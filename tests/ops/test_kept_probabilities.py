@@ -1,21 +1,25 @@
 """Probabilities of k of the n rows are kept, the others' are built again: gradients, and the plan.
 
-`interpreted_kept.py` runs the same checks on the Triton engines.
+They are kept in one buffer, and built again where that has been lost.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 from truth import (
+    KERNEL_ENGINES,
     SMALLEST,
     TRANSFORMS,
     Case,
     Result,
     assert_gradients,
+    assert_right,
+    covering,
     largest_error,
     leaves_of,
     make_case,
@@ -26,8 +30,9 @@ from truth import (
 )
 
 from fused_prefopt import LMHead, LowRank, release_workspace, sequence_logps, token_logps
-from fused_prefopt.ops import head_rows, plan, registered_backward
+from fused_prefopt.ops import autograd, head_rows, kept_buffer, plan
 from fused_prefopt.ops.cutting import Tiles
+from fused_prefopt.ops.engines import load_engine
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.torch_engine import TorchEngine
 
@@ -45,6 +50,35 @@ TILINGS = {
 }
 
 
+# Those that end where a program's part of the vocabulary does.
+SLABS = {
+    "planned": None,
+    "slabs": (10**6, 64, 32, False),
+    "both": (7, 64, 32, True),
+    "narrow": (3, 32, 32, False),
+}
+# What a role gets where the choice is the architecture's.
+MIXES = {
+    "cublas": {},
+    "triton": {},
+    "cublas keeps": {"keep": "cublas", "kept": "cublas", "fold": "triton", "rebuild": "triton"},
+    "triton keeps": {"keep": "triton", "kept": "triton", "fold": "cublas", "rebuild": "cublas"},
+}
+
+
+def choose(monkeypatch, mix: str) -> str:
+    """Give the roles their engines; the name to ask for."""
+    if not MIXES[mix]:
+        return mix
+    monkeypatch.setattr(head_rows, "role_engine", lambda name, role, *_: MIXES[mix][role])
+    return "triton"
+
+
+def in_slabs_of(engine: str) -> int:
+    """Slabs start where the parts of a program do."""
+    return 1 if engine == "cublas" else 32
+
+
 @dataclass
 class Seen:
     """What a backward has read: rows of each call that found kept ones, and of those that rebuilt.
@@ -56,6 +90,13 @@ class Seen:
 
     kept: list[int]
     built: list[int]
+
+
+@pytest.fixture(autouse=True)
+def fresh_buffer():
+    release_workspace()
+    yield
+    release_workspace()
 
 
 def keep(monkeypatch, rows: int) -> None:
@@ -83,9 +124,10 @@ def cut(monkeypatch, tiling: tuple[int, int, int, bool] | None, step: int = 1) -
     monkeypatch.setattr(head_rows, "tiles_of", tiles)
 
 
-def watch(monkeypatch, *engines: type[TorchEngine]) -> Seen:
-    """What the engines' backwards read from now on."""
+def watch(monkeypatch, engine: str) -> Seen:
+    """What the backwards of the engine (of both of Triton's, if it is one) read from now on."""
     seen = Seen([], [])
+    engines = [load_engine(name) for name in (("torch",) if engine == "torch" else KERNEL_ENGINES)]
 
     def spy(engine: type[TorchEngine], name: str, note) -> None:
         real = getattr(engine, name)
@@ -97,7 +139,7 @@ def watch(monkeypatch, *engines: type[TorchEngine]) -> Seen:
         monkeypatch.setattr(engine, name, call)
 
     for engine in engines:
-        spy(engine, "kept_gradient", lambda kept, *_: seen.kept.append(kept.shape[0]))
+        spy(engine, "kept_gradient", lambda kept, *_: seen.kept.append(kept.values.shape[0]))
         spy(engine, "gradient", lambda tile, *_: seen.built.append(tile.shape[0]))
     return seen
 
@@ -118,32 +160,58 @@ def labelled(case: Case) -> int:
     return int((case.labels[:, 1:] != -100).sum())
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("kept", [1, 6, 13, -1])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gradients_of_some_kept_rows_match_float64(dtype, kept, transform, tiling, monkeypatch):
+@pytest.mark.parametrize(
+    ("cuts", "transform", "dtype"),
+    # What is kept is cut with the rows: both as one factor.
+    covering(product([1, 6, 13, -1], TILINGS), TRANSFORMS, TOLERANCE),
+)
+def test_gradients_of_some_kept_rows_match_float64(cuts, transform, dtype, monkeypatch):
+    kept, tiling = cuts
     case = make_case(4, 11, 7, 53, dtype=dtype, **TRANSFORMS[transform])
     rows = labelled(case)
     kept %= rows
     assert 13 < rows - 1
-    keep(monkeypatch, kept)
     cut(monkeypatch, TILINGS[tiling])
-    seen = watch(monkeypatch, TorchEngine)
-    truth = true_result(case, needs=EVERYTHING)
-    got = one_pass(case)
-    assert largest_error(got.tokens, truth.tokens) <= 1e-5
-    assert_gradients(got, truth, TOLERANCE[dtype])
+    seen = check_kept(case, kept, "torch", TOLERANCE[dtype], monkeypatch)
     # Every slab has read all kept rows, and built the others.
     slabs = sum(seen.kept) // kept
-    assert slabs > 0 and sum(seen.kept) == slabs * kept
     assert sum(seen.built) % (rows - kept) == 0 and sum(seen.built) >= slabs * (rows - kept)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("mix", "kept", "transform", "tiling"), covering(MIXES, [1, 13, 0], ["plain", "all"], SLABS)
+)
+def test_gradients_of_some_rows_kept_by_kernels(mix, kept, transform, tiling, monkeypatch):
+    case = make_case(4, 7, 7, 101, **TRANSFORMS[transform])
+    rows = labelled(case)
+    assert rows > 13
+    engine = choose(monkeypatch, mix)
+    cut(monkeypatch, SLABS[tiling], in_slabs_of(mix))
+    # 0 stands for all: `local`.
+    kept = kept % rows or rows
+    seen = check_kept(case, kept, engine, 3e-6, monkeypatch)
+    assert (kept == rows) == (not seen.built)
+
+
+def check_kept(case: Case, kept: int, engine: str, tolerance: float, monkeypatch) -> Seen:
+    """Gradients of a pass that keeps so many rows, and of one whose buffer is gone."""
+    keep(monkeypatch, kept)
+    seen = watch(monkeypatch, engine)
+    truth = true_result(case, needs=EVERYTHING)
+    got = one_pass(case, engine=engine)
+    assert largest_error(got.tokens, truth.tokens) <= 1e-5
+    assert_gradients(got, truth, tolerance)
+    slabs = sum(seen.kept) // kept
+    assert slabs > 0 and sum(seen.kept) == slabs * kept
     # With its buffer gone the backward builds every row, to the same gradient.
-    seen.kept.clear()
-    again = one_pass(case, lost=True)
-    assert not seen.kept
-    assert_gradients(again, truth, TOLERANCE[dtype])
+    lost = watch(monkeypatch, engine)
+    again = one_pass(case, lost=True, engine=engine)
+    assert not lost.kept and lost.built
+    assert_gradients(again, truth, tolerance)
     assert torch.equal(again.tokens, got.tokens)
+    seen.built[-len(lost.built) :], seen.kept[len(seen.kept) :] = [], []
+    return seen
 
 
 @pytest.mark.parametrize("only", ["hidden", "weight", "bias"])
@@ -197,6 +265,40 @@ def check_low_rank(transform: str, engine: str, tolerance: float) -> None:
         assert relative(got, right) <= tolerance, name
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("mix", "kept", "transform"), covering(MIXES, [11, 10**6], ["plain", "all"])
+)
+def test_gradients_of_low_rank_terms_by_kernels(mix, transform, kept, monkeypatch):
+    keep(monkeypatch, kept)
+    cut(monkeypatch, (9, 32, 32, False))
+    check_low_rank(transform, choose(monkeypatch, mix), 3e-6)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_plan_names_what_is_kept(mix, monkeypatch):
+    case = make_case(4, 9, 7, 101)
+    keep(monkeypatch, 13)
+    found = plan_of(case, engine=choose(monkeypatch, mix))
+    assert found.path == "recompute" and found.kept_rows == 13
+    assert found.cost == 4 - 13 / labelled(case)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("engine", KERNEL_ENGINES)
+@pytest.mark.usefixtures("tiny_tiles")
+def test_the_planner_keeps_what_the_workspace_holds_for_kernels(engine, monkeypatch):
+    case = make_case(6, 40, 9, 101, **TRANSFORMS["all"])
+    rows, workspace = labelled(case), {"workspace_mb": 0.14}
+    found = plan_of(case, engine=engine, **workspace)
+    assert found.path == "recompute" and 0 < found.kept_rows < rows
+    seen = watch(monkeypatch, engine)
+    got = one_pass(case, engine=engine, **workspace)
+    assert_gradients(got, true_result(case, needs=EVERYTHING), 3e-6)
+    assert seen.built and sum(seen.kept) % found.kept_rows == 0
+
+
 @pytest.mark.parametrize("workspace_mb", [0.1, 0.16])
 @pytest.mark.parametrize("transform", ["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,7 +312,7 @@ def test_the_planner_keeps_what_the_workspace_holds(dtype, transform, workspace_
     assert found.cost == 4 - found.kept_rows / rows
     assert f"{found.kept_rows} rows fit" in found.reason
     assert found.kept_rows * case.vocab * dtype.itemsize <= workspace_mb * MIB
-    seen = watch(monkeypatch, TorchEngine)
+    seen = watch(monkeypatch, "torch")
     got = one_pass(case, workspace_mb=workspace_mb)
     assert_gradients(got, true_result(case, needs=EVERYTHING), TOLERANCE[dtype])
     slabs = sum(seen.kept) // found.kept_rows
@@ -270,13 +372,13 @@ def test_every_row_of_the_backward_is_counted_once(monkeypatch):
     # The op is handed k; where fewer rows are labelled it keeps those.
     keep(monkeypatch, 10**6)
     handed = []
-    whole = registered_backward.backward
+    whole = autograd.backward
 
     def backward(head, *arguments):
         handed.append((head.rows, head.kept, head.path))
         return whole(head, *arguments)
 
-    monkeypatch.setattr(registered_backward, "backward", backward)
+    monkeypatch.setattr(autograd, "backward", backward)
     case = make_case(4, 11, 7, 53)
     assert_gradients(one_pass(case), true_result(case, needs=EVERYTHING), 3e-6)
     assert handed == [(labelled(case), labelled(case), "local")]
@@ -293,3 +395,26 @@ def test_gradcheck_of_some_kept_rows(monkeypatch):
         return token_logps(hidden, LMHead(weight, bias, **case.options), case.labels)
 
     assert torch.autograd.gradcheck(outputs, (case.hidden, case.weight, case.bias))
+
+
+def held_bytes() -> int:
+    return sum(buffer.nbytes for _, buffer in kept_buffer._buffers.values())
+
+
+def test_steps_share_one_buffer_that_is_as_large_as_the_largest_needs():
+    for length in (19, 7, 19):
+        case = make_case(3, length, 8, 31)
+        assert_right(case, 1e-5, 2e-6, path="local")
+        assert len(kept_buffer._buffers) == 1
+    assert held_bytes() == 4 * 31 * labelled(case)
+    release_workspace()
+    assert held_bytes() == 0
+
+
+def test_off_the_cpu_the_backward_gives_the_buffer_back():
+    elsewhere = torch.device("meta")
+    tensor, ticket = kept_buffer.lease((2, 3), torch.float32, elsewhere)
+    assert tensor.shape == (2, 3)
+    assert kept_buffer.find(ticket, (2, 3), torch.float32) is not None
+    kept_buffer.give_back(ticket)
+    assert kept_buffer.find(ticket, (2, 3), torch.float32) is None

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
-from truth import SMALLEST, TRAINING_PATHS, TRANSFORMS, Case, make_case, relative, true_logps
+from truth import (
+    KERNEL_ENGINES,
+    PATHS,
+    SMALLEST,
+    TRAINING_PATHS,
+    TRANSFORMS,
+    Case,
+    covering,
+    leaves_of,
+    make_case,
+    needs_of,
+    relative,
+    true_logps,
+)
 
 from fused_prefopt import LMHead, LowRank, sequence_logps, token_logps, token_statistics
 
@@ -65,11 +79,13 @@ def gradients(sums: Tensor, case: Case, tensors: dict[str, Tensor]) -> dict[str,
     return dict(zip(trained, found, strict=True))
 
 
-@pytest.mark.parametrize("workspace_mb", [256, SMALLEST])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("path", TRAINING_PATHS)
-def test_gradients_match_float64(path, transform, dtype, workspace_mb, tiny_tiles):
+@pytest.mark.parametrize(
+    ("where", "transform", "dtype"),
+    covering(product(TRAINING_PATHS, [256, SMALLEST]), TRANSFORMS, TOLERANCE),
+)
+@pytest.mark.usefixtures("tiny_tiles")
+def test_gradients_match_float64(where, transform, dtype):
+    path, workspace_mb = where
     if path == "local" and workspace_mb == SMALLEST:
         workspace_mb = 1
     case = make_case(4, 19, 23, 131, dtype=dtype, largest=15.0, **TRANSFORMS[transform])
@@ -157,3 +173,21 @@ def test_shapes_that_do_not_fit_are_named():
         LMHead(weight, low_rank=(LowRank(torch.zeros(2, 4), torch.zeros(6, 2)),))
     with pytest.raises(ValueError, match="dropout: got 1"):
         LowRank(torch.zeros(2, 4), torch.zeros(7, 2), dropout=1.0)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("engine", KERNEL_ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+def test_kernels_equal_the_torch_engine(engine, path):
+    case = leaves_of(make_case(3, 13, 24, 101, **TRANSFORMS["all"]), needs_of(path))
+    trained = path in ("local", "recompute")
+    a, b = (torch.randn(size).requires_grad_(trained) for size in ((5, 24), (101, 5)))
+    head = LMHead(case.weight, case.bias, **case.options, low_rank=(LowRank(a, b, 0.2),))
+    results = []
+    for name in (engine, "torch"):
+        out = sequence_logps(case.hidden, head, case.labels, path=path, engine=name)
+        leaves = [t for t in (case.hidden, case.weight, case.bias, a, b) if t.requires_grad]
+        grads = torch.autograd.grad(out.sums.sum(), leaves) if leaves else ()
+        results.append((out.sums.detach(), *grads))
+    for ours, wanted in zip(*results, strict=True):
+        assert relative(ours, wanted) <= 3e-6

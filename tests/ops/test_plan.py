@@ -9,25 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from truth import TRAINING_PATHS, leaves_of, make_case, needs_of
+from waits import LargestTensor
 
 from fused_prefopt import Plan, release_workspace, sequence_logps
 from fused_prefopt.ops.cutting import TileCost, TileShape, tile_shape
 from fused_prefopt.ops.dropped_mass import PART
-from fused_prefopt.ops.head_math import HeadMath
-from fused_prefopt.ops.head_rows import HeadRows, HeadTensors
+from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, Spec
 from fused_prefopt.ops.plan import (
     COST_IN_P,
     PATHS,
+    Demand,
     default_workspace,
     kept_bytes,
     make_plan,
     room_of,
     statistics_bytes,
 )
-from fused_prefopt.ops.vocab_shard import VocabShard
+from fused_prefopt.ops.precision import HeadMath
 
 MIB = 2**20
 # A batch whose logits (about 600 labelled rows x 2000 entries, 4.6 MiB) dwarf everything else.
@@ -41,7 +40,6 @@ COST = TileCost(logit=4, hidden=4, weight=4, preferred=PREFERRED)
 def planned(**changes) -> Plan:
     given = {
         "path": "auto",
-        "engine": lambda path, kept: "torch",
         "rows": 1000,
         "vocab": 1024,
         "workspace": 8 * MIB,
@@ -51,7 +49,7 @@ def planned(**changes) -> Plan:
     itemsize = changes.pop("itemsize", 4)
     given |= changes
     room = room_of(given["rows"], given["vocab"], 16, itemsize, COST, gpu=False)
-    return make_plan(**given, room=lambda: room)
+    return make_plan(Demand(**given), lambda path, kept: "torch", lambda: room)
 
 
 @pytest.mark.parametrize(
@@ -221,21 +219,6 @@ def test_a_larger_budget_never_gives_a_smaller_tile():
     assert areas[-1] == 8192 * 16384
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of any tensor that an operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.untyped_storage().nbytes() // 4)
-        return out
-
-
 @pytest.mark.parametrize("path", ["evaluate", "stash", "recompute"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_no_tensor_has_tokens_times_vocabulary_entries(path, softcap):
@@ -245,7 +228,7 @@ def test_no_tensor_has_tokens_times_vocabulary_entries(path, softcap):
         if path != "evaluate":
             out.sums.sum().backward()
     unavoidable = max(case.hidden.numel(), case.weight.numel())
-    assert largest.elements <= unavoidable < int(out.lengths.sum()) * case.vocab / 10
+    assert largest.entries <= unavoidable < int(out.lengths.sum()) * case.vocab / 10
 
 
 def peak_of(function) -> int:
@@ -349,14 +332,10 @@ def test_local_meets_the_tiles_of_its_forward_again(device, engine, dtype, drop_
     for rows in range(64, workspace // (vocab * math.kept.itemsize), 61):
         index = torch.empty(rows, dtype=torch.int64, device=device)
         tensors = HeadTensors(torch.empty(rows, hidden_size, dtype=dtype, device=device), weight)
-        passes = [
-            HeadRows(
-                *(tensors, index, index, VocabShard(), math, "local", engine, workspace, rows),
-                backward=backward,
-                drop_mass=drop_mass,
-            )
-            for backward in (False, True)
-        ]
+        spec = Spec(
+            *(1, rows, -100, vocab, workspace, math, "local", engine, rows), drop_mass=drop_mass
+        )
+        passes = [HeadRows(tensors, index, index, spec, backward) for backward in (False, True)]
         assert passes[0].kept_width == passes[1].kept_width, rows
         if engine == "torch":
             # It takes one maximum a tile.

@@ -10,13 +10,13 @@ from partitioned import Partitioned
 from tiny_models import pair_features, tiny_llama
 
 from fused_prefopt.data import PairCollator
-from fused_prefopt.fingerprint import (
+from fused_prefopt.reference import add_reference_logps
+from fused_prefopt.reference_cache import (
     data_fingerprint,
     model_fingerprint,
     precision_of,
     tokenizer_fingerprint,
 )
-from fused_prefopt.reference import add_reference_logps
 
 
 def nudged(name):

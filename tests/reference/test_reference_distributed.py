@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fused_prefopt.data import PointCollator
-from fused_prefopt.fingerprint import model_fingerprint
+from fused_prefopt.reference_cache import model_fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -49,14 +51,31 @@ def _work(rank: int, folder: str) -> None:
         "killed": raised(lambda: run(cache_file=path / "killed", save_every=1, stop_at=3)),
     }
     torch.save(found, path / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    if rank == 0:
+        _work_until_killed(path / "alone")
+
+
+def _work_until_killed(cache_dir: Path) -> None:
+    model, seen = tiny_llama(), []
+
+    def kill(*_):
+        seen.append(1)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.model.register_forward_hook(kill)
+    run(model, cache_dir=cache_dir, save_every=1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     run(tiny_llama(1), cache_file=path / "own-1")
-    mp.spawn(_work, args=(str(path),), nprocs=2)
+    with pytest.raises(mp.ProcessExitedException) as end:
+        mp.spawn(_work, args=(str(path),), nprocs=2)
+    assert end.value.signal_name == "SIGKILL"
     return path
 
 
@@ -92,3 +111,8 @@ def test_ranks_refuse_together(ranks):
 def test_one_process_continues_what_two_began(ranks, folder):
     assert all(found["killed"][0] is Killed for found in ranks)
     assert run(cache_file=folder / "killed") == (run()[0], 3)
+
+
+def test_a_killed_process_is_continued_where_it_ended(folder):
+    assert len(list((folder / "alone").iterdir())) == 4
+    assert run(cache_dir=folder / "alone", save_every=1) == (run()[0], 3)

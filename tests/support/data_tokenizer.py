@@ -1,4 +1,4 @@
-"""A word-level tokenizer with a chat template, built in memory, for the data tests."""
+"""Tokenizers built in memory for the data tests: of words with a chat template, of letters."""
 
 import pytest
 
@@ -26,6 +26,15 @@ def tiny_tokenizer(adds_bos=False, template=CHAT_TEMPLATE):
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+class Letters:
+    """The least that a tokenizer must offer: one id a letter, a = 1, 0 at the end."""
+
+    eos_token_id = 0
+
+    def encode(self, text, add_special_tokens):
+        return [ord(letter) - 96 for letter in text if letter.isalpha()]
 
 
 def chat(**turns):

@@ -3,49 +3,87 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 
-from fused_prefopt.losses import PairwiseLoss, available_losses
+from fused_prefopt.losses import PairwiseLoss, available_losses, find
 from fused_prefopt.types import LogpBatch, LossOutput
 
-# Options beyond the defaults that have a value or a gradient of their own.
-VARIANTS = [(name, {}) for name in available_losses()] + [
-    ("dpo", {"label_smoothing": 0.2}),
-    ("simpo", {"label_smoothing": 0.2}),
-    ("alpha-dpo", {"stop_gradient": False}),
+# Options that only mean something, or differ, with one another.
+TOGETHER: list[tuple[str, dict]] = [
     ("alpha-dpo", {"normalize": False, "length_normalized": False, "beta": 0.1}),
     ("alpha-dpo", {"normalize": False, "stop_gradient": False}),
-    ("alpha-dpo", {"implicit_reference": "sequence_kl"}),
-    ("alpha-dpo", {"implicit_reference": "policy"}),
-    ("alpha-dpo", {"implicit_reference": "reference"}),
-    ("alpha-dpo", {"implicit_reference": "inverse_reference"}),
-    ("alpha-dpo", {"margin_scale": "unit"}),
-    ("alpha-dpo", {"statistics": "batch"}),
-    ("alpha-dpo", {"statistics": "reference"}),
     ("alpha-dpo", {"statistics": "dataset", "mean": 0.1, "std": 2.0}),
-    ("gamma-dpo", {"solver": "exact"}),
     ("gamma-dpo", {"centered": True, "label_smoothing": 0.2}),
-    ("gamma-simpo", {"queue": False}),
     ("gamma-simpo", {"queue_size": 8, "sample_size": 6, "steps": 5}),
-    ("robust-dpo", {"unbiased": True}),
     ("robust-simpo", {"unbiased": True, "gamma": 0.5}),
-    ("ipo", {"length_normalized": True}),
-    ("cpo", {"nll": "sum"}),
-    ("cpo", {"nll": "sequence_mean"}),
-    ("odpo", {"offset": "identity"}),
     ("kto", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
-    ("beta-dpo", {"level": "batch", "gamma": 0.3}),
-    ("beta-simpo", {"level": "batch", "beta": 2.5}),
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
-    ("aot", {"label_smoothing": 0.2}),
-    ("sft", {"nll": "sequence_mean"}),
-    ("sft", {"nll": "sum"}),
-    ("f-dpo", {"divergence": "forward_kl"}),
-    ("f-dpo", {"divergence": "alpha_divergence"}),
     ("alpha-po", {"alpha": -0.5}),
 ]
+
+
+def others(name: str, option: str, default: Any) -> list[Any]:
+    """Values of an option beside its default: the other choices, or 0.2 where it is off at 0."""
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, str):
+        with pytest.raises(ValueError, match="wanted one of") as refused:
+            find(name).build(**{option: "?"})
+        choices = re.findall(r"'([^']+)'", str(refused.value).partition("wanted one of")[2])
+        return [choice for choice in choices if choice != default]
+    return [0.2] if default == 0 and isinstance(default, float) else []
+
+
+def variants() -> Iterator[tuple[str, dict]]:
+    """Every registered loss with its defaults, with each other choice of an option, and more."""
+    for name, info in available_losses().items():
+        yield name, {}
+        for option, default in info.defaults.items():
+            for value in others(name, option, default):
+                try:
+                    find(name).build(**{option: value})
+                except ValueError:
+                    found = [options.get(option) for other, options in TOGETHER if other == name]
+                    assert value in found, f"{name}: what goes with {option}={value!r}?"
+                else:
+                    yield name, {option: value}
+    yield from TOGETHER
+
+
+VARIANTS = list(variants())
+
+
+def parts(kind: str) -> list[Any]:
+    """One of each kind of part, such as "margin", of all registered losses of pairs.
+
+    Two parts are of a kind if they differ by positive numbers alone.
+    """
+    found: dict[Any, Any] = {}
+    for name, options in VARIANTS:
+        loss = find(name).build(**options)
+        if isinstance(loss, PairwiseLoss):
+            part = getattr(loss, kind)
+            for each in part if isinstance(part, tuple) else (part,):
+                found.setdefault(_kind(each), each)
+    return list(found.values())
+
+
+def _kind(part: Any) -> Any:
+    if dataclasses.is_dataclass(part):
+        values = (getattr(part, field.name) for field in dataclasses.fields(part))
+        return type(part), *(_kind(value) for value in values)
+    return part > 0 if isinstance(part, int | float) and not isinstance(part, bool) else part
+
+
+def label(value: Any) -> str:
+    """Test id of a part of a loss."""
+    return type(value).__name__
 
 
 def vector(*values: float) -> torch.Tensor:
@@ -124,3 +162,53 @@ def held(loss, batch: LogpBatch, summary=None):
     if weighting is not None:
         weighting = GivenFactors(weighting(batch))
     return dataclasses.replace(loss, margin=margins, scale=scale, weighting=weighting)
+
+
+VOCABULARY = 29
+
+
+def hidden_batch() -> dict[str, torch.Tensor]:
+    """Hidden states, head, labels of completions and of prompts, and what losses need."""
+    sequences, places, width = 6, 8, 5
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, VOCABULARY, (sequences, places), generator=generator)
+    prompt_labels = labels.clone()
+    labels[:, :3], prompt_labels[:, 3:] = -100, -100
+    labels[1, 5:], labels[4] = -100, -100
+    return {
+        "hidden": draw(sequences, places, width),
+        "weight": draw(VOCABULARY, width),
+        "labels": labels,
+        "prompt_labels": prompt_labels,
+        "reference": -draw(sequences).abs() * 15,
+        "rewards": draw(sequences),
+        "desirable": torch.tensor([True, True, False, True, False, False]),
+        "prompt_reference": -draw(sequences).abs() * 9,
+        "groups": torch.arange(sequences) // 2,
+        "sequence_kl": draw(sequences).abs(),
+        "collision": -draw(sequences).abs() * 9,
+    }
+
+
+def extras_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fields of `LogpBatch` in a `hidden_batch`."""
+    return dict(list(batch.items())[4:])
+
+
+def single(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch in float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def eager_logps(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(S,) sums of the labels' log-probs, and how many labels each sequence has."""
+    logps = (hidden[:, :-1] @ weight.T).log_softmax(-1)
+    targets = labels[:, 1:]
+    picked = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return (picked * (targets >= 0)).sum(1), (targets >= 0).sum(1)

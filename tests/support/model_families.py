@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EQUAL_HEADS = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 GPT |= {"bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
@@ -50,17 +51,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", SIZES | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", SIZES),
     "gemma2": ("Gemma2Config", SIZES | CAPPED),
+    "gemma2, uncapped": ("Gemma2Config", SIZES | CAPPED | {"final_logit_softcapping": None}),
     "gemma3": ("Gemma3TextConfig", SIZES | CAPPED),
     "cohere": ("CohereConfig", SIZES | {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", SIZES | {"logit_scale": 0.25, "sliding_window": 16}),
     "granite": ("GraniteConfig", SIZES | {"logits_scaling": 4.0}),
+    "hyperclovax": ("HyperCLOVAXConfig", SIZES | {"logits_scaling": 0.25}),
+    "falcon h1": (
+        "FalconH1Config",
+        SIZES | {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4},
+    ),
+    "recurrent gemma": (
+        "RecurrentGemmaConfig",
+        SIZES
+        | {"num_hidden_layers": 3, "logits_soft_cap": 2.0}
+        | {"lru_width": 32, "attention_window_size": 16},
+    ),
     "phi": ("PhiConfig", SIZES),
     "olmo": ("OlmoConfig", SIZES),
     "olmo2": ("Olmo2Config", SIZES),
     "gpt2": ("GPT2Config", GPT | {"tie_word_embeddings": True}),
     "gptj": ("GPTJConfig", GPT | {"rotary_dim": 8}),
     "ctrl": ("CTRLConfig", GPT | {"dff": 48, "tie_word_embeddings": True}),
-    "gpt-neox": ("GPTNeoXConfig", SIZES),
+    "opt": (
+        # Its positions are counted from the attention mask and start at two.
+        "OPTConfig",
+        EQUAL_HEADS | {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    ),
+    "gpt-neox": ("GPTNeoXConfig", EQUAL_HEADS),
     "gpt-neox, tied": ("GPTNeoXConfig", SIZES | {"tie_word_embeddings": True}),
     "mixtral": ("MixtralConfig", SIZES | ROUTED | {"num_local_experts": 4}),
     "qwen2-moe": (
@@ -152,21 +170,77 @@ def pairs(count: int = 3) -> dict[str, Any]:
     return PairCollator(0)(features)
 
 
-def own_loss(model: nn.Module, batch: dict[str, Any], name: str = "simpo") -> Tensor:
-    """A loss without a reference through the model's own logits, with its own router loss."""
-    inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
-    outputs = model(**inputs, use_cache=False)
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
-    logps = outputs.logits[:, :-1].log_softmax(-1)
-    picked = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0].where(labels != -100, 0.0)
-    sums = fp.LogpBatch(picked.sum(1), (labels != -100).sum(1))
-    loss = fp.PreferenceLoss(name).from_logps(sums).loss
+def own_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """(S, L, V) logits of the batch's own tokens, by the model's own forward."""
+    return _own_outputs(model, batch).logits[:, -batch["input_ids"].shape[1] :]
+
+
+def _own_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
+    names = ("input_ids", "attention_mask", "pixel_values")
+    given = {name: batch[name] for name in names if name in batch}
+    # PEFT hands a learned prefix over as a cache.
+    prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    return model(**given) if prompt else model(**given, use_cache=False)
+
+
+def sums_of(logits: Tensor, batch: dict[str, Any], part: str = "completion") -> Tensor:
+    """(S,) log-prob sums of the completions, or of the prompts but for their first tokens."""
+    logps = logits[:, :-1].log_softmax(-1)
+    targets, chosen = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:] != 0
+    if part == "prompt":
+        chosen = ~chosen & (batch["attention_mask"][:, 1:] != 0)
+    return logps.gather(-1, targets[..., None])[..., 0].where(chosen, 0.0).sum(1)
+
+
+def own_sums(model: nn.Module, batch: dict[str, Any], part: str = "completion") -> Tensor:
+    """The same of a model's own forward."""
+    return sums_of(own_logits(model, batch), batch, part)
+
+
+def own_kl(policy: Tensor, reference: Tensor, batch: dict[str, Any]) -> Tensor:
+    """(S,) divergences KL(reference ‖ policy) over the completions' tokens, of two logits."""
+    logps, other = (each[:, :-1].log_softmax(-1) for each in (policy, reference))
+    counted = batch["completion_mask"][:, 1:] != 0
+    return (other.exp() * (other - logps)).sum(-1).where(counted, 0.0).sum(1)
+
+
+def own_token_metrics(
+    model: nn.Module, batch: dict[str, Any], desirable: Tensor | None = None
+) -> dict[str, float]:
+    """Means over the completions' tokens, by the model's own logits.
+
+    `desirable` (S,) says which sequences are so; default: the first half.
+    """
+    logits = own_logits(model, batch)[:, :-1].detach().double()
+    targets, members = batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:] != 0
+    if desirable is None:
+        desirable = torch.arange(len(members)) < len(members) // 2
+    chosen, rejected = members & desirable[:, None], members & ~desirable[:, None]
+    values = {
+        "entropy": torch.distributions.Categorical(logits=logits).entropy()[members],
+        "logits/chosen": logits.mean(-1)[chosen],
+        "logits/rejected": logits.mean(-1)[rejected],
+        "mean_token_accuracy": (logits.argmax(-1) == targets)[chosen].double(),
+    }
+    return {name: each.mean().item() for name, each in values.items()}
+
+
+def own_loss(
+    model: nn.Module, batch: dict[str, Any], loss_fn: fp.PreferenceLoss | None = None, **fields: Any
+) -> Tensor:
+    """A loss (default: SimPO) through the model's own logits, with its own router loss.
+
+    `fields` are those of `LogpBatch` that the policy's log-probs are not.
+    """
+    outputs = _own_outputs(model, batch)
+    sums = sums_of(outputs.logits[:, -batch["input_ids"].shape[1] :], batch)
+    lengths = (batch["completion_mask"][:, 1:] != 0).sum(1)
+    loss_fn = loss_fn or fp.PreferenceLoss("simpo")
+    loss = loss_fn.from_logps(fp.LogpBatch(sums, lengths, **fields)).loss
     balance = getattr(outputs, "aux_loss", None)
-    return (
-        loss
-        if balance is None
-        else loss + model.config.get_text_config().router_aux_loss_coef * balance
-    )
+    if balance is None:
+        return loss
+    return loss + model.config.get_text_config().router_aux_loss_coef * balance
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -179,10 +253,16 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def fused(
-    model: nn.Module, batch: dict[str, Any], name: str = "simpo", **options: Any
+    model: nn.Module,
+    batch: dict[str, Any],
+    loss_fn: fp.PreferenceLoss | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-    """Loss, gradients and metrics by an attached loss; the model's forward is given back."""
-    attachment = attach(model, fp.PreferenceLoss(name, **options))
+    """Loss, gradients and metrics by an attached loss; the model's forward is given back.
+
+    `options` are those of `attach`.
+    """
+    attachment = attach(model, loss_fn or fp.PreferenceLoss("simpo"), **options)
     loss = model(**batch)["loss"]
     found = gradients(model, loss)
     attachment.detach()
@@ -195,7 +275,7 @@ def assert_same(
     """Ours against the model's own logits; the gradients are those of all trained parameters."""
     truth = own_loss(model, batch)
     wanted = gradients(model, truth)
-    loss, got, _ = fused(model, batch, **options)
+    loss, got, _ = fused(model, batch, fp.PreferenceLoss("simpo", **options))
     torch.testing.assert_close(loss, truth, rtol=tolerance, atol=0)
     assert_gradients(got, wanted, tolerance)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,17 +21,47 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "scale": {"logit_scale": 0.3},
     "temperature": {"temperature": 0.7},
     "padded": {"padding": 5},
-    "all": {
-        "bias": True,
-        "softcap": 9.0,
-        "logit_scale": 1.7,
-        "temperature": 1.3,
-        "padding": 3,
-    },
+    "all": {"bias": True, "softcap": 9.0, "logit_scale": 1.7, "temperature": 1.3, "padding": 3},
 }
 TRAINING_PATHS = ("stash", "local", "recompute")
+PATHS = ("evaluate", *TRAINING_PATHS)
+KERNEL_ENGINES = ("cublas", "triton")
 # Megabytes that force the smallest tiles.
 SMALLEST = 1e-9
+
+
+def covering(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Rows of levels in which every two levels of two factors meet, in a fixed order.
+
+    Many fewer than the product of the factors. Factors that act on each other go in as one, whose
+    levels are their own product.
+    """
+    levels = [list(factor) for factor in factors]
+    cells = [[(place, level) for level in range(len(each))] for place, each in enumerate(levels)]
+    left = {pair for one, other in combinations(cells, 2) for pair in product(one, other)}
+    rows = []
+    while left:
+        chosen = dict(min(left))
+        for place, candidates in enumerate(cells):
+            if place not in chosen:
+                met = [
+                    sum(tuple(sorted((cell, each))) in left for each in chosen.items())
+                    for cell in candidates
+                ]
+                chosen[place] = met.index(max(met))
+        left -= set(combinations(sorted(chosen.items()), 2))
+        rows.append(tuple(levels[place][chosen[place]] for place in range(len(levels))))
+    return rows
+
+
+def on_engines(rows: Iterable[Any], engine: int = 0) -> list[Any]:
+    """Parameter sets with an engine at one place: on a CPU Triton's run in the interpreter."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in rows]
+    marks = {name: pytest.mark.interpreted for name in KERNEL_ENGINES}
+    return [pytest.param(*row, marks=marks.get(row[engine], ())) for row in rows]
+
+
+ENGINES = on_engines(("torch", *KERNEL_ENGINES))
 
 
 @dataclass(frozen=True)
@@ -209,3 +242,38 @@ def assert_gradients(got: Result, truth: Result, tolerance: float) -> None:
         if ours is not None:
             assert ours.shape == right.shape, name
             assert relative(ours, right) <= tolerance, (name, relative(ours, right))
+
+
+def assert_right(
+    case: Case,
+    values: float,
+    gradients: float,
+    *,
+    needs: tuple[bool, bool, bool] | None = None,
+    shift: bool = True,
+    path: str = "auto",
+    **options: Any,
+) -> Result:
+    """Ours, whose token log-probs and gradients are within the tolerances of eager float64's.
+
+    Args:
+        values: absolute, in nats.
+        gradients: relative (Frobenius).
+        needs: which of hidden, weight and bias train; None: all that the path can.
+        shift, path, options: of the call.
+    """
+    needs = needs_of(path) if needs is None else needs
+    truth = true_result(case, needs=needs, shift=shift)
+    got = computed(case, needs=needs, shift=shift, path=path, **options)
+    assert largest_error(got.tokens, truth.tokens) <= values
+    assert_gradients(got, truth, gradients)
+    return got
+
+
+def nothing_labelled(case: Case) -> Case:
+    return replace(case, labels=torch.full_like(case.labels, -100))
+
+
+def tight(path: str, workspace_mb: float = SMALLEST) -> dict[str, float]:
+    """The workspace as an option of a call; `local` does not cut its own, which must fit."""
+    return {} if path == "local" else {"workspace_mb": workspace_mb}

@@ -1,4 +1,4 @@
-"""Notices what would make Python wait for a GPU, on a machine without one."""
+"""Operations as they are dispatched: what would make Python wait for a GPU, and what is large."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode,
 )
+from torch.utils._pytree import tree_leaves
 
 import fused_prefopt
 from fused_prefopt import checks
@@ -23,7 +24,56 @@ _MASKS = (torch.bool, torch.uint8)
 _BODIES = torch._library.custom_ops.OPDEFS
 
 
-class Waits(TorchDispatchMode):
+class Inside(TorchDispatchMode):
+    """Sees every operation, those in the bodies of this package's registered ops too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fused_prefopt":
+            with self:
+                return _BODIES[func._schema.name]._init_fn(*args, **kwargs)
+        return self.seen(func, args, kwargs)
+
+    def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation that is none of this package's."""
+        return func(*args, **kwargs)
+
+
+class LargestTensor(Inside):
+    """The most entries of fp32 that any operation's result has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        made = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+        sizes = [value.untyped_storage().nbytes() // 4 for value in made]
+        self.entries = max([self.entries, *sizes])
+        return out
+
+
+class OpCalls(TorchDispatchMode):
+    """Calls of this package's registered ops.
+
+    Attributes:
+        found: op, arguments, result of each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "fused_prefopt":
+            assert not kwargs
+            self.found.append((func, args, out))
+        return out
+
+
+class Waits(Inside):
     """Operations whose result's values or shape Python must know, called by this package.
 
     Bodies of this package's registered ops are watched like any other code. What a library asks
@@ -37,11 +87,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "fused_prefopt":
-            with self:
-                return _BODIES[func._schema.name]._init_fn(*args, **kwargs)
+    def seen(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self._waits(func, args, kwargs):
             self.note(str(func))
         return func(*args, **kwargs)

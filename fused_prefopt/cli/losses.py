@@ -1,0 +1,253 @@
+"""`losses`: what is registered, and one loss in full."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from fused_prefopt.cli.console import blaming, markdown_table, text_table, wrapped
+from fused_prefopt.losses import (
+    available_losses,
+    bradley_terry_loss,
+    find,
+    length_desensitized,
+    preset,
+    published_settings,
+)
+from fused_prefopt.losses.protocol import WHAT_IT_IS
+from fused_prefopt.losses.registry import LossInfo
+
+_WIDTH = 100
+HELP = "the registered losses, or one of them with its formula"
+# Writes docs/losses.md, the page of all losses.
+COMMAND = "python -m fused_prefopt.cli.losses"
+_INTRODUCTION = f"""\
+# Losses
+
+Written by `{COMMAND}` from the registered losses; edit nothing here.
+
+```python
+loss_fn = fp.PreferenceLoss("simpo", beta=2.5)
+loss_fn = fp.PreferenceLoss("gamma-simpo/llama-3-8b-instruct", tau=3.0)  # published, but for τ
+loss_fn = fp.PreferenceLoss("dpo", ld_alpha=0.5)  # LD-DPO: any loss on pairs, with weighted tails
+```
+
+Names may be written with `_` for `-` and in any case.
+
+## Notation
+
+| symbol | meaning |
+| --- | --- |
+| w, l | the chosen and the rejected completion of a pair |
+| L, \\|y\\| | summed log-probability of a completion under the policy, in nats, and its tokens |
+| L̄ | L / \\|y\\| |
+| L_ref, Δ | the same sum under the reference model, and L − L_ref |
+| m | reward margin: reward of the chosen less that of the rejected completion |
+| s | score of a completion from outside, `rewards` |
+| K | Σ over tokens of KL(reference ‖ policy), `sequence_kl` |
+| σ, sg | the sigmoid, and the stopped gradient |
+
+The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
+unless said otherwise. An empty completion has L = L̄ = 0."""
+_NEEDS = """\
+## What losses need
+
+Beyond `policy` and `lengths`, which the fused call computes; fields of `LogpBatch`, arguments of
+`PreferenceLoss`. Pairs are given chosen half first."""
+_BESIDE = "## Beside the registered losses"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "name", nargs="?", help="a loss, an alias or a published setting such as alpha-dpo/…"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table, or one loss.
+
+    Raises:
+        UserError: there is no such loss or setting; the message lists the closest names.
+    """
+    if options.name is None:
+        print(losses_table())
+        return 0
+    with blaming("losses"):
+        text = one_loss(options.name)
+    print(text)
+    return 0
+
+
+def losses_table() -> str:
+    """Every registered loss by name: what it judges and needs, and its first options."""
+    heading = ("loss", "judges", "needs", "hyperparameters")
+    rows = [
+        (
+            name,
+            "pairs" if info.pairwise else "completions",
+            ", ".join(info.needs) or "-",
+            textwrap.shorten(_values(info.defaults) or "-", 80, placeholder=" …"),
+        )
+        for name, info in available_losses().items()
+    ]
+    more = "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper."
+    return f"{text_table(heading, wrapped(rows, (None, None, 22, 42)))}\n\n{more}"
+
+
+def one_loss(name: str) -> str:
+    """Formula, needs, hyperparameters and published settings of one loss.
+
+    Args:
+        name: of the loss, an alias, or a published setting, whose values then stand for the
+            defaults.
+
+    Raises:
+        ValueError: there is none; the message lists the closest names.
+    """
+    loss, chosen = preset(name) if "/" in name else (name, {})
+    spec = find(loss)
+    info, meanings = spec.info(), hyperparameters(spec.factory)
+    called = f" (also {', '.join(info.aliases)})" if info.aliases else ""
+    parts = [f"{spec.name}{called}\n{info.paper}", formula(spec.factory).replace("``", "")]
+    judged = "pairs, chosen and rejected" if info.pairwise else "single completions"
+    facts = [f"judges  {judged}"]
+    facts += [f"needs   {field}: {WHAT_IT_IS[field]}" for field in info.needs]
+    facts += [f"uses    {field}, where given: {WHAT_IT_IS[field]}" for field in info.wants]
+    if info.stateful:
+        facts.append("keeps   a statistic, which belongs in checkpoints")
+    if info.coupled:
+        facts.append("spans   the batch of all ranks")
+    wide = [textwrap.fill(fact, _WIDTH, subsequent_indent=" " * 8) for fact in facts]
+    parts.append("\n".join(wide))
+    options = [
+        (option, f"{value!r}", meanings.get(option, ""))
+        for option, value in (info.defaults | chosen).items()
+    ]
+    if options:
+        column = "published" if chosen else "default"
+        meaning = _WIDTH - 4 - max(len(name) for name in ("hyperparameter", *info.defaults))
+        meaning -= max(len(value) for _, value, _ in [("", column, ""), *options])
+        rows = wrapped(options, (None, None, meaning))
+        parts.append(text_table(("hyperparameter", column, "meaning"), rows))
+    published = {k: each for k, each in published_settings().items() if each.loss == spec.name}
+    if published:
+        settings = [
+            (key, _values(each.hyperparameters), f"{each.learning_rate:g}")
+            for key, each in published.items()
+        ]
+        heading = ("published setting", "hyperparameters", "learning rate")
+        papers = " and ".join(dict.fromkeys(each.paper for each in published.values()))
+        parts.append(f"{text_table(heading, settings)}\n\nThey are those of {papers}.")
+    return "\n\n".join(parts)
+
+
+def losses_page() -> str:
+    """The page: every registered loss with its formula, needs, options and source."""
+    losses = available_losses()
+    parts = [_INTRODUCTION, _index(losses)]
+    needs = ((f"`{field}`", meaning) for field, meaning in WHAT_IT_IS.items())
+    parts += [_NEEDS, markdown_table(("field", "what it is"), needs)]
+    parts += ["## The losses", *(_section(name, info) for name, info in losses.items())]
+    parts += [_BESIDE, *(_function(each) for each in (bradley_terry_loss, length_desensitized))]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_losses_page(page: Path) -> None:
+    """Write `losses_page` to a file."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(losses_page(), encoding="utf-8")
+
+
+def formula(documented: Any) -> str:
+    """What a docstring says before its first section."""
+    return re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(documented) or "")[0]
+
+
+def hyperparameters(documented: Any) -> dict[str, str]:
+    """Name → meaning, from the `Args` of a docstring."""
+    _, _, arguments = (inspect.getdoc(documented) or "").partition("\n\nArgs:\n")
+    found: dict[str, str] = {}
+    for line in arguments.split("\n\n")[0].splitlines():
+        name, _, meaning = line.strip().partition(": ")
+        if line.startswith("     "):
+            found[list(found)[-1]] += f" {line.strip()}"
+        else:
+            found[name] = meaning
+    return found
+
+
+def _index(losses: dict[str, LossInfo]) -> str:
+    rows = (
+        (
+            f"[{name}](#{name})",
+            ", ".join(info.aliases),
+            "pairs" if info.pairwise else "completions",
+            ", ".join(f"`{field}`" for field in info.needs),
+            "yes" if info.stateful else "",
+            info.paper,
+        )
+        for name, info in losses.items()
+    )
+    heading = ("loss", "also called", "judges", "needs", "statistic", "paper")
+    return "## Index\n\n" + markdown_table(heading, rows)
+
+
+def _section(name: str, info: LossInfo) -> str:
+    spec = find(name)
+    meanings = hyperparameters(spec.factory)
+    options = (
+        (f"`{option}`", f"`{default!r}`", meanings.get(option, ""))
+        for option, default in info.defaults.items()
+    )
+    facts = [
+        f"- Paper: {info.paper}.",
+        f"- Needs: {', '.join(f'`{field}`' for field in info.needs) or 'nothing more'}.",
+    ]
+    if info.wants:
+        facts.append(f"- Uses where given: {', '.join(f'`{field}`' for field in info.wants)}.")
+    statistic = spec.build().statistics()
+    if statistic is not None:
+        said = (inspect.getdoc(statistic) or "").splitlines()[0].rstrip(".")
+        facts.append(
+            f"- Statistic: `{type(statistic).__name__}` ({said}), over all ranks; put"
+            " `loss_fn.state_dict()` in checkpoints."
+        )
+    if info.coupled:
+        facts.append(
+            "- Spans the batch: in training the ranks exchange their pairs' log-probs, and the"
+            " mean of their gradients is that of one process with all pairs."
+        )
+    parts = [f"### {name}", formula(spec.factory), "\n".join(facts)]
+    parts.append(markdown_table(("hyperparameter", "default", "meaning"), options))
+    presets = [
+        (
+            f"`{key}`",
+            ", ".join(f"`{option}={value:g}`" for option, value in each.hyperparameters.items()),
+            f"{each.learning_rate:g}",
+            each.paper,
+        )
+        for key, each in published_settings().items()
+        if each.loss == name
+    ]
+    if presets:
+        heading = ("published setting", "hyperparameters", "learning rate", "of")
+        parts.append(markdown_table(heading, presets))
+    return "\n\n".join(parts)
+
+
+def _function(documented: Any) -> str:
+    return f"### `{documented.__name__}`\n\n{formula(documented)}"
+
+
+def _values(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    write_losses_page(Path(*sys.argv[1:] or ("docs/losses.md",)))

@@ -1,0 +1,169 @@
+"""Pictures of preference training runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+History = Sequence[Mapping[str, float]]
+# Picture → its vertical axis, and the logged metrics that it shows.
+_PICTURES = {
+    "loss": ("loss", ("loss",)),
+    "accuracies": ("share of pairs", ("rewards/accuracies",)),
+    "rewards": ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/mean")),
+    "margins": ("reward", ("rewards/margins", "margin/mean")),
+    "kl": (
+        "policy − reference, nats",
+        ("kl/chosen", "kl/rejected", "kl/mean", "kl", "sequence_kl/chosen", "sequence_kl/rejected"),
+    ),
+    "logps": ("summed log-prob, nats", ("logps/chosen", "logps/rejected", "logps/mean")),
+}
+_LONG_LABEL, _LEGEND_ROW = 24, 0.22  # characters; inches
+_LABELS = {"rewards/margins": "reward margin", "margin/mean": "target margin γ_i, mean ± std"}
+
+
+def plot_margins(before: Tensor, after: Mapping[str, Tensor], path: Path) -> None:
+    """Histograms of held-out margins before and after training.
+
+    Args:
+        before: (P,) margins of the reference, in nats per token.
+        after: method → (P,) margins of its model.
+        path: PNG to write.
+    """
+    figure, axes = _figure(len(after))
+    for axis, (name, margins) in zip(axes, after.items(), strict=True):
+        both = before.tolist() + margins.tolist()
+        span = (min(both), max(both))
+        axis.hist(before.tolist(), bins=40, range=span, alpha=0.55, label="before", color="C7")
+        axis.hist(margins.tolist(), bins=40, range=span, alpha=0.55, label="after", color="C0")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(name)
+        axis.set_xlabel("log-prob margin, nats per token")
+    axes[0].set_ylabel("held-out pairs")
+    _save(figure, path)
+
+
+def plot_target_margins(
+    reward_margins: Tensor, target_margins: Tensor, mean: float, path: Path
+) -> None:
+    """γ-PO's target margin of each pair against its reward margin (the paper's Figure 5).
+
+    Args:
+        reward_margins: (P,) r_w − r_l.
+        target_margins: (P,) γ_i.
+        mean: γ₀.
+        path: PNG to write.
+    """
+    figure, (axis,) = _figure(1)
+    axis.scatter(reward_margins.tolist(), target_margins.tolist(), s=12, alpha=0.6)
+    axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label="γ₀")
+    axis.set_xlabel("reward margin r_w − r_l")
+    axis.set_ylabel("target margin γ_i")
+    _save(figure, path)
+
+
+def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
+    """Implicit rewards over training steps.
+
+    Args:
+        histories: method → `Trainer.state.log_history`.
+        path: PNG to write.
+    """
+    figure, axes = _figure(len(histories))
+    for axis, (name, history) in zip(axes, histories.items(), strict=True):
+        for metric in ("rewards/chosen", "rewards/rejected", "rewards/mean"):
+            points = _points(history, metric)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=metric)
+        axis.set_title(name)
+        axis.set_xlabel("optimizer step")
+    axes[0].set_ylabel("implicit reward")
+    _save(figure, path)
+
+
+def plot_histories(histories: Mapping[str, History], folder: Path) -> list[Path]:
+    """A picture each of loss, accuracies, rewards, margins with γ_i, KL and log-probs over steps.
+
+    One run has its metrics on one axis; several have an axis for each metric, with a line for
+    each run. The trainer's own evaluations (`eval_…`) are dashed.
+
+    Args:
+        histories: run → `Trainer.state.log_history`, of transformers or TRL.
+        folder: to write PNGs to.
+
+    Returns:
+        The files, without those that nothing was logged for.
+    """
+    written, alone = [], len(histories) == 1
+    for picture, (unit, metrics) in _PICTURES.items():
+        logged = [m for m in metrics if any(_points(h, m) for h in histories.values())]
+        if not logged:
+            continue
+        figure, axes = _figure(1 if alone else len(logged))
+        axes[0].set_ylabel(unit)
+        for row, metric in enumerate(logged):
+            axis, label = axes[0 if alone else row], _LABELS.get(metric, metric)
+            for number, (name, history) in enumerate(histories.items()):
+                color = f"C{row if alone else number}"
+                _curve(axis, history, metric, label if alone else name, color)
+            axis.set_title(next(iter(histories)) if alone else label)
+            axis.set_xlabel("optimizer step")
+        written.append(folder / f"{picture}.png")
+        _save(figure, written[-1])
+    return written
+
+
+def legends_below(figure: Any) -> None:
+    """Give each axis of a figure its legend below it, where no curve runs, and room for that.
+
+    Args:
+        figure: of matplotlib, with a layout that arranges it; it becomes higher.
+    """
+    rows = 0
+    for axis in figure.axes:
+        labels = axis.get_legend_handles_labels()[1]
+        if labels:
+            columns = 1 if max(map(len, labels)) > _LONG_LABEL else 2
+            # Of the axis the edge, and below it ticks and their label, in units of the font size.
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.8}
+            axis.legend(ncols=columns, frameon=False, **place)
+            rows = max(rows, math.ceil(len(labels) / columns))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * rows)
+
+
+def _curve(axis: Any, history: History, metric: str, label: str, color: str) -> None:
+    """A metric over steps, its evaluations, and for γ_i a band of one standard deviation."""
+    for name, style in ((metric, "-"), (f"eval_{metric}", "--")):
+        points = _points(history, name)
+        if points:
+            shown = label if style == "-" else f"{label}, held out"
+            axis.plot(*zip(*points, strict=True), style, marker=".", label=shown, color=color)
+    spread = dict(_points(history, "margin/std")) if metric == "margin/mean" else {}
+    band = [(step, mean, spread[step]) for step, mean in _points(history, metric) if step in spread]
+    if band:
+        steps, means, stds = zip(*band, strict=True)
+        low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, alpha=0.2, color=color)
+
+
+def _points(history: History, metric: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[metric]) for row in history if metric in row]
+
+
+def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4 * columns, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    legends_below(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,428 @@
+"""A preference loss inside a model's own forward, and the reference that it compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_prefopt.data.columns import (
+    COMPLETION_MASK,
+    DESIRABLE,
+    INPUT_IDS,
+    MADE_UP_REWARDS,
+    PROMPT,
+    PROMPT_REFERENCE,
+    REFERENCE,
+    SEQUENCE_KL,
+)
+from fused_prefopt.integrations.metrics import StepMetrics, Weighed, token_metrics
+from fused_prefopt.losses.protocol import WHAT_IT_IS
+from fused_prefopt.models.batch import (
+    HIDDEN,
+    CollatedRows,
+    answer,
+    batch_behind,
+    collated_rows,
+    given_fields,
+    logps_through,
+)
+from fused_prefopt.models.causal_lm import head_running, wants_router_loss
+from fused_prefopt.models.model_call import (
+    PROMPTED,
+    SIDE_CHANNEL,
+    SideChannel,
+    evaluating,
+    past_wrappers,
+    prompt_learners,
+    put_in_front,
+    take_away,
+    unwrapped,
+    without_side_channel,
+)
+from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.reference import Collator, Feature, add_reference_logps
+from fused_prefopt.types import LMHead, LossOutput
+
+# Fields that a reference gives.
+OF_REFERENCE = frozenset({REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL})
+
+
+def preference_outputs(
+    model: nn.Module, loss_fn: PreferenceLoss, batch: Mapping[str, Any]
+) -> LossOutput:
+    """Backbone, then loss, of a batch from `PairCollator` or `PointCollator`.
+
+    Args:
+        model: causal language model with a backbone and an output embedding, in its wrappers.
+        loss_fn: which loss.
+        batch: `input_ids`, `completion_mask`, `attention_mask` or `position_ids`, and the extras
+            that the collators document; padded (S, L) or packed (1, N).
+
+    Raises:
+        ValueError: the loss needs a field that the batch does not have.
+    """
+    return _outputs(model, loss_fn, batch, given_fields(batch), of_tokens=False)[0]
+
+
+def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
+    """Message about rows, where no reference is at hand, that lack what one gives.
+
+    Args:
+        loss_fn: the loss.
+        missing: at least one of `OF_REFERENCE`.
+    """
+    name = min(missing)
+    ways = ["reference=<model>", "reference='adapter' (the model without its PEFT adapter)"]
+    if SEQUENCE_KL not in missing:
+        ways += [
+            "reference_cache=<folder> with one of them",
+            "rows with the columns of `add_reference_logps`",
+        ]
+    return f"{loss_fn.name} needs `{name}`: {WHAT_IT_IS[name]}; give {' or '.join(ways)}"
+
+
+class Attachment:
+    """A loss attached to a model; made by `integrations.transformers.attach`.
+
+    A deep copy of the model computes the loss of its own weights, with the same `loss_fn` and
+    reference, and adds to the same metrics.
+
+    Args:
+        model: causal language model.
+        loss_fn: the loss.
+        reference: where the reference log-probs of a batch without them come from, or None.
+        log_tokens: also log `token_metrics`.
+        router_coefficient: of a mixture of experts' load-balancing loss, 0 for none; None leaves
+            both to the model's config.
+
+    Attributes:
+        loss_fn: the loss; it follows the model's train and eval mode.
+        reference: as given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: PreferenceLoss,
+        reference: Reference | None = None,
+        log_tokens: bool = False,
+        router_coefficient: float | None = None,
+    ) -> None:
+        self.loss_fn = loss_fn
+        self.reference = reference
+        self._log_tokens = log_tokens
+        self._router_coefficient = router_coefficient
+        self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
+        self._model = unwrapped(model)
+        self._place = put_in_front(self._model, self._forward)
+        # Their forward keeps the token ids to itself.
+        self._hooks = [
+            each.register_forward_pre_hook(_open_side_channel, with_kwargs=True)
+            for each in prompt_learners(model)
+        ]
+
+    def detach(self) -> None:
+        """Give the model back the forward that it had."""
+        take_away(self._model, self._place)
+        for hook in self._hooks:
+            hook.remove()
+
+    def pop_metrics(self, mode: str) -> dict[str, float]:
+        """Means of the metrics over the steps since the last call and all ranks; forgets them.
+
+        Of each step the mean over all ranks' pairs (completions, tokens), then the mean over the
+        steps, as TRL logs them. Every rank must make the call.
+
+        Args:
+            mode: "train" or "eval".
+        """
+        return self._metrics[mode].pop()
+
+    def forget_metrics(self, mode: str) -> None:
+        """Drop this rank's metrics since the last `pop_metrics`.
+
+        Args:
+            mode: "train" or "eval".
+        """
+        self._metrics[mode].forget()
+
+    def _forward(
+        self,
+        model: nn.Module,
+        own: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        channel: SideChannel | None = kwargs.get(SIDE_CHANNEL)
+        if channel is not None and channel.request is not None:
+            channel.found = answer(model, channel.request, batch_behind(kwargs))
+            return channel.found
+        if kwargs.get(COMPLETION_MASK) is None:
+            return own(*args, **without_side_channel(kwargs))
+        batch = batch_behind(kwargs)
+        self.loss_fn.train(model.training)
+        extras, compared = self._with_reference(batch)
+        output, weighed = _outputs(
+            model,
+            self.loss_fn,
+            batch,
+            extras,
+            compared=compared,
+            of_tokens=self._log_tokens,
+            router_coefficient=self._router_coefficient,
+        )
+        self._metrics["train" if model.training else "eval"].add(*weighed)
+        if channel is not None:
+            channel.found = {"loss": output.loss}
+        return {"loss": output.loss}
+
+    def _with_reference(
+        self, batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor | None], tuple[Reference, Tensor] | None]:
+        extras, needs = given_fields(batch), self.loss_fn.loss.needs
+        for name in OF_REFERENCE:
+            _require_exact(name, extras[name])
+        missing = {name for name in needs & OF_REFERENCE if extras[name] is None}
+        if not missing:
+            return extras, None
+        if self.reference is None:
+            raise ValueError(lacks_reference(self.loss_fn, missing))
+        if SEQUENCE_KL in missing:
+            return extras, (self.reference, self.reference.hidden(batch))
+        return extras | self.reference.logps(batch, prompt=PROMPT_REFERENCE in missing), None
+
+
+def _outputs(
+    model: nn.Module,
+    loss_fn: PreferenceLoss,
+    batch: Mapping[str, Any],
+    extras: Mapping[str, Tensor | None],
+    *,
+    compared: tuple[Reference, Tensor] | None = None,
+    of_tokens: bool,
+    router_coefficient: float | None = None,
+) -> tuple[LossOutput, Weighed]:
+    """The loss of a batch, and its metrics with what each is a mean over."""
+    router = wants_router_loss(model) if router_coefficient is None else router_coefficient != 0
+    rows = collated_rows(model, batch, prompt=PROMPT in loss_fn.loss.needs, router=router)
+    device = rows.hidden.device
+    _move(loss_fn, device)
+    extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
+    forward = _LossInHead(model, loss_fn, rows, extras, compared, of_tokens)
+    with head_running(model, forward) as head:
+        loss: Tensor = head(rows.hidden)
+    output, tokens = forward.found
+    # FSDP2 casts what a unit's forward returns, after its hooks are on it.
+    if loss.dtype == output.loss.dtype:
+        output = replace(output, loss=loss)
+    if rows.router is not None:
+        coefficient, aux_loss = rows.router
+        if router_coefficient is not None:
+            coefficient = router_coefficient
+        metrics = output.metrics | {"aux_loss": aux_loss.detach()}
+        output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
+    weights = _weights(output, forward.desirable) | tokens[1]
+    if batch.get(MADE_UP_REWARDS):
+        scores = [name for name in weights if name.startswith("reward_model/")]
+        weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
+    return output, (output.metrics | tokens[0], weights)
+
+
+@dataclass(eq=False)
+class _LossInHead:
+    """The loss of a batch as a head's forward: last hidden states → 0-d loss.
+
+    Args:
+        model: causal language model.
+        loss_fn: which loss.
+        rows: the batch.
+        extras: its fields of `LogpBatch`.
+        compared: a reference with its rows of the batch, or None.
+        of_tokens: also `token_metrics`.
+
+    Attributes:
+        found: after a call the loss's output, and the metrics of single tokens.
+    """
+
+    model: nn.Module
+    loss_fn: PreferenceLoss
+    rows: CollatedRows
+    extras: Mapping[str, Tensor | None]
+    compared: tuple[Reference, Tensor] | None
+    of_tokens: bool
+    found: tuple[LossOutput, Weighed] = field(init=False)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        head, rows = LMHead.of(self.model), self.rows
+        tokens: Weighed = {}, {}
+        if self.of_tokens:
+            tokens = token_metrics(self.loss_fn, rows, hidden, head, self.desirable)
+        given: dict[str, Any] = {**rows.layout, **self.extras}
+        if self.compared is not None:
+            source, given["ref_hidden"] = self.compared
+            given["ref_head"] = source.head()
+        if rows.prompt_labels is not None:
+            given["prompt_labels"] = rows.prompt_labels
+            given["num_prompt_labels"] = rows.num_prompt_labels
+        output = self.loss_fn(hidden, head, rows.labels, **given)
+        self.found = output, tokens
+        return output.loss
+
+    @property
+    def desirable(self) -> Tensor | None:
+        """(S,) bool for single completions; None for pairs."""
+        return None if self.loss_fn.loss.pairwise else self.extras[DESIRABLE]
+
+
+def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
+    """Put a loss's statistics where the hidden states are, if they are elsewhere."""
+    if device.type == "mps":
+        raise ValueError("model: got one on mps, needs a device that has float64 (CUDA or the CPU)")
+    if any(buffer.device != device for buffer in loss_fn.buffers()):
+        loss_fn.to(device)
+
+
+def _weights(output: LossOutput, desirable: Tensor | None) -> dict[str, Tensor]:
+    """How many pairs or completions each metric is a mean over."""
+    every = output.losses.new_full((), output.losses.shape[-1], dtype=torch.int64)
+    weights = dict.fromkeys(output.metrics, every)
+    if desirable is not None:
+        members = {"chosen": desirable.sum(), "rejected": desirable.logical_not().sum()}
+        for name in weights:
+            side = name.rpartition("/")[2]
+            weights[name] = members.get(side, weights[name])
+    return weights
+
+
+def _open_side_channel(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: `past_wrappers` of a preference batch that comes without it."""
+    if kwargs.get(COMPLETION_MASK) is None or SIDE_CHANNEL in kwargs:
+        return None
+    return args, past_wrappers(kwargs)
+
+
+def _require_exact(name: str, value: Tensor | None) -> None:
+    """Raise ValueError if log-probs have been rounded to half precision.
+
+    Args:
+        name: of the field, for the message.
+        value: its values, or None.
+    """
+    if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name}: got {value.dtype}, needs float32; if the model's wrapper rounds it (FSDP),"
+            " call `model(**past_wrappers(batch))` of `integrations.transformers`"
+        )
+
+
+class Reference:
+    """The model that a policy is compared with.
+
+    Args:
+        policy: the model that trains.
+        source: another model, or "adapter": the policy itself without its PEFT adapters.
+        **options: of `completion_logps`, such as `workspace_mb`.
+
+    Raises:
+        ValueError: `source` is "adapter" and the policy has none, or another string.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        source: nn.Module | str,
+        **options: Any,
+    ) -> None:
+        self._options = options
+        self._peft: Any = None
+        if isinstance(source, str):
+            if source != "adapter":
+                raise ValueError(
+                    f"reference: got {source!r}, needs 'adapter', 'precomputed' or a model"
+                )
+            self._peft = _peft_of(policy)
+        self.model: nn.Module = source if isinstance(source, nn.Module) else self._peft
+        self._is_placed = self._peft is not None
+
+    def logps(self, batch: Mapping[str, Any], *, prompt: bool) -> dict[str, Tensor]:
+        """`reference`, and `prompt_reference` where prompts are wanted, (S,) fp32 in nats."""
+        sums = self._asked(batch, prompt=prompt, **self._options)
+        names = {"completion": REFERENCE, "prompt": PROMPT_REFERENCE}
+        return {names[part]: values for part, values in sums.items()}
+
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """The rows that the head would meet, (S, L, D) or packed (N, D)."""
+        return self._asked(batch, **HIDDEN)["hidden"]
+
+    @torch.no_grad()
+    def _asked(self, batch: Mapping[str, Any], **wanted: Any) -> dict[str, Tensor]:
+        """`logps_through` the reference."""
+        self.place(batch[INPUT_IDS].device)
+        with self.active():
+            if self._peft is None:
+                return logps_through(self.model, batch, **wanted)
+            # The policy is inside its own forward, where its wrappers are at work already. What
+            # its adapter made of the batch goes with the adapter.
+            own = {name: value for name, value in batch.items() if name != PROMPTED}
+            return answer(unwrapped(self._peft), wanted, own)
+
+    def head(self) -> LMHead:
+        """Its head, which must be whole here (of the policy's own: inside the policy's head)."""
+        with self.active():
+            return LMHead.of(self.model)
+
+    def add_logps(
+        self, features: Sequence[Feature], collator: Collator, **options: Any
+    ) -> list[dict[str, Any]]:
+        """`add_reference_logps` with this reference."""
+        with self.active():
+            return add_reference_logps(self.model, features, collator, **options)
+
+    def place(self, device: torch.device) -> None:
+        """Move a model of its own to where its batches are, as `place` does, the first time."""
+        if not self._is_placed:
+            place(self.model, device)
+            self._is_placed = True
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The reference in eval mode, its adapters off where it is the policy."""
+        off: AbstractContextManager[Any]
+        off = nullcontext() if self._peft is None else self._peft.disable_adapter()
+        with evaluating(self.model), off:
+            yield
+
+
+def _peft_of(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if callable(getattr(inner, "disable_adapter", None)):
+            return inner
+        inner = getattr(inner, "module", None)
+    raise ValueError(f"reference: got 'adapter' with a {type(model).__name__}, needs a PeftModel")
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to an accelerator, unless another has placed it.
+
+    A model stays where it is if it is sharded, partitioned, dispatched, quantised, without values
+    or in several places, and none goes to the CPU.
+
+    Args:
+        model: a reference.
+        device: of its batches.
+    """
+    values = list(model.parameters())
+    plain = all(type(value) is nn.Parameter and not hasattr(value, "ds_id") for value in values)
+    devices = {value.device for value in values}
+    if device.type == "cpu" or not plain or hasattr(model, "hf_device_map"):
+        return
+    if len(devices) == 1 and not devices & {device, torch.device("meta")}:
+        model.to(device)

@@ -1,0 +1,170 @@
+"""Metrics of training steps: kept where they are until they are logged, then means over ranks.
+
+Those of single tokens, as TRL logs them (entropy, mean logits, accuracy), cost an evaluation of
+the head a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.data.columns import SEQUENCE_IDS
+from fused_prefopt.distributed import gather_objects
+from fused_prefopt.models.batch import CollatedRows
+from fused_prefopt.ops import token_statistics
+from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.types import LMHead
+
+# Metrics, and what each of them is a mean over.
+Weighed = tuple[dict[str, Tensor], dict[str, Tensor]]
+# Name → (value, weight) of one step.
+Step = Mapping[str, tuple[float, float]]
+
+
+class StepMetrics:
+    """Metrics of the steps since the last log, on their own device, so that no step waits for it.
+
+    What is logged is TRL's: of every step the mean over the batch of all ranks, then the mean over
+    the steps that have a value.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[list[str]] = []
+        self._values: list[Tensor] = []
+
+    def add(self, metrics: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Keep a step's metrics.
+
+        Args:
+            metrics: 0-d tensors of this rank, means over its batch.
+            weights: 0-d tensors, how many pairs, completions or tokens each is a mean over; 0
+                where it has no value.
+        """
+        pairs = [torch.stack([metrics[name].double(), weights[name].double()]) for name in metrics]
+        if not pairs:
+            return
+        keep = self._keep
+        if torch.compiler.is_compiling():
+            # Lists that grow: a compiled call would be compiled anew for each length. Disabled by
+            # a decorator, importing this would import Triton.
+            keep = torch.compiler.disable(keep)
+        keep(list(metrics), torch.stack(pairs))
+
+    def _keep(self, names: list[str], values: Tensor) -> None:
+        self._names.append(names)
+        self._values.append(values)
+
+    def forget(self) -> None:
+        """Drop what was kept."""
+        self._names, self._values = [], []
+
+    def pop(self) -> dict[str, float]:
+        """Means over ranks and steps since the last call. Every rank must make the call."""
+        steps: list[Step] = []
+        if self._values:
+            numbers = iter(torch.cat(self._values).tolist())
+            steps = [{name: tuple(next(numbers)) for name in names} for names in self._names]
+        self.forget()
+        # As objects: a rank without a batch has no names to agree on.
+        ranks: list[list[Step]] = gather_objects(steps)
+        longest = max(len(steps) for steps in ranks)
+        merged = [_merged([steps[i] for steps in ranks if i < len(steps)]) for i in range(longest)]
+        names = dict.fromkeys(name for step in merged for name in step)
+        return {name: _mean([step[name] for step in merged if name in step]) for name in names}
+
+
+def _merged(ranks: list[Step]) -> dict[str, float]:
+    """One step of all ranks: weighted means, standard deviations of the whole, exact margins."""
+    means = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        parts = [rank[name] for rank in ranks if name in rank and rank[name][1] > 0]
+        if parts:
+            means[name] = _weighted(parts)
+    for name in [name for name in means if name.endswith("/std") and len(ranks) > 1]:
+        center = f"{name.removesuffix('/std')}/mean"
+        squares = [
+            (rank[name][0] ** 2 + rank[center][0] ** 2, rank[name][1])
+            for rank in ranks
+            if name in rank and rank[name][1] > 0
+        ]
+        means[name] = max(0.0, _weighted(squares) - means[center] ** 2) ** 0.5
+    halves = [means[name] for name in ("rewards/chosen", "rewards/rejected") if name in means]
+    if len(halves) == 2:
+        means["rewards/margins"] = halves[0] - halves[1]
+    else:
+        means.pop("rewards/margins", None)
+    return means
+
+
+def _weighted(parts: list[tuple[float, float]]) -> float:
+    return sum(value * weight for value, weight in parts) / sum(weight for _, weight in parts)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def token_metrics(
+    loss_fn: PreferenceLoss,
+    rows: CollatedRows,
+    hidden: Tensor,
+    head: LMHead,
+    desirable: Tensor | None,
+) -> Weighed:
+    """Means over the completions' tokens, by TRL's names.
+
+    Args:
+        loss_fn: whose options the pass takes.
+        rows: the batch.
+        hidden: its last hidden states.
+        head: the head, whole.
+        desirable: (S,) bool for single completions; None for pairs, of which the first half is
+            chosen.
+
+    Returns:
+        Metrics and the numbers of tokens they are means over: `entropy` in nats, `logits/chosen`,
+        `logits/rejected` (means over the vocabulary), and for pairs `mean_token_accuracy`, the
+        share of the chosen completions' tokens that are the most likely ones.
+    """
+    options = {name: loss_fn.op_options[name] for name in ("workspace_mb", "engine")}
+    tokens = token_statistics(hidden, head, rows.labels, **rows.layout, **options)
+    counted = _counted(rows)
+    chosen = _of_tokens(rows, desirable)
+    means = {
+        "entropy": (tokens.entropies, counted),
+        "logits/chosen": (tokens.mean_logits, counted & chosen),
+        "logits/rejected": (tokens.mean_logits, counted & ~chosen),
+    }
+    if desirable is None:
+        means["mean_token_accuracy"] = (tokens.correct.double(), counted & chosen)
+    metrics, weights = {}, {}
+    for name, (values, members) in means.items():
+        weights[name] = members.sum()
+        metrics[name] = values.double().where(members, 0.0).sum() / weights[name].clamp(min=1)
+    return metrics, weights
+
+
+def _counted(rows: CollatedRows) -> Tensor:
+    """Which labels are predicted: with `shift` nothing predicts a sequence's first token."""
+    counted = rows.labels != -100
+    if rows.layout["shift"]:
+        ids = rows.layout.get(SEQUENCE_IDS)
+        first = torch.zeros_like(counted)
+        first[..., :1].fill_(True)
+        if ids is not None:
+            first[1:] = ids[1:] != ids[:-1]
+        counted = counted & ~first
+    return counted
+
+
+def _of_tokens(rows: CollatedRows, desirable: Tensor | None) -> Tensor:
+    """Whether each label's sequence is a chosen one."""
+    ids = rows.layout.get(SEQUENCE_IDS)
+    if desirable is None:
+        sequences = rows.layout["num_sequences"] if ids is not None else rows.labels.shape[0]
+        desirable = torch.arange(sequences, device=rows.labels.device) < sequences // 2
+    return desirable[:, None].expand(rows.labels.shape) if ids is None else desirable[ids]

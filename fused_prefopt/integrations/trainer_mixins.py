@@ -1,0 +1,85 @@
+"""Batches and checkpoints of a trainer with an attached loss, as mixins: both stay exact."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fused_prefopt.data.columns import COMPLETION_MASK
+from fused_prefopt.data.labels import LabelCounts
+from fused_prefopt.models.model_call import exact_fields
+from fused_prefopt.models.peft_head import require_saved_whole
+
+if TYPE_CHECKING:
+    from fused_prefopt.integrations.attach import Attachment
+
+LOSS_STATE = "preference_loss.pt"
+
+
+class KeepsLossState:
+    """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss.
+
+    Raises:
+        ValueError: training resumes from the statistics of a loss of another kind or size, or an
+            adapter would be loaded that its checkpoints do not hold whole.
+    """
+
+    attachment: Attachment
+    args: Any
+    model: Any
+    state: Any
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        require_saved_whole("resume_from_checkpoint", self.model if model is None else model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        require_saved_whole("load_best_model_at_end", self.model)
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_loss(self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:
+            torch.save(self.attachment.loss_fn.state_dict(), Path(output_dir) / LOSS_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            self._load_loss(checkpoint)
+
+    def _load_loss(self, checkpoint: str) -> None:
+        path, loss_fn = Path(checkpoint) / LOSS_STATE, self.attachment.loss_fn
+        if not path.is_file():
+            if loss_fn.statistics is not None:
+                warnings.warn(f"{path}: not found, the statistics start empty", stacklevel=2)
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loss_fn.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path}: got the statistics of another loss, needs those of {loss_fn}"
+            ) from error
+
+
+class PreparesExactly:
+    """Mixin for a `transformers.Trainer`: what it makes of its batches leaves their fields alone.
+
+    DeepSpeed's cast would round them; every `Trainer` makes mappings anew, of their items.
+    """
+
+    args: Any
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if COMPLETION_MASK in inputs:
+            for name, value in exact_fields(inputs).items():
+                prepared[name] = value.to(self.args.device)
+            for name, value in inputs.items():
+                if isinstance(value, LabelCounts):
+                    prepared[name] = value
+        return prepared

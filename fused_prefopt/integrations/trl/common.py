@@ -1,0 +1,347 @@
+"""Options, references, steps and logs that the fused trainers on top of TRL's share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import MISSING, Field, dataclass, field, fields
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from trl.trainer.utils import get_config_model_id, use_adapter
+
+from fused_prefopt.checks import ON_NONFINITE, require_choice
+from fused_prefopt.data.columns import (
+    ATTENTION_MASK,
+    COMPLETION_MASK,
+    INPUT_IDS,
+    LABEL_COUNTS,
+    SEQUENCE_KL,
+)
+from fused_prefopt.distributed import sum_over_ranks
+from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
+from fused_prefopt.integrations.trainer_checks import (
+    CheckedTokens,
+    CountedLabels,
+    leave_out_ligers_loss,
+    refuse_functions_of_logits,
+    require_rows,
+)
+from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.trl.rows import KeepsTeachingRows, require_values
+from fused_prefopt.models.batch import logps_through
+from fused_prefopt.models.causal_lm import input_vocab
+from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
+from fused_prefopt.models.model_call import evaluating, exact_loss, past_wrappers
+from fused_prefopt.preference import PreferenceLoss
+
+# A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
+_TUNERS = "BaseTunerLayer"
+# Options that a model's config is read with, of those that the model is loaded with.
+_OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
+LAYOUT = (INPUT_IDS, ATTENTION_MASK, COMPLETION_MASK, LABEL_COUNTS)
+
+
+@dataclass
+class FusedOptions:
+    """The options that a fused trainer adds to TRL's.
+
+    Args:
+        loss: name of a loss; see `fused_prefopt.available_losses()`.
+        loss_kwargs: its hyperparameters.
+        beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
+        workspace_mb: budget of the op in MiB.
+        engine: of the op; `auto`, `torch`, `cublas` or `triton`.
+        log_tokens: also log what TRL logs of single tokens (`entropy`, `logits/chosen`,
+            `logits/rejected`, of pairs `mean_token_accuracy`): one more evaluation of the head.
+        on_nonfinite: "stop" (with a `FloatingPointError`), "skip" or "ignore" a step whose loss or
+            gradient is NaN or infinite; see `integrations.transformers.attach`.
+    """
+
+    loss: str = field(default="dpo", metadata={"help": "Name of a loss."})
+    # A string of JSON on the command line, as transformers reads its own dictionaries.
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Hyperparameters of the loss."}
+    )
+    beta: float | None = field(default=None, metadata={"help": "β, if not in `loss_kwargs`."})
+    workspace_mb: float = field(default=256, metadata={"help": "Workspace of the op in MiB."})
+    engine: str = field(default="auto", metadata={"help": "Engine of the op."})
+    log_tokens: bool = field(
+        default=False, metadata={"help": "Log entropy, mean logits and token accuracy."}
+    )
+    on_nonfinite: str = field(
+        default="stop", metadata={"help": "What to do at NaN: `stop`, `skip` or `ignore`."}
+    )
+
+    pairwise: ClassVar[bool] = True
+    # TRL's options that choose or shape its own loss, and those that are hyperparameters here too.
+    _trls_own: ClassVar[tuple[str, ...]] = ()
+    _shared: ClassVar[tuple[str, ...]] = ("beta",)
+
+    def build_loss(self) -> PreferenceLoss:
+        """The loss that the configuration names.
+
+        Raises:
+            ValueError: there is no such loss, it is not of the trainer's kind, an option of TRL's
+                own losses is given, or a hyperparameter is given twice.
+            TypeError: the loss has no such hyperparameter.
+        """
+        options: dict[str, Any] = dict(self.loss_kwargs or {})  # type: ignore[arg-type]
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if name not in (*self._trls_own, *self._shared) or value == _default(item):
+                continue
+            if name in self._trls_own:
+                raise ValueError(
+                    f"{name}: got {value!r}, an option of TRL's own losses; name a loss in `loss`"
+                    " and give its hyperparameters in `loss_kwargs`"
+                )
+            if options.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name}: got {value!r} and {options[name]!r} in loss_kwargs, needs one of them"
+                )
+        loss_fn = PreferenceLoss(
+            self.loss,
+            workspace_mb=self.workspace_mb,
+            engine=self.engine,
+            ld_alpha=getattr(self, "ld_alpha", None),
+            **options,
+        )
+        if loss_fn.loss.pairwise != self.pairwise:
+            kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
+            raise ValueError(f"loss: {self.loss!r} is {kind}, wanted one on {wanted}")
+        return loss_fn
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
+    """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
+
+    config_type: ClassVar[type[FusedOptions]]
+    # Of TRL's trainers.
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    train_dataset: Any
+    compute_loss_context_manager: Any
+    router_aux_loss_coef: float
+    aux_loss_enabled: bool
+    precompute_ref_logps: bool
+    _precompute_model_hash: Any
+    _is_vision_dataset: bool
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+    _tp_size: int
+    _name: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = signature(super().__init__).bind(*args, **kwargs)
+        config = given.arguments.get("args")
+        if config is None:
+            config = given.arguments["args"] = self._default_config(given.arguments["model"])
+        if not isinstance(config, self.config_type):
+            raise ValueError(
+                f"args: got {type(config).__name__}, wanted a {self.config_type.__name__}"
+            )
+        refuse_functions_of_logits(given.arguments)
+        if isinstance(given.arguments["model"], str):
+            require_causal_checkpoint(given.arguments["model"], **_of_config(config))
+        loss_fn = config.build_loss()
+        require_choice("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
+        self.needs = loss_fn.loss.needs
+        self.needs_reference = bool(self.needs & OF_REFERENCE)
+        self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}
+        self._op_options["ld_alpha"] = loss_fn.ld_alpha
+        self._new_tokens = 0
+        if not self.needs_reference and getattr(config, "sync_ref_model", False):
+            raise ValueError(
+                f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
+            )
+        with _given(config, **self._given_to_trl(config, loss_fn)), _any_head(self):
+            super().__init__(*given.args, **given.kwargs)
+        if not self.needs_reference:
+            self.precompute_ref_logps, self.ref_model = False, None
+        if self.ref_model is not None:
+            require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
+        if self._is_vision_dataset:
+            raise ValueError("train_dataset: got images, needs texts only")
+        require_rows(self, loss_fn, self._fields_of, streams=True)
+        leave_out_ligers_loss(self.args)
+        policy = self.accelerator.unwrap_model(self.model)
+        checked = CheckedTokens(self.data_collator, input_vocab(policy))
+        self.data_collator: Any = CountedLabels(checked)
+        self.attachment = attach(
+            policy,
+            loss_fn,
+            reference=self._at_every_step(),
+            log_tokens=config.log_tokens,
+            router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
+        )
+        mind_nonfinite(self, config.on_nonfinite)
+
+    def _default_config(self, model: Any) -> FusedOptions:
+        """The configuration that TRL makes where it is given none."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        folder = f"{name.split('/')[-1]}-{self._name}"
+        return self.config_type(output_dir=folder)  # type: ignore[call-arg]
+
+    def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
+        """Options as TRL's own constructor must see them."""
+        # Told so, TRL keeps no reference model (FSDP's it loads and drops), and
+        # `_precompute_ref_logps` computes nothing.
+        return {} if self.needs_reference else {"precompute_ref_log_probs": True}
+
+    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        """`LogpBatch` fields that the loss can get with such rows."""
+        raise NotImplementedError
+
+    def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of TRL's collator as the loss takes it, with what the reference gives."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The fused loss of a batch from TRL's collator."""
+        batch = self._of_loss(model, inputs)
+        if self.model.training:
+            self._new_tokens = self._new_tokens + batch[ATTENTION_MASK].sum()
+        arguments = past_wrappers(batch)
+        outputs = model(**arguments)
+        loss = exact_loss(outputs["loss"], arguments)
+        self.judge_before_backward(model, loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; the metrics of a `predict` before it are not its."""
+        self.attachment.forget_metrics("eval")
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss's metrics since the last log, means over steps and ranks."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self.attachment.pop_metrics(mode)
+        for name, value in metrics.items():
+            self._metrics[mode][name] = [value]
+        new = torch.as_tensor(self._new_tokens, device=self.accelerator.device)
+        self._total_train_tokens += int(sum_over_ranks(new)) // self._tp_size
+        self._new_tokens = 0
+        if metrics:
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if not self.needs_reference:
+            return dataset
+        # TRL keeps them by this and the data alone, its own with them.
+        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        key = (self._precompute_model_hash, *own)
+        with _given(self, _precompute_model_hash=key):
+            found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+        require_values(
+            name, found, [each for each in found.column_names if each.startswith("ref_")]
+        )
+        return found
+
+    def _at_every_step(self) -> Any:
+        """The reference as `attach` takes it, where a loss wants more than its log-probs."""
+        if SEQUENCE_KL not in self.needs:
+            return "precomputed"
+        adapted = is_peft_model(self.model)
+        if self.precompute_ref_logps or (adapted and "ref" in self.model.peft_config):
+            raise ValueError(
+                f"loss: got one that needs {', '.join(sorted(self.needs))}, which neither"
+                " precomputed log-probs nor a copy of an adapter give; needs a reference model or a"
+                " new adapter"
+            )
+        return "adapter" if self.ref_model is None else self.ref_model
+
+    def _logps(
+        self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
+    ) -> dict[str, Tensor]:
+        """`completion_logps` through the model's wrappers."""
+        fields = {name: batch[name] for name in LAYOUT if name in batch}
+        with self.accelerator.autocast():
+            return logps_through(model, fields, prompt=prompt, **self._op_options)
+
+    def _reference_logps(
+        self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
+    ) -> dict[str, Tensor]:
+        """The same of the reference."""
+        with self._as_reference(model):
+            return self._logps(model, batch, prompt=prompt)
+
+    @contextmanager
+    def _as_reference(self, model: Any) -> Iterator[None]:
+        """`model` in eval mode, without the adapters that train where it is the policy."""
+        adapter: AbstractContextManager[Any] = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            # TRL keeps a copy of a pretrained adapter by this name.
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with evaluating(model), adapter:
+            yield
+
+
+@contextmanager
+def _any_head(trainer: Any) -> Iterator[None]:
+    """Let TRL's constructor take an adapter on the head, which this package's loss trains.
+
+    TRL computes its own loss of the weight alone, so its constructor refuses such an adapter. It
+    has no door past that: no option, and no method to override between the model that it makes
+    of its arguments and the check. So the class by which its module tells adapters, a name that
+    the module imports for the check alone, is another one while the constructor runs.
+    `tests/integrations/test_doors.py` notices when TRL takes such an adapter.
+    """
+    kind = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
+    module = sys.modules[kind.__module__]
+    with _given(module, **({_TUNERS: _NoLayer} if hasattr(module, _TUNERS) else {})):
+        yield
+
+
+def _of_config(args: Any) -> dict[str, Any]:
+    """How to read the config of a model that TRL loads by its name."""
+    options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    return {name: value for name, value in options.items() if name in _OF_CONFIGS}
+
+
+class _NoLayer:
+    """A class of which no layer is."""
+
+
+@contextmanager
+def _given(config: Any, **options: Any) -> Iterator[None]:
+    """The attributes set inside, as they were afterwards."""
+    before = {name: getattr(config, name) for name in options}
+    try:
+        for name, value in options.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

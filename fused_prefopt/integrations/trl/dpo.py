@@ -1,0 +1,131 @@
+"""TRL's trainer on pairs, with a pairwise loss of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from fused_prefopt.data.columns import (
+    PAIR_REFERENCES,
+    REF_CHOSEN_LOGPS,
+    REFERENCE,
+    REWARDS,
+    SCORES,
+    SEQUENCE_KL,
+    has_values,
+    stacked,
+)
+from fused_prefopt.integrations.trl.common import FusedOptions, FusesLoss
+from fused_prefopt.integrations.trl.rows import require_values
+from fused_prefopt.preference import PreferenceLoss
+
+
+@dataclass
+class FusedDPOConfig(FusedOptions, DPOConfig):
+    """`trl.DPOConfig` with a pairwise loss of this package; see `FusedOptions` for its options.
+
+    TRL's options that choose or shape its own loss (`loss_type`, `label_smoothing`, …) must keep
+    their defaults, but `ld_alpha`, which goes with any loss, and `use_weighting` with `wpo`, which
+    is what it does.
+    """
+
+    _VALID_DICT_FIELDS = [*getattr(DPOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
+    _trls_own: ClassVar[tuple[str, ...]] = (
+        "loss_type",
+        "loss_weights",
+        "label_smoothing",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "discopop_tau",
+    )
+
+    def build_loss(self) -> PreferenceLoss:
+        """The loss that the configuration names.
+
+        Raises:
+            ValueError, TypeError: as in `FusedOptions.build_loss`.
+        """
+        loss_fn = super().build_loss()
+        if self.use_weighting and loss_fn.name != "wpo":
+            raise ValueError(f"use_weighting: got True with {loss_fn.name}, needs loss='wpo'")
+        return loss_fn
+
+
+class FusedDPOTrainer(FusesLoss, DPOTrainer):
+    """`trl.DPOTrainer` whose loss is one of this package's, computed without logits.
+
+    TRL's datasets, collation, reference handling (model, adapter switch, precomputed), PEFT and
+    logging stay as they are; the reference's log-probs come from the same op as the policy's;
+    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`. Pairs that
+    truncation leaves equal or without a label are dropped, and a log message counts them. A loss
+    without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
+    names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
+    refuses, trains like any other.
+
+    Args:
+        *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`, None for
+            the default one.
+
+    Raises:
+        ValueError: `args` is no `FusedDPOConfig`, or names an unknown or point-wise loss; the data
+            set lacks what the loss needs, has images, or a score or log-prob that is not finite;
+            there is a `compute_metrics`.
+    """
+
+    config_type = FusedDPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator: Any = _WithScores(self.data_collator)
+
+    def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch = dict(inputs)
+        separate = REFERENCE in self.needs and SEQUENCE_KL not in self.needs
+        if separate and REF_CHOSEN_LOGPS not in batch:
+            # Not `or`: a compiled model has no truth value.
+            source = model if self.ref_model is None else self.ref_model
+            logps = self.compute_ref_log_probs(source, inputs)
+            batch |= dict(zip(PAIR_REFERENCES, logps, strict=True))
+        return batch
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """(B,) chosen and (B,) rejected summed log-probs of the reference, in nats."""
+        return self._reference_logps(model, inputs)["completion"].chunk(2)
+
+    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        given = {REFERENCE, SEQUENCE_KL}
+        return given | ({REWARDS} if has_values(row, SCORES) else set())
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        require_values(dataset_name, dataset, (*SCORES, *PAIR_REFERENCES))
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in SCORES if name not in self._signature_columns]
+
+
+@dataclass
+class _WithScores:
+    """A collator of TRL's that also stacks the score columns, where all the examples have them.
+
+    It checks the numbers of these and of the reference.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        for name in PAIR_REFERENCES:
+            if name in batch:
+                batch[name] = stacked(examples, name)
+        if all(has_values(example, SCORES) for example in examples):
+            batch[REWARDS] = torch.cat([stacked(examples, name) for name in SCORES])
+        return batch

@@ -1,0 +1,283 @@
+"""TRL's trainer on single completions, with a point-wise loss of this package (KTO, DRO, …)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+from trl import KTOConfig, KTOTrainer, extract_prompt
+
+from fused_prefopt.data import PointCollator
+from fused_prefopt.data.columns import (
+    CHOSEN,
+    COMPLETION,
+    COMPLETION_IDS,
+    DESIRABLE,
+    GROUP,
+    GROUPS,
+    KL,
+    LABEL,
+    LABEL_REWARDS,
+    MADE_UP_REWARDS,
+    MISMATCHED,
+    PAIR,
+    PROMPT,
+    PROMPT_IDS,
+    PROMPT_REFERENCE,
+    RATINGS,
+    REF_KL_LOGPS,
+    REF_LOGPS,
+    REF_PROMPT_LOGPS,
+    REFERENCE,
+    REJECTED,
+    REWARD,
+    REWARDS,
+    SCORE_CHOSEN,
+    SCORE_REJECTED,
+    SCORES,
+    TRL_REFERENCES,
+    feature_at,
+    finite_number,
+    has_values,
+    judgement,
+    row_at,
+    stacked,
+)
+from fused_prefopt.distributed import sum_over_ranks
+from fused_prefopt.integrations.trl.common import LAYOUT, FusedOptions, FusesLoss
+from fused_prefopt.integrations.trl.rows import require_values
+from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.reference import add_reference_logps
+
+# Columns of values that reach the loss.
+_VALUES = (LABEL, *RATINGS, *SCORES, *TRL_REFERENCES)
+
+
+@dataclass
+class FusedKTOConfig(FusedOptions, KTOConfig):
+    """`trl.KTOConfig` with a point-wise loss of this package; see `FusedOptions` for its options.
+
+    `desirable_weight` and `undesirable_weight` are hyperparameters of the loss, as `beta` is;
+    `loss_type` must keep its default.
+    """
+
+    loss: str = field(default="kto", metadata={"help": "Name of a point-wise loss."})
+
+    pairwise: ClassVar[bool] = False
+    _VALID_DICT_FIELDS = [*getattr(KTOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
+    _trls_own: ClassVar[tuple[str, ...]] = ("loss_type",)
+    _shared: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
+
+
+class FusedKTOTrainer(FusesLoss, KTOTrainer):
+    """`trl.KTOTrainer` whose loss is one of this package's, computed without logits.
+
+    Rows are `prompt`, `completion` and `label` (desirable or not), a `reward`, `score` or `rating`
+    (without one DRO's is ±1 by the label, which no log shows), or both, and a `group` (DRO's mean
+    over the completions of a prompt); pairs become two rows, with their scores and a group. TRL's
+    tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
+    are; rows that truncation leaves without a label are dropped, and a log message counts them.
+    KTO's `kl` is estimated as TRL does, from completions set behind another prompt of their batch;
+    a loss without it skips those two passes and takes any order of the rows and any batch size.
+    The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
+
+    Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
+    over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
+    logits. Still TRL's: the data set's last row, where it is alone in its batch, is its own
+    neighbour, which makes `kl` its log-ratio.
+
+    Args:
+        *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`, None for
+            the default one.
+
+    Raises:
+        ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
+            set lacks what the loss needs, has images, a score or log-prob that is not finite, or a
+            label that is no bool, 0 or 1; there is a `compute_metrics`.
+    """
+
+    config_type = FusedKTOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_collator: Any = _PointFields(self.data_collator, "rewards" in self.needs)
+
+    def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        names = (*LAYOUT, REWARDS, GROUPS)
+        batch = {name: inputs[name] for name in names if name in inputs}
+        batch[DESIRABLE] = inputs[LABEL].bool()
+        if LABEL_REWARDS in inputs:
+            batch |= {REWARDS: inputs[LABEL_REWARDS], MADE_UP_REWARDS: True}
+        reference = self._reference_fields(model, inputs)
+        reference_kl = reference.pop(KL, None)
+        if reference_kl is not None:
+            policy = self._logps(model, _mismatched(inputs))["completion"]
+            difference = policy - reference_kl
+            count = torch.full_like(difference, 1.0)
+            total = sum_over_ranks(torch.stack([difference.sum(), count.sum()]))
+            batch[KL] = (total[0] / total[1]).clamp(min=0)
+        return batch | reference
+
+    def compute_ref_log_probs(
+        self, model: Any, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B,) summed log-probs of the reference, in nats: completions, and mismatched ones."""
+        own = self._reference_logps(model, inputs)["completion"]
+        if not self.calculate_KL:
+            return own, None
+        return own, self._reference_logps(model, _mismatched(inputs))["completion"]
+
+    def _reference_fields(self, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """`reference`, `prompt_reference` and the reference's part of `kl`, where they are used."""
+        if not self.needs_reference:
+            return {}
+        source = model if self.ref_model is None else self.ref_model
+        if PROMPT_REFERENCE in self.needs:
+            if REF_PROMPT_LOGPS in inputs:
+                own, prompt = inputs[REF_LOGPS], inputs[REF_PROMPT_LOGPS]
+            else:
+                found = self._reference_logps(source, inputs, prompt=True)
+                own, prompt = found["completion"], found["prompt"]
+            return {REFERENCE: own, PROMPT_REFERENCE: prompt}
+        if REF_LOGPS in inputs:
+            own, mismatched = inputs[REF_LOGPS], inputs.get(REF_KL_LOGPS)
+        else:
+            own, mismatched = self.compute_ref_log_probs(source, inputs)
+        fields = {REFERENCE: own}
+        return fields if mismatched is None else fields | {KL: mismatched}
+
+    def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
+        # By this name TRL decides whether to make mismatched completions.
+        kind = "kto" if KL in loss_fn.loss.wants else "apo_zero_unpaired"
+        # TRL compares these with the numbers of desirable and other rows.
+        weights = {
+            name: loss_fn.hyperparameters[name]
+            for name in ("desirable_weight", "undesirable_weight")
+            if name in loss_fn.hyperparameters
+        }
+        return super()._given_to_trl(config, loss_fn) | weights | {"loss_type": kind}
+
+    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        given = {REFERENCE, DESIRABLE, REWARDS, PROMPT, PROMPT_REFERENCE}
+        return given | ({GROUPS} if GROUP in row else set())
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        require_values(dataset_name, dataset, _VALUES)
+        row = next(iter(dataset))
+        if all(name in row for name in (*PAIR, *SCORES)):
+            if PROMPT not in row:
+                dataset = dataset.map(extract_prompt)
+            dataset = dataset.map(
+                _unpaired, batched=True, with_indices=True, remove_columns=list(next(iter(dataset)))
+            )
+            row = next(iter(dataset))
+        if LABEL not in row and CHOSEN not in row:
+            column = next((name for name in RATINGS if name in row), None)
+            if DESIRABLE in self.needs or column is None:
+                raise ValueError(f"train_dataset: got {', '.join(row)}, needs a column 'label'")
+            dataset = dataset.map(partial(_label_of, column), with_indices=True)
+        # In the data set named "train" TRL compares the labels' numbers with KTO's weights.
+        name = dataset_name if DESIRABLE in self.needs else f"{dataset_name} (scored)"
+        return super()._prepare_dataset(dataset, processing_class, args, name)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if PROMPT_REFERENCE not in self.needs:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
+                " length"
+            )
+        longest = self.args.max_length
+        features = [
+            {
+                PROMPT_IDS: row[PROMPT_IDS],
+                COMPLETION_IDS: (row[PROMPT_IDS] + row[COMPLETION_IDS])[:longest][
+                    len(row[PROMPT_IDS]) :
+                ],
+            }
+            for row in dataset
+        ]
+        model = self.model if self.ref_model is None else self.ref_model
+        with self._as_reference(model), self.accelerator.autocast():
+            rows = add_reference_logps(
+                model,
+                features,
+                PointCollator(self._tokenizer.pad_token_id),
+                batch_size=batch_size,
+                cache_dir=Path(self.args.output_dir) / "reference_logps",
+                progress=not self.args.disable_tqdm,
+                description=f"reference log-probs of {name}",
+            )
+        columns = {
+            REF_LOGPS: [row[REFERENCE] for row in rows],
+            REF_PROMPT_LOGPS: [row[PROMPT_REFERENCE] for row in rows],
+        }
+        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS)
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
+
+
+def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: inputs[f"{MISMATCHED}{name}"] for name in LAYOUT if f"{MISMATCHED}{name}" in inputs
+    }
+
+
+def _label_of(column: str, row: Mapping[str, Any], index: int) -> dict[str, bool]:
+    return {LABEL: finite_number(column, row[column], row_at(index)) > 0}
+
+
+def _unpaired(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    """Two rows of each pair, chosen first."""
+    return {
+        PROMPT: [prompt for prompt in rows[PROMPT] for _ in PAIR],
+        COMPLETION: _interleaved(rows[CHOSEN], rows[REJECTED]),
+        LABEL: [label for _ in indices for label in (True, False)],
+        REWARD: _interleaved(rows[SCORE_CHOSEN], rows[SCORE_REJECTED]),
+        GROUP: [index for index in indices for _ in PAIR],
+    }
+
+
+def _interleaved(chosen: list[Any], rejected: list[Any]) -> list[Any]:
+    return [value for pair in zip(chosen, rejected, strict=True) for value in pair]
+
+
+@dataclass
+class _PointFields:
+    """A collator of TRL's that also stacks whole score columns, groups, the prompts' reference.
+
+    Without scores, and where the loss needs some, a desirable completion is rated 1, another −1.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    needs_rewards: bool
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        for index, example in enumerate(examples):
+            judgement(LABEL, example[LABEL], feature_at(index))
+        batch = self.collator(examples)
+        first = examples[0]
+        column = next((name for name in RATINGS if name in first), None)
+        if column is None:
+            if self.needs_rewards:
+                batch[LABEL_REWARDS] = 2.0 * batch[LABEL].float() - 1.0
+        elif all(has_values(example, (column,)) for example in examples):
+            batch[REWARDS] = stacked(examples, column)
+        if GROUP in first:
+            batch[GROUPS] = stacked(examples, GROUP)
+        for name in TRL_REFERENCES:
+            if name in first:
+                batch[name] = stacked(examples, name)
+        return batch

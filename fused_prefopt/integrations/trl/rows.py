@@ -1,0 +1,146 @@
+"""Rows of TRL's data sets: their values checked, counted as its collators cut them, dropped if
+nothing can be learnt of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset
+
+from fused_prefopt.data.columns import (
+    COMPLETION_IDS,
+    LABEL,
+    MISMATCHED,
+    PAIR,
+    PAIR_IDS,
+    PROMPT_IDS,
+    finite_number,
+    judgement,
+    row_at,
+)
+from fused_prefopt.data.tokenise import RowCounts, Side
+
+# Token ids of a row's sides, of pairs and of single completions.
+_SIDES = {True: PAIR_IDS, False: (COMPLETION_IDS,)}
+_MISMATCHED = f"{MISMATCHED}{COMPLETION_IDS}"
+logger = logging.getLogger(__name__)
+
+
+def require_values(name: str, data: Any, columns: Iterable[str]) -> None:
+    """Raise ValueError, with the row's number, if a row has what no loss can take.
+
+    A stream is left to the collators.
+
+    Args:
+        name: of the data set, as TRL calls it: "train", "eval" or a key of several.
+        data: a `datasets.Dataset`.
+        columns: those to look at, where they are there: scores and log-probs, which are finite
+            numbers or None, and `LABEL`, which is a bool, 0 or 1.
+    """
+    if not isinstance(data, Dataset):
+        return
+    argument = f"{name}_dataset" if name in ("train", "eval") else f"eval_dataset[{name!r}]"
+    for column in columns:
+        if column not in data.column_names:
+            continue
+        # A slice of the column, not its rows one by one.
+        for row, value in enumerate(data[column][:]):
+            where = f"{row_at(row)} of {argument}"
+            if column == LABEL:
+                judgement(column, value, where)
+            elif value is not None:
+                finite_number(column, value, where)
+
+
+class KeepsTeachingRows:
+    """Mixin for a trainer of TRL's: no row without a label, or with two equal sides, is trained on.
+
+    TRL's collators cut rows to `max_length` without a word. Here every data set's rows are cut the
+    same way when it is prepared, counted in one log message, and dropped where nothing can be
+    learnt of them; of a streamed data set they are dropped on the way, and the first is told.
+    """
+
+    config_type: ClassVar[Any]
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        pairwise = self.config_type.pairwise
+        first = next(iter(dataset))
+        prepared = super()._prepare_dataset(  # type: ignore[misc]
+            dataset, processing_class, args, dataset_name
+        )
+        # Single completions TRL cuts at the end, whatever the options say.
+        mode = args.truncation_mode if pairwise else "keep_start"
+        cut = _Cut(args.max_length, mode, pairwise)
+        if not hasattr(prepared, "__len__"):
+            return prepared.filter(_Streamed(cut, dataset_name))
+        # TRL makes two rows of a pair for a trainer on single completions.
+        halves = 2 if not pairwise and all(name in first for name in PAIR) else 1
+        counts = RowCounts(f"{dataset_name} data", args.max_length, pairwise=pairwise)
+        columns = prepared.select_columns([PROMPT_IDS, *_SIDES[pairwise]])
+        kept = [index for index, row in enumerate(columns) if counts.keeps(*cut(row))]
+        # TRL itself drops rows whose prompt fills `max_length`.
+        counts.add_empty(halves * len(dataset) - len(prepared))
+        counts.require_some(f"{dataset_name} data")
+        if args.should_log:
+            counts.log()
+        if len(kept) == len(prepared):
+            return prepared
+        prepared = prepared.select(kept)
+        if _MISMATCHED not in prepared.column_names:
+            return prepared
+        return prepared.map(_mismatched, batched=True, batch_size=args.per_device_train_batch_size)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A row's sides whole, and as TRL's collators cut them."""
+
+    max_length: int | None
+    mode: str
+    pairwise: bool
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[list[Side], list[Side]]:
+        whole = [(row[PROMPT_IDS], row[name]) for name in _SIDES[self.pairwise]]
+        return whole, [self._side(*side) for side in whole]
+
+    def _side(self, prompt: list[int], completion: list[int]) -> Side:
+        length = len(prompt) + len(completion)
+        if self.max_length is None or length <= self.max_length:
+            return prompt, completion
+        if self.mode == "keep_start":
+            return prompt[: self.max_length], completion[: max(self.max_length - len(prompt), 0)]
+        gone = length - self.max_length
+        return prompt[gone:], completion[max(gone - len(prompt), 0) :]
+
+
+class _Streamed:
+    """Filter of a stream for rows that teach anything, which tells of the first that does not."""
+
+    def __init__(self, cut: _Cut, name: str) -> None:
+        self.cut = cut
+        self.name = name
+        self.told = False
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        counts = RowCounts(self.name, self.cut.max_length, pairwise=self.cut.pairwise)
+        kept = counts.keeps(*self.cut(row))
+        if not kept and not self.told:
+            self.told = True
+            logger.warning(
+                "%s data: dropped a row %s, and will drop all others like it; max_length is %s",
+                self.name,
+                "with two equal sides" if counts.equal else "without a labelled token",
+                self.cut.max_length,
+            )
+        return kept
+
+
+def _mismatched(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """TRL's completions behind another prompt of their batch, of the rows that are left."""
+    completions = rows[COMPLETION_IDS]
+    return {_MISMATCHED: [completions[-1], *completions[:-1]]}

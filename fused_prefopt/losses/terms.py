@@ -1,0 +1,243 @@
+"""Terms beside reward, margin and link: scales, weights, reductions, regularisers, lengths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.checks import require_choice, require_integer, require_number, require_shape
+from fused_prefopt.losses.metrics import mean
+from fused_prefopt.losses.protocol import expect, halves, needed, per_token
+from fused_prefopt.statistics import MarginMeans, ReferenceMean, RunningMean
+from fused_prefopt.types import LogpBatch
+
+_BASELINES: dict[str, type[RunningMean] | type[ReferenceMean]] = {
+    "ema": RunningMean,
+    "reference": ReferenceMean,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicScale:
+    """β-DPO's ``ρ = sg max(ρ₀, 1 + α(M − M₀))``: β becomes ρβ. Works with any reward.
+
+    Args:
+        alpha: α >= 0, strength; 0 is the fixed β.
+        momentum: of M₀, the running mean of the reward margins.
+        level: M is the pair's own margin ("pair") or the mean of the global batch ("batch").
+        baseline: M₀ is the bias-corrected average with the current batch ("ema") or the γ-PO
+            authors' average from zero of the batches before it ("reference").
+        smallest: ρ₀ > 0. The authors bound ρβ: theirs is 1e-3/β.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: β-DPO (Wu et al. 2024, arXiv:2407.08639), the scale at β₀ = β.
+    """
+
+    alpha: float = 0.1
+    momentum: float = 0.9
+    level: str = "pair"
+    baseline: str = "ema"
+    smallest: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require_number("alpha", self.alpha, low=0)
+        require_number("momentum", self.momentum, low=0, high=1, below=True)
+        require_choice("level", self.level, ("pair", "batch"))
+        require_choice("baseline", self.baseline, _BASELINES)
+        require_number("smallest", self.smallest, low=0, above=True)
+
+    def statistics(self) -> RunningMean | ReferenceMean:
+        """The running mean of the reward margins."""
+        return _BASELINES[self.baseline](self.momentum)
+
+    def __call__(self, reward_margins: Tensor, summary: MarginMeans | None) -> Tensor:
+        """(P,) ρ, detached."""
+        means = expect(summary, MarginMeans)
+        margins = reward_margins.detach()
+        if self.level == "batch":
+            margins = means.batch.to(margins.dtype).expand_as(margins)
+        excess = margins - means.average.to(margins.dtype)
+        return (1 + self.alpha * excess).clamp(min=self.smallest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyWeights:
+    """WPO's ``w = exp(L̄_w − C̄_w) · exp(L̄_l − C̄_l)``: pairs the policy might write count more.
+
+    C is `collision`, the sum over tokens of ``log Σ_v π_θ(v)²``, which makes a token sampled from
+    the policy count 1; without it C = 0 and all weights are likelihoods.
+
+    Source: WPO (Zhou et al. 2024, arXiv:2406.11827), eq. 2, with sampled alignment.
+    """
+
+    wants: ClassVar[frozenset[str]] = frozenset({"collision"})
+
+    @torch.no_grad()
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) weights, detached."""
+        logps = batch.policy if batch.collision is None else batch.policy - batch.collision
+        chosen, rejected = halves(per_token(logps, batch))
+        return (chosen + rejected).exp()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftMinimum:
+    """Dr. DPO's ``−T log mean exp(−ℓ/T)``: pairs of large loss, probably mislabelled, count less.
+
+    Of several processes the mean is over the pairs of all of them.
+
+    Args:
+        temperature: T > 0; the mean as T → ∞.
+
+    Raises:
+        ValueError: `temperature` is out of range.
+
+    Source: Dr. DPO (Wu et al. 2024, arXiv:2407.07880), β′ the temperature.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number("temperature", self.temperature, low=0, above=True)
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        """0-d loss of (P,) losses; 0 without any."""
+        if losses.shape[0] == 0:
+            return mean(losses)
+        total = torch.logsumexp(-losses / self.temperature, dim=0)
+        return self.temperature * (math.log(losses.shape[0]) - total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenNll:
+    """Weighted negative log-likelihood of the chosen completion: keeps its probability up.
+
+    Args:
+        weight: λ >= 0.
+        nll: "sum" −L_w, "sequence_mean" −L_w/|y_w|, or "token_mean", the mean over all
+            chosen tokens of the batch, of all ranks, the same term for every pair.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: CPO (Xu et al. 2024); SLiC-HF (Zhao et al. 2023); ORPO (Hong et al. 2024).
+    """
+
+    weight: float = 1.0
+    nll: str = "sum"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight, low=0)
+        require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean"))
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the mean is over the batch's tokens."""
+        return self.nll == "token_mean" and self.weight > 0
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) terms."""
+        if self.nll == "sequence_mean":
+            return -self.weight * halves(per_token(batch.policy, batch))[0]
+        chosen = halves(batch.policy)[0]
+        if self.nll == "sum":
+            return -self.weight * chosen
+        # A NaN stays in its own pair, whose other terms carry it.
+        finite = chosen.isfinite()
+        tokens = halves(batch.lengths)[0].where(finite, 0).sum().clamp(min=1)
+        return (-self.weight * chosen.where(finite, 0.0).sum() / tokens).expand_as(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Cal-DPO's pull of the log-ratios to ±1/(2β): ``(Δ_w − 1/(2β))² + (Δ_l + 1/(2β))²``.
+
+    Args:
+        beta: β > 0.
+
+    Raises:
+        ValueError: `beta` is out of range.
+
+    Source: Cal-DPO (Xiao et al. 2024).
+    """
+
+    beta: float
+    coupled: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __post_init__(self) -> None:
+        require_number("beta", self.beta, low=0, above=True)
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) terms."""
+        chosen, rejected = halves(batch.policy - needed(batch, "reference"))
+        target = 1 / (2 * self.beta)
+        return (chosen - target).square() + (rejected + target).square()
+
+
+def tail_labels(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Labels of the tokens by which each completion exceeds the other one of its pair.
+
+    Args:
+        labels: (S, T) chosen half first, `ignore_index` everywhere but on completion tokens and in
+            the first column.
+        ignore_index: what marks a position without a label.
+
+    Returns:
+        (S, T) the same labels with the first ``min(|y_w|, |y_l|)`` of each row ignored: what
+        `sequence_logps` sums to the tail's log-prob.
+
+    Raises:
+        ValueError: the shape or dtype does not fit, or the number of sequences is odd.
+    """
+    require_shape("labels", labels, ("S", "T"))
+    require_integer("labels", labels)
+    counted = labels != ignore_index
+    chosen, rejected = halves(counted.sum(1))
+    shared = chosen.minimum(rejected).repeat(2)
+    return labels.masked_fill(counted.cumsum(1) <= shared[:, None], ignore_index)
+
+
+def length_desensitized(
+    batch: LogpBatch, tail: Tensor, tail_reference: Tensor | None, *, alpha: float
+) -> LogpBatch:
+    """The batch with the tails' log-probs weighted: any loss of it is length-desensitised.
+
+    ``L ← L − (1−α) L_tail``, and the same for the reference. WPO's weights stay those of the whole
+    completions, as TRL's.
+
+    Args:
+        batch: pairs.
+        tail: (S,) log-probs of `tail_labels` under the policy, in nats, differentiable.
+        tail_reference: (S,) the same under the reference; None where there is no reference, or
+            its tails are weighted already.
+        alpha: 0 <= α <= 1, weight of the tails; 1 changes nothing.
+
+    Returns:
+        A new batch.
+
+    Raises:
+        ValueError: a field is missing, or a shape or α does not fit.
+
+    Source: LD-DPO (Liu et al. 2024, arXiv:2409.06411), TRL's `ld_alpha`.
+    """
+    require_number("alpha", alpha, low=0, high=1)
+    require_shape("tail", tail, batch.policy.shape)
+    reference, collision = batch.reference, -(1 - alpha) * tail.detach()
+    if tail_reference is not None:
+        require_shape("tail_reference", tail_reference, batch.policy.shape)
+        reference = needed(batch, "reference") - (1 - alpha) * tail_reference
+    return replace(
+        batch,
+        policy=batch.policy - (1 - alpha) * tail,
+        reference=reference,
+        # What the weights subtract from the policy's log-probs.
+        collision=collision if batch.collision is None else batch.collision + collision,
+    )

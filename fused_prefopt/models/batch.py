@@ -1,0 +1,362 @@
+"""A collated batch on its way from backbone to head: padded, packed or with shared prompts."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fused_prefopt.data.collators import shared_attention
+from fused_prefopt.data.columns import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    NUM_SEQUENCES,
+    PAIR_REFERENCES,
+    POSITION_IDS,
+    PREDICTORS,
+    REF_CHOSEN_LOGPS,
+    REFERENCE,
+    SEGMENTS,
+    SEQUENCE_IDS,
+    TARGET_SEQUENCES,
+    TARGETS,
+)
+from fused_prefopt.data.labels import counts_of, labels_of, prompt_labels_of
+from fused_prefopt.models.causal_lm import (
+    backbone_of,
+    backbone_outputs,
+    head_running,
+    last_hidden,
+    router_loss,
+    text_config,
+)
+from fused_prefopt.models.model_call import (
+    PROMPTED,
+    SIDE_CHANNEL,
+    SideChannel,
+    evaluating,
+    has_front,
+    let_wrappers_follow,
+    past_wrappers,
+    put_in_front,
+    unwrapped,
+    without_side_channel,
+)
+from fused_prefopt.models.peft_head import is_prompted, prompted, with_prompt
+from fused_prefopt.ops import sequence_logps
+from fused_prefopt.ops.logps import shared_and_tail_logps
+from fused_prefopt.types import LMHead, LogpBatch
+
+# The op computes the first two; a data set's `prompt` is a text.
+_COMPUTED = ("policy", "lengths", "prompt")
+FIELDS = tuple(item.name for item in fields(LogpBatch) if item.name not in _COMPUTED)
+# As what a model is asked for: the rows that its head would meet.
+HIDDEN = {"hidden": True}
+# Attention that adds a mask of any pattern to its scores.
+_IMPLEMENTATIONS = ("eager", "sdpa")
+# Tokens of each of two sequences on which packing is tried.
+_LENGTH = 4
+# Backbone that keeps packed sequences apart → the attention implementation it had.
+_PASSED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class CollatedRows:
+    """Last hidden states of a batch and what the op needs beside them.
+
+    Attributes:
+        hidden: (S, L, D), or (N, D) where sequences are packed.
+        labels: (S, L) or (N,) int64, -100 everywhere but on completion tokens.
+        prompt_labels: the same on prompt tokens, or None.
+        layout: `shift`, `sequence_ids`, `num_sequences` and `num_labels` of the op.
+        router: coefficient and value of the router loss of a mixture of experts, or None.
+        num_prompt_labels: `num_labels` of the prompt tokens.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    prompt_labels: Tensor | None
+    layout: dict[str, Any]
+    router: tuple[float, Tensor] | None = None
+    num_prompt_labels: int | None = None
+
+
+def collated_rows(
+    model: nn.Module, batch: Mapping[str, Any], *, prompt: bool, router: bool = False
+) -> CollatedRows:
+    """Run the backbone on a batch from `PairCollator`, `PointCollator` or TRL's collators.
+
+    Args:
+        model: causal language model with a backbone and an output embedding, in its wrappers.
+        batch: `input_ids`, `completion_mask`, `attention_mask` or `position_ids`, and what the
+            collators add for their layouts; or one of `batch_behind`.
+        prompt: whether the prompts' log-probs are wanted too.
+        router: whether the router loss is wanted too.
+
+    Raises:
+        ValueError: prompts or a router loss are wanted of pairs that share a prompt in one row, or
+            the model does not fit the layout.
+    """
+    batch = with_prompt(model, batch)
+    if SEGMENTS in batch:
+        if prompt:
+            raise ValueError("shared_prompt: got a loss that needs the prompt of each sequence")
+        if router:
+            raise ValueError("shared_prompt: got a model that adds a router loss")
+        layout = {
+            "shift": False,
+            "sequence_ids": batch[TARGET_SEQUENCES],
+            "num_sequences": 2 * batch[INPUT_IDS].shape[0],
+            "num_labels": batch[TARGETS].shape[0],
+        }
+        return CollatedRows(shared_hidden(model, batch), batch[TARGETS], None, layout)
+    if SEQUENCE_IDS in batch:
+        require_separate_sequences(model, batch[INPUT_IDS])
+    options = {"output_router_logits": True} if router else {}
+    outputs = backbone_outputs(model, batch, **options)
+    routed = None
+    if router:
+        routed = router_loss(model, outputs.router_logits, _routed(batch).get(ATTENTION_MASK))
+    hidden, labels = outputs.last_hidden_state, labels_of(batch)
+    prompt_labels = prompt_labels_of(batch) if prompt else None
+    count, prompt_count = counts_of(batch)
+    layout = {"shift": True, "num_labels": count}
+    if SEQUENCE_IDS not in batch:
+        return CollatedRows(hidden, labels, prompt_labels, layout, routed, prompt_count)
+    layout["sequence_ids"] = batch[SEQUENCE_IDS][0]
+    layout["num_sequences"] = batch[NUM_SEQUENCES]
+    prompt_labels = None if prompt_labels is None else prompt_labels[0]
+    return CollatedRows(hidden[0], labels[0], prompt_labels, layout, routed, prompt_count)
+
+
+def _routed(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs whose tokens go through the experts: virtual ones, but no keys and values."""
+    made: Mapping[str, Any] = batch.get(PROMPTED, {})
+    return made if "inputs_embeds" in made else batch
+
+
+def given_fields(batch: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """The fields of `LogpBatch` that a batch carries, TRL's two halves of `reference` joined."""
+    given = {name: batch.get(name) for name in FIELDS}
+    if REF_CHOSEN_LOGPS in batch:
+        given[REFERENCE] = torch.cat([batch[name] for name in PAIR_REFERENCES])
+    return given
+
+
+@torch.no_grad()
+def completion_logps(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    prompt: bool = False,
+    ld_alpha: float | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """A model's log-probs of a batch, at the cost of a forward pass without logits.
+
+    Args:
+        model: causal language model.
+        batch: as in `collated_rows`.
+        prompt: also those of the prompts (all tokens but the first).
+        ld_alpha: of pairs, weight of the tokens by which a completion is longer than its partner.
+        **options: of `sequence_logps`, such as `workspace_mb`.
+
+    Returns:
+        (S,) sums in nats, fp32: `completion`, and `prompt` where it is wanted.
+    """
+    rows = collated_rows(model, batch, prompt=prompt)
+    sums: dict[str, Tensor] = {}
+
+    def forward(hidden: Tensor) -> Tensor:
+        head, given = LMHead.of(model), {**rows.layout, **options}
+        if ld_alpha is not None:
+            shared, tail = shared_and_tail_logps(hidden, head, rows.labels, **given)
+            sums["completion"] = shared.sums + ld_alpha * tail.sums
+        else:
+            sums["completion"] = sequence_logps(hidden, head, rows.labels, **given).sums
+        if rows.prompt_labels is not None:
+            given["num_labels"] = rows.num_prompt_labels
+            sums["prompt"] = sequence_logps(hidden, head, rows.prompt_labels, **given).sums
+        return sums["completion"]
+
+    # Not what it returns, which FSDP2 casts to the dtype of its units' outputs.
+    with head_running(model, forward) as head:
+        head(rows.hidden)
+    return sums
+
+
+@torch.no_grad()
+def logps_through(model: nn.Module, batch: Mapping[str, Any], **wanted: Any) -> dict[str, Tensor]:
+    """``completion_logps(model, batch, **wanted)`` through the model's wrappers.
+
+    Their hooks (DDP's, FSDP's, DeepSpeed's, PEFT's) gather sharded weights; what they would round
+    goes past them.
+
+    Args:
+        model: causal language model, wrapped or not.
+        batch: as in `collated_rows`.
+        **wanted: options of `completion_logps`, or `HIDDEN`.
+    """
+    inner = unwrapped(model)
+    if not has_front(inner):
+        put_in_front(inner, _answer_or_go_on)
+    let_wrappers_follow(model)
+    arguments = past_wrappers(batch, wanted)
+    model(**arguments)
+    channel: SideChannel = arguments[SIDE_CHANNEL]
+    return channel.found
+
+
+def answer(
+    model: nn.Module, request: Mapping[str, Any], batch: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The answer to a call of `logps_through`, from inside the model's wrappers.
+
+    Args:
+        model: causal language model without wrappers.
+        request: options of `completion_logps`, or `HIDDEN`.
+        batch: of `batch_behind`.
+
+    Returns:
+        Name → tensor.
+    """
+    if request == HIDDEN:
+        return {"hidden": collated_rows(model, batch, prompt=False).hidden}
+    return completion_logps(model, batch, **request)
+
+
+def _answer_or_go_on(
+    model: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    channel: SideChannel | None = kwargs.get(SIDE_CHANNEL)
+    if channel is None or channel.request is None:
+        return own(*args, **without_side_channel(kwargs))
+    channel.found = answer(model, channel.request, batch_behind(kwargs))
+    return channel.found
+
+
+def batch_behind(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch of a call of `past_wrappers`, with what an adapter made of it that learns a prompt.
+
+    Args:
+        arguments: as they come out of the wrappers.
+
+    Raises:
+        ValueError: `prompted` does.
+    """
+    batch, channel = without_side_channel(arguments), arguments.get(SIDE_CHANNEL)
+    if channel is None or not is_prompted(batch):
+        return batch
+    return prompted(batch | channel.inputs, batch)
+
+
+def require_separate_sequences(model: nn.Module, input_ids: Tensor) -> None:
+    """Raise ValueError unless a token's hidden state is that of its own sequence alone.
+
+    Packed sequences differ from one long one by their `position_ids` only, which many models do
+    not heed: those with recurrent or convolutional layers, with ALiBi, or whose attention mask is
+    made without them (OPT, Falcon, Qwen2-VL). Their configs do not tell, so the model is tried,
+    once: of two short sequences in a row the first is changed, which must not change the second.
+    Under torch.compile it is not tried.
+
+    Args:
+        model: causal language model; every rank makes the call where it is sharded.
+        input_ids: the batch's, for their device.
+
+    Raises:
+        ValueError: the model lets packed sequences see one another.
+    """
+    backbone = backbone_of(model)
+    attention = getattr(text_config(model), "_attn_implementation", None)
+    if torch.compiler.is_compiling() or _PASSED.get(backbone, False) == attention:
+        return
+    distance, tolerance = math.inf, 0.0
+    if _takes_positions(backbone):
+        first, second = (_hidden_of_second(model, input_ids, token) for token in (0, _LENGTH))
+        distance = float((second - first).norm() / first.norm())
+        tolerance = _tolerance(first)
+    if distance > tolerance:
+        raise ValueError(
+            f"padding_free: got a {type(model).__name__} with {attention} attention, whose packed"
+            " sequences see one another, needs a model that heeds position_ids, or padded batches"
+        )
+    if distance <= tolerance:
+        _PASSED[backbone] = attention
+
+
+def _takes_positions(backbone: nn.Module) -> bool:
+    parameters = inspect.signature(backbone.forward).parameters
+    return "position_ids" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _tolerance(hidden: Tensor) -> float:
+    """Above rounding, as experts may round otherwise in other company; below what is seen."""
+    dtypes, device = {hidden.dtype}, hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3))
+
+
+@torch.no_grad()
+def _hidden_of_second(model: nn.Module, input_ids: Tensor, token: int) -> Tensor:
+    """(length, D) hidden states of the first tokens, behind a sequence of those from `token` on."""
+    positions = torch.arange(_LENGTH, device=input_ids.device)
+    ids, position_ids = torch.cat((positions + token, positions))[None], positions.repeat(2)[None]
+    device = ids.device.type
+    # Older torch's autocast keeps what it casts here, without a gradient, for the pass that trains.
+    uncached = torch.autocast(
+        device, enabled=torch.is_autocast_enabled(device), cache_enabled=False
+    )
+    with evaluating(backbone_of(model)), uncached:
+        hidden = last_hidden(model, {INPUT_IDS: ids, POSITION_IDS: position_ids})
+    return hidden[0, _LENGTH:]
+
+
+def shared_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Last hidden states of a batch from ``PairCollator(shared_prompt=True)``.
+
+    Args:
+        model: causal language model whose attention is `eager` or `sdpa`.
+        batch: of B pairs.
+
+    Returns:
+        (N, D), one row for each predicted token, in the order of `targets`.
+
+    Raises:
+        ValueError: the model's attention takes no such mask, or its layers see less than a row.
+    """
+    require_mask_attention(model, batch[POSITION_IDS].shape[1])
+    dtype = next(model.parameters()).dtype
+    inputs = {**batch, ATTENTION_MASK: shared_attention(batch[SEGMENTS], dtype)}
+    output = backbone_outputs(model, inputs)
+    return output.last_hidden_state.flatten(0, 1)[batch[PREDICTORS]]
+
+
+def require_mask_attention(model: nn.Module, length: int) -> None:
+    """Raise ValueError unless a mask alone decides what a token of a row this long sees."""
+    config = text_config(model)
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"shared_prompt: got a model with attn_implementation={implementation!r}, wanted one of"
+            f" {', '.join(map(repr, _IMPLEMENTATIONS))}"
+        )
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention", "sliding_attention"}:
+        others = ", ".join(sorted(layers - {"full_attention", "sliding_attention"}))
+        raise ValueError(f"shared_prompt: got a model with {others} layers, wanted attention only")
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in layers or (not layers and window is not None)
+    if slides and window is not None and length > window:
+        raise ValueError(
+            f"shared_prompt: got rows of {length} tokens, wanted at most the model's sliding window"
+            f" of {window}"
+        )

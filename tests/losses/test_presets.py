@@ -1,0 +1,205 @@
+"""Formulas that no golden row and no peer has, what the papers prove, and stopped gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from loss_cases import compute, random_batch, vector
+from torch.nn.functional import logsigmoid
+
+from fused_prefopt import LogpBatch
+from fused_prefopt.losses import (
+    ConstantMargin,
+    Logistic,
+    LogRatio,
+    MeanLogRatio,
+    PairwiseLoss,
+    Robust,
+    SumLogp,
+    find,
+    mirror_margins,
+)
+
+BATCH = random_batch(10, seed=7)
+RATIO, MEAN = BATCH.policy - BATCH.reference, BATCH.policy / BATCH.lengths
+
+
+def apart(values: torch.Tensor) -> torch.Tensor:
+    """(P,) chosen less rejected."""
+    chosen, rejected = values.detach().chunk(2)
+    return chosen - rejected
+
+
+def smoothed(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return -(1 - epsilon) * logsigmoid(x) - epsilon * logsigmoid(-x)
+
+
+def unbiased(m: torch.Tensor, epsilon: float, gamma: float) -> torch.Tensor:
+    kept, flipped = logsigmoid(m - gamma), logsigmoid(-m - gamma)
+    return (-(1 - epsilon) * kept + epsilon * flipped) / (1 - 2 * epsilon)
+
+
+def alpha_dpo(gaps: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    return -logsigmoid(10 * apart(MEAN) - 4 - 0.5 * (gaps - mean) / std)
+
+
+KL_GAPS = apart(-BATCH.sequence_kl)
+MARGINS = 0.1 * apart(RATIO)
+CHOSEN, REJECTED = RATIO.detach().chunk(2)
+ROWS = [
+    ("robust-dpo", {"gamma": 0.4, "unbiased": True}, unbiased(MARGINS, 0.1, 0.4)),
+    (
+        "robust-simpo",
+        {"gamma": 0.4, "epsilon": 0.2, "unbiased": True},
+        unbiased(2.5 * apart(MEAN), 0.2, 0.4),
+    ),
+    (
+        "alpha-dpo",
+        {"implicit_reference": "sequence_kl"},
+        alpha_dpo(KL_GAPS, KL_GAPS.mean(), KL_GAPS.std(correction=0)),
+    ),
+    (
+        "alpha-dpo",
+        {"statistics": "dataset", "mean": -1.0, "std": 2.0},
+        alpha_dpo(apart(RATIO / BATCH.lengths), -1.0, 2.0),
+    ),
+    (
+        "gamma-dpo",
+        {"label_smoothing": 0.2},
+        smoothed(MARGINS - mirror_margins(MARGINS, gamma=0.5, tau=10.0), 0.2),
+    ),
+    ("dpo-positive", {}, -logsigmoid(3 * MARGINS - 15 * (-CHOSEN).relu())),
+    ("dpo-shift", {}, -logsigmoid(0.1 * CHOSEN - 0.095 * REJECTED)),
+    ("alpha-po", {"alpha": -0.5}, -logsigmoid(5 * apart((MEAN / 2).exp()) - 1)),
+    ("dr-dpo", {}, -logsigmoid(MARGINS)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"), ROWS, ids=[f"{name}-{options}" for name, options, _ in ROWS]
+)
+def test_losses_of_pairs_follow_their_formula(name, options, wanted):
+    result = compute(find(name).build(**options), BATCH)
+    torch.testing.assert_close(result.losses.detach(), wanted, rtol=1e-9, atol=1e-12)
+    odds = torch.sigmoid(MARGINS).mean().log()
+    reduced = -odds if name == "dr-dpo" else wanted.mean()
+    torch.testing.assert_close(result.loss.detach(), reduced, rtol=1e-9, atol=1e-12)
+
+
+def test_dro_counts_prompts_whatever_the_order_of_their_completions():
+    groups = torch.tensor([4, -1, 4, -1, -1, 9, 4, -1, 9, 9])
+    result = compute(find("dro").build(), dataclasses.replace(BATCH, groups=groups))
+    means = [result.losses[groups == group].mean() for group in (4, -1, 9)]
+    torch.testing.assert_close(result.loss, sum(means) / 3)
+    alone = compute(find("dro").build(), dataclasses.replace(BATCH, groups=None))
+    torch.testing.assert_close(alone.loss, result.losses.mean())
+    prompts = BATCH.prompt - BATCH.prompt_reference
+    torch.testing.assert_close(result.metrics["log_z/mean"], prompts.mean() + 50)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 32000])
+def test_dpo_with_a_uniform_reference_is_simpo(vocabulary):
+    # α-DPO, Theorem 3.1, eq. 6: γ = β (log U(y_w) − log U(y_l)).
+    batch = random_batch(8)
+    uniform = -math.log(vocabulary) * batch.lengths.double()
+    batch = dataclasses.replace(batch, reference=uniform)
+    chosen, rejected = uniform.chunk(2)
+    for row in range(4):
+        pair = dataclasses.replace(
+            batch,
+            **{name: getattr(batch, name)[[row, row + 4]] for name in batch.given - {"kl"}},
+        )
+        gamma = 0.1 * (chosen[row] - rejected[row]).item()
+        dpo = PairwiseLoss(LogRatio(beta=0.1))(pair)
+        simpo = PairwiseLoss(SumLogp(beta=0.1), ConstantMargin(gamma=gamma))(pair)
+        torch.testing.assert_close(dpo.losses, simpo.losses, rtol=1e-9, atol=1e-12)
+    # Eq. 7: per token a uniform reference gives both completions the same, and γ vanishes.
+    normalised = PairwiseLoss(MeanLogRatio(beta=2.5))(batch)
+    simpo = find("simpo").build(gamma=0.0)(batch)
+    torch.testing.assert_close(normalised.losses, simpo.losses, rtol=1e-9, atol=1e-12)
+
+
+def test_alpha_without_normalisation_is_dpo_against_the_implicit_reference():
+    # Eq. 8–10: π̂ ∝ U (π/π_ref)^α, γ from U: the margin is γ + αβ gap.
+    batch = random_batch(8)
+    alpha, beta, gamma = 0.3, 0.1, 0.5
+    options = {"length_normalized": False, "normalize": False}
+    ours = compute(
+        find("alpha-dpo").build(alpha=alpha, beta=beta, gamma=gamma, **options), batch
+    ).losses
+    implicit = alpha * (batch.policy - batch.reference)
+    against = dataclasses.replace(batch, reference=implicit)
+    wanted = PairwiseLoss(LogRatio(beta=beta), ConstantMargin(gamma=gamma))(against).losses
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+def flip_rate(margin: float, gamma: float, delta: float) -> float:
+    """γ-PO, eq. 14."""
+    softplus = [math.log1p(math.exp(x)) for x in (margin + gamma, gamma - margin)]
+    return delta / (1 + math.exp(margin - gamma)) / (softplus[0] - softplus[1])
+
+
+@pytest.mark.parametrize("margin", [1.0, 2.5, 6.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 2.0])
+def test_a_moved_margin_is_a_flip_rate_to_first_order(margin, gamma):
+    # Theorem 3.1: −log σ(m − γ₀ − δ) = rDPO's loss at ε(δ), up to δ².
+    errors = []
+    for delta in (1e-1, 1e-2, 1e-3):
+        moved = Logistic()(vector(margin), vector(gamma + delta))
+        link = Robust(epsilon=flip_rate(margin, gamma, delta))
+        errors.append((moved - link(vector(margin), vector(gamma))).abs().item())
+        # Second order: δ²/2 · σ'(x) and a little more.
+        assert errors[-1] <= delta**2 / 4
+    assert errors[2] < errors[1] / 50 < errors[0] / 2500
+
+
+def test_a_larger_reward_margin_means_a_smaller_flip_rate():
+    rates = [flip_rate(margin, 0.4, 0.05) for margin in (0.5, 1.0, 2.0, 4.0)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_orpo_of_a_certain_completion_is_the_same_in_every_dtype():
+    # An empty completion has no log-odds of its own: its mean token is certain.
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        policy = torch.tensor([-2.0, 0.0], dtype=dtype, requires_grad=True)
+        loss = compute(find("orpo").build(), LogpBatch(policy, torch.tensor([2, 0]))).loss
+        (gradient,) = torch.autograd.grad(loss, policy)
+        assert gradient[1] == 0
+        found.append(loss.item())
+    odds = math.log(math.exp(-1.0) / (1 - math.exp(-1.0)))
+    assert found == pytest.approx([1.0 + 0.1 * (30 * math.log(10) - odds)] * 2, rel=1e-6)
+
+
+def test_tdpo_divergences_pass_their_gradient_where_the_method_says():
+    for name, expected in (("tdpo1", True), ("tdpo2", False)):
+        kl = torch.tensor([1.0, 2.0, 3.0, 4.0]).double().requires_grad_()
+        batch = dataclasses.replace(random_batch(4), sequence_kl=kl)
+        (gradient,) = torch.autograd.grad(compute(find(name).build(), batch).loss, kl)
+        assert bool(gradient[:2].abs().sum() > 0) is expected
+        assert gradient[2:].abs().sum() > 0
+
+
+def test_kto_without_a_kl_takes_the_batchs_own_and_no_gradient_through_it():
+    batch = dataclasses.replace(random_batch(6), kl=None)
+    rewards = 0.1 * (batch.policy - batch.reference).detach()
+    level = rewards.mean().clamp(min=0)
+    wanted = torch.where(
+        batch.desirable, 1 - torch.sigmoid(rewards - level), 1 - torch.sigmoid(level - rewards)
+    )
+    result = compute(find("kto").build(), batch)
+    torch.testing.assert_close(result.losses, wanted, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(result.loss, batch.policy)
+    sign = 1 - 2 * batch.desirable.double()
+    slope = wanted * (1 - wanted) * sign * 0.1 / 6
+    torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-14)
+
+
+def test_dro_stops_the_gradient_of_log_z():
+    batch = random_batch()
+    prompt = batch.prompt.clone().requires_grad_()
+    compute(find("dro").build(), dataclasses.replace(batch, prompt=prompt)).loss.backward()
+    assert prompt.grad is None

@@ -1,0 +1,161 @@
+"""The registry: names, needs, hyperparameters, messages, and published settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from loss_cases import compute, random_batch, vector
+
+from fused_prefopt.losses import (
+    PairwiseLoss,
+    SumLogp,
+    available_losses,
+    check_needs,
+    find,
+    preset,
+    published_settings,
+    register,
+    registry,
+)
+from fused_prefopt.types import LogpBatch
+
+FIELDS = tuple(field.name for field in dataclasses.fields(LogpBatch))
+REGISTERED = available_losses()
+
+
+def test_needs_follow_the_hyperparameters():
+    build = find("alpha-dpo").build
+    assert build().needs == {"reference"}
+    assert build(implicit_reference="policy").needs == frozenset()
+    assert build(implicit_reference="sequence_kl").needs == {"sequence_kl"}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_registered_losses_describe_themselves(name):
+    info = REGISTERED[name]
+    spec = find(name)
+    assert info.paper and spec.factory.__doc__
+    assert all(f"\n        {option}: " in spec.factory.__doc__ for option in info.defaults)
+    assert set(info.needs) <= set(FIELDS)
+    assert all(find(alias) is spec for alias in info.aliases)
+    assert find(name.upper().replace("-", "_")) is spec
+    assert spec.build(**info.defaults) == spec.build()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [(name, field) for name, info in REGISTERED.items() for field in info.needs],
+)
+def test_missing_field(name, field):
+    loss = find(name).build()
+    batch = dataclasses.replace(random_batch(), **{field: None})
+    with pytest.raises(ValueError, match=f"{name} needs `{field}`"):
+        check_needs(name, loss.needs, batch.given)
+    with pytest.raises(ValueError, match=f"this loss needs `{field}`"):
+        compute(loss, batch)
+
+
+def test_unknown_loss():
+    with pytest.raises(ValueError, match="'gama-dpo' .did you mean 'gamma-dpo'.*losses` lists all"):
+        find("gama-dpo")
+
+
+def test_unknown_hyperparameter():
+    with pytest.raises(TypeError, match="dpo has no hyperparameter 'betta' .did.*'beta'.*=0.1"):
+        find("dpo").build(betta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("dpo", {"beta": 0.0}, "beta: got 0.0, wanted a finite number > 0"),
+        ("dpo", {"beta": "0.1"}, "beta: got '0.1', wanted a finite number > 0"),
+        ("dpo", {"label_smoothing": 0.6}, "label_smoothing: got 0.6, wanted .* <= 0.5"),
+        ("simpo", {"gamma": math.inf}, "gamma: got inf, wanted a finite number"),
+        ("alpha-dpo", {"alpha": math.nan}, "alpha: got nan"),
+        ("alpha-dpo", {"momentum": 1.0}, "momentum: got 1.0, wanted .* < 1"),
+        ("alpha-dpo", {"statistics": "sum"}, "statistics: got 'sum', wanted one of 'ema'"),
+        ("alpha-dpo", {"statistics": "dataset"}, "'dataset' needs `mean` and `std`"),
+        ("alpha-dpo", {"mean": 1.0}, "wanted None unless statistics='dataset'"),
+        ("alpha-dpo", {"implicit_reference": "x"}, "implicit_reference: got 'x', wanted one of"),
+        ("alpha-dpo", {"margin_scale": "x"}, "margin_scale: got 'x', wanted one of 'beta', 'unit'"),
+        ("gamma-dpo", {"tau": 0}, "tau: got 0, wanted a finite number > 0"),
+        ("gamma-dpo", {"gamma": -1.0}, "gamma: got -1.0, wanted a finite number >= 0"),
+        ("gamma-dpo", {"steps": 0}, "steps: got 0, wanted an integer >= 1"),
+        ("gamma-dpo", {"queue_size": 2.5}, "queue_size: got 2.5, wanted an integer >= 1"),
+        ("gamma-dpo", {"solver": "newton"}, "solver: got 'newton', wanted one of"),
+        ("gamma-dpo", {"solver": "exact", "tau": 0.01}, "tau: got 0.01 with gamma 0.5"),
+        ("dro", {"log_z0": math.nan}, "log_z0: got nan"),
+        ("exo-pair", {"label_smoothing": 0.0}, "label_smoothing: got 0.0, wanted .* > 0"),
+        ("discopop", {"temperature": 2.0}, "temperature: got 2.0"),
+        ("dpo-shift", {"share": 0.0}, "share: got 0.0"),
+        ("dpo-positive", {"penalty": -1.0}, "penalty: got -1.0"),
+        ("dr-dpo", {"temperature": 0.0}, "temperature: got 0.0"),
+        ("f-dpo", {"divergence": "kl"}, "divergence: got 'kl', wanted one of 'reverse_kl'"),
+        ("f-dpo", {"alpha": math.inf}, "alpha: got inf"),
+        ("beta-dpo", {"level": "token"}, "level: got 'token', wanted one of 'pair', 'batch'"),
+        ("beta-dpo", {"alpha": -1.0}, "alpha: got -1.0"),
+        ("beta-dpo", {"statistics": "code"}, "statistics: got 'code', wanted one of 'ema', 'ref"),
+        ("beta-dpo", {"statistics": "reference", "beta": 0.0}, "beta: got 0.0, wanted"),
+        ("gamma-dpo", {"label_smoothing": 0.6}, "label_smoothing: got 0.6"),
+        ("sppo-hard", {"beta": 0.0}, "beta: got 0.0"),
+        ("sft", {"nll": "mean"}, "nll: got 'mean'"),
+        ("ipo", {"tau": 0.0}, "tau: got 0.0, wanted a finite number > 0"),
+        ("cpo", {"nll": "mean"}, "nll: got 'mean', wanted one of 'sum'"),
+        ("tdpo2", {"alpha": math.nan}, "alpha: got nan"),
+        ("kto", {"desirable_weight": -1.0}, "desirable_weight: got -1.0"),
+    ],
+)
+def test_hyperparameters_out_of_range(name, options, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        find(name).build(**options)
+
+
+def test_registering_one_function_is_enough(monkeypatch):
+    for kept in ("_SPECS", "_NAMES"):
+        monkeypatch.setattr(registry, kept, dict(getattr(registry, kept)))
+
+    @register("test-hinge", paper="none", aliases=("test-slic",))
+    def hinge(*, beta: float = 0.1) -> PairwiseLoss:
+        return PairwiseLoss(SumLogp(beta=beta), link=lambda m, margin: (1 + margin - m).relu())
+
+    assert available_losses()["test-hinge"].defaults == {"beta": 0.1}
+    batch = LogpBatch(policy=vector(-5, -10), lengths=torch.tensor([2, 2]))
+    assert compute(find("test_slic").build(), batch).losses.tolist() == pytest.approx([0.5])
+    with pytest.raises(ValueError, match="already a name of 'test-hinge'"):
+        register("test-slic", paper="none")(hinge)
+    with pytest.raises(ValueError, match="beta must be keyword-only with a default"):
+        register("test-other", paper="none")(lambda beta: None)
+
+
+@pytest.mark.parametrize("name", available_losses())
+def test_no_hyperparameter_takes_a_value_of_another_kind(name):
+    for option, default in available_losses()[name].defaults.items():
+        wrong = [[1], {}] + ([] if isinstance(default, str | None) else ["no"])
+        wrong += [1, None] if isinstance(default, bool) else []
+        for value in wrong:
+            with pytest.raises((ValueError, TypeError), match=option):
+                find(name).build(**{option: value})
+
+
+def test_published_settings_are_those_of_the_papers():
+    assert preset("gamma-simpo/llama-3-8b-instruct") == (
+        "gamma-simpo",
+        {"beta": 10.0, "gamma": 4.0, "tau": 10.0},
+    )
+    assert preset("Alpha_DPO/Mistral-7B-Instruct")[1] == pytest.approx(
+        {"beta": 2.5, "gamma": 0.375, "alpha": 0.05}
+    )
+    settings = published_settings()
+    assert len(settings) == 8
+    assert settings["gamma-simpo/qwen2.5-7b-instruct"].hyperparameters["tau"] == 3.0
+    assert settings["alpha-dpo/gemma-2-9b-it"].learning_rate == 8e-7
+    for name, setting in settings.items():
+        assert name.split("/")[0] == setting.loss in available_losses()
+        loss = find(setting.loss).build(**setting.hyperparameters)
+        assert compute(loss, random_batch()).loss.isfinite()
+    preset("alpha-dpo/gemma-2-9b-it")[1]["beta"] = 0.0
+    assert preset("alpha-dpo/gemma-2-9b-it")[1]["beta"] == 10.0
