@@ -1,4 +1,4 @@
-"""What `quickstart.py` trains on: a tokenizer, a reference model and three sets of features.
+"""Task of `quickstart.py`: a tokenizer, a reference model and three sets of features.
 
 Made here from the standard library's documentation, or loaded from the Hugging Face hub; and how a
 method trains on them.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_prefopt.data.columns import ATTENTION_MASK, INPUT_IDS, PAIR_IDS, PAIR_REFERENCES
 from fused_prefopt.data.labels import counts_of, labels_of
+from fused_prefopt.losses.metrics import LOGPS_CHOSEN, LOGPS_REJECTED
 from fused_prefopt.models.causal_lm import last_hidden
 from fused_prefopt.ops import sequence_kl
 from fused_prefopt.reference import dataset_logps
@@ -59,8 +60,8 @@ class PairScores:
             "accuracy_stderr": (accuracy * (1 - accuracy) / pairs) ** 0.5,
             "margin": self.margins.mean().item(),
             "kl": self.kl,
-            "logps/chosen": chosen.mean().item(),
-            "logps/rejected": rejected.mean().item(),
+            LOGPS_CHOSEN: chosen.mean().item(),
+            LOGPS_REJECTED: rejected.mean().item(),
         }
         if reward is not None:
             better, worse = reward(self.batch).chunk(2)

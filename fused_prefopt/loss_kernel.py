@@ -18,8 +18,6 @@ from fused_prefopt.devices import current
 from fused_prefopt.kernels.loss_form import (
     LARGEST,
     LARGEST_GROUPED,
-    PAIR_METRICS,
-    POINT_METRICS,
     Link,
     Margin,
     Moments,
@@ -43,7 +41,13 @@ from fused_prefopt.losses import (
     gap_of,
 )
 from fused_prefopt.losses.adaptive_margin import Gap, SequenceKlGap
-from fused_prefopt.losses.metrics import mean
+from fused_prefopt.losses.metrics import (
+    KL_CHOSEN,
+    KL_REJECTED,
+    PAIR_METRICS,
+    POINT_METRICS,
+    mean,
+)
 from fused_prefopt.losses.protocol import Loss
 from fused_prefopt.statistics import (
     BatchMoments,
@@ -163,7 +167,7 @@ def _launch_pairs(form: PairForm, state: PairState, batch: LogpBatch) -> LossOut
     )
     named = dict(zip(PAIR_METRICS, metrics.unbind(), strict=True))
     if batch.reference is None:
-        del named["kl/chosen"], named["kl/rejected"]
+        del named[KL_CHOSEN], named[KL_REJECTED]
     return LossOutput(
         total, losses, named, rewards=details[:2].flatten(), target_margins=details[2]
     )

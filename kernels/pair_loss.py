@@ -200,8 +200,8 @@ def pair_loss(
 
     Returns:
         fp32: losses (P,); their mean (); slopes (2, P), d losses / d policy; details (3, P), the
-        rewards of the chosen, of the rejected, and the target margins; `loss_form.PAIR_METRICS`
-        (11,), of which the last two are defined with a reference only.
+        rewards of the chosen, of the rejected, and the target margins;
+        `losses.metrics.PAIR_METRICS` (11,), the last two defined with a reference only.
 
     Raises:
         ValueError: more pairs or pooled margins than one program takes.
@@ -215,7 +215,7 @@ def pair_loss(
         pool = torch.empty(pooled, dtype=torch.float64, device=policy.device)
     losses, loss = policy.new_empty(pairs), policy.new_empty(())
     slopes, details = policy.new_empty(2, pairs), policy.new_empty(3, pairs)
-    metrics = policy.new_empty(len(PAIR_METRICS))
+    metrics = policy.new_empty(PAIR_METRICS)
     rate = mirror_rate(form.tau)
     block = max(32, triton.next_power_of_2(pooled))
     _pair_loss_kernel[(1,)](

@@ -106,7 +106,7 @@ def direct_reward(
     Returns:
         fp32: losses (S,); their mean () over groups; slopes (1, S), d losses / d policy; weights
         (S,) of the losses in the mean, or (0,) where they are all 1/S; rewards (1, S);
-        `loss_form.POINT_METRICS` (8,).
+        `losses.metrics.POINT_METRICS` (8,).
 
     Raises:
         ValueError: more sequences than one program takes.
@@ -120,7 +120,7 @@ def direct_reward(
     losses, loss = policy.new_empty(size), policy.new_empty(())
     slopes, details = policy.new_empty(1, size), policy.new_empty(1, size)
     weights = policy.new_empty(0 if groups is None else size)
-    metrics = policy.new_empty(len(POINT_METRICS))
+    metrics = policy.new_empty(POINT_METRICS)
     block = max(32, triton.next_power_of_2(size))
     _direct_reward_kernel[(1,)](
         policy,

@@ -1,4 +1,4 @@
-"""What this machine offers, what the op would do on it, and whether its numbers are right."""
+"""This machine: what it offers, what the op would do on it, and whether its numbers are right."""
 
 from __future__ import annotations
 

@@ -9,21 +9,39 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_prefopt.losses.metrics import (
+    KL_CHOSEN,
+    KL_MEAN,
+    KL_REJECTED,
+    LOGPS_CHOSEN,
+    LOGPS_MEAN,
+    LOGPS_REJECTED,
+    MARGIN_MEAN,
+    MARGIN_STD,
+    REWARDS_ACCURACIES,
+    REWARDS_CHOSEN,
+    REWARDS_MARGINS,
+    REWARDS_MEAN,
+    REWARDS_REJECTED,
+    SEQUENCE_KL_CHOSEN,
+    SEQUENCE_KL_REJECTED,
+)
+
 History = Sequence[Mapping[str, float]]
 # Picture → its vertical axis, and the logged metrics that it shows.
 _PICTURES = {
     "loss": ("loss", ("loss",)),
-    "accuracies": ("share of pairs", ("rewards/accuracies",)),
-    "rewards": ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/mean")),
-    "margins": ("reward", ("rewards/margins", "margin/mean")),
+    "accuracies": ("share of pairs", (REWARDS_ACCURACIES,)),
+    "rewards": ("implicit reward", (REWARDS_CHOSEN, REWARDS_REJECTED, REWARDS_MEAN)),
+    "margins": ("reward", (REWARDS_MARGINS, MARGIN_MEAN)),
     "kl": (
         "policy − reference, nats",
-        ("kl/chosen", "kl/rejected", "kl/mean", "kl", "sequence_kl/chosen", "sequence_kl/rejected"),
+        (KL_CHOSEN, KL_REJECTED, KL_MEAN, "kl", SEQUENCE_KL_CHOSEN, SEQUENCE_KL_REJECTED),
     ),
-    "logps": ("summed log-prob, nats", ("logps/chosen", "logps/rejected", "logps/mean")),
+    "logps": ("summed log-prob, nats", (LOGPS_CHOSEN, LOGPS_REJECTED, LOGPS_MEAN)),
 }
 _LONG_LABEL, _LEGEND_ROW = 24, 0.22  # characters; inches
-_LABELS = {"rewards/margins": "reward margin", "margin/mean": "target margin γ_i, mean ± std"}
+_LABELS = {REWARDS_MARGINS: "reward margin", MARGIN_MEAN: "target margin γ_i, mean ± std"}
 
 
 def plot_margins(before: Tensor, after: Mapping[str, Tensor], path: Path) -> None:
@@ -75,7 +93,7 @@ def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
     """
     figure, axes = _figure(len(histories))
     for axis, (name, history) in zip(axes, histories.items(), strict=True):
-        for metric in ("rewards/chosen", "rewards/rejected", "rewards/mean"):
+        for metric in (REWARDS_CHOSEN, REWARDS_REJECTED, REWARDS_MEAN):
             points = _points(history, metric)
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", label=metric)
@@ -142,7 +160,7 @@ def _curve(axis: Any, history: History, metric: str, label: str, color: str) -> 
         if points:
             shown = label if style == "-" else f"{label}, held out"
             axis.plot(*zip(*points, strict=True), style, marker=".", label=shown, color=color)
-    spread = dict(_points(history, "margin/std")) if metric == "margin/mean" else {}
+    spread = dict(_points(history, MARGIN_STD)) if metric == MARGIN_MEAN else {}
     band = [(step, mean, spread[step]) for step, mean in _points(history, metric) if step in spread]
     if band:
         steps, means, stds = zip(*band, strict=True)

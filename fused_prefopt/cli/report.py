@@ -9,6 +9,15 @@ from pathlib import Path
 
 from fused_prefopt.cli.console import require_packages, text_table
 from fused_prefopt.cli.runs import Run, read_runs
+from fused_prefopt.losses.metrics import (
+    KL_CHOSEN,
+    KL_REJECTED,
+    LOGPS_CHOSEN,
+    LOGPS_REJECTED,
+    MARGIN_MEAN,
+    REWARDS_ACCURACIES,
+    REWARDS_MARGINS,
+)
 
 HELP = "pictures and a table of one or more trainings, of this package or of TRL"
 _WRITTEN = """\
@@ -18,13 +27,13 @@ dashed lines are the trainer's own evaluations. A picture nothing was logged for
 # Column → what the trainer logged, or what a run's held-out pairs gave.
 _LOGGED = {
     "loss": "loss",
-    "reward acc.": "rewards/accuracies",
-    "reward margin": "rewards/margins",
-    "target margin": "margin/mean",
-    "chosen KL": "kl/chosen",
-    "rejected KL": "kl/rejected",
-    "chosen logp": "logps/chosen",
-    "rejected logp": "logps/rejected",
+    "reward acc.": REWARDS_ACCURACIES,
+    "reward margin": REWARDS_MARGINS,
+    "target margin": MARGIN_MEAN,
+    "chosen KL": KL_CHOSEN,
+    "rejected KL": KL_REJECTED,
+    "chosen logp": LOGPS_CHOSEN,
+    "rejected logp": LOGPS_REJECTED,
 }
 _HELD_OUT = {"held-out acc.": "accuracy", "held-out margin": "margin", "held-out KL": "kl"}
 

@@ -1,4 +1,4 @@
-"""What a configuration makes of its data set, model and loss before anything trains."""
+"""A training's task: data set, model and loss of a configuration, before anything trains."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from fused_prefopt.cli.runs import (
 from fused_prefopt.cli.task import Features, Task, load_task
 from fused_prefopt.data.columns import REFERENCE
 from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
+from fused_prefopt.losses.metrics import NONFINITE, REWARDS_ACCURACIES, REWARDS_MARGINS
 from fused_prefopt.types import LogpBatch
 
 HELP = "train a model on preferences, as a YAML file says"
@@ -36,10 +37,10 @@ CONFIG = "config.yaml"
 # Name in the line → what the trainer logged, and its format.
 _COLUMNS = {
     "loss": ("loss", "7.4f"),
-    "accuracy": ("rewards/accuracies", "5.3f"),
-    "margin": ("rewards/margins", "8.4f"),
+    "accuracy": (REWARDS_ACCURACIES, "5.3f"),
+    "margin": (REWARDS_MARGINS, "8.4f"),
 }
-_LEARNING_RATE, _BAD = "learning_rate", "nonfinite"
+_LEARNING_RATE, _BAD = "learning_rate", NONFINITE
 _EVALUATED = "eval_"
 
 

@@ -21,6 +21,7 @@ from fused_prefopt.data.columns import (
     SEQUENCE_KL,
 )
 from fused_prefopt.integrations.metrics import StepMetrics, Weighed, token_metrics
+from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
 from fused_prefopt.losses.protocol import WHAT_IT_IS
 from fused_prefopt.models.batch import (
     HIDDEN,
@@ -228,7 +229,7 @@ def _outputs(
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
     weights = _weights(output, forward.desirable) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
-        scores = [name for name in weights if name.startswith("reward_model/")]
+        scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
     return output, (output.metrics | tokens[0], weights)
 

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from fused_prefopt.data.columns import SEQUENCE_IDS
 from fused_prefopt.distributed import gather_objects
+from fused_prefopt.losses.metrics import (
+    LOGITS_CHOSEN,
+    LOGITS_REJECTED,
+    REWARDS_CHOSEN,
+    REWARDS_MARGINS,
+    REWARDS_REJECTED,
+)
 from fused_prefopt.models.batch import CollatedRows
 from fused_prefopt.ops import token_statistics
 from fused_prefopt.preference import PreferenceLoss
@@ -91,11 +98,11 @@ def _merged(ranks: list[Step]) -> dict[str, float]:
             if name in rank and rank[name][1] > 0
         ]
         means[name] = max(0.0, _weighted(squares) - means[center] ** 2) ** 0.5
-    halves = [means[name] for name in ("rewards/chosen", "rewards/rejected") if name in means]
+    halves = [means[name] for name in (REWARDS_CHOSEN, REWARDS_REJECTED) if name in means]
     if len(halves) == 2:
-        means["rewards/margins"] = halves[0] - halves[1]
+        means[REWARDS_MARGINS] = halves[0] - halves[1]
     else:
-        means.pop("rewards/margins", None)
+        means.pop(REWARDS_MARGINS, None)
     return means
 
 
@@ -136,8 +143,8 @@ def token_metrics(
     chosen = _of_tokens(rows, desirable)
     means = {
         "entropy": (tokens.entropies, counted),
-        "logits/chosen": (tokens.mean_logits, counted & chosen),
-        "logits/rejected": (tokens.mean_logits, counted & ~chosen),
+        LOGITS_CHOSEN: (tokens.mean_logits, counted & chosen),
+        LOGITS_REJECTED: (tokens.mean_logits, counted & ~chosen),
     }
     if desirable is None:
         means["mean_token_accuracy"] = (tokens.correct.double(), counted & chosen)

@@ -8,6 +8,45 @@ from torch import Tensor
 from fused_prefopt.losses.protocol import halves
 from fused_prefopt.types import LogpBatch
 
+# The names of what is logged: TRL's where TRL logs it.
+REWARDS_CHOSEN, REWARDS_REJECTED = "rewards/chosen", "rewards/rejected"
+REWARDS_ACCURACIES, REWARDS_MARGINS = "rewards/accuracies", "rewards/margins"
+REWARDS_MEAN, REWARDS_STD = "rewards/mean", "rewards/std"
+LOGPS_CHOSEN, LOGPS_REJECTED, LOGPS_MEAN = "logps/chosen", "logps/rejected", "logps/mean"
+KL_CHOSEN, KL_REJECTED, KL_MEAN = "kl/chosen", "kl/rejected", "kl/mean"
+SEQUENCE_KL_CHOSEN, SEQUENCE_KL_REJECTED = "sequence_kl/chosen", "sequence_kl/rejected"
+SEQUENCE_KL_MEAN = "sequence_kl/mean"
+MARGIN_MEAN, MARGIN_STD = "margin/mean", "margin/std"
+SCORES_MEAN, SCORES_STD = "reward_model/mean", "reward_model/std"
+LOG_Z_MEAN = "log_z/mean"
+LOGITS_CHOSEN, LOGITS_REJECTED = "logits/chosen", "logits/rejected"
+NONFINITE = "nonfinite"
+
+# Metrics in the order of the kernels' numbers.
+PAIR_METRICS = (
+    REWARDS_CHOSEN,
+    REWARDS_REJECTED,
+    REWARDS_ACCURACIES,
+    REWARDS_MARGINS,
+    LOGPS_CHOSEN,
+    LOGPS_REJECTED,
+    MARGIN_MEAN,
+    MARGIN_STD,
+    NONFINITE,
+    KL_CHOSEN,
+    KL_REJECTED,
+)
+POINT_METRICS = (
+    REWARDS_MEAN,
+    REWARDS_STD,
+    LOGPS_MEAN,
+    NONFINITE,
+    KL_MEAN,
+    SCORES_MEAN,
+    SCORES_STD,
+    LOG_Z_MEAN,
+)
+
 
 def mean(values: Tensor) -> Tensor:
     """Mean of a vector; 0, with a gradient of none, for an empty one."""
@@ -45,19 +84,19 @@ def pairwise_metrics(
     chosen, rejected = halves(rewards)
     chosen_logps, rejected_logps = halves(batch.policy)
     averaged = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).to(rewards.dtype),
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": chosen_logps,
-        "logps/rejected": rejected_logps,
-        "margin/mean": target_margins,
+        REWARDS_CHOSEN: chosen,
+        REWARDS_REJECTED: rejected,
+        REWARDS_ACCURACIES: (chosen > rejected).to(rewards.dtype),
+        REWARDS_MARGINS: chosen - rejected,
+        LOGPS_CHOSEN: chosen_logps,
+        LOGPS_REJECTED: rejected_logps,
+        MARGIN_MEAN: target_margins,
     }
     if batch.reference is not None:
-        averaged["kl/chosen"], averaged["kl/rejected"] = halves(batch.policy - batch.reference)
+        averaged[KL_CHOSEN], averaged[KL_REJECTED] = halves(batch.policy - batch.reference)
     means = torch.stack(list(averaged.values())).sum(1) / max(1, chosen.shape[0])
     metrics = dict(zip(averaged, means.unbind(), strict=True))
-    return metrics | {"margin/std": spread(target_margins), "nonfinite": nonfinite(losses)}
+    return metrics | {MARGIN_STD: spread(target_margins), NONFINITE: nonfinite(losses)}
 
 
 @torch.no_grad()
@@ -74,9 +113,9 @@ def divergence_metrics(batch: LogpBatch, *, pairwise: bool) -> dict[str, Tensor]
     if batch.sequence_kl is None:
         return {}
     if not pairwise:
-        return {"sequence_kl/mean": mean(batch.sequence_kl)}
+        return {SEQUENCE_KL_MEAN: mean(batch.sequence_kl)}
     chosen, rejected = halves(batch.sequence_kl)
-    return {"sequence_kl/chosen": mean(chosen), "sequence_kl/rejected": mean(rejected)}
+    return {SEQUENCE_KL_CHOSEN: mean(chosen), SEQUENCE_KL_REJECTED: mean(rejected)}
 
 
 @torch.no_grad()
@@ -97,11 +136,14 @@ def feedback_metrics(
         `rewards/margins`, the difference of the rewards; and those of `pointwise_metrics`.
     """
     metrics = pointwise_metrics(batch, rewards, losses)
-    for name, members in (("chosen", desirable), ("rejected", desirable.logical_not())):
+    for reward, logp, members in (
+        (REWARDS_CHOSEN, LOGPS_CHOSEN, desirable),
+        (REWARDS_REJECTED, LOGPS_REJECTED, desirable.logical_not()),
+    ):
         count = members.sum().clamp(min=1)
-        metrics[f"rewards/{name}"] = rewards.where(members, 0.0).sum() / count
-        metrics[f"logps/{name}"] = batch.policy.where(members, 0.0).sum() / count
-    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics[reward] = rewards.where(members, 0.0).sum() / count
+        metrics[logp] = batch.policy.where(members, 0.0).sum() / count
+    metrics[REWARDS_MARGINS] = metrics[REWARDS_CHOSEN] - metrics[REWARDS_REJECTED]
     return metrics
 
 
@@ -120,15 +162,15 @@ def pointwise_metrics(batch: LogpBatch, rewards: Tensor, losses: Tensor) -> dict
         `nonfinite`, the number of non-finite losses.
     """
     metrics = {
-        "rewards/mean": mean(rewards),
-        "rewards/std": spread(rewards),
-        "logps/mean": mean(batch.policy),
-        "nonfinite": nonfinite(losses),
+        REWARDS_MEAN: mean(rewards),
+        REWARDS_STD: spread(rewards),
+        LOGPS_MEAN: mean(batch.policy),
+        NONFINITE: nonfinite(losses),
     }
     if batch.reference is not None:
-        metrics["kl/mean"] = mean(batch.policy - batch.reference)
+        metrics[KL_MEAN] = mean(batch.policy - batch.reference)
     if batch.rewards is not None:
         scores = batch.rewards.to(batch.policy.dtype)
-        metrics["reward_model/mean"] = mean(scores)
-        metrics["reward_model/std"] = spread(scores)
+        metrics[SCORES_MEAN] = mean(scores)
+        metrics[SCORES_STD] = spread(scores)
     return metrics

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_number
-from fused_prefopt.losses.metrics import feedback_metrics, mean, pointwise_metrics
+from fused_prefopt.losses.metrics import LOG_Z_MEAN, feedback_metrics, mean, pointwise_metrics
 from fused_prefopt.losses.protocol import expect, needed
 from fused_prefopt.losses.rewards import LogRatio
 from fused_prefopt.statistics import BatchMoments, Moments
@@ -97,7 +97,7 @@ class DirectRewardLoss:
         loss = mean(losses) if groups is None else mean_over_groups(losses, groups)
         rewards = rewards.detach()
         metrics = pointwise_metrics(batch, rewards, losses)
-        metrics["log_z/mean"] = mean(log_z)
+        metrics[LOG_Z_MEAN] = mean(log_z)
         return LossOutput(loss=loss, losses=losses, metrics=metrics, rewards=rewards)
 
 

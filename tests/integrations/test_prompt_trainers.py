@@ -101,9 +101,10 @@ def test_resuming_is_bit_equal(tmp_path, kind):
     assert_bit_equal(state_of(whole), state_of(again))
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_the_best_checkpoint_is_the_best_evaluated(tmp_path, kind):
-    options = {"learning_rate": 1.0, "max_steps": 4, "loss_fn": fp.PreferenceLoss("dpo")}
+@pytest.mark.parametrize(("kind", "name"), [("prompt", "dpo"), ("prefix", "dpo"), ("prefix", "alpha-dpo")])
+def test_the_best_checkpoint_is_the_best_evaluated(tmp_path, kind, name):
+    """With the statistics that its loss had there."""
+    options = {"learning_rate": 1.0, "max_steps": 4, "loss_fn": fp.PreferenceLoss(name)}
     run = preference_run(tmp_path, kind, **options, **EVERY, **BEST)
     run.train()
     losses = history(run, "eval_loss")

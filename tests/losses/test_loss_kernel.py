@@ -519,24 +519,23 @@ BUILT = [(name, options, find(name).build(**options)) for name, options in VARIA
 FORMS = [each for each in BUILT if has_form(each[2])]
 
 
+def built(cases):
+    # A loss that prints its functions, with their addresses, is no name of a case.
+    ids = [f"{name}-{options}" for name, options, _ in cases]
+    return pytest.mark.parametrize(("name", "options", "loss"), cases, ids=ids)
+
+
 def test_the_losses_that_the_package_is_about_have_a_form():
     assert {name for name, _, _ in FORMS} >= {"dpo", "simpo", "alpha-dpo", "gamma-simpo", "dro"}
 
 
-WITHOUT = [each for each in BUILT if each not in FORMS]
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "loss"),
-    WITHOUT,
-    ids=[f"{name}-{options}" for name, options, _ in WITHOUT],
-)
+@built([each for each in BUILT if each not in FORMS])
 def test_a_registered_loss_without_a_form_goes_the_other_way(name, options, loss):
     assert launch_loss(loss, loss.statistics(), BATCH) is None
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("name", "options", "loss"), FORMS, ids=str)
+@built(FORMS)
 def test_every_registered_loss_with_a_form(name, options, loss):
     pair = Pair(loss)
     for seed, size in enumerate((14, 2)):

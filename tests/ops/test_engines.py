@@ -253,8 +253,6 @@ def test_stored_shapes_come_back_and_add_up(cache):
 
 @pytest.mark.interpreted
 def test_autotune_stores_the_fastest_shapes(cache, monkeypatch):
-    from fused_prefopt.ops.tuning import autotune
-
     calls = itertools.count()
     best = {"fold": CANDIDATES[2], "kept": CANDIDATES[3], "gradient": CANDIDATES[4]}
 
@@ -268,7 +266,7 @@ def test_autotune_stores_the_fastest_shapes(cache, monkeypatch):
             yield block, timer(lambda: run(tuning._SMALL))
         yield best[run.__name__.replace("keep", "kept")], 0.5
 
-    monkeypatch.setattr(autotune, "_times", times)
+    monkeypatch.setattr(tuning, "_times", times)
     choices = tuning.autotune(48, 70, rows=9, device="cpu", timer=timer, softcap=30.0)
     assert [choice.key for choice in choices] == [f"{name}/bfloat16/rich" for name in best]
     assert [choice.milliseconds for choice in choices] == [500.0] * 3
