@@ -101,7 +101,9 @@ def test_resuming_is_bit_equal(tmp_path, kind):
     assert_bit_equal(state_of(whole), state_of(again))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("prompt", "dpo"), ("prefix", "dpo"), ("prefix", "alpha-dpo")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("prompt", "dpo"), ("prefix", "dpo"), ("prefix", "alpha-dpo")]
+)
 def test_the_best_checkpoint_is_the_best_evaluated(tmp_path, kind, name):
     """With the statistics that its loss had there."""
     options = {"learning_rate": 1.0, "max_steps": 4, "loss_fn": fp.PreferenceLoss(name)}
