@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"checks", "data", "ops", "types"},
     "reference_cache": {"checks", "data", "models"},
     "reference": {"checks", "data", "distributed", "models", "reference_cache"},
-    "evaluation": {"data", "models", "ops", "reference", "types"},
+    "evaluation": {"data", "losses", "models", "ops", "reference", "types"},
     "integrations": {
         "checks",
         "data",
