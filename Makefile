@@ -66,7 +66,7 @@ bench-gpu: $(VENV)/installed
 
 .PHONY: bench-grid bench-trainer bench-masses bench-gpu
 
-$(VENV)/installed: pyproject.toml requirements-dev.txt
+$(VENV)/installed: pyproject.toml requirements-dev.txt fused_prefopt/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt

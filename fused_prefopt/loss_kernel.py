@@ -136,7 +136,7 @@ def _pairwise(
     form = pair_form(loss)
     if form is None or not covers(loss, statistics, batch):
         return None
-    if statistics is not None and gathers(statistics):
+    if statistics is not None and statistics.gathers:
         summary = statistics(loss.observe(batch))
         if isinstance(summary, MarginPool) and summary.margins.shape[0] > LARGEST:
             return loss(batch, summary)
@@ -308,11 +308,6 @@ def with_summary(form: PairForm, summary: Any) -> tuple[PairForm, PairState]:
     if isinstance(summary, MarginPool):
         return replace(form, start=summary.start), PairState(pool=summary.margins)
     return replace(form, moments=Moments.GIVEN), PairState(summary.mean, summary.std)
-
-
-def gathers(statistic: Statistic | None) -> bool:
-    """Whether the statistic is over several ranks: it must then see the batch itself."""
-    return statistic is not None and statistic.gathers
 
 
 def _draws(queue: MarginQueue, pairs: int) -> int:

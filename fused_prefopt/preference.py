@@ -44,7 +44,7 @@ class PreferenceLoss(nn.Module):
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as
             "gamma-simpo/llama-3-8b-instruct", is a published setting; see `published_settings()`.
-        workspace_mb: budget of the op in MiB.
+        workspace_mb: budget of the op in MiB; None: the device's default (`sequence_logps`).
         path: of the op; `auto`, `evaluate`, `stash`, `local` or `recompute`.
         engine: of the op; `auto`, `torch`, `cublas` or `triton`. With the last two, which `auto`
             takes on a GPU, the loss is one kernel too, where there is one for its composition.
@@ -69,7 +69,7 @@ class PreferenceLoss(nn.Module):
         self,
         name: str,
         *,
-        workspace_mb: float = 256,
+        workspace_mb: float | None = None,
         path: str = "auto",
         engine: str = "auto",
         drop_mass: float = 0.0,

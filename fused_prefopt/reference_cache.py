@@ -1,7 +1,8 @@
-"""The file that keeps a reference model's log-probs, and the parts an unfinished run leaves.
+"""Cache of a reference model's log-probs: hashes of what they belong to, and the file they are in.
 
-Both are safetensors. The header has the fingerprints of what the log-probs belong to, torch's
-version, and a hash of all that and of the columns.
+The file, and the parts that an unfinished run leaves, are safetensors. The header has the
+fingerprints of what the log-probs belong to, torch's version for whoever looks, and a hash of all
+that and of the columns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import uuid
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,11 @@ from fused_prefopt.checks import require_packages
 from fused_prefopt.data.columns import TOKENS
 from fused_prefopt.models.model_call import prompt_learners, unwrapped
 
+SUFFIX = ".logps"
+_KIND = "fused_prefopt reference log-probs 3"
+# What files of kinds 1 and 2 began with, which torch had saved.
+_EARLIER = b"fused_prefopt reference log-probs"
+_INDICES = "indices"
 _THREADS = 8
 # Config entries that say where a model comes from or how it was saved, not what it computes; the
 # weights' own dtypes are hashed with them.
@@ -175,13 +182,6 @@ def _bar(state: list[tuple[str, Any]], progress: bool) -> Iterator[tuple[str, An
     from tqdm.auto import tqdm
 
     return iter(tqdm(state, desc="fingerprint of the weights", unit="tensor", leave=False))
-
-
-SUFFIX = ".logps"
-_KIND = "fused_prefopt reference log-probs 3"
-# What files of kinds 1 and 2 began with, which torch had saved.
-_EARLIER = b"fused_prefopt reference log-probs"
-_INDICES = "indices"
 
 
 @dataclass(frozen=True)
@@ -351,31 +351,38 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             f"{path}: got a reference cache of an earlier version, needs one of this version;"
             f" {again}"
         )
-    found: tuple[dict[str, str], dict[str, Tensor]] | None
-    try:
-        columns = load(content)
-        found = _metadata(content), columns
-    except SafetensorError:
-        found = None
-    ours = _begins_as_safetensors(content) if found is None else found[0].get("kind") == _KIND
+    metadata = _metadata(content)
+    ours = _KIND.encode() in content if metadata is None else metadata.get("kind") == _KIND
     if not ours:
-        raise ValueError(f"{path}: got another kind of file, needs a reference cache")
+        raise ValueError(
+            f"{path}: got another kind of file, needs a reference cache; name another file"
+        )
+    columns = None
+    if metadata is not None:
+        # A dtype that safetensors does not know, of a damaged header, is a KeyError.
+        with suppress(SafetensorError, KeyError):
+            columns = load(content)
     # safetensors tells whether all bytes are there, not whether they are what was written.
-    if found is None or found[0].pop("sha256", None) != _sha256(*found):
+    if (
+        metadata is None
+        or columns is None
+        or metadata.pop("sha256", None) != _sha256(metadata, columns)
+    ):
         raise ValueError(f"{path}: got a damaged or truncated file, needs a whole one; {again}")
-    return found
+    return metadata, columns
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """The texts in a file's header, which safetensors gives of files but not of bytes."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    texts: dict[str, str] = header.get("__metadata__", {})
-    return texts
+def _metadata(content: bytes) -> dict[str, str] | None:
+    """The texts in a file's header, which safetensors gives of files but not of bytes.
 
-
-def _begins_as_safetensors(content: bytes) -> bool:
-    """Whether what there is of a file begins with a header's length and a header, which is JSON."""
-    return not content[3:8].strip(b"\0") and content[8:9] in (b"", b"{")
+    Those of a file without any are {}; None: there is no whole header.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    try:
+        header = json.loads(content[8:end]) if end <= len(content) else None
+    except ValueError:
+        return None
+    return None if not isinstance(header, dict) else header.get("__metadata__") or {}
 
 
 def _sha256(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -141,8 +141,15 @@ class LMHead:
             return cls(model.weight, model.bias)
         from fused_prefopt.models.causal_lm import head_parts
 
-        parts = head_parts(model)._asdict()
-        return cls(**parts | {"low_rank": tuple(LowRank(*term) for term in parts["low_rank"])})
+        parts = head_parts(model)
+        return cls(
+            parts.weight,
+            parts.bias,
+            parts.softcap,
+            parts.logit_scale,
+            valid_vocab=parts.valid_vocab,
+            low_rank=tuple(LowRank(*term) for term in parts.low_rank),
+        )
 
 
 # What is taken for a head; a bare tensor is its weight.

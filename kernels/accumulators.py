@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.tiles import blocks, require_rows
+from fused_prefopt.kernels.tiles import blocks, require_contiguous_rows
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def rescale_rows(values: Tensor, factor: Tensor) -> None:
         ValueError: rows of `values` are not contiguous.
     """
     rows, width = values.shape
-    require_rows(values=values)
+    require_contiguous_rows(values=values)
     if rows:
         block = min(1024, triton.next_power_of_2(width))
         _rescale_rows_kernel[(rows, blocks(width, block))](
@@ -100,7 +100,7 @@ def spread_rows(
         ValueError: rows of `values`, `out` or `added` are not contiguous.
     """
     rows, width = values.shape
-    require_rows(values=values, out=out, added=added)
+    require_contiguous_rows(values=values, out=out, added=added)
     if rows:
         block = min(1024, triton.next_power_of_2(width))
         _spread_rows_kernel[(rows, blocks(width, block))](

@@ -1,4 +1,4 @@
-"""Fused forward: logits tile by tile, folded to partial statistics, and these merged into rows'.
+"""Fused forward: logits tile by tile, folded to partial statistics; these merged into their rows'.
 
 The logits are never in memory. `fold_logits` leaves statistics of each row over parts of the
 vocabulary (`Partials`), `merge_partials` folds them into its running ones.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.tiles import bend, cap_slope, require_rows
+from fused_prefopt.kernels.tiles import bend, cap_slope, require_contiguous_rows
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def fold_rows(
         ValueError: rows of `products` or `kept` are not contiguous.
     """
     rows, width = products.shape
-    require_rows(products=products, kept=kept)
+    require_contiguous_rows(products=products, kept=kept)
     sums = None if weighed is None else weighed.sums
     if rows:
         _fold_rows_kernel[(rows,)](

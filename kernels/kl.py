@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_prefopt.kernels.fold_rows import slab_logits
-from fused_prefopt.kernels.tiles import bend, blocks, cap_slope, require_rows
+from fused_prefopt.kernels.tiles import bend, blocks, cap_slope, require_contiguous_rows
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def common_shape(policy: SlabLogits, reference: SlabLogits) -> tuple[int, int]:
     (rows, width), other = policy.products.shape, reference.products.shape
     if other != (rows, width):
         raise ValueError(f"reference: got shape {tuple(other)}, wanted ({rows}, {width})")
-    require_rows(policy=policy.products, reference=reference.products)
+    require_contiguous_rows(policy=policy.products, reference=reference.products)
     return rows, width
 
 
@@ -351,7 +351,7 @@ def kl_gradient(
         ValueError: the slabs differ in shape, or rows of a slab or of `out` are not contiguous.
     """
     count, width = common_shape(policy, reference)
-    require_rows(out=out)
+    require_contiguous_rows(out=out)
     height, block = 16, 256
     row_blocks = blocks(count, height)
     column_sums = None

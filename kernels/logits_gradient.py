@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.tiles import bend, blocks, cap_slope, require_rows
+from fused_prefopt.kernels.tiles import bend, blocks, cap_slope, require_contiguous_rows
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def logits_gradient(
         ValueError: rows of `source` or `out` are not contiguous, or the parts do not fit.
     """
     rows, width = source.shape
-    require_rows(source=source, out=out)
+    require_contiguous_rows(source=source, out=out)
     height, block = 16, 256
     if maxima is not None and part_width < first + width:
         # A block meets one maximum: the largest that divides every part.

@@ -10,7 +10,7 @@ from math import exp
 LARGEST = 4096  # pairs, sequences or pooled margins that one program takes
 LARGEST_GROUPED = 2048  # sequences with groups: those are compared all with all
 # Numbers that a kernel leaves to be logged; `losses.metrics` has their names.
-PAIR_METRICS, POINT_METRICS = 11, 8
+PAIR_NUMBERS, POINT_NUMBERS = 11, 8
 
 
 class Margin(IntEnum):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_prefopt.kernels.loss_form import (
     LARGEST,
-    PAIR_METRICS,
+    PAIR_NUMBERS,
     Margin,
     Moments,
     PairForm,
@@ -215,7 +215,7 @@ def pair_loss(
         pool = torch.empty(pooled, dtype=torch.float64, device=policy.device)
     losses, loss = policy.new_empty(pairs), policy.new_empty(())
     slopes, details = policy.new_empty(2, pairs), policy.new_empty(3, pairs)
-    metrics = policy.new_empty(PAIR_METRICS)
+    metrics = policy.new_empty(PAIR_NUMBERS)
     rate = mirror_rate(form.tau)
     block = max(32, triton.next_power_of_2(pooled))
     _pair_loss_kernel[(1,)](

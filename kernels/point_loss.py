@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_prefopt.kernels.loss_form import LARGEST, LARGEST_GROUPED, POINT_METRICS
+from fused_prefopt.kernels.loss_form import LARGEST, LARGEST_GROUPED, POINT_NUMBERS
 from fused_prefopt.kernels.loss_parts import is_finite, load_double, mean_of, spread_of
 from fused_prefopt.kernels.margin_solver import warps_for
 
@@ -120,7 +120,7 @@ def direct_reward(
     losses, loss = policy.new_empty(size), policy.new_empty(())
     slopes, details = policy.new_empty(1, size), policy.new_empty(1, size)
     weights = policy.new_empty(0 if groups is None else size)
-    metrics = policy.new_empty(POINT_METRICS)
+    metrics = policy.new_empty(POINT_NUMBERS)
     block = max(32, triton.next_power_of_2(size))
     _direct_reward_kernel[(1,)](
         policy,

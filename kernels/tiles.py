@@ -149,7 +149,7 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def require_rows(**named: Tensor | None) -> None:
+def require_contiguous_rows(**named: Tensor | None) -> None:
     """Raise ValueError unless the rows of every matrix here are contiguous."""
     for name, value in named.items():
         if value is not None and value.stride(1) != 1 and value.shape[1] > 1:

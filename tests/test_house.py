@@ -78,7 +78,7 @@ OPTIONAL = {
     "triton": {"kernels"},
 }
 # A file that is longer says in its docstring why it is one.
-LONG = 450
+LONG, LONGEST = 450, 800
 EXPLAINED = "one file"
 
 
@@ -158,6 +158,7 @@ def test_a_long_file_says_why_it_is_one():
         if EXPLAINED not in (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").lower()
     ]
     assert not silent
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) < LONGEST for path in long)
 
 
 @pytest.mark.parametrize(

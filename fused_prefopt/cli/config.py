@@ -44,8 +44,9 @@ _NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon
 _INTERVALS = ("logging", "eval", "save")
 EPILOG = """\
 KEY is any key of the file, as KEY=VALUE, --KEY=VALUE or --KEY VALUE; a dot reaches inside a
-mapping: loss_kwargs.beta=2.5. VALUE is read as YAML. Keys are those of transformers'
-TrainingArguments (max_steps, learning_rate, output_dir, bf16, …) and the following:
+mapping or a list: loss_kwargs.beta=2.5, peft.target_modules.0=q_proj. VALUE is read as YAML;
+${KEY} stands for another key's value. Keys are those of transformers' TrainingArguments
+(max_steps, learning_rate, output_dir, bf16, …) and the following:
 
 """
 _BOOL, _MERGE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:merge"
@@ -97,7 +98,7 @@ class Settings:
 
     loss: str = _key("dpo", "a loss, or a published setting, which brings its learning rate")
     loss_kwargs: dict[str, Any] | None = _key(None, "its hyperparameters")
-    workspace_mb: float = _key(256.0, "workspace of the fused op in MiB")
+    workspace_mb: float | None = _key(None, "workspace of the fused op in MiB; the device's")
     engine: str = _key("auto", "of the fused op: auto, torch, cublas or triton")
 
     reference: str = _key(
@@ -126,7 +127,7 @@ class Settings:
         require_choice("reference", self.reference, REFERENCES)
         require_choice("engine", self.engine, ("auto", *ENGINES))
         require_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        if not self.workspace_mb > 0:
+        if self.workspace_mb is not None and not self.workspace_mb > 0:
             raise ValueError(f"workspace_mb: got {self.workspace_mb}, wanted a number of MiB > 0")
         require_number("flip_rate", self.flip_rate, low=0, high=1)
         for name in ("model_config", "peft", "loss_kwargs"):
@@ -202,9 +203,10 @@ def read_config(path: str, overrides: Sequence[str]) -> Config:
         UserError: the file or a word cannot be read, a key is unknown (the message has the closest
             names), a value does not fit, or transformers is missing.
     """
-    require_packages("training", "transformers", "accelerate", "omegaconf")
+    require_packages("training", "transformers", "accelerate", "omegaconf", "safetensors")
     in_file = _load(Path(path))
-    given = _merged(in_file, parsed_overrides(overrides))
+    words = parsed_overrides(overrides)
+    given = _merged(in_file, words)
     values = {
         "output_dir": f"runs/{Path(path).stem}",
         "report_to": "none",
@@ -215,7 +217,7 @@ def read_config(path: str, overrides: Sequence[str]) -> Config:
     published = published_settings().get(str(given.get("loss")).lower().replace("_", "-"))
     if published is not None:
         values = {"learning_rate": published.learning_rate} | values
-    settings, training = _parsed(path, values, given.keys() - in_file.keys())
+    settings, training = _parsed(path, values, {key.partition(".")[0] for key, _ in words})
     return Config(settings, training, given)
 
 
@@ -265,8 +267,17 @@ def _merged(given: dict[str, Any], words: Sequence[tuple[str, Any]]) -> dict[str
         try:
             OmegaConf.update(config, key, value, merge=False)
         except OmegaConfBaseException as error:
-            raise UserError(f"{key}: got {value!r}: {error}") from error
-    return cast(dict[str, Any], OmegaConf.to_container(config))
+            raise UserError(f"{key}: got {value!r}: {_first_line(error)}") from error
+    try:
+        whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        raise UserError(f"{key}: {_first_line(error)}") from error
+    return cast(dict[str, Any], whole)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _value(text: str) -> Any:
@@ -282,8 +293,10 @@ def _value(text: str) -> Any:
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         remedy = "; indent with spaces" if "\\t" in said else ""
         raise ValueError(f"got no YAML{place}: {said}{remedy}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"got no YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"got what OmegaConf does not read: {_first_line(error)}") from error
 
 
 def _yaml_1_2(text: str) -> str:
@@ -330,13 +343,16 @@ def _require_keys_once(mapping: Any) -> None:
 
 
 def _parsed(path: str, values: dict[str, Any], words: Set[str]) -> tuple[Settings, Any]:
-    """The dataclasses of all values; keys in `words` alone are not blamed on the file."""
+    """The dataclasses of all values; keys in `words` are not blamed on the file."""
     from transformers import HfArgumentParser, TrainingArguments
+
+    def blamed(said: str) -> UserError:
+        place = "command line" if said.partition(":")[0] in words else path
+        return UserError(f"{place}: {said}")
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            plain = _ARGUMENT.sub(r"\1:", message)
-            raise UserError(f"{path}: {plain}")
+            raise blamed(_ARGUMENT.sub(r"\1:", message))
 
     parser = Parser((Settings, TrainingArguments))
     known = {action.dest for action in parser._actions} - {"help"}
@@ -359,7 +375,7 @@ def _parsed(path: str, values: dict[str, Any], words: Set[str]) -> tuple[Setting
     except (ValueError, TypeError, OSError, ImportError) as error:
         own_keys = {each.name for each in fields(Settings)}
         of_training = {name: value for name, value in values.items() if name not in own_keys}
-        raise UserError(f"{path}: {_with_key(str(error), of_training)}") from error
+        raise blamed(_with_key(str(error), of_training)) from error
     return settings, training
 
 

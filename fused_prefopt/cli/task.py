@@ -50,7 +50,13 @@ from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.plan import PATHS
 from fused_prefopt.preference import PreferenceLoss
 
+Record = Mapping[str, Any]
+Records = list[dict[str, Any]]
+# Rows of token ids.
 Features = list[dict[str, Any]]
+Say = Callable[[str], None]
+_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_GROUPED = (REWARD, GROUP)
 # The training itself computes these.
 _COMPUTED = frozenset({REFERENCE, PROMPT, PROMPT_REFERENCE, SEQUENCE_KL})
 
@@ -167,16 +173,16 @@ def _takes_rated(loss: Loss) -> bool:
     return not loss.pairwise and DESIRABLE not in loss.needs
 
 
-def _teller(config: Config) -> Callable[[str], None]:
+def _teller(config: Config) -> Say:
     """What prints on one process and is silent on all others."""
     return partial(print, flush=True) if config.training.should_log else _silent
 
 
 def _silent(said: str) -> None:
-    pass
+    """Of another process, or of a data set's other split, it was told already."""
 
 
-def _tell(say: Callable[[str], None], part: str, said: str) -> None:
+def _tell(say: Say, part: str, said: str) -> None:
     say(f"{part} data: {said}")
 
 
@@ -186,7 +192,7 @@ def _features(
     tokenizer: Any,
     records: Features,
     part: str = "training",
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> Features:
     """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
     if loss_fn.loss.pairwise:
@@ -205,7 +211,7 @@ def _pairs(
     tokenizer: Any,
     records: Features,
     part: str,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Features:
     """The same as pairs, whatever the loss judges."""
     lengths = (settings.max_length, settings.prompt_length)
@@ -271,13 +277,6 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
             )
 
 
-Record = Mapping[str, Any]
-Records = list[dict[str, Any]]
-Say = Callable[[str], None]
-_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_GROUPED = (REWARD, GROUP)
-
-
 def training_records(settings: Settings, seed: int, *, points: bool, say: Say = print) -> Records:
     """What to train on, as the data set has it.
 
@@ -316,7 +315,7 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
     if settings.dataset == EMBEDDED:
         documents = split_documents(load_documents(), seed=seed)[1]
         return make_pairs(documents, seed=seed, limit=settings.held_out_limit)
-    return _read(settings, settings.dataset, settings.held_out, settings.held_out_limit, _nothing)
+    return _read(settings, settings.dataset, settings.held_out, settings.held_out_limit, _silent)
 
 
 def as_pairs(records: Records) -> Records:
@@ -403,10 +402,6 @@ def _has_pairs(records: Records) -> bool:
 
 def _all_have(records: Records, name: str) -> bool:
     return all(name in record for record in records)
-
-
-def _nothing(said: str) -> None:
-    """What of a data set's other split was told already."""
 
 
 def _rows(name: str, split: str, limit: int | None) -> Iterable[Record]:

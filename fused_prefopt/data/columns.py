@@ -1,7 +1,7 @@
 """Columns of records, features and batches: all their names, and checks of what stands in them.
 
 A record is a row of texts or chats, a feature is a row of token ids, a batch is what a collator
-makes of features.
+makes of features. Where a Hugging Face model is called, its own arguments are spelt out.
 """
 
 from __future__ import annotations

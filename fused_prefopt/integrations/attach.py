@@ -184,7 +184,7 @@ class Attachment:
 
     def _with_reference(
         self, batch: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor | None], tuple[Reference, Tensor] | None]:
+    ) -> tuple[dict[str, Tensor | None], Compared | None]:
         extras, needs = given_fields(batch), self.loss_fn.loss.needs
         for name in OF_REFERENCE:
             _require_exact(name, extras[name])
@@ -204,7 +204,7 @@ def _outputs(
     batch: Mapping[str, Any],
     extras: Mapping[str, Tensor | None],
     *,
-    compared: tuple[Reference, Tensor] | None = None,
+    compared: Compared | None = None,
     of_tokens: bool,
     router_coefficient: float | None = None,
 ) -> tuple[LossOutput, Weighed]:
@@ -254,7 +254,7 @@ class _LossInHead:
     loss_fn: PreferenceLoss
     rows: CollatedRows
     extras: Mapping[str, Tensor | None]
-    compared: tuple[Reference, Tensor] | None
+    compared: Compared | None
     of_tokens: bool
     found: tuple[LossOutput, Weighed] = field(init=False)
 
@@ -399,6 +399,10 @@ class Reference:
         off = nullcontext() if self._peft is None else self._peft.disable_adapter()
         with evaluating(self.model), off:
             yield
+
+
+# A reference, and its rows of the batch.
+Compared = tuple[Reference, Tensor]
 
 
 def _peft_of(model: nn.Module) -> nn.Module:

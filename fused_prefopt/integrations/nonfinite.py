@@ -213,7 +213,7 @@ def _stop(trainer: Any, loss: float, gradient: float = 0.0) -> None:
 
 
 def _steps_in_backward(trainer: Any) -> str:
-    """Mover of the weights in the backward pass, by name; "" where `optimizer.step` is it."""
+    """Name of what moves the weights inside the backward; "" where `optimizer.step` does."""
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))

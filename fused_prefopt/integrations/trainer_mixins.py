@@ -23,8 +23,8 @@ class KeepsLossState:
     """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss.
 
     Raises:
-        ValueError: training resumes from the statistics of a loss of another kind or size, or an
-            adapter would be loaded that its checkpoints do not hold whole.
+        ValueError: training resumes from, or ends with, the statistics of a loss of another kind or
+            size, or an adapter would be loaded that its checkpoints do not hold whole.
     """
 
     attachment: Attachment
@@ -39,7 +39,7 @@ class KeepsLossState:
     def _load_best_model(self) -> None:
         require_saved_whole("load_best_model_at_end", self.model)
         super()._load_best_model()  # type: ignore[misc]
-        self._load_loss(self.state.best_model_checkpoint)
+        self._load_loss(self.state.best_model_checkpoint, "those of the last step stay")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -49,13 +49,13 @@ class KeepsLossState:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
-            self._load_loss(checkpoint)
+            self._load_loss(checkpoint, "the statistics start empty")
 
-    def _load_loss(self, checkpoint: str) -> None:
+    def _load_loss(self, checkpoint: str, otherwise: str) -> None:
         path, loss_fn = Path(checkpoint) / LOSS_STATE, self.attachment.loss_fn
         if not path.is_file():
             if loss_fn.statistics is not None:
-                warnings.warn(f"{path}: not found, the statistics start empty", stacklevel=2)
+                warnings.warn(f"{path}: not found, {otherwise}", stacklevel=3)
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
         try:

@@ -26,6 +26,13 @@ from fused_prefopt.models.peft_head import (
 )
 
 _VOCABS = ("unpadded_vocab_size", "vocab_size")
+# The router loss: its function in transformers' modelling files, and what they all give it.
+_ROUTER_LOSS = "load_balancing_loss_func"
+_ROUTER_ARGUMENTS = {"num_experts", "top_k", "attention_mask"}
+# Names of the three numbers, on the model itself or else in its config.
+_ROUTER_EXPERTS = ("num_experts", "num_local_experts")
+_ROUTER_TOP_K = ("num_experts_per_tok",)
+_ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 # Config attribute → what it does to the logits. Models name the same thing differently.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -147,7 +154,7 @@ def head_running(
         yield modules[0]
     finally:
         for module, own in zip(modules, before, strict=True):
-            module.__dict__.pop("forward", None)
+            del module.forward
             if own is not None:
                 module.forward = own
 
@@ -302,15 +309,6 @@ def _names_read(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(names)
 
 
-_FUNCTION = "load_balancing_loss_func"
-# What every modelling file of transformers gives that function.
-_ARGUMENTS = {"num_experts", "top_k", "attention_mask"}
-# Names of the three numbers, on the model itself or else in its config.
-_EXPERTS = ("num_experts", "num_local_experts")
-_TOP_K = ("num_experts_per_tok",)
-_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
-
-
 def wants_router_loss(model: nn.Module) -> bool:
     """Whether a model adds a router loss: ``config.output_router_logits``, and a function for it.
 
@@ -319,7 +317,7 @@ def wants_router_loss(model: nn.Module) -> bool:
     """
     model = unwrapped(model)
     wanted = getattr(text_config(model), "output_router_logits", False)
-    return bool(wanted) and _function(model) is not None
+    return bool(wanted) and _router_function(model) is not None
 
 
 def router_loss(
@@ -342,33 +340,33 @@ def router_loss(
     Source: Switch Transformers (Fedus et al. 2021, arXiv:2101.03961), eqs. 4–6.
     """
     model = unwrapped(model)
-    function = _function(model)
+    function = _router_function(model)
     name = type(model).__name__
     if function is None or not router_logits:
         raise ValueError(f"router_logits: got none from {name}, needs those of its experts' layers")
     others = list(inspect.signature(function).parameters)[1:]
-    if set(others) != _ARGUMENTS:
+    if set(others) != _ROUTER_ARGUMENTS:
         raise ValueError(
             f"model: the router loss of {name} takes {', '.join(others)}, needs"
-            f" {', '.join(sorted(_ARGUMENTS))}; without output_router_logits it is left out"
+            f" {', '.join(sorted(_ROUTER_ARGUMENTS))}; without output_router_logits it is left out"
         )
-    experts, top_k = _number(model, _EXPERTS), _number(model, _TOP_K)
+    experts, top_k = _router_number(model, _ROUTER_EXPERTS), _router_number(model, _ROUTER_TOP_K)
     loss = function(
         router_logits, num_experts=int(experts), top_k=int(top_k), attention_mask=attention_mask
     )
-    return _number(model, _COEFFICIENTS), loss
+    return _router_number(model, _ROUTER_COEFFICIENTS), loss
 
 
-def _function(model: nn.Module) -> Any:
+def _router_function(model: nn.Module) -> Any:
     """The function that the model's modelling file defines, or that of a class it extends."""
     for kind in type(model).__mro__:
         module = sys.modules.get(kind.__module__)
-        if hasattr(module, _FUNCTION):
-            return getattr(module, _FUNCTION)
+        if hasattr(module, _ROUTER_LOSS):
+            return getattr(module, _ROUTER_LOSS)
     return None
 
 
-def _number(model: nn.Module, names: tuple[str, ...]) -> float:
+def _router_number(model: nn.Module, names: tuple[str, ...]) -> float:
     for source in (model, text_config(model)):
         for name in names:
             value = getattr(source, name, None)

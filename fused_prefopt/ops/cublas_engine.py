@@ -145,12 +145,12 @@ class CublasEngine(TorchEngine):
         )
 
     def fold_both(
-        self, tile: Tile, reference: Tile, engine: TorchEngine, statistics: KlStatistics
+        self, tile: Tile, reference: Tile, other: TorchEngine, statistics: KlStatistics
     ) -> None:
-        assert isinstance(engine, CublasEngine)
+        assert isinstance(other, CublasEngine)
         fold_kl_rows(
             self._slab_logits(tile, self._tile(tile.shape)),
-            engine._slab_logits(reference, engine._tile(reference.shape)),
+            other._slab_logits(reference, other._tile(reference.shape)),
             tile.targets,
             statistics.policy,
             statistics.reference,
@@ -162,14 +162,14 @@ class CublasEngine(TorchEngine):
         self,
         tile: Tile,
         reference: Tile,
-        engine: TorchEngine,
+        other: TorchEngine,
         rows: KlGradients,
         out: Tensor,
         bias: bool,
     ) -> Tensor | None:
-        assert isinstance(engine, CublasEngine)
+        assert isinstance(other, CublasEngine)
         logits = self._slab_logits(tile, self._beside(out))
-        others = engine._slab_logits(reference, engine._tile(reference.shape))
+        others = other._slab_logits(reference, other._tile(reference.shape))
         return kl_gradient(logits, others, tile.targets, rows, out, first=tile.first, sums=bias)
 
     sequence_sums = staticmethod(sequence_sums)

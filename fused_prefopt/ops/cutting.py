@@ -55,7 +55,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class WeightKind:
-    """Kind of a head's weight, by which tiles cost.
+    """A head's weight, as far as the cost of its tiles depends on it.
 
     Attributes:
         dtype, device: of it.

@@ -126,7 +126,7 @@ def _warn_once(message: str) -> None:
 
 
 def missing_triton() -> str | None:
-    """Fault of Triton here, in words, or None."""
+    """Why Triton cannot be used here, or None."""
     try:
         # Not `import triton`: that takes a second, and most calls on a CPU never need it.
         found = importlib.metadata.version("triton")

@@ -78,7 +78,7 @@ class GradientSums:
     Args:
         head: the labelled rows.
         padded_vocab: rows of the weight with its padding, which gets zeros.
-        wanted: which gradients those are.
+        wanted: the gradients to form.
         unit: what the tiles' gradients are to be multiplied by, or None for 1.
         scattered: tiles come with any rows, and not every row in every slab.
 
@@ -212,7 +212,7 @@ def spread(
 
     Args:
         rows: (n, D + r) in the accumulator's dtype.
-        wanted: which gradients those are.
+        wanted: the gradients to form.
         factor: (n,) on each row, or None.
         shares: (n,) of each row, and (n,) of the weight's row of its target, which is added; or
             None for 1 and 0.

@@ -405,7 +405,7 @@ def backward(
         by_kls: (n,), or None for zeros.
         by_logps: (n,).
         padded: rows of the policy's weight with its padding.
-        wanted: which gradients those are.
+        wanted: the gradients to form.
     """
     if by_kls is None:
         nothing, ticket = head.policy.new(0), torch.zeros(1, dtype=torch.int64)

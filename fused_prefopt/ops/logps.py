@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_prefopt.checks import require_integer, require_shape
 from fused_prefopt.ops.autograd import head_logps
 from fused_prefopt.ops.cutting import WeightKind
 from fused_prefopt.ops.engines import role_engine
@@ -263,6 +264,8 @@ def shared_and_tail_logps(
         num_sequences=num_sequences,
         ignore_index=ignore_index,
     )
+    require_integer("labels", labels)
+    require_shape("labels", labels, hidden.shape[:-1])
     layout = layout_of(labels, where)
     sequences = layout.num_sequences
     if sequences % 2:

@@ -173,10 +173,10 @@ def backward(
     """Gradients of ``(by_logps * logps + by_entropies * entropies).sum()``.
 
     Args:
-        kept: what `forward` has returned.
+        kept: of `Folded.finished`.
         upstream: of the labelled rows.
         padded_vocab: rows of the weight with its padding.
-        wanted: which gradients those are.
+        wanted: the gradients to form.
     """
     if head.path == "stash":
         return _unstash(head, kept, upstream, wanted)

@@ -200,7 +200,7 @@ def make_plan(demand: Demand, engine: Callable[[str, int], str], room: Callable[
 
 
 def _size(demand: Demand, kept: int, room: Room) -> str:
-    """Need of all rows, in words; a compiler's sizes have no digits yet."""
+    """Space that all rows would take, in words; a compiler's sizes have no digits yet."""
     if torch.compiler.is_compiling():
         return "sizes are the compiled call's"
     wanted = demand.rows * room.row + room.fixed + room.least

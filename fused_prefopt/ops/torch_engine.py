@@ -241,19 +241,19 @@ class TorchEngine:
         return self._summed(self._finish(gradient, kept.targets, kept.first, rows), out, bias)
 
     def fold_both(
-        self, tile: Tile, reference: Tile, engine: TorchEngine, statistics: KlStatistics
+        self, tile: Tile, reference: Tile, other: TorchEngine, statistics: KlStatistics
     ) -> None:
         """Fold a policy's and a reference's logits into the running statistics of their rows.
 
         Args:
             tile: of the policy's head.
             reference: the same rows and vocabulary entries of the reference's.
-            engine: of the reference's head, of the same class.
+            other: of the reference's head, of the same class.
             statistics: of these rows, changed in place.
         """
         logits = self._logits(tile, self._tile(tile.shape))
-        others = engine._logits(reference, engine._tile(reference.shape))
-        differences = torch.sub(others, logits, out=engine._second_tile(tile.shape))
+        others = other._logits(reference, other._tile(reference.shape))
+        differences = torch.sub(others, logits, out=other._second_tile(tile.shape))
         if reference.bias is not None:
             # A bias of -inf: where the reference gives no probability, the policy may give none.
             differences.masked_fill_(others.isneginf(), 0.0)
@@ -266,7 +266,7 @@ class TorchEngine:
         self,
         tile: Tile,
         reference: Tile,
-        engine: TorchEngine,
+        other: TorchEngine,
         rows: KlGradients,
         out: Tensor,
         bias: bool,
@@ -288,7 +288,7 @@ class TorchEngine:
         logits.mul_(rows.scale.unsqueeze(1))
         # Half of TDPO2's rows.
         if not is_on_host(rows.reference_scale) or rows.reference_scale.any():
-            others = engine._logits(reference, engine._tile(reference.shape))
+            others = other._logits(reference, other._tile(reference.shape))
             exp_below(others, rows.reference_logsumexps)
             logits.addcmul_(others, rows.reference_scale.unsqueeze(1))
         if slope is not None:

@@ -15,7 +15,7 @@ from fused_prefopt.types import LMHead, LowRank
 _DIFFERENT = (
     "labels: they differ between the ranks that share the head's rows. Tensor-parallel ranks take"
     " the same batch; a weight that FSDP has sharded must be gathered first (see"
-    " `integrations.causal_lm.through_head`)"
+    " `models.causal_lm.head_running`)"
 )
 
 

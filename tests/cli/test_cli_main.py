@@ -111,7 +111,7 @@ print(main(["report", {str(tmp_path)!r}]), main(["train", {str(example)!r}]))
     assert (tmp_path / "report" / "table.json").is_file()
     pictures, training = done.stderr.splitlines()
     assert 'drawing needs matplotlib: pip install "fused-prefopt[plots]"' in pictures
-    missing = "training needs transformers, accelerate, omegaconf: pip install"
+    missing = "training needs transformers, accelerate, omegaconf, safetensors: pip install"
     assert f'{missing} "fused-prefopt[trainers]"' in training
 
 

@@ -56,7 +56,7 @@ class FusedOptions:
         loss: name of a loss; see `fused_prefopt.available_losses()`.
         loss_kwargs: its hyperparameters.
         beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
-        workspace_mb: budget of the op in MiB.
+        workspace_mb: budget of the op in MiB; None: the device's default (`sequence_logps`).
         engine: of the op; `auto`, `torch`, `cublas` or `triton`.
         log_tokens: also log what TRL logs of single tokens (`entropy`, `logits/chosen`,
             `logits/rejected`, of pairs `mean_token_accuracy`): one more evaluation of the head.
@@ -70,7 +70,9 @@ class FusedOptions:
         default=None, metadata={"help": "Hyperparameters of the loss."}
     )
     beta: float | None = field(default=None, metadata={"help": "β, if not in `loss_kwargs`."})
-    workspace_mb: float = field(default=256, metadata={"help": "Workspace of the op in MiB."})
+    workspace_mb: float | None = field(
+        default=None, metadata={"help": "Workspace of the op in MiB; by default the device's."}
+    )
     engine: str = field(default="auto", metadata={"help": "Engine of the op."})
     log_tokens: bool = field(
         default=False, metadata={"help": "Log entropy, mean logits and token accuracy."}

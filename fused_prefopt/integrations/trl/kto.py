@@ -106,7 +106,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator: Any = _PointFields(self.data_collator, "rewards" in self.needs)
+        self.data_collator: Any = _PointFields(self.data_collator, REWARDS in self.needs)
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         names = (*LAYOUT, REWARDS, GROUPS)

@@ -1,5 +1,7 @@
-"""Rows of TRL's data sets: their values checked, counted as its collators cut them, dropped if
-nothing can be learnt of them."""
+"""Rows of TRL's data sets: checked, counted as its collators cut them, dropped where they are dead.
+
+A row is dead where nothing can be learnt of it: no label is left, or its two sides are equal.
+"""
 
 from __future__ import annotations
 
