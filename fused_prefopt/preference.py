@@ -278,7 +278,7 @@ def _policy_beside_reference(
         kept = {key: value for key, value in options.items() if key not in ("path", "drop_mass")}
         out = sequence_kl(hidden, head, ref_hidden, ref_head, labels, **kept)
         fields = {"sequence_kl": out.kl, "reference": out.reference}
-        return out.policy, out.lengths, {key: fields[key] for key in _MEASURED & set(missing)}
+        return out.policy, out.lengths, {key: fields[key] for key in fields if key in missing}
     policy = sequence_logps(hidden, head, labels, **options)
     if "reference" not in missing:
         return policy.sums, policy.lengths, {}

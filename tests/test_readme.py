@@ -1,4 +1,4 @@
-"""The code blocks of the README and of the loss page run as they are printed."""
+"""Code blocks of the README and of the loss page run as printed; files that pages name exist."""
 
 from __future__ import annotations
 
@@ -72,6 +72,36 @@ def test_a_block_runs(code, tmp_path, monkeypatch):
         before = names["model"].lm_head.weight.detach().clone()
         trainer.train()
         assert not torch.equal(before, names["model"].lm_head.weight)
+
+
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+# Where a short form such as `losses/margins.py` or `trl/dpo.py` begins.
+BEGINNINGS = (ROOT, ROOT / "fused_prefopt", ROOT / "fused_prefopt" / "integrations")
+NAMED = re.compile(r"(?<![\w./-])(?:\.\./)?[\w.-]+(?:/[\w.-]+)+\.(?:py|md|yaml|txt)(?![\w/])")
+# Made by what the pages describe, or only an example.
+OUTPUTS = ("runs/", "out/", "path/")
+
+
+def files_named(page: Path) -> list[str]:
+    """Paths with a folder in a page's code blocks, backticks and links."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"```.*?```|`[^`]+`|\]\([^)]+\)", text, re.DOTALL)
+    paths = [path for each in named for path in NAMED.findall(each)]
+    return [path for path in paths if not path.startswith(OUTPUTS)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    beginnings = (page.parent, *BEGINNINGS)
+    missing = {
+        path for path in files_named(page) if not any((each / path).exists() for each in beginnings)
+    }
+    assert not missing
+
+
+def test_files_are_named():
+    assert sum(len(files_named(page)) for page in PAGES) >= 40
 
 
 def test_all_blocks_are_met():

@@ -50,7 +50,8 @@ from fused_prefopt.reference import Collator, Feature, add_reference_logps
 from fused_prefopt.types import LMHead, LossOutput
 
 # Fields that a reference gives.
-OF_REFERENCE = frozenset({REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL})
+_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL)
+OF_REFERENCE = frozenset(_REFERENCE_FIELDS)
 
 
 def preference_outputs(
@@ -186,9 +187,9 @@ class Attachment:
         self, batch: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor | None], Compared | None]:
         extras, needs = given_fields(batch), self.loss_fn.loss.needs
-        for name in OF_REFERENCE:
+        for name in _REFERENCE_FIELDS:
             _require_exact(name, extras[name])
-        missing = {name for name in needs & OF_REFERENCE if extras[name] is None}
+        missing = {name for name in _REFERENCE_FIELDS if name in needs and extras[name] is None}
         if not missing:
             return extras, None
         if self.reference is None:

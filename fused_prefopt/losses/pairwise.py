@@ -63,9 +63,10 @@ class PairwiseLoss:
     @property
     def needs(self) -> frozenset[str]:
         """Union of the parts' needs."""
-        return self.reward.needs.union(
-            self.margin.needs, *(term.needs for term in self.regularisers)
-        )
+        found = self.reward.needs | self.margin.needs
+        for term in self.regularisers:
+            found |= term.needs
+        return found
 
     @property
     def wants(self) -> frozenset[str]:

@@ -113,7 +113,10 @@ class Call:
 
     @property
     def hidden_size(self) -> int:
-        return self.tensors.hidden_size
+        """D + r, what the products are summed over."""
+        # Not `tensors.hidden_size`: torch 2.8's compiler reads no property of a named tuple.
+        low = self.tensors.low_weight
+        return self.tensors.weight.shape[1] + (0 if low is None else low.shape[1])
 
     @property
     def rows(self) -> int:

@@ -331,7 +331,7 @@ def _plan(call: Call) -> Plan:
         elif path in ("evaluate", "stash"):
             roles = ["fold" if path == "evaluate" else "weigh"]
         else:
-            roles = ["keep"] * (kept > 0) + ["fold", "rebuild"] * (kept < rows)
+            roles = (["keep"] if kept > 0 else []) + (["fold", "rebuild"] if kept < rows else [])
         return "+".join(sorted(set(map(engine_of, roles)))) or engine_of("fold")
 
     def room() -> Room:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -61,6 +63,12 @@ def test_the_files_of_the_grid_share_one_deadline(
         name: [row["status"] for row in content["rows"]] for name, content in load(tmp_path).items()
     }
     assert found == {"shares": ["ok", "ok"], "rows": [NO_TIME, NO_TIME]}
+
+
+def test_what_a_process_of_its_own_runs_can_be_sent_to_it(tmp_path: Path) -> None:
+    work = partial(cpu_runs._measure_laptop, "fp32", tmp_path, 1, 1.0)
+    found = pickle.loads(pickle.dumps(work))
+    assert (found.func, found.args) == (work.func, work.args)
 
 
 def test_every_stateful_loss_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,11 @@ def renamed(features, before, after):
             lambda: PairCollator(0)(renamed(pair_features(2), "chosen_ids", "choosen_ids")),
             r"'chosen_ids' \(did you mean 'choosen_ids'\?\); got",
         ),
+        # Nothing is close to it.
+        (
+            lambda: PairCollator(0)([{"prompt_ids": [1], "chosen_ids": [2], "x": [3]}]),
+            "missing column 'rejected_ids'; got 'prompt_ids', 'chosen_ids', 'x'$",
+        ),
         (
             lambda: PairCollator(0)(renamed(pair_features(2), "score_rejected", "score_rejectd")),
             r"'score_rejected' \(did you mean 'score_rejectd'",
@@ -188,12 +193,13 @@ def test_nan_of_the_backbone_leaves_the_gradients_of_other_sequences(path):
     hidden, weight, labels = random_batch(nan_row=2)
     good, _, _ = random_batch()
     weight.requires_grad_(path != "stash")
-    sums, wanted = (
-        fp.sequence_logps(each, weight, labels, path=path).sums for each in (hidden, good)
-    )
-    assert sums.isnan().tolist() == [False, False, True, False]
-    rest = torch.tensor([0, 1, 3])
-    (sums[rest].sum() + wanted[rest].sum()).backward()
+    rest, found = torch.tensor([0, 1, 3]), []
+    for each in (hidden, good):
+        # Each backward before the next forward, which would take the probabilities that are kept.
+        sums = fp.sequence_logps(each, weight, labels, path=path).sums
+        sums[rest].sum().backward()
+        found.append(sums.isnan().tolist())
+    assert found == [[False, False, True, False], [False] * 4]
     torch.testing.assert_close(hidden.grad[rest], good.grad[rest], rtol=1e-5, atol=1e-6)
 
 

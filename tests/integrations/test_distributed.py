@@ -1,14 +1,19 @@
 """Two processes against one with the whole batch: DDP, FSDP2, tensor parallelism, trainers.
 
-All of it in one pair of processes: most of the time is theirs to start.
+All of it in one pair of processes: most of the time is theirs to start. Each section has a process
+group of its own, so that what breaks in one leaves the others alone.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import os
+import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +48,6 @@ from fused_prefopt.models.model_call import exact_loss
 from fused_prefopt.reference import add_reference_logps
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
 PAIRS = 8
@@ -274,41 +278,71 @@ def logged(kind: str, folder: str) -> list[dict]:
     return trainer.state.log_history
 
 
+def all_steps(rank: int) -> dict:
+    wraps = ENGINES | ADAPTED
+    return {(engine, name): step(engine, name, wraps[engine], rank) for engine, name in CASES}
+
+
+def all_logs(folder: str) -> dict | None:
+    if importlib.util.find_spec("trl") is None:
+        return None
+    return {kind: logged(kind, folder) for each in OF_TRL for kind in (each, f"trl-{each}")}
+
+
+SECTIONS: dict[str, Callable[[int, str], Any]] = {
+    "steps": lambda rank, _: all_steps(rank),
+    "mixed": lambda rank, _: {layout: mixed(layout, rank) for layout in LAYOUTS},
+    "parallel": lambda _, folder: parallel(folder),
+    "decided": decided,
+    "logs": lambda _, folder: all_logs(folder),
+}
+
+
 def _work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     # Every training collects; what imports have made is left out.
     gc.freeze()
     where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo")
-    wraps = ENGINES | ADAPTED
-    found = {
-        "steps": {
-            (engine, name): step(engine, name, wraps[engine], rank) for engine, name in CASES
-        },
-        "mixed": {layout: mixed(layout, rank) for layout in LAYOUTS},
-        "parallel": parallel(folder),
-        "decided": decided(rank, folder),
-        "logs": {kind: logged(kind, folder) for each in OF_TRL for kind in (each, f"trl-{each}")},
-    }
-    torch.save(found, f"{folder}/{rank}.pt")
-    # A DDP model that outlives its process group may wait for the other rank for ever.
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    store, found, failed = dist.FileStore(f"{folder}/store", 2), {}, {}
+    group = {"timeout": timedelta(minutes=5), "rank": rank, "world_size": 2}
+    for name, section in SECTIONS.items():
+        dist.init_process_group("gloo", store=dist.PrefixStore(name, store), **group)
+        try:
+            found[name] = section(rank, folder)
+            # A DDP model that outlives its process group may wait for the other rank for ever.
+            gc.collect()
+            dist.barrier()
+        except Exception:
+            failed[name] = traceback.format_exc()
+        gc.collect()
+        dist.destroy_process_group()
+        # A rank whose other has failed comes when its collective has timed out.
+        store.set(f"{name} {rank}", "done")
+        store.wait([f"{name} 0", f"{name} 1"], 2 * group["timeout"])
+    torch.save({"found": found, "failed": failed}, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict]:
+def ranks(tmp_path_factory) -> Callable[[str], list[Any]]:
+    """What each rank has found in a section; of a section that failed, its tracebacks."""
     folder = tmp_path_factory.mktemp("ranks")
     peaked().save_pretrained(folder / "model")
-    return spawned(_work, folder)
+    every = spawned(_work, folder)
+
+    def of(section: str) -> list[Any]:
+        failed = [each["failed"][section] for each in every if section in each["failed"]]
+        if failed:
+            pytest.fail("\n".join(failed), pytrace=False)
+        return [each["found"][section] for each in every]
+
+    return of
 
 
 @pytest.mark.parametrize(("engine", "name"), CASES)
 def test_two_processes_equal_one(ranks, engine, name):
     wanted = step(engine, name, lambda model: model, None)
-    first, second = (rank["steps"][engine, name] for rank in ranks)
+    first, second = (rank[engine, name] for rank in ranks("steps"))
     assert first["metrics"] == second["metrics"]
     for key, value in wanted["metrics"].items():
         assert first["metrics"][key] == pytest.approx(value, rel=1e-9, abs=1e-9), key
@@ -324,7 +358,7 @@ def test_two_processes_equal_one(ranks, engine, name):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_under_fsdps_mixed_precision(ranks, layout):
-    first, second = (rank["mixed"][layout] for rank in ranks)
+    first, second = (rank[layout] for rank in ranks("mixed"))
     for name, values in reference_columns(lambda: in_half(layout)).items():
         for found in (first, second):
             assert found["columns"][name] == pytest.approx(values, rel=1e-6)
@@ -349,21 +383,23 @@ def test_under_fsdps_mixed_precision(ranks, layout):
 
 
 def test_a_tensor_parallel_model_has_the_gradients_of_one_process(ranks):
-    if ranks[0]["parallel"] is None:
+    found = ranks("parallel")
+    if found[0] is None:
         pytest.skip("this transformers has no DistributedConfig")
     wanted = parallel_step(peaked())
-    for rank in ranks:
-        assert rank["parallel"].keys() == wanted.keys()
+    for rank in found:
+        assert rank.keys() == wanted.keys()
         for name, value in wanted.items():
-            assert (rank["parallel"][name] - value).norm() <= 1e-5 * value.norm(), name
+            assert (rank[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
 def test_all_ranks_do_what_one_ranks_loss_asks_for(ranks):
     # Each rank looks at its own shard; the sum over the ranks tells the others.
-    assert [rank["decided"]["shard"] for rank in ranks] == [0, math.inf]
-    clean = ranks[0]["decided"]["runs"]["clean"]["state"]
-    for rank in ranks:
-        runs = rank["decided"]["runs"]
+    found = ranks("decided")
+    assert [rank["shard"] for rank in found] == [0, math.inf]
+    clean = found[0]["runs"]["clean"]["state"]
+    for rank in found:
+        runs = rank["runs"]
         assert runs["stop"]["raised"].startswith("step 3: got a loss of nan, needs")
         for option in ("stop", "skip", "clean"):
             assert_bit_equal(runs[option]["state"], clean)
@@ -376,7 +412,9 @@ def test_all_ranks_do_what_one_ranks_loss_asks_for(ranks):
 
 @pytest.mark.parametrize("kind", OF_TRL)
 def test_two_processes_log_what_trl_logs(ranks, kind):
-    theirs, ours = (ranks[0]["logs"][each] for each in (f"trl-{kind}", kind))
+    pytest.importorskip("trl")
+    logs = ranks("logs")[0]
+    theirs, ours = (logs[each] for each in (f"trl-{kind}", kind))
     assert len(theirs) == len(ours) == 3
     for one, other in zip(theirs, ours, strict=True):
         assert one.keys() <= other.keys()

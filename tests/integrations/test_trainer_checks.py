@@ -51,6 +51,7 @@ def test_a_missing_reference_is_named_and_changes_nothing(tmp_path):
             ValueError, match=f"^train_dataset: dpo needs `refe.* model; {REMEDIES}"
         ):
             build(kind, tmp_path, pair_features(8))
+        assert not list(tmp_path.glob("checkpoint-*"))
     # A divergence is not to be had from a cache.
     with pytest.raises(ValueError, match="^train_dataset: tdpo1 needs `reference`") as caught:
         build("transformers", tmp_path, pair_features(8), loss="tdpo1")

@@ -39,7 +39,7 @@ from fused_prefopt.losses import (
 )
 from fused_prefopt.losses import mirror_margins as true_margins
 from fused_prefopt.losses.adaptive_margin import IMPLICIT_REFERENCES, Gap
-from fused_prefopt.statistics import RunningMoments, margin_queue
+from fused_prefopt.statistics import RunningMoments, Statistic, margin_queue
 from fused_prefopt.types import LogpBatch
 
 DPO = PairwiseLoss(LogRatio(beta=0.1))
@@ -408,7 +408,7 @@ def test_strided_data():
 def gather(monkeypatch, before: int, after: int) -> None:
     """Let statistics see the margins of other ranks before and after this one's."""
     ends = torch.linspace(-2, 3, before).double(), torch.linspace(0, 9, after).double()
-    monkeypatch.setattr(loss_kernel, "gathers", lambda statistic: statistic.training)
+    monkeypatch.setattr(Statistic, "gathers", property(lambda statistic: statistic.training))
     monkeypatch.setattr(
         margin_queue,
         "gather_over_ranks",

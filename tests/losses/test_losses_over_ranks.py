@@ -99,6 +99,9 @@ def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[
                 by_pair["target_margins"] = result.target_margins
             if spans:
                 by_pair["gradient"] = gradient / (1 if rank is None else world)
+            else:
+                # A mean over the pairs, or the completions, that are there.
+                by_pair["gradient"] = gradient * pairs
             shaped = {
                 name: values.detach().reshape(-1, pairs) if pairs else values.detach()
                 for name, values in by_pair.items()

@@ -18,6 +18,7 @@ from fused_prefopt.losses import (
     MeanLogRatio,
     PairwiseLoss,
     Robust,
+    SoftMinimum,
     SumLogp,
     find,
     mirror_margins,
@@ -89,11 +90,27 @@ def test_losses_of_pairs_follow_their_formula(name, options, wanted):
     torch.testing.assert_close(result.loss.detach(), reduced, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0.7, 3.0])
+def test_dr_dpo_is_a_soft_minimum_of_its_temperature(temperature):
+    result = compute(find("dr-dpo").build(temperature=temperature), BATCH)
+    losses = result.losses.detach()
+    torch.testing.assert_close(losses, -logsigmoid(MARGINS), rtol=1e-9, atol=1e-12)
+    wanted = -temperature * (-losses / temperature).exp().mean().log()
+    torch.testing.assert_close(result.loss.detach(), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_soft_minimum_is_the_mean_of_hot_losses_and_the_least_of_cold_ones():
+    losses = vector(0.5, 1.0, 4.0)
+    assert SoftMinimum(temperature=1e7)(losses).item() == pytest.approx(5.5 / 3, rel=1e-6)
+    assert SoftMinimum(temperature=1e-3)(losses).item() == pytest.approx(0.5, abs=2e-3)
+
+
 def test_dro_counts_prompts_whatever_the_order_of_their_completions():
     groups = torch.tensor([4, -1, 4, -1, -1, 9, 4, -1, 9, 9])
     result = compute(find("dro").build(), dataclasses.replace(BATCH, groups=groups))
     means = [result.losses[groups == group].mean() for group in (4, -1, 9)]
     torch.testing.assert_close(result.loss, sum(means) / 3)
+    torch.testing.assert_close(result.rewards, 0.1 * RATIO.detach(), rtol=1e-12, atol=1e-12)
     alone = compute(find("dro").build(), dataclasses.replace(BATCH, groups=None))
     torch.testing.assert_close(alone.loss, result.losses.mean())
     prompts = BATCH.prompt - BATCH.prompt_reference

@@ -25,6 +25,93 @@ from fused_prefopt.types import LogpBatch
 FIELDS = tuple(field.name for field in dataclasses.fields(LogpBatch))
 REGISTERED = available_losses()
 
+ALPHA_DPO = {
+    "beta": 10.0,
+    "gamma": 4.0,
+    "alpha": 0.05,
+    "length_normalized": True,
+    "implicit_reference": "ratio",
+    "margin_scale": "beta",
+    "normalize": True,
+    "stop_gradient": True,
+    "statistics": "ema",
+    "momentum": 0.9,
+    "mean": None,
+    "std": None,
+}
+GAMMA_PO = {
+    "tau": 10.0,
+    "solver": "mirror",
+    "steps": 20,
+    "queue": True,
+    "queue_size": 2048,
+    "sample_size": 256,
+    "seed": 0,
+}
+CENTERED = {"centered": False, "label_smoothing": 0.0}
+BETA_DPO = {
+    "beta": 0.1,
+    "gamma": 0.0,
+    "alpha": 0.1,
+    "momentum": 0.9,
+    "level": "pair",
+    "statistics": "ema",
+}
+ROBUST = {"epsilon": 0.1, "gamma": 0.0, "unbiased": False}
+KTO = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+# Aliases, needs beyond `policy` and `lengths`, hyperparameters with their defaults.
+TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
+    "dpo": (("sigmoid",), ("reference",), {"beta": 0.1, "label_smoothing": 0.0}),
+    "simpo": ((), (), {"beta": 2.5, "gamma": 1.0, "label_smoothing": 0.0}),
+    "robust-dpo": (("rdpo",), ("reference",), {"beta": 0.1, **ROBUST}),
+    "robust-simpo": (("rsimpo",), (), {"beta": 2.5, **ROBUST}),
+    "ipo": ((), ("reference",), {"tau": 0.1, "length_normalized": False}),
+    "cpo": ((), (), {"beta": 0.1, "nll_weight": 1.0, "nll": "token_mean"}),
+    "orpo": ((), (), {"weight": 0.1}),
+    "length-dpo": (("r-dpo",), ("reference",), {"beta": 0.1, "alpha": 0.05}),
+    "slic-hf": ((), (), {"delta": 1.0, "nll_weight": 0.1}),
+    "odpo": ((), ("reference", "rewards"), {"beta": 0.1, "alpha": 1.0, "offset": "log"}),
+    "reward-distillation": (("rpo",), ("reference", "rewards"), {"beta": 0.1}),
+    "cal-dpo": ((), ("reference",), {"beta": 0.1}),
+    "tdpo1": ((), ("reference", "sequence_kl"), {"beta": 0.1}),
+    "tdpo2": ((), ("reference", "sequence_kl"), {"beta": 0.1, "alpha": 0.5}),
+    "kto": ((), ("desirable", "reference"), KTO),
+    "beta-dpo": ((), ("reference",), BETA_DPO),
+    "beta-simpo": ((), (), BETA_DPO),
+    "alpha-dpo": ((), ("reference",), ALPHA_DPO),
+    "gamma-dpo": ((), ("reference",), {"beta": 0.1, "gamma": 0.5, **GAMMA_PO, **CENTERED}),
+    "gamma-simpo": ((), (), {"beta": 10.0, "gamma": 4.0, **GAMMA_PO}),
+    "dro": (
+        (),
+        ("prompt", "prompt_reference", "reference", "rewards"),
+        {"beta": 0.1, "log_z0": 50.0},
+    ),
+    "dpo-positive": (("dpop",), ("reference",), {"beta": 0.3, "penalty": 50.0}),
+    "alpha-po": (("alphapo",), (), {"beta": 2.5, "gamma": 1.0, "alpha": 0.25}),
+}
+# What TRL calls its losses of pairs and points that the table names no other way.
+TRL = (
+    "hinge exo_pair nca_pair bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft"
+    " sigmoid_norm kto apo_zero_unpaired sigmoid ipo"
+)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_names_needs_and_defaults_are_the_tables(name):
+    # A loss that is registered later needs no line.
+    assert TABLE.keys() <= REGISTERED.keys()
+    aliases, needs, defaults = TABLE[name]
+    info = REGISTERED[name]
+    assert (info.aliases, info.needs, info.defaults) == (aliases, needs, defaults)
+    assert all(find(alias).name == name for alias in aliases)
+
+
+@pytest.mark.parametrize("name", TRL.split())
+def test_the_losses_of_trl_go_by_its_names(name):
+    spec = find(name)
+    assert name.replace("_", "-") in (spec.name, *spec.aliases)
+    assert spec.build() is not None
+
 
 def test_needs_follow_the_hyperparameters():
     build = find("alpha-dpo").build

@@ -215,7 +215,8 @@ def calls_of(
     head, hidden, labels = case.head, case.hidden, case.labels
     if rank:
         shapes = ((rank, head.weight.shape[1]), (head.weight.shape[0], rank))
-        a, b = (torch.randn(shape, dtype=hidden.dtype) for shape in shapes)
+        generator = torch.Generator().manual_seed(4)
+        a, b = (torch.randn(size, generator=generator, dtype=hidden.dtype) for size in shapes)
         a.requires_grad_()
         b.requires_grad_(path != "stash")
         head = replace(head, low_rank=(LowRank(a, b),))
@@ -278,7 +279,10 @@ def test_one_call_of_the_op_sums_the_gradients_of_both_its_outputs():
     leaves = [value for value in given if isinstance(value, Tensor) and value.requires_grad]
     logps, sums, *_ = op(*given)
     assert torch.equal(sums, torch.stack([logps[ids == s].sum() for s in range(3)]))
-    of_logps, of_sums = torch.randn_like(logps), torch.randn_like(sums)
+    generator = torch.Generator().manual_seed(5)
+    of_logps, of_sums = (
+        torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in (logps, sums)
+    )
     both = torch.autograd.grad((logps, sums), leaves, (of_logps, of_sums), retain_graph=True)
     one = torch.autograd.grad(logps, leaves, of_logps + of_sums[ids])
     for found, wanted in zip(both, one, strict=True):

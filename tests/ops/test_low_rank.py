@@ -181,7 +181,7 @@ def test_shapes_that_do_not_fit_are_named():
 def test_kernels_equal_the_torch_engine(engine, path):
     case = leaves_of(make_case(3, 13, 24, 101, **TRANSFORMS["all"]), needs_of(path))
     trained = path in ("local", "recompute")
-    a, b = (torch.randn(size).requires_grad_(trained) for size in ((5, 24), (101, 5)))
+    a, b = (term.detach().requires_grad_(trained) for term in low_rank_of(case, 5))
     head = LMHead(case.weight, case.bias, **case.options, low_rank=(LowRank(a, b, 0.2),))
     results = []
     for name in (engine, "torch"):
