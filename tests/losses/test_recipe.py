@@ -23,6 +23,14 @@ PAGE = "docs/losses.md"
 TWINS = {"my-loss": "ipo", "my-margin-loss": "odpo"}
 # Beside the cases of both by name: the page, and the new part with all others.
 SELECTED = f"{' or '.join((*TWINS, *TWINS.values()))} or up_to_date or (whole_space and LogRatio)"
+# What the registered losses are called, need and default to, a second time: no row for a new one.
+WRITTEN_DOWN = {
+    f"tests/losses/test_registry.py::{test}"
+    for test in (
+        "test_names_needs_and_defaults_are_the_tables",
+        "test_the_losses_of_trl_go_by_its_names",
+    )
+}
 WHERE = r"(?:at\s+the\s+end\s+of|to\s+the\s+end\s+of)\s+`([^`]+)`"
 LOSSES = """
 from fused_prefopt.cli.main import main
@@ -157,6 +165,6 @@ def test_every_test_of_the_registry_takes_the_new_losses(followed):
         options = ("-q", "-rp", "-p", "no:cacheprovider", "-k", SELECTED, "-m", marker)
         output = python(followed, "-m", "pytest", *options, *files, **environment)
         for new, known in TWINS.items():
-            assert met(output, new) == met(output, known), new
+            assert met(output, new) == met(output, known) - WRITTEN_DOWN, new
             assert len(met(output, new)) >= (1 if environment else 15), new
     assert contents(followed) == before

@@ -169,6 +169,8 @@ def loss_of(name):
     + [("alpha-dpo", "eager"), pytest.param("alpha-dpo", "inductor", marks=pytest.mark.slow)],
 )
 def test_losses_for_shape_after_shape(name, backend):
+    if name == "gamma-simpo" and torch.__version__ < "2.9":
+        pytest.skip("this torch compiles what follows the queue anew at each step")
     # Two of them: each has statistics of its own, which must go the same way.
     assert_compiled_is_eager(backend, loss_of(name), loss_of(name))
 
