@@ -43,12 +43,7 @@ PARTS = {
     INTERPRETED: ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py"),
     "losses": ("test_pairwise.py", "test_golden.py"),
     "transformers' trainers": ("test_attach.py", "test_metrics.py", "test_transformers.py"),
-    "TRL's trainers": (
-        "test_trl_common.py",
-        "test_trl_dpo.py",
-        "test_trl_kto.py",
-        "test_trl_rows.py",
-    ),
+    "TRL's trainers": ("test_trl_dpo.py",),
 }
 PACKAGES = (
     "torch",

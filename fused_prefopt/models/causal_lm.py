@@ -154,7 +154,7 @@ def head_running(
         yield modules[0]
     finally:
         for module, own in zip(modules, before, strict=True):
-            del module.forward
+            module.__dict__.pop("forward", None)
             if own is not None:
                 module.forward = own
 

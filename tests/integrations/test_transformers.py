@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_models import pair_features, point_features, tiny_llama
 from trainers import arguments, build, history, lora, pairs_with_reference
 from transformers import Trainer, TrainingArguments
@@ -60,9 +61,12 @@ def test_a_cache_gives_the_data_sets_the_columns_of_the_reference(tmp_path, sour
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_the_precision_of_cached_references_is_the_trainings(tmp_path):
+def test_the_precision_of_cached_references_is_the_trainings(tmp_path, monkeypatch):
     features = pair_features(8)
     for half in (True, False):
+        # Older releases keep the first one's precision for all others, in both of these.
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        AcceleratorState._reset_state(reset_partial_state=True)
         options = PLAIN | {"bf16": half, "per_device_eval_batch_size": 8}
         runs = [
             build(
