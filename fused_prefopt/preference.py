@@ -102,6 +102,11 @@ class PreferenceLoss(nn.Module):
         LogpOptions(**self.op_options)  # A bad one is told here, not at the first batch.
 
     @property
+    def evaluation_options(self) -> dict[str, Any]:
+        """Options of the op where nothing needs a gradient: neither a path nor mass to drop."""
+        return {name: self.op_options[name] for name in ("workspace_mb", "engine")}
+
+    @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks whose batches are one; None means all of them."""
         return self._process_group

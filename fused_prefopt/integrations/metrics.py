@@ -137,7 +137,7 @@ def token_metrics(
         `logits/rejected` (means over the vocabulary), and for pairs `mean_token_accuracy`, the
         share of the chosen completions' tokens that are the most likely ones.
     """
-    options = {name: loss_fn.op_options[name] for name in ("workspace_mb", "engine")}
+    options = loss_fn.evaluation_options
     tokens = token_statistics(hidden, head, rows.labels, **rows.layout, **options)
     counted = _counted(rows)
     chosen = _of_tokens(rows, desirable)

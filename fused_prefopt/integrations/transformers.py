@@ -109,7 +109,7 @@ def attach(
     if loss_fn.ld_alpha is not None and SEQUENCE_KL in needs:
         raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with {loss_fn.name}, needs None")
     if reference != "precomputed" and needs:
-        options = {name: loss_fn.op_options[name] for name in ("workspace_mb", "engine")}
+        options = loss_fn.evaluation_options
         source = Reference(policy, reference, ld_alpha=loss_fn.ld_alpha, **options)
     if reference_cache is not None:
         if trainer is None:

@@ -161,8 +161,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         require_choice("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
-        self._op_options = {name: getattr(config, name) for name in ("workspace_mb", "engine")}
-        self._op_options["ld_alpha"] = loss_fn.ld_alpha
+        self._op_options = loss_fn.evaluation_options | {"ld_alpha": loss_fn.ld_alpha}
         self._new_tokens = 0
         if not self.needs_reference and getattr(config, "sync_ref_model", False):
             raise ValueError(
