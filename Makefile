@@ -5,13 +5,14 @@
 # make bench   the CPU benchmark suite, with peers (7 minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
 # make compat  the core of the tests on the oldest versions and on those of a GPU image (19 GB)
+# make frameworks  trains a tiny model with Axolotl, LLaMA-Factory and ms-swift, and our loss
 # make report  tables and pictures from the committed results
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench compat report clean
+.PHONY: train rlhf claims test lint kernels bench compat frameworks report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -42,6 +43,10 @@ bench: $(VENV)/installed
 # `make compat ARGS=gpu` runs one of its environments, which are below .compat
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
+
+# Axolotl, LLaMA-Factory and ms-swift, each in an environment of its own (below .compat)
+frameworks:
+	$(PYTHON) tests/compat.py axolotl llamafactory ms-swift
 
 report: $(VENV)/installed
 	$(RUN) -m benchmarks report

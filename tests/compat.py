@@ -25,6 +25,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = PAGE.with_suffix(".json")
 
 INTERPRETED = "kernels, interpreted"
+TRL = "TRL's trainers"
 # Part → its files.
 PARTS = {
     "op": (
@@ -43,8 +44,13 @@ PARTS = {
     INTERPRETED: ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py"),
     "losses": ("test_pairwise.py", "test_golden.py"),
     "transformers' trainers": ("test_attach.py", "test_metrics.py", "test_transformers.py"),
-    "TRL's trainers": ("test_trl_dpo.py",),
+    TRL: ("test_trl_dpo.py",),
+    "Axolotl": ("frameworks/test_axolotl.py",),
+    "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
+    "ms-swift": ("frameworks/test_ms_swift.py",),
 }
+# What needs no framework but transformers.
+CORE = ("op", INTERPRETED, "losses", "transformers' trainers")
 PACKAGES = (
     "torch",
     "triton",
@@ -55,6 +61,9 @@ PACKAGES = (
     "peft",
     "datasets",
     "trl",
+    "axolotl",
+    "llamafactory",
+    "ms-swift",
 )
 HEAD = f"""# Compatibility
 
@@ -101,6 +110,11 @@ class Environment:
         return TESTS / "versions" / f"{self.name}.txt"
 
     @property
+    def alone(self) -> Path:
+        """What is installed after them without what it asks for, where there is such a file."""
+        return TESTS / "versions" / f"{self.name}.alone.txt"
+
+    @property
     def about(self) -> str:
         """The first line of its requirements."""
         return self.requirements.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
@@ -116,13 +130,16 @@ class Environment:
     def make(self) -> None:
         """Install the packages, unless what is there was made of these requirements."""
         made_of = self.folder / self.requirements.name
-        wanted = self.requirements.read_text(encoding="utf-8")
+        files = [path for path in (self.requirements, self.alone) if path.is_file()]
+        wanted = "".join(path.read_text(encoding="utf-8") for path in files)
         if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
             return
         python = python_of(self.python)
         subprocess.run([python, "-m", "venv", "--clear", self.folder], check=True)
         pip = [self.interpreter, "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, "--requirement", self.requirements], check=True)
+        if self.alone.is_file():
+            subprocess.run([*pip, "--no-deps", "--requirement", self.alone], check=True)
         made_of.write_text(wanted, encoding="utf-8")
 
     def versions(self) -> dict[str, str]:
@@ -160,10 +177,13 @@ class Environment:
 
 
 ENVIRONMENTS = (
-    Environment("gpu", "3.12", tuple(PARTS)),
-    Environment("oldest", "3.10", tuple(PARTS)[:-1]),
+    Environment("gpu", "3.12", (*CORE, TRL)),
+    Environment("oldest", "3.10", CORE),
     # TRL before 1.16 launches its own kernels on a CPU, too.
-    Environment("oldest-trl", "3.11", tuple(PARTS)[-1:], interpreted=True),
+    Environment("oldest-trl", "3.11", (TRL,), interpreted=True),
+    Environment("axolotl", "3.11", ("Axolotl",)),
+    Environment("llamafactory", "3.11", ("LLaMA-Factory",)),
+    Environment("ms-swift", "3.11", ("ms-swift",)),
 )
 
 

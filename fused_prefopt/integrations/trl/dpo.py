@@ -20,7 +20,8 @@ from fused_prefopt.data.columns import (
     has_values,
     stacked,
 )
-from fused_prefopt.integrations.trl.common import FusedOptions, FusesLoss
+from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 

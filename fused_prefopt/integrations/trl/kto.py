@@ -50,7 +50,8 @@ from fused_prefopt.data.columns import (
     stacked,
 )
 from fused_prefopt.distributed import sum_over_ranks
-from fused_prefopt.integrations.trl.common import LAYOUT, FusedOptions, FusesLoss
+from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.trl.common import LAYOUT, FusesLoss
 from fused_prefopt.integrations.trl.rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
