@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -61,11 +63,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     router_aux_loss_coef: float
     aux_loss_enabled: bool
     precompute_ref_logps: bool
-    _precompute_model_hash: Any
     _is_vision_dataset: bool
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    _tp_size: int
+    # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
+    _tp_size: int = 1
     _name: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -182,15 +184,17 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.needs_reference:
             return dataset
-        # TRL keeps them by this and the data alone, its own with them.
-        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
-        key = (self._precompute_model_hash, *own)
-        with _given(self, _precompute_model_hash=key):
+        with nullcontext() if isinstance(dataset, IterableDataset) else self._kept_apart(dataset):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
+
+    def _kept_apart(self, dataset: Any) -> AbstractContextManager[None]:
+        """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
+        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        return _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
