@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fused_prefopt.checks import require_packages
+from fused_prefopt.checks import require_packages, require_version
 
+require_version("trl")
 try:
     from fused_prefopt.integrations.trl.dpo import FusedDPOConfig, FusedDPOTrainer
     from fused_prefopt.integrations.trl.kto import FusedKTOConfig, FusedKTOTrainer
