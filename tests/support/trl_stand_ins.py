@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Lfm2ForCausalLM": ("Lfm2Config", {"full_attn_idxs": [1], "block_multiple_of": 8}),
     "Lfm2ForCausalLM-2.5": ("Lfm2Config", {"full_attn_idxs": [1], "block_multiple_of": 8}),
 }
-CUSTOM = '''
+CUSTOM = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -80,7 +80,7 @@ class RemoteConfig(LlamaConfig):
 
 class RemoteForCausalLM(LlamaForCausalLM):
     config_class = RemoteConfig
-'''
+"""
 WORDS = "cat dog mat hat sat ran lay sun moon sky blue red old new big small".split()
 ROLES = ("user", "assistant")
 # Rows to train on and to test on.
@@ -266,13 +266,18 @@ def _with_tools(rows: list[dict[str, Any]]) -> Dataset:
     for row in chats:
         for side in ("chosen", "rejected"):
             call = {"name": "look", "arguments": {"at": row[side][0]["content"]}}
-            row[side][0] |= {"content": None, "tool_calls": [{"type": "function", "function": call}]}
+            row[side][0] |= {
+                "content": None,
+                "tool_calls": [{"type": "function", "function": call}],
+            }
         row["tools"] = json.dumps([tool])
     return Dataset.from_list(chats)
 
 
 def _image(index: int) -> Any:
+    """21 tokens of Qwen's: behind a prompt of 34 a side of 4 does not fit into 37."""
     from PIL.Image import frombytes
 
-    values = bytes((37 * index + 11 * place) % 256 for place in range(3 * 16 * 16))
-    return frombytes("RGB", (16, 16), values)
+    width, height = 56, 24
+    values = bytes((37 * index + 11 * place) % 256 for place in range(3 * width * height))
+    return frombytes("RGB", (width, height), values)
