@@ -1,4 +1,4 @@
-"""A plugin of pytest for TRL's tests: helpers that their version had, processors, no GPU kernels."""
+"""A plugin of pytest for TRL's tests: helpers that they miss, processors, no GPU kernels."""
 
 from __future__ import annotations
 
