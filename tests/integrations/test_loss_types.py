@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from trainers import assert_same_logs, beside, build, config, first_batch, history
+from trainers import assert_same_logs, beside, build, config, first_batch, history, trl_classes
 
 from fused_prefopt import PreferenceLoss
-from fused_prefopt.integrations.loss_types import LossOptions, named_here, terms_here
+from fused_prefopt.integrations.loss_types import LossOptions, loss_from_trl, terms_from_trl
 
 pytest.importorskip("trl")
 
@@ -156,10 +156,26 @@ def test_what_would_be_ignored_or_is_not_there_is_refused(tmp_path, kind, option
 
 
 def test_names_are_translated_without_trl():
-    assert named_here("Exo-Pair", LossOptions(label_smoothing=0.1)) == (
+    assert loss_from_trl("Exo-Pair", LossOptions(label_smoothing=0.1)) == (
         "exo-pair",
         {"beta": 0.1, "label_smoothing": 0.1},
     )
-    assert PreferenceLoss(terms_here("robust")).hyperparameters["unbiased"] is True
+    assert PreferenceLoss(terms_from_trl("robust")).hyperparameters["unbiased"] is True
     with pytest.raises(ValueError, match="loss_weights: got 1 for the 2 of loss_type"):
-        terms_here(["ipo", "sft"], [1.0])
+        terms_from_trl(["ipo", "sft"], [1.0])
+
+
+def test_a_sum_is_read_from_yaml_and_the_command_line(tmp_path):
+    from trl import TrlParser
+
+    path = tmp_path / "config.yaml"
+    terms = "loss:\n- dpo\n- {name: sft, weight: 0.2, hyperparameters: {nll: sequence_mean}}\n"
+    path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nbeta: 0.3\n{terms}")
+    parser = TrlParser((trl_classes("dpo")[1],))
+    (read,) = parser.parse_args_and_config(["--config", str(path)])
+    found = read.build_loss()
+    assert (found.name, found.hyperparameters["sft"]) == ("dpo + 0.2 sft", {"nll": "sequence_mean"})
+    assert found.hyperparameters["dpo"]["beta"] == 0.3
+    (read,) = parser.parse_args_and_config(["--config", str(path), "--loss", "ipo + 0.5 sft"])
+    with pytest.raises(TypeError, match=r"ipo \+ 0.5 sft has no hyperparameter 'beta'"):
+        read.build_loss()
