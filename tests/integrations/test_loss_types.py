@@ -111,6 +111,15 @@ def test_kto_takes_trls_loss_type(tmp_path, options):
     assert history(theirs, "loss") == pytest.approx(history(ours, "loss"), rel=1e-5)
 
 
+def test_a_sum_on_single_completions_trains(tmp_path):
+    run = build("kto", tmp_path, loss="kto + 0.5 apo-zero-unpaired", max_steps=2)
+    run.train()
+    kto, apo = (history(run, f"loss/{name}") for name in ("kto", "apo-zero-unpaired"))
+    summed = [one + 0.5 * other for one, other in zip(kto, apo, strict=True)]
+    assert history(run, "loss") == pytest.approx(summed, rel=1e-5)
+    assert len(history(run, "kl")) == 2
+
+
 def test_an_unchanged_configuration_is_that_of_the_loss(tmp_path):
     plain = config("dpo", tmp_path, loss_kwargs={"label_smoothing": 0.1}).build_loss()
     assert (plain.name, plain.hyperparameters["label_smoothing"]) == ("dpo", 0.1)
