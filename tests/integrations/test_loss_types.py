@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from trainers import assert_same_logs, beside, build, config, first_batch, history, trl_classes
 
 from fused_prefopt import PreferenceLoss
 from fused_prefopt.integrations.loss_types import LossOptions, loss_from_trl, terms_from_trl
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 
 PAIRED = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired"
 PAIRED = (f"{PAIRED} apo_zero apo_down discopop sft sigmoid_norm").split()
@@ -72,6 +73,10 @@ def loss_and_gradients(run: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_a_configuration_of_trls_has_trls_loss_and_gradients(runs, number):
+    case, per_token = CASES[number], {"ipo", "sigmoid_norm"}
+    old = Version(trl.__version__) < Version("1.10")
+    if old and "f_divergence_type" in case and per_token & set(case["loss_type"]):
+        pytest.skip("this TRL leaves out a divergence's constant, which per token is none")
     theirs, ours, configurations = runs
     given, our_config = configurations[number]
     theirs.loss_types = given.loss_type
