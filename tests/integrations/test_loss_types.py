@@ -10,7 +10,7 @@ from packaging.version import Version
 from trainers import assert_same_logs, beside, build, config, first_batch, history, trl_classes
 
 from fused_prefopt import PreferenceLoss
-from fused_prefopt.integrations.loss_types import LossOptions, loss_from_trl, terms_from_trl
+from fused_prefopt.integrations.loss_types import LossOptions, named_here, terms_here
 
 trl = pytest.importorskip("trl")
 
@@ -170,13 +170,13 @@ def test_what_would_be_ignored_or_is_not_there_is_refused(tmp_path, kind, option
 
 
 def test_names_are_translated_without_trl():
-    assert loss_from_trl("Exo-Pair", LossOptions(label_smoothing=0.1)) == (
+    assert named_here("Exo-Pair", LossOptions(label_smoothing=0.1)) == (
         "exo-pair",
         {"beta": 0.1, "label_smoothing": 0.1},
     )
-    assert PreferenceLoss(terms_from_trl("robust")).hyperparameters["unbiased"] is True
+    assert PreferenceLoss(terms_here("robust")).hyperparameters["unbiased"] is True
     with pytest.raises(ValueError, match="loss_weights: got 1 for the 2 of loss_type"):
-        terms_from_trl(["ipo", "sft"], [1.0])
+        terms_here(["ipo", "sft"], [1.0])
 
 
 def test_a_sum_is_read_from_yaml_and_the_command_line(tmp_path):
