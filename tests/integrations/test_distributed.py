@@ -1,7 +1,7 @@
 """Two processes against one with the whole batch: DDP, FSDP2, tensor parallelism, trainers.
 
-All of it in one pair of processes: most of the time is theirs to start. Each section has a process
-group of its own, so that what breaks in one leaves the others alone.
+All of it in one pair of processes, and so in one file: most of the time is theirs to start. Each
+section has a process group of its own, so that what breaks in one leaves the others alone.
 """
 
 from __future__ import annotations
