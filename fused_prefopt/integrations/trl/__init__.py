@@ -1,4 +1,4 @@
-"""TRL: its trainers on pairs and on single completions, with any loss of this package."""
+"""TRL, from 1.9: its trainers on pairs and on single completions, with any loss of this package."""
 
 from __future__ import annotations
 
