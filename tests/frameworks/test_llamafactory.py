@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -190,6 +191,23 @@ def test_llamafactorys_own_hinge_is_its_sigmoid(tmp_path, inputs):
     torch.testing.assert_close(hinge.weights, own(tmp_path / "sigmoid", inputs).weights)
 
 
+@pytest.mark.parametrize(
+    ("stage", "loss", "first"),
+    [
+        ("dpo", "tdpo1", math.log(2)),
+        ("dpo", "dpo + 0.2 bco-pair", 1.4 * math.log(2)),
+        ("kto", "apo-zero-unpaired", 0.5),
+        ("kto", "kto + 0.5 apo-zero-unpaired", 0.75),
+    ],
+)
+def test_a_new_adapter_is_its_own_reference(stage, loss, first, tmp_path, inputs):
+    options = {"stage": stage, "pref_loss": loss, "finetuning_type": "lora", "lora_target": "all"}
+    run = ours(tmp_path, inputs, **options, gradient_accumulation_steps=1)
+    losses = run.logged("loss")
+    assert losses[0] == pytest.approx(first, abs=1e-5)
+    assert abs(losses[1] - first) > 1e-4
+
+
 def test_a_loss_of_this_package_trains_evaluates_and_resumes_with_its_statistics(tmp_path, inputs):
     options = {
         "pref_loss": "gamma-dpo",
@@ -321,8 +339,16 @@ def test_afterwards_llamafactory_is_its_own_again(tmp_path, inputs):
     assert set(names) == {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"}
 
 
-def test_several_processes_are_started_with_the_same_trainers(tmp_path, inputs):
-    options = {"pref_loss": "alpha-dpo", "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pref_loss": "alpha-dpo"},
+        {"stage": "kto", "finetuning_type": "lora", "lora_target": "all", "pref_beta": 0.5},
+    ],
+    ids=["alpha-dpo", "kto, lora"],
+)
+def test_several_processes_are_started_with_the_same_trainers(options, tmp_path, inputs):
+    options = options | {"gradient_accumulation_steps": 1}
     alone = ours(tmp_path / "one", inputs, **options, per_device_train_batch_size=4)
     folder = tmp_path / "two"
     folder.mkdir()
