@@ -1,6 +1,8 @@
 """The losses of TRL by its names, with its options: as losses of this package.
 
-Nothing here imports TRL: its names are also those of frameworks that are built on it.
+They are those of TRL 1.10 to 1.16; 1.9 leaves constants out of the divergences, which makes a
+difference to "ipo" and "sigmoid_norm" under one. Nothing here imports TRL: its names are also those
+of frameworks that are built on it.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class LossOptions:
         require_choice("f_divergence_type", self.f_divergence_type, _DIVERGENCES)
 
 
-def named_here(
+def loss_from_trl(
     loss_type: str, options: LossOptions | None = None
 ) -> tuple[str, dict[str, float | str | bool]]:
     """Name and hyperparameters, for `PreferenceLoss`, of a loss of TRL's.
@@ -130,7 +132,7 @@ def _of_divergence(key: str, options: LossOptions) -> dict[str, float | str | bo
     return found
 
 
-def terms_here(
+def terms_from_trl(
     loss_type: str | Sequence[str],
     loss_weights: Sequence[float] | None = None,
     given: Mapping[str, Any] | None = None,
@@ -155,7 +157,7 @@ def terms_here(
         )
     given = dict(given or {})
     options = LossOptions(**given)
-    named = [named_here(kind, options) for kind in kinds]
+    named = [loss_from_trl(kind, options) for kind in kinds]
     _require_read(kinds, given)
     return [
         {"name": name, "weight": weight, "hyperparameters": hyperparameters}
