@@ -53,6 +53,8 @@ SEQUENCE_IDS, NUM_SEQUENCES = "sequence_ids", "num_sequences"
 # The same where a pair shares its prompt in one row.
 SEGMENTS, PREDICTORS = "segments", "predictors"
 TARGETS, TARGET_SEQUENCES = "targets", "target_sequences"
+# Examples of which a collator made the batch, by number, where it left others out.
+KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
 

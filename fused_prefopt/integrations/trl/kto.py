@@ -52,7 +52,9 @@ from fused_prefopt.data.columns import (
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import LAYOUT, FusesLoss
+from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.rows import require_values
+from fused_prefopt.models.model_call import IMAGES
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 
@@ -88,6 +90,9 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     a loss without it skips those two passes and takes any order of the rows and any batch size.
     The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
 
+    Rows may have images where TRL's may: with a label, and with references computed ahead only
+    for a loss without `kl` and the prompts' reference.
+
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
     over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
     logits. Still TRL's: the data set's last row, where it is alone in its batch, is its own
@@ -99,19 +104,23 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     Raises:
         ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
-            set lacks what the loss needs, has images, a score or log-prob that is not finite, or a
+            set lacks what the loss needs, has a score or log-prob that is not finite, or a
             label that is no bool, 0 or 1; there is a `compute_metrics`.
     """
 
     config_type = FusedKTOConfig
+    columns = _VALUES
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.data_collator: Any = _PointFields(self.data_collator, REWARDS in self.needs)
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        names = (*LAYOUT, REWARDS, GROUPS)
-        batch = {name: inputs[name] for name in names if name in inputs}
+        batch = {
+            name: value
+            for name, value in inputs.items()
+            if not name.startswith(MISMATCHED) and name not in _VALUES
+        }
         batch[DESIRABLE] = inputs[LABEL].bool()
         if LABEL_REWARDS in inputs:
             batch |= {REWARDS: inputs[LABEL_REWARDS], MADE_UP_REWARDS: True}
@@ -138,7 +147,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         """`reference`, `prompt_reference` and the reference's part of `kl`, where they are used."""
         if not self.needs_reference:
             return {}
-        source = model if self.ref_model is None else self.ref_model
+        source = self._reference_of(model)
         if PROMPT_REFERENCE in self.needs:
             if REF_PROMPT_LOGPS in inputs:
                 own, prompt = inputs[REF_LOGPS], inputs[REF_PROMPT_LOGPS]
@@ -165,13 +174,15 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         return super()._given_to_trl(config, loss_fn) | weights | {"loss_type": kind}
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        if LABEL not in row:
+            raise ValueError(f"got {', '.join(row)}, needs a column 'label'")
         given = {REFERENCE, DESIRABLE, REWARDS, PROMPT, PROMPT_REFERENCE}
         return given | ({GROUPS} if GROUP in row else set())
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        require_values(dataset_name, dataset, _VALUES)
+        require_values(dataset_name, dataset, self.columns)
         row = next(iter(dataset))
         if all(name in row for name in (*PAIR, *SCORES)):
             if PROMPT not in row:
@@ -190,6 +201,15 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self._is_vision_dataset and self.needs_reference:
+            # TRL's neighbours of images are those of a batch of its collator, no part of the data.
+            refused = {KL: self.calculate_KL, PROMPT_REFERENCE: PROMPT_REFERENCE in self.needs}
+            for field, wanted in refused.items():
+                if wanted:
+                    raise ValueError(
+                        f"precompute_ref_log_probs: got True with images and a loss that wants"
+                        f" `{field}`, which is not computed ahead of images; needs False"
+                    )
         if PROMPT_REFERENCE not in self.needs:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         if not isinstance(dataset, Dataset):
@@ -231,7 +251,9 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
 
 def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    """The batch of mismatched completions, behind the prompts and the images of the others."""
+    batch = {name: inputs[name] for name in IMAGES if name in inputs}
+    return batch | {
         name: inputs[f"{MISMATCHED}{name}"] for name in LAYOUT if f"{MISMATCHED}{name}" in inputs
     }
 
@@ -269,6 +291,7 @@ class _PointFields:
         for index, example in enumerate(examples):
             judgement(LABEL, example[LABEL], feature_at(index))
         batch = self.collator(examples)
+        examples = kept_examples(batch, examples)
         first = examples[0]
         column = next((name for name in RATINGS if name in first), None)
         if column is None:
