@@ -119,9 +119,9 @@ def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any)
         outputs.last_hidden_state = outputs.last_hidden_state[:, others:]
     elif others:
         raise ValueError(
-            f"model: got {ids.shape[1] + others} hidden states of a {type(unwrapped(model)).__name__}"
-            f" for {ids.shape[1]} tokens, needs one for each: its images must stand in input_ids, a"
-            " token for each of their hidden states"
+            f"model: got {ids.shape[1] + others} hidden states of a"
+            f" {type(unwrapped(model)).__name__} for {ids.shape[1]} tokens, needs one for each: its"
+            " images must stand in input_ids, a token for each of their hidden states"
         )
     return outputs
 
@@ -130,13 +130,14 @@ def _require_all_given(
     model: nn.Module, inputs: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> None:
     """Raise ValueError if a model's own forward would take more of a batch than its backbone."""
-    taken = _arguments_of(type(unwrapped(model))) - _NO_DATA
+    kind: Any = type(unwrapped(model))
+    taken = _arguments_of(kind) - _NO_DATA
     left = [name for name in batch if name in taken and name not in inputs]
     left = [name for name in left if isinstance(batch[name], Tensor)]
     if left:
         raise ValueError(
-            f"{left[0]}: got {', '.join(left)} for a {type(unwrapped(model)).__name__}, needs what"
-            f" its backbone is given: {', '.join(INPUTS)}"
+            f"{left[0]}: got {', '.join(left)} for a {kind.__name__}, needs what its backbone is"
+            f" given: {', '.join(INPUTS)}"
         )
 
 

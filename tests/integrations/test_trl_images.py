@@ -6,15 +6,9 @@ import logging
 
 import pytest
 import torch
-
-pytest.importorskip("trl")
-pytest.importorskip("PIL.Image")
-peft = pytest.importorskip("peft")
-
-from datasets import load_from_disk  # noqa: E402
-from data_tokenizer import CHAT_TEMPLATE, chat  # noqa: E402
-from model_families import assert_gradients, gradients, own_loss, own_sums  # noqa: E402
-from tiny_images import (  # noqa: E402
+from data_tokenizer import CHAT_TEMPLATE, chat
+from model_families import assert_gradients, gradients, own_loss, own_sums
+from tiny_images import (
     FAMILIES,
     PLACES,
     image,
@@ -24,8 +18,11 @@ from tiny_images import (  # noqa: E402
     processor,
     vision_model,
 )
-from torch.nn.functional import logsigmoid  # noqa: E402
-from trainers import assert_same_logs, dataset, first_batch, history, in_order  # noqa: E402
+from torch.nn.functional import logsigmoid
+from trainers import assert_same_logs, dataset, first_batch, history, in_order
+
+pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
 
 LORA = {"r": 2, "target_modules": "all-linear", "exclude_modules": "lm_head"}
 
@@ -159,16 +156,18 @@ def columns_of(run):
 
 def test_references_computed_ahead_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
     name, passes = "gemma3", []
+    from datasets import Dataset
+
+    from fused_prefopt.integrations.trl import FusedDPOTrainer
+
     # TRL's cache is beside the data set's files.
     image_pairs(name).save_to_disk(str(tmp_path / "data"))
-    data = load_from_disk(str(tmp_path / "data"))
+    data = Dataset.load_from_disk(str(tmp_path / "data"))
 
     def run(**options):
         passes.clear()
         own = {"ref_model": double(name, 5), "precompute_ref_log_probs": True}
         return image_trainer("dpo", tmp_path, name, data, model=double(name), **own | options)
-
-    from fused_prefopt.integrations.trl import FusedDPOTrainer
 
     compute = FusedDPOTrainer.compute_ref_log_probs
 
@@ -280,7 +279,7 @@ def test_completions_about_images_with_references_computed_ahead(tmp_path):
     losses = [run.compute_loss(run.model, first_batch(in_order(run))).item() for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     for loss, field in (("kto", "kl"), ("dro", "prompt_reference")):
-        with pytest.raises(ValueError, match=f"got True with images and a loss that wants `{field}`"):
+        with pytest.raises(ValueError, match=f"got True with images .* wants `{field}`"):
             image_trainer("kto", tmp_path, "gemma3", loss=loss, **ahead)
     scored = image_points("gemma3", score=[0.5] * 8)
     with pytest.raises(ValueError, match="train_dataset: got .*, needs a column 'label'"):

@@ -5,16 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
-
-import fused_prefopt as fp
-from fused_prefopt.integrations.transformers import attach
-from fused_prefopt.models.batch import completion_logps
-
-pytest.importorskip("PIL.Image")
-collators = pytest.importorskip("trl.trainer.dpo_trainer")
-
-from model_families import (  # noqa: E402
+from model_families import (
     assert_gradients,
     fused,
     gradients,
@@ -22,7 +13,14 @@ from model_families import (  # noqa: E402
     own_sums,
     pairs,
 )
-from tiny_images import FAMILIES, image_pairs, processor, vision_model  # noqa: E402
+from tiny_images import FAMILIES, image_pairs, processor, vision_model
+from torch import nn
+
+import fused_prefopt as fp
+from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.models.batch import completion_logps
+
+collators = pytest.importorskip("trl.trainer.dpo_trainer")
 
 
 def collated(name, count=3):
@@ -86,7 +84,7 @@ def test_what_a_model_takes_and_its_backbone_is_not_given_is_refused():
     model.__class__ = Cropping
     assert completion_logps(model, batch | {"num_images": torch.ones(6)})
     attach(model, fp.PreferenceLoss("simpo"))
-    with pytest.raises(ValueError, match="num_crops: got num_crops for a Cropping, needs what its"):
+    with pytest.raises(ValueError, match="num_crops: got num_crops for a Cropping, needs what"):
         model(**batch, num_crops=torch.ones(6))
 
 

@@ -117,7 +117,6 @@ def processor(name: str) -> Any:
     for attribute, token in SPECIAL.items():
         setattr(tokenizer, attribute, token)
         setattr(tokenizer, f"{attribute}_id", tokenizer.convert_tokens_to_ids(token))
-    sized = {"size": {"height": 8, "width": 8}}
     if name == "llava":
         images = _images("CLIP")(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
         return transformers.LlavaProcessor(
@@ -128,7 +127,8 @@ def processor(name: str) -> Any:
             num_additional_image_tokens=1,
         )
     if name == "gemma3":
-        return transformers.Gemma3Processor(_images("Gemma3")(**sized), tokenizer, image_seq_length=4)
+        images = _images("Gemma3")(size={"height": 8, "width": 8})
+        return transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
     images = _images("Qwen2VL")(patch_size=4, min_pixels=64, max_pixels=256)
     kind = "Qwen2VLProcessor" if name == "qwen2-vl" else "Qwen2_5_VLProcessor"
     without_videos = type(

@@ -110,11 +110,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
             self._require_image_values()
-            self.data_collator = ImageRows.of(self.data_collator, self.config_type.pairwise)
         require_rows(self, loss_fn, self._fields_of, streams=True)
         leave_out_ligers_loss(self.args)
         policy = self.accelerator.unwrap_model(self.model)
-        checked = CheckedTokens(self.data_collator, input_vocab(policy))
+        cutting = ImageRows.of(self.data_collator, self.config_type.pairwise)
+        checked = CheckedTokens(cutting, input_vocab(policy))
         self.data_collator: Any = CountedLabels(checked)
         self.attachment = attach(
             policy,
@@ -196,6 +196,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         if not self.needs_reference:
             return dataset
         # TRL keeps them by this and the data alone, its own with them.
+        own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         collator = self.data_collator
         if self._is_vision_dataset:
@@ -229,9 +230,9 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         trained = self.state.global_step > 0 and not is_peft_model(self.model)
         if self.precompute_ref_logps and trained:
             raise ValueError(
-                "precompute_ref_log_probs: got rows without the reference's log-probs after training"
-                " has changed the model that they are of; give the data set as `eval_dataset` when"
-                " the trainer is made, or a ref_model"
+                "precompute_ref_log_probs: got rows without the reference's log-probs, after"
+                " training has changed the model that they are of; give the data set as"
+                " `eval_dataset` when the trainer is made, or a ref_model"
             )
         return model
 

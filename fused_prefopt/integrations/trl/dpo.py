@@ -62,13 +62,13 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     """`trl.DPOTrainer` whose loss is one of this package's, computed without logits.
 
     TRL's datasets (texts or images), collation, reference handling (model, adapter switch,
-    precomputed, here of images too), PEFT and logging stay as they are; the reference's log-probs come from the same op as the policy's;
-    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`. Pairs that
-    truncation leaves equal or without a label are dropped, and a log message counts them, or tells
-    of the first where they stream or have images. A loss
-    without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
-    names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
-    refuses, trains like any other.
+    precomputed, here of images too), PEFT and logging stay as they are; the reference's log-probs
+    come from the same op as the policy's; score columns `score_chosen` and `score_rejected` reach
+    the loss as `rewards`. Pairs that truncation leaves equal or without a label are dropped, and a
+    log message counts them; where rows stream or have images it tells of the first. A loss without
+    a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's names;
+    its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer refuses,
+    trains like any other.
 
     Args:
         *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`, None for

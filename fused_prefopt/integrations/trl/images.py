@@ -42,7 +42,7 @@ _CUT = (*TOKENWISE, COMPLETION_MASK)
 
 def has_images(dataset: Any) -> bool:
     """Whether the first row of a data set, if there is one, has images, as TRL tells."""
-    first = next(iter(dataset or ()), {})
+    first: Mapping[str, Any] = next(iter(dataset or ()), {})
     return any(name in first for name in _COLUMNS)
 
 

@@ -86,12 +86,11 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     over the completions of a prompt); pairs become two rows, with their scores and a group. TRL's
     tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
     are; rows that truncation leaves without a label are dropped, and a log message counts them.
+    Rows may have images: with a label, and references computed ahead for losses without `kl` and
+    the prompts' reference alone.
     KTO's `kl` is estimated as TRL does, from completions set behind another prompt of their batch;
     a loss without it skips those two passes and takes any order of the rows and any batch size.
     The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
-
-    Rows may have images where TRL's may: with a label, and with references computed ahead only
-    for a loss without `kl` and the prompts' reference.
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
     over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
@@ -147,18 +146,17 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         """`reference`, `prompt_reference` and the reference's part of `kl`, where they are used."""
         if not self.needs_reference:
             return {}
-        source = self._reference_of(model)
         if PROMPT_REFERENCE in self.needs:
             if REF_PROMPT_LOGPS in inputs:
                 own, prompt = inputs[REF_LOGPS], inputs[REF_PROMPT_LOGPS]
             else:
-                found = self._reference_logps(source, inputs, prompt=True)
+                found = self._reference_logps(self._reference_of(model), inputs, prompt=True)
                 own, prompt = found["completion"], found["prompt"]
             return {REFERENCE: own, PROMPT_REFERENCE: prompt}
         if REF_LOGPS in inputs:
             own, mismatched = inputs[REF_LOGPS], inputs.get(REF_KL_LOGPS)
         else:
-            own, mismatched = self.compute_ref_log_probs(source, inputs)
+            own, mismatched = self.compute_ref_log_probs(self._reference_of(model), inputs)
         fields = {REFERENCE: own}
         return fields if mismatched is None else fields | {KL: mismatched}
 
