@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_tokens
+from fused_prefopt.data.columns import COMPLETION_MASK
+from fused_prefopt.data.labels import labels_of
 from fused_prefopt.models.model_call import INPUTS, PROMPTED, unwrapped
 from fused_prefopt.models.peft_head import (
     MADE,
@@ -113,6 +115,10 @@ def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any)
     require_kept_prefix(backbone, inputs)
     if not torch.compiler.is_compiling():
         _require_all_given(model, inputs, given)
+    kind: Any = type(backbone)
+    if "token_type_ids" in inputs and COMPLETION_MASK in batch and "labels" in _arguments_of(kind):
+        # By these some see that completions are there, which they then mask (PaliGemma).
+        inputs["labels"] = labels_of(batch)
     outputs = backbone(**inputs, **options, use_cache=False)
     others = outputs.last_hidden_state.shape[1] - ids.shape[1]
     if PROMPTED in batch:

@@ -104,3 +104,18 @@ def test_a_model_that_puts_images_between_the_tokens_is_refused():
     batch["pixel_values"] = torch.randn(2, 3, 8, 8).double()
     with pytest.raises(ValueError, match=r"model: got \d+ hidden states of a GitForCausalLM for"):
         completion_logps(model, batch)
+
+
+def test_a_backbone_whose_attention_asks_for_labels_gets_them():
+    """Before transformers 5 PaliGemma's completions see all that follows where there are none."""
+    seen = []
+
+    class Recording(type(vision_model("gemma3").model)):
+        def forward(self, *args, labels=None, **kwargs):
+            seen.append(labels)
+            return super().forward(*args, **kwargs)
+
+    model, batch = vision_model("gemma3"), collated("gemma3")
+    model.model.__class__ = Recording
+    completion_logps(model, batch)
+    assert torch.equal(seen[0], batch["input_ids"].where(batch["completion_mask"] == 1, -100))
