@@ -149,6 +149,17 @@ def test_rows_without_an_image_among_others(tmp_path):
         assert run.compute_loss(run.model, batch).item() == pytest.approx(truth, rel=1e-9)
 
 
+def test_rows_of_joint_batches_are_not_dealt_out(tmp_path):
+    """Images have other rows than the sequences, which would get some that are not theirs."""
+    options = {"loss": "simpo", "accelerator_config": {"dispatch_batches": True}}
+    with pytest.raises(ValueError, match="got dispatch_batches=True, .*, with images, which"):
+        image_trainer("dpo", tmp_path, "llava", **options)
+    stream = image_pairs("llava").to_iterable_dataset()
+    run = image_trainer("dpo", tmp_path, "llava", stream, loss="simpo", max_steps=1)
+    assert run.accelerator.dispatch_batches is False
+    assert torch.tensor(run.train().training_loss).isfinite()
+
+
 def columns_of(run):
     data = run.train_dataset
     return [torch.tensor(data[f"ref_{side}_logps"][:]) for side in ("chosen", "rejected")]
