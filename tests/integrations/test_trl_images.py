@@ -19,7 +19,9 @@ from tiny_images import (
     vision_model,
 )
 from torch.nn.functional import logsigmoid
-from trainers import assert_same_logs, dataset, first_batch, history, in_order
+from trainers import assert_same_logs, build, dataset, first_batch, history, in_order
+
+from fused_prefopt import PreferenceLoss
 
 pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
@@ -94,6 +96,21 @@ def test_the_curves_are_trls(tmp_path, ahead):
         run.evaluate()
     names = assert_same_logs(*runs, tolerance=1e-5)
     assert {"entropy", "logits/chosen", "eval_loss", "eval_mean_token_accuracy"} < names
+
+
+def test_transformers_own_trainer_with_a_collator_of_images(tmp_path):
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    name, rows = "gemma3", list(image_pairs("gemma3", 4))
+    collator = DataCollatorForVisionPreference(processor(name))
+    loss_fn, reference = PreferenceLoss("dpo"), double(name, 5)
+    batch = collator([dict(row) for row in rows])
+    truth = own_loss(double(name), batch, loss_fn, reference=own_sums(reference, batch).detach())
+    given = {"data_collator": collator}
+    run = build(
+        "attached", tmp_path, rows, model=double(name), reference=reference, given=given, loss="dpo"
+    )
+    assert in_order(run).train().training_loss == pytest.approx(truth.item(), rel=1e-6)
 
 
 def conversations(**columns):
