@@ -282,6 +282,26 @@ def test_rows_are_cut_as_trl_does_and_the_dead_are_dropped(tmp_path, caplog, ahe
         run.data_collator([dataset(rows)[2]])
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_training_resumes_with_the_weights_of_a_checkpoint(tmp_path, name):
+    """It holds them by other names than the model."""
+
+    def run(**options):
+        return image_trainer(
+            "dpo", tmp_path, name, model=vision_model(name), loss="simpo", max_steps=3, **options
+        )
+
+    first, second = run(save_strategy="steps", save_steps=1), run()
+    first.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert history(second, "loss")[1:] == pytest.approx(history(first, "loss")[1:], rel=1e-5)
+    third = run()
+    third.state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    third._load_best_model()
+    for each, value in first.model.named_parameters():
+        assert torch.equal(third.model.get_parameter(each), value), each
+
+
 @pytest.mark.slow
 def test_completions_about_images_are_trls(tmp_path):
     """KTO's, with the divergence of completions behind other prompts and images."""
