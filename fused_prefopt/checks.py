@@ -158,6 +158,7 @@ _INSTALLS = {
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
     "trl": f'pip install "fused-prefopt[trainers]" "trl>={OLDEST["trl"]}"',
+    "llamafactory": "pip install llamafactory==0.9.5",
 }
 
 
