@@ -24,7 +24,8 @@ from benchmarks.results import RESULTS, ROOT, Results, Row
 ENVIRONMENTS = ROOT.parent / ".compat"
 # Vocabulary and width of the model, pairs of a batch, and tokens of a sequence at most.
 VOCAB, HIDDEN, PAIRS, LENGTH = 32768, 64, 2, 512
-# Times that seven letters, a token each, stand in a completion: nearly `LENGTH` with what templates add, and few.
+# Times that seven letters, a token each, stand in a completion: nearly `LENGTH` with what templates
+# add, and few.
 _WORDS, _FEW = 62, 2
 OWN, HERE, HERE_8 = "its own loss", "here", "here, workspace_mb=8"
 # The options of this package, None where its loss is not asked for.
@@ -243,7 +244,7 @@ def _last_line(text: str) -> str:
 
 def _version(framework: Framework) -> str:
     code = "import importlib.metadata as it, sys; print(it.version(sys.argv[1]))"
-    command = [framework.python, "-c", code, framework.package]
+    command = [str(framework.python), "-c", code, framework.package]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
