@@ -22,6 +22,7 @@ from fused_prefopt.losses.margins import (
     ScoreMargin,
     SequenceKlMargin,
 )
+from fused_prefopt.losses.named import LossName, NamedLoss, named_loss
 from fused_prefopt.losses.pairwise import (
     AnchoredLoss,
     PairwiseLoss,
@@ -64,6 +65,7 @@ from fused_prefopt.losses.terms import (
     length_desensitized,
     tail_labels,
 )
+from fused_prefopt.losses.weighted_sum import Term, WeightedSum
 
 __all__ = [
     "AdaptiveMargin",
@@ -89,9 +91,11 @@ __all__ = [
     "LogRatio",
     "Logistic",
     "LossInfo",
+    "LossName",
     "MeanLogRatio",
     "MeanLogp",
     "MeanPower",
+    "NamedLoss",
     "Normalisation",
     "OffsetMargin",
     "OnPolicyWeights",
@@ -104,9 +108,11 @@ __all__ = [
     "SoftMinimum",
     "Squared",
     "SumLogp",
+    "Term",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
+    "WeightedSum",
     "available_losses",
     "bradley_terry_loss",
     "check_needs",
@@ -115,6 +121,7 @@ __all__ = [
     "gap_of",
     "length_desensitized",
     "mirror_margins",
+    "named_loss",
     "preset",
     "presets",
     "published_settings",
