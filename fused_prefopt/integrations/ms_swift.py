@@ -14,6 +14,7 @@ loss is the one that ms-swift's own options describe.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,24 +27,36 @@ from torch import Tensor, nn
 from fused_prefopt.checks import require_packages
 
 try:
-    from peft import PeftModel
     from swift.rlhf_trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer
     from swift.trainers import TrainerFactory
 except ImportError:
     require_packages(__name__, "swift")
     raise
 
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from fused_prefopt.data.columns import NUM_SEQUENCES, POSITION_IDS, SEQUENCE_IDS
+from fused_prefopt.data.columns import (
+    LABEL,
+    MISMATCHED,
+    NUM_SEQUENCES,
+    POSITION_IDS,
+    SEQUENCE_IDS,
+    SEQUENCE_KL,
+)
 from fused_prefopt.integrations.attach import OF_REFERENCE
-from fused_prefopt.integrations.labelled_batches import CompletionMasks, FusesLabelled
-from fused_prefopt.integrations.swift_options import options_of, read_entry
+from fused_prefopt.integrations.labelled_batches import (
+    CompletionMasks,
+    FusesLabelled,
+    FusesLabelledPoints,
+)
+from fused_prefopt.integrations.swift_options import options_of, read_entry, words_of
 from fused_prefopt.models.model_call import evaluating
 from fused_prefopt.preference import PreferenceLoss
 
-_LOG = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
+# What ms-swift's KTO puts in front of the names of a batch, and what this package does.
+_PREFIXES = {"completion_": "", "KL_completion_": MISMATCHED}
 # Where ms-swift puts the entry of its `model_kwargs`.
 ENVIRONMENT = "FUSED_PREFOPT"
 
@@ -60,6 +73,9 @@ class FusesSwift(FusesLabelled):
     """
 
     kind: ClassVar[str]
+    # Whether ms-swift divides a batch's loss itself, by the accumulation steps that were asked for:
+    # an epoch's last step may be of fewer.
+    divides: ClassVar[bool] = True
     args: Any
     template: Any
     aux_loss_enabled: bool
@@ -74,42 +90,75 @@ class FusesSwift(FusesLabelled):
         _require_known(config, template, model)
         entry = read_entry(os.environ.get(ENVIRONMENT))
         options = options_of(self.kind, config, entry)
+        likelihood = getattr(config, "rpo_alpha", None) is not None or "sft" in words_of(config)
+        if template.packing and likelihood:
+            raise ValueError(
+                "packing: got True with ms-swift's 'sft' or rpo_alpha, which it weighs by rows and"
+                " not by pairs, needs False"
+            )
         loss_fn = options.build_loss()
         super().__init__(*args, **kwargs)
         self._settle_reference(loss_fn)
+        collator = _SwiftBatches(self.data_collator, template.padding_free)
         self.fuse(
             loss_fn,
             options,
-            collator=self._masks(_SequenceIds(self.data_collator, template.padding_free)),
+            collator=CompletionMasks(collator, others=(SEQUENCE_IDS, NUM_SEQUENCES, LABEL)),
             router_coefficient=self.aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
         if "loss" not in entry:
             # ms-swift shortens the policy's log-probs alone.
             self._op_options["ld_alpha"] = None
-        _LOG.warning("fused_prefopt: the loss is %s", loss_fn)
-
-    def _masks(self, collator: Any) -> CompletionMasks:
-        return CompletionMasks(collator, others=(SEQUENCE_IDS, NUM_SEQUENCES))
+        logger.warning("the loss is %s", loss_fn)
 
     def _settle_reference(self, loss_fn: PreferenceLoss) -> None:
-        """Drop a reference that the loss does not use."""
-        if not loss_fn.loss.needs & OF_REFERENCE and self.ref_model is not None:
-            _LOG.warning(
-                "fused_prefopt: %s has no reference; with --rlhf_type cpo none is loaded",
-                loss_fn.name,
+        """Drop a reference that the loss does not use; raise ValueError without one that it does.
+
+        Args:
+            loss_fn: the loss.
+        """
+        needs = loss_fn.loss.needs & OF_REFERENCE
+        if needs and self.kind not in ("dpo", "kto"):
+            raise ValueError(
+                f"rlhf_type: got one that has no reference with {loss_fn.name}, which needs one:"
+                " train it with 'dpo'"
+            )
+        if SEQUENCE_KL in needs and self.ref_adapter_name:
+            raise ValueError(
+                f"ref_adapters: got one with {loss_fn.name}, which needs more of its reference than"
+                " the log-probs of whole completions: needs none, or a ref_model"
+            )
+        if not needs and self.ref_model is not None:
+            logger.warning(
+                "%s needs no reference; with --rlhf_type cpo none is loaded", loss_fn.name
             )
             self.ref_model = None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """The fused loss of a batch, in the last step of an epoch weighed as ms-swift does."""
+        """The fused loss of a batch, weighed in its optimizer step as ms-swift does."""
         loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
-        if model.training and self.model_accepts_loss_kwargs and self.kind != "kto":
-            # It divides by the accumulation steps that were asked for, were they as many or not.
-            steps = self.current_gradient_accumulation_steps
-            loss = loss * (steps / self.args.gradient_accumulation_steps)
+        if model.training and self.divides:
+            loss = loss * self._share(inputs, kwargs.get("num_items_in_batch"))
         return (loss, outputs) if return_outputs else loss
+
+    def _share(self, inputs: Mapping[str, Any], pairs: Tensor | None) -> Any:
+        """What ms-swift would weigh a batch with, beside what `Trainer` divides it by.
+
+        Args:
+            inputs: the batch.
+            pairs: 0-d, those of the optimizer step, where pairs are packed.
+        """
+        steps = self.current_gradient_accumulation_steps
+        if self.template.packing:
+            # A mean over the step's pairs, as rows hold unlike many; `Trainer` knows that number
+            # and leaves the loss as it is, where the model takes it too.
+            share = inputs[NUM_SEQUENCES] // 2 / pairs
+            return share if self.model_accepts_loss_kwargs else share * steps
+        # ms-swift divides by the steps that were asked for, where the model takes that number.
+        asked = self.args.gradient_accumulation_steps
+        return steps / asked if self.model_accepts_loss_kwargs else 1.0
 
     def prediction_step(
         self,
@@ -153,9 +202,17 @@ class FusedORPOTrainer(FusesSwift, ORPOTrainer):
     kind = "orpo"
 
 
+class FusedKTOTrainer(FusesSwift, FusesLabelledPoints, KTOTrainer):
+    """ms-swift's `KTOTrainer` whose loss is one of this package's on single completions."""
+
+    kind = "kto"
+    divides = False
+    judgements = LABEL
+
+
 @dataclass
-class _SequenceIds:
-    """A collator whose packed batches tell their sequences apart.
+class _SwiftBatches:
+    """A collator of ms-swift's under this package's names.
 
     Args:
         collator: ms-swift's.
@@ -166,10 +223,16 @@ class _SequenceIds:
     packs: bool
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(examples)
-        if self.packs:
-            ids = (batch[POSITION_IDS] == 0).cumsum(-1) - 1
-            batch |= {SEQUENCE_IDS: ids, NUM_SEQUENCES: int(ids.max()) + 1}
+        batch = {}
+        for name, value in self.collator(examples).items():
+            prefix = next((each for each in _PREFIXES if name.startswith(each)), "")
+            batch[_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = value
+        if LABEL in batch:
+            batch[LABEL] = torch.tensor(batch[LABEL])
+        for name in [name for name in batch if self.packs and name.endswith(POSITION_IDS)]:
+            prefix = name.removesuffix(POSITION_IDS)
+            ids = (batch[name] == 0).cumsum(-1) - 1
+            batch |= {prefix + SEQUENCE_IDS: ids, prefix + NUM_SEQUENCES: int(ids.max()) + 1}
         return batch
 
 
@@ -177,7 +240,6 @@ def _require_known(config: Any, template: Any, model: nn.Module) -> None:
     """Raise ValueError where ms-swift would do what the loss does not know of."""
     unknown = {
         "sequence_parallel_size": (template.sequence_parallel_size, 1),
-        "packing": (template.packing, False),
         "use_flash_ckpt": (config.use_flash_ckpt, False),
         "precompute_ref_log_probs": (getattr(config, "precompute_ref_log_probs", False), False),
         "reference_free": (getattr(config, "reference_free", None) or False, False),
@@ -193,7 +255,7 @@ def _require_known(config: Any, template: Any, model: nn.Module) -> None:
             f"loss_scale: got {template._loss_scale!r}, weights of single tokens, needs one that"
             " takes or leaves them, such as 'last_round'"
         )
-    if not isinstance(model, PreTrainedModel | PeftModel):
+    if not isinstance(model, PreTrainedModel) and not is_peft_model(model):
         raise ValueError(
             f"tuner_type: got {config.tuner_type!r}, which makes a {type(model).__name__}, needs"
             " 'full' or one of PEFT's"
@@ -206,7 +268,7 @@ def _require_known(config: Any, template: Any, model: nn.Module) -> None:
 
 def register() -> None:
     """Put the trainers in the place of ms-swift's own."""
-    for trainer in (FusedDPOTrainer, FusedCPOTrainer, FusedORPOTrainer):
+    for trainer in (FusedDPOTrainer, FusedKTOTrainer, FusedCPOTrainer, FusedORPOTrainer):
         # By the module's own name, which differs where the file is loaded by its path.
         name = f"fused_prefopt.integrations.ms_swift.{trainer.__name__}"
         TrainerFactory.TRAINER_MAPPING[trainer.kind] = name

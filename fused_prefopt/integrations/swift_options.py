@@ -142,7 +142,7 @@ def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
                 )
         return make(**values | {"loss": _terms(kind, args)})
     _require_defaults(kind, args, entry["loss"])
-    default = 2.0 if _words(args) == ["simpo"] else 0.1
+    default = 2.0 if words_of(args) == ["simpo"] else 0.1
     if args.beta != default:
         if values.setdefault("beta", args.beta) != args.beta:
             raise ValueError(f"beta: got {args.beta} and {values['beta']} in {ENTRY}, needs one")
@@ -153,7 +153,7 @@ def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
 
 def _require_defaults(kind: str, args: Any, loss: Any) -> None:
     for name, default in _OWN[kind].items():
-        value = _words(args) if name == "loss_type" else getattr(args, name)
+        value = words_of(args) if name == "loss_type" else getattr(args, name)
         allowed = default if isinstance(default, tuple) else (default,)
         if value not in (allowed if name != "loss_type" else [[word] for word in allowed]):
             raise ValueError(
@@ -162,7 +162,8 @@ def _require_defaults(kind: str, args: Any, loss: Any) -> None:
             )
 
 
-def _words(args: Any) -> list[str]:
+def words_of(args: Any) -> list[str]:
+    """`loss_type`, of which ms-swift takes one or several."""
     given = getattr(args, "loss_type", None)
     return list(given) if isinstance(given, list | tuple) else [given]
 
@@ -171,7 +172,7 @@ def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
     """The terms, as `PreferenceLoss` takes them, of ms-swift's own loss."""
     if kind == "orpo":
         return [_term("orpo", {"weight": args.beta, "nll": "token_mean"})]
-    words = _words(args)
+    words = words_of(args)
     known = {"dpo": tuple(_PAIRS), "kto": _POINTS, "cpo": _WITHOUT_REFERENCE}[kind]
     for word in words:
         if word in known:
