@@ -17,6 +17,7 @@ from fused_prefopt.distributed import world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
+    OnPolicyWeights,
     WeightedSum,
     check_needs,
     length_desensitized,
@@ -61,6 +62,8 @@ class PreferenceLoss(nn.Module):
         ld_alpha: LD-DPO's α in [0, 1], for any loss on pairs: weight of the log-probs by which a
             completion is longer than its partner. The `reference` must be weighted alike, as TRL's
             is; see `shared_and_tail_logps`. None weighs all alike.
+        use_weighting: WPO's weights, for any loss that is a mean over pairs: how likely the policy
+            is to write both completions; see `losses.OnPolicyWeights`.
         **hyperparameters: of the loss, of a sum of every term that has them: one β for all. They
             go before those of a published setting, and a term's own in the list before them.
 
@@ -85,10 +88,11 @@ class PreferenceLoss(nn.Module):
         engine: str = "auto",
         drop_mass: float = 0.0,
         ld_alpha: float | None = None,
+        use_weighting: bool = False,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        named = named_loss(name, hyperparameters)
+        named = named_loss(name, hyperparameters, OnPolicyWeights() if use_weighting else None)
         self.name = named.name
         self.loss = named.loss
         self.hyperparameters = named.hyperparameters
@@ -99,6 +103,7 @@ class PreferenceLoss(nn.Module):
             if not self.loss.pairwise:
                 raise ValueError(f"ld_alpha: got {ld_alpha} for {self.name}, needs a loss on pairs")
         self.ld_alpha = ld_alpha
+        self.use_weighting = use_weighting
         self._process_group: dist.ProcessGroup | None = None
         if self.statistics is not None:
             # Of a loss that spans the batch `from_logps` has gathered it already.
@@ -243,8 +248,9 @@ class PreferenceLoss(nn.Module):
         return replace(result, metrics={**result.metrics, **exact})
 
     def extra_repr(self) -> str:
-        tails = [] if self.ld_alpha is None else [f"ld_alpha={self.ld_alpha!r}"]
-        return ", ".join([self._described, *tails])
+        options = {"ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting or None}
+        given = (f"{key}={value!r}" for key, value in options.items() if value is not None)
+        return ", ".join([self._described, *given])
 
 
 def _loss_of(loss: Any, statistics: Any, batch: LogpBatch, kernels: bool) -> LossOutput:
@@ -253,7 +259,8 @@ def _loss_of(loss: Any, statistics: Any, batch: LogpBatch, kernels: bool) -> Los
         nothing = nullcontext([None] * len(loss.terms))
         with nothing if statistics is None else statistics.updating() as parts:
             of_terms = zip(loss.terms, parts, strict=True)
-            return loss.joined([_loss_of(term.loss, part, batch, True) for term, part in of_terms])
+            outputs = [_loss_of(term.loss, part, batch, True) for term, part in of_terms]
+        return loss.joined(batch, outputs)
     result = launch_loss(loss, statistics, batch) if kernels else None
     if result is None:
         summary = None if statistics is None else statistics(loss.observe(batch))

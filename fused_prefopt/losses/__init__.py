@@ -22,7 +22,7 @@ from fused_prefopt.losses.margins import (
     ScoreMargin,
     SequenceKlMargin,
 )
-from fused_prefopt.losses.named import LossName, NamedLoss, named_loss
+from fused_prefopt.losses.named import LossName, NamedLoss, named_loss, published_in
 from fused_prefopt.losses.pairwise import (
     AnchoredLoss,
     PairwiseLoss,
@@ -53,6 +53,7 @@ from fused_prefopt.losses.rewards import (
     MeanLogp,
     MeanLogRatio,
     MeanPower,
+    PerToken,
     RejectedShare,
     SumLogp,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "OffsetMargin",
     "OnPolicyWeights",
     "PairwiseLoss",
+    "PerToken",
     "PublishedSetting",
     "RejectedShare",
     "Robust",
@@ -124,6 +126,7 @@ __all__ = [
     "named_loss",
     "preset",
     "presets",
+    "published_in",
     "published_settings",
     "register",
     "tail_labels",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fused_prefopt.checks import closest, require_number
-from fused_prefopt.losses.protocol import Loss
-from fused_prefopt.losses.registry import LossSpec, find, preset
+from fused_prefopt.losses.protocol import Loss, Weighting
+from fused_prefopt.losses.registry import LossSpec, PublishedSetting, find, published_setting
 from fused_prefopt.losses.weighted_sum import Term, WeightedSum
 
 # A text such as "dpo + 0.2 bco-pair", or a list of such texts and of mappings with these keys.
@@ -47,9 +47,11 @@ class NamedLoss:
 
     Attributes:
         terms: one, or those of the sum.
+        weighting: how much a pair counts in each of them; None for what each says itself.
     """
 
     terms: tuple[NamedTerm, ...]
+    weighting: Weighting | None = None
 
     @property
     def is_sum(self) -> bool:
@@ -80,10 +82,11 @@ class NamedLoss:
     @property
     def loss(self) -> Loss:
         """The pure function of log-probs."""
-        if not self.is_sum:
+        if not self.is_sum and self.weighting is None:
             return self.terms[0].loss
         labelled = zip(self.labels, self.terms, strict=True)
-        return WeightedSum(tuple(Term(label, each.loss, each.weight) for label, each in labelled))
+        terms = tuple(Term(label, each.loss, each.weight) for label, each in labelled)
+        return WeightedSum(terms, self.weighting)
 
     def described(self) -> str:
         """The names with the hyperparameters."""
@@ -95,7 +98,9 @@ class NamedLoss:
         )
 
 
-def named_loss(name: LossName, shared: Mapping[str, Any]) -> NamedLoss:
+def named_loss(
+    name: LossName, shared: Mapping[str, Any], weighting: Weighting | None = None
+) -> NamedLoss:
     """The loss of a name, or the sum of several.
 
     Args:
@@ -104,6 +109,7 @@ def named_loss(name: LossName, shared: Mapping[str, Any]) -> NamedLoss:
             mappings with `name`, `weight` (1) and `hyperparameters` of the term.
         shared: hyperparameters of every term that has them. They go before a published setting's;
             a term's own go before them.
+        weighting: of the `NamedLoss`.
 
     Raises:
         ValueError: a name is unknown (the message has the closest ones), the text or list cannot
@@ -121,10 +127,22 @@ def named_loss(name: LossName, shared: Mapping[str, Any]) -> NamedLoss:
             key: value for key, value in shared.items() if len(given) == 1 or key in spec.defaults
         }
         chosen = {**each.published, **common, **each.own}
-        require_number(f"weight of {spec.name}", each.weight, low=0)
         hyperparameters = {**spec.defaults, **chosen}
         terms.append(NamedTerm(spec.name, each.weight, hyperparameters, spec.build(**chosen)))
-    return NamedLoss(tuple(terms))
+    return NamedLoss(tuple(terms), weighting)
+
+
+def published_in(name: LossName) -> PublishedSetting | None:
+    """The published setting that a name or a term of a sum is; None without one, or of several.
+
+    Args:
+        name: as in `named_loss`.
+
+    Raises:
+        ValueError: there is no such setting, or the text or list cannot be read.
+    """
+    settings = [each.setting for each in _given_terms(name) if each.setting is not None]
+    return settings[0] if len(settings) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -133,8 +151,13 @@ class _Given:
 
     loss: str
     weight: float
-    published: dict[str, Any]
     own: dict[str, Any]
+    setting: PublishedSetting | None = None
+
+    @property
+    def published(self) -> dict[str, Any]:
+        """Hyperparameters of the published setting."""
+        return {} if self.setting is None else self.setting.hyperparameters
 
 
 def _given_terms(name: Any) -> list[_Given]:
@@ -175,8 +198,11 @@ def _of_mapping(given: Mapping[str, Any]) -> _Given:
 
 
 def _named(name: str, weight: float, own: dict[str, Any]) -> _Given:
-    loss, published = preset(name) if "/" in name else (name, {})
-    return _Given(loss, weight, published, own)
+    require_number(f"weight of {name}", weight, low=0)
+    if "/" not in name:
+        return _Given(name, float(weight), own)
+    setting = published_setting(name)
+    return _Given(setting.loss, float(weight), own, setting)
 
 
 def _require_shared(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fused_prefopt.checks import require_number
 from fused_prefopt.losses.links import Indifferent
-from fused_prefopt.losses.metrics import NONFINITE, TERM_LOSS, nonfinite
-from fused_prefopt.losses.pairwise import PairwiseLoss
-from fused_prefopt.losses.protocol import Loss, Reward
+from fused_prefopt.losses.metrics import NONFINITE, TERM_LOSS, mean, nonfinite
+from fused_prefopt.losses.pairwise import AnchoredLoss, PairwiseLoss
+from fused_prefopt.losses.protocol import Loss, Reward, Weighting
 from fused_prefopt.statistics import TermStatistics
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -48,14 +48,17 @@ class WeightedSum:
 
     Args:
         terms: at least one.
+        weighting: how much a pair counts, in every term that has no weighting of its own.
 
     Raises:
-        ValueError: there is no term, or some judge pairs and others single completions.
+        ValueError: there is no term, some judge pairs and others single completions, or with a
+            weighting a term is no mean over pairs.
 
     Source: MPO (Wang et al. 2024, arXiv:2411.10442), eq. 1, of three terms.
     """
 
     terms: tuple[Term, ...]
+    weighting: Weighting | None = None
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -66,6 +69,12 @@ class WeightedSum:
                 f"loss: got {kinds[True]}, on pairs, with {kinds[False]}, on single completions,"
                 " wanted terms of one kind"
             )
+        for term in self.terms if self.weighting is not None else ():
+            if not _is_mean_over_pairs(term.loss):
+                raise ValueError(
+                    f"use_weighting: got True with {term.name}, needs losses that are means over"
+                    " pairs"
+                )
 
     @property
     def leading(self) -> int:
@@ -85,8 +94,9 @@ class WeightedSum:
 
     @property
     def wants(self) -> frozenset[str]:
-        """Union of the terms' wants."""
-        return frozenset(field for term in self.terms for field in term.loss.wants)
+        """Union of the terms' wants and the weighting's."""
+        found = frozenset(field for term in self.terms for field in term.loss.wants)
+        return found if self.weighting is None else found | self.weighting.wants
 
     @property
     def pairwise(self) -> bool:
@@ -103,7 +113,7 @@ class WeightedSum:
         parts = [term.loss.statistics() for term in self.terms]
         return None if all(part is None for part in parts) else TermStatistics(parts)
 
-    def observe(self, batch: LogpBatch) -> tuple[Tensor | None, ...]:
+    def observe(self, batch: LogpBatch) -> tuple[Any, ...]:
         """What each term observes."""
         return tuple(term.loss.observe(batch) for term in self.terms)
 
@@ -122,18 +132,25 @@ class WeightedSum:
         """
         summaries = summary if isinstance(summary, tuple) else (summary,) * len(self.terms)
         parts = zip(self.terms, summaries, strict=True)
-        return self.joined([term.loss(batch, each) for term, each in parts])
+        return self.joined(batch, [term.loss(batch, each) for term, each in parts])
 
-    def joined(self, outputs: Sequence[LossOutput]) -> LossOutput:
-        """The sum of what the terms' losses returned for one batch.
+    def joined(self, batch: LogpBatch, outputs: Sequence[LossOutput]) -> LossOutput:
+        """The sum of what the terms' losses returned for a batch.
 
         Args:
+            batch: the pairs or completions.
             outputs: one of each term.
 
         Returns:
             Weighted sums of `loss` and `losses`; the leading term's rewards, target margins and
             metrics, with each term's own loss, unweighted, as `loss/<its name>`.
         """
+        if self.weighting is not None:
+            factors = self.weighting(batch)
+            outputs = [
+                output if _has_weighting(term.loss) else _counted(output, factors)
+                for term, output in zip(self.terms, outputs, strict=True)
+            ]
         weighed = list(zip(self.terms, outputs, strict=True))
         losses = _weighted([(term.weight, output.losses) for term, output in weighed])
         metrics = dict(outputs[self.leading].metrics)
@@ -149,6 +166,20 @@ class WeightedSum:
 
 def _trains_a_reward(loss: Loss) -> bool:
     return not (isinstance(loss, PairwiseLoss) and isinstance(loss.link, Indifferent))
+
+
+def _has_weighting(loss: Loss) -> bool:
+    return isinstance(loss, PairwiseLoss) and loss.weighting is not None
+
+
+def _is_mean_over_pairs(loss: Loss) -> bool:
+    composed = isinstance(loss, PairwiseLoss) and loss.reduction is mean
+    return composed or isinstance(loss, AnchoredLoss)
+
+
+def _counted(output: LossOutput, factors: Tensor) -> LossOutput:
+    losses = factors * output.losses
+    return replace(output, loss=mean(losses), losses=losses)
 
 
 def _weighted(values: Sequence[tuple[float, Tensor]]) -> Tensor:
