@@ -69,6 +69,7 @@ OPTIONAL = {
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
     "trl": {"integrations"},
+    "llamafactory": {"integrations"},
     "swift": {"integrations"},
     "datasets": {"integrations"},
     "peft": set(),

@@ -155,7 +155,8 @@ class FusesLabelled(LogsPreferences):
         require_trainer(self)
         self.needs = loss_fn.loss.needs
         check_needs(loss_fn.name, self.needs, self.gives | OF_REFERENCE)
-        self._op_options = loss_fn.evaluation_options | {"ld_alpha": loss_fn.ld_alpha}
+        # Not `ld_alpha`: TRL before 1.0, and what subclasses it, weighs the policy's tails alone.
+        self._op_options = loss_fn.evaluation_options
         policy = self.accelerator.unwrap_model(self.model)
         if self.needs & OF_REFERENCE and self.ref_model not in (None, self.model):
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
