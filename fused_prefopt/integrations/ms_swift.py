@@ -82,6 +82,7 @@ class FusesSwift(FusesLabelled):
     aux_loss_coef: float
     ref_adapter_name: str | None
     is_fsdp_enabled: bool
+    model_accepts_loss_kwargs: bool
     current_gradient_accumulation_steps: int
     null_ref_context: Callable[[], AbstractContextManager[None]]
 
@@ -260,10 +261,9 @@ def _require_known(config: Any, template: Any, model: nn.Module) -> None:
             f"tuner_type: got {config.tuner_type!r}, which makes a {type(model).__name__}, needs"
             " 'full' or one of PEFT's"
         )
-    if model.model_meta.is_multimodal or template.is_encoder_decoder:
-        raise ValueError(
-            f"model: got {model.model_meta.model_type!r}, needs a causal language model of texts"
-        )
+    about: Any = model.model_meta
+    if about.is_multimodal or template.is_encoder_decoder:
+        raise ValueError(f"model: got {about.model_type!r}, needs a causal language model of texts")
 
 
 def register() -> None:

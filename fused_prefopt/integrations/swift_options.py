@@ -9,35 +9,35 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from fused_prefopt.checks import closest, require_choice
+from fused_prefopt.integrations.loss_types import LossOptions, named_here
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.losses import available_losses
 
 # Name of the entry, a mapping with the fields of `FusedOptions`.
 ENTRY = "fused_prefopt"
 _EXAMPLE = f'--model_kwargs \'{{"{ENTRY}": {{"loss": "alpha-dpo"}}}}\''
-# ms-swift's loss → ours, and the hyperparameters that it takes of ms-swift's options.
-_PAIRS: dict[str, tuple[str, dict[str, str]]] = {
-    "sigmoid": ("dpo", {"beta": "beta", "label_smoothing": "label_smoothing"}),
-    "robust": ("robust-dpo", {"beta": "beta", "epsilon": "label_smoothing"}),
-    "exo_pair": ("exo-pair", {"beta": "beta", "label_smoothing": "label_smoothing"}),
-    "hinge": ("hinge", {"beta": "beta"}),
-    "ipo": ("ipo", {"tau": "beta"}),
-    "sppo_hard": ("sppo-hard", {"beta": "beta"}),
-    "nca_pair": ("nca-pair", {"beta": "beta"}),
-    "aot": ("aot", {"beta": "beta", "label_smoothing": "label_smoothing"}),
-    "aot_unpaired": ("aot-unpaired", {"beta": "beta", "label_smoothing": "label_smoothing"}),
-    "apo_zero": ("apo-zero", {"beta": "beta"}),
-    "apo_down": ("apo-down", {"beta": "beta"}),
-    "discopop": ("discopop", {"beta": "beta", "temperature": "discopop_tau"}),
-    "sft": ("sft", {}),
+# ms-swift's losses, by the kind of their trainer, that are losses here.
+_KNOWN = {
+    "dpo": (
+        "sigmoid",
+        "robust",
+        "exo_pair",
+        "hinge",
+        "ipo",
+        "sppo_hard",
+        "nca_pair",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sft",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "cpo": ("sigmoid", "simpo"),
 }
-# What ms-swift does and its options do not say.
-_IMPLIED: dict[str, dict[str, Any]] = {
-    "robust": {"unbiased": True},
-    "ipo": {"length_normalized": True},
-}
-_POINTS = ("kto", "apo_zero_unpaired")
-_WITHOUT_REFERENCE = ("sigmoid", "simpo")
+_SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
+_WEIGHTS = ("desirable_weight", "undesirable_weight")
 # Losses of ms-swift that are none here.
 _OTHERS = {
     "bco_pair": "subtracts a running mean of the rewards, which no loss of this package does; its"
@@ -56,7 +56,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "kto": {"loss_type": "kto"},
     "cpo": {
-        "loss_type": _WITHOUT_REFERENCE,
+        "loss_type": _KNOWN["cpo"],
         "label_smoothing": 0.0,
         "cpo_alpha": 1.0,
         "simpo_gamma": 1.0,
@@ -88,7 +88,7 @@ class PointOptions(FusedOptions):
     undesirable_weight: float = 1.0
 
     pairwise: ClassVar[bool] = False
-    _shared: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
+    _shared: ClassVar[tuple[str, ...]] = ("beta", *_WEIGHTS)
 
 
 def read_entry(text: str | None) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
         if values.setdefault("beta", args.beta) != args.beta:
             raise ValueError(f"beta: got {args.beta} and {values['beta']} in {ENTRY}, needs one")
     if kind == "kto":
-        values |= {name: getattr(args, name) for name in ("desirable_weight", "undesirable_weight")}
+        values |= {name: getattr(args, name) for name in _WEIGHTS}
     return make(**values)
 
 
@@ -163,9 +163,9 @@ def _require_defaults(kind: str, args: Any, loss: Any) -> None:
 
 
 def words_of(args: Any) -> list[str]:
-    """`loss_type`, of which ms-swift takes one or several."""
-    given = getattr(args, "loss_type", None)
-    return list(given) if isinstance(given, list | tuple) else [given]
+    """`loss_type`, of which ms-swift takes one or several; ORPO's options have none."""
+    given = getattr(args, "loss_type", None) or ()
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
@@ -173,57 +173,69 @@ def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
     if kind == "orpo":
         return [_term("orpo", {"weight": args.beta, "nll": "token_mean"})]
     words = words_of(args)
-    known = {"dpo": tuple(_PAIRS), "kto": _POINTS, "cpo": _WITHOUT_REFERENCE}[kind]
     for word in words:
-        if word in known:
-            continue
-        if word in _OTHERS:
-            raise ValueError(
-                f"loss_type: got {word!r}, which {_OTHERS[word]}; needs one of"
-                f" {', '.join(map(repr, known))}, or a loss in {_EXAMPLE}"
-            )
-        raise ValueError(
-            f"loss_type: got {word!r}{closest(str(word), known)}, wanted one of"
-            f" {', '.join(map(repr, known))}; losses of this package"
-            f"{closest(str(word), available_losses())} are named in {_EXAMPLE}"
-        )
+        _require_word(word, _KNOWN[kind])
     if kind == "kto":
-        names = ("beta", "desirable_weight", "undesirable_weight")
-        return [_term(words[0].replace("_", "-"), {name: getattr(args, name) for name in names})]
+        weights = {name: getattr(args, name) for name in _WEIGHTS}
+        name, values = named_here(words[0], LossOptions(beta=args.beta, **weights))
+        return [_term(name, values)]
+    smoothing = args.label_smoothing
+    # ms-swift smooths CPO's loss too, which is a loss here without.
+    smoothed = ("simpo",) if kind == "cpo" else _SMOOTHED
+    if smoothing and not set(words) & set(smoothed):
+        raise ValueError(f"label_smoothing: got {smoothing} with {', '.join(words)}, needs 0")
     if kind == "cpo":
         return _without_reference(words[0], args)
-    weights = args.loss_weights or [1.0] * len(words)
+    shares = args.loss_weights or [1.0] * len(words)
     terms = [
-        _term(*_of_pairs(word, args), weight) for word, weight in zip(words, weights, strict=True)
+        _term(*_of_pairs(word, args), share) for word, share in zip(words, shares, strict=True)
     ]
     if args.rpo_alpha is not None:
         terms.append(_term("sft", {}, args.rpo_alpha))
+    if args.ld_alpha is not None and any(term["name"] == "sft" for term in terms):
+        raise ValueError(
+            f"ld_alpha: got {args.ld_alpha} with 'sft' or rpo_alpha, which ms-swift takes of whole"
+            " completions, needs None"
+        )
     return terms
 
 
+def _require_word(word: str, known: tuple[str, ...]) -> None:
+    if word in known:
+        return
+    listed = ", ".join(map(repr, known))
+    if word in _OTHERS:
+        raise ValueError(
+            f"loss_type: got {word!r}, which {_OTHERS[word]}; needs one of {listed}, or a loss in"
+            f" {_EXAMPLE}"
+        )
+    raise ValueError(
+        f"loss_type: got {word!r}{closest(str(word), known)}, wanted one of {listed}; losses of"
+        f" this package{closest(str(word), available_losses())} are named in {_EXAMPLE}"
+    )
+
+
 def _of_pairs(word: str, args: Any) -> tuple[str, dict[str, Any]]:
-    name, options = _PAIRS[word]
-    if args.label_smoothing and "label_smoothing" not in options.values():
-        _refuse_smoothing(word, args)
-    values = {ours: getattr(args, theirs) for ours, theirs in options.items()}
+    name, values = named_here(
+        word,
+        LossOptions(
+            beta=args.beta, label_smoothing=args.label_smoothing, discopop_tau=args.discopop_tau
+        ),
+    )
+    if word == "sigmoid":  # Which today's TRL does not smooth.
+        values["label_smoothing"] = args.label_smoothing
     if word == "exo_pair" and not args.label_smoothing:
         del values["label_smoothing"]  # ms-swift takes 0.001 then, and so does the loss.
-    return name, values | _IMPLIED.get(word, {})
+    return name, values
 
 
 def _without_reference(word: str, args: Any) -> list[dict[str, Any]]:
     if word == "sigmoid":
-        if args.label_smoothing:
-            _refuse_smoothing("cpo", args)
         return [_term("cpo", {"beta": args.beta, "nll_weight": args.cpo_alpha})]
     smoothing = args.label_smoothing
     values = {"beta": args.beta, "gamma": args.simpo_gamma, "label_smoothing": smoothing}
     terms = [_term("simpo", values)]
     return terms + [_term("sft", {}, args.cpo_alpha)] if args.cpo_alpha else terms
-
-
-def _refuse_smoothing(word: str, args: Any) -> None:
-    raise ValueError(f"label_smoothing: got {args.label_smoothing} with {word}, needs 0")
 
 
 def _term(name: str, hyperparameters: dict[str, Any], weight: float = 1.0) -> dict[str, Any]:

@@ -53,10 +53,11 @@ def test_an_entry_of_another_kind_is_refused(text, message):
 
 def test_options_of_ms_swift_are_a_loss():
     summed = {"loss_type": ["robust", "sft"], "loss_weights": [0.8, 1.0], "label_smoothing": 0.1}
-    loss = of("dpo", {"workspace_mb": 8}, **summed, rpo_alpha=0.2, ld_alpha=0.5).build_loss()
+    loss = of("dpo", {"workspace_mb": 8}, **summed, rpo_alpha=0.2).build_loss()
     assert loss.name == "0.8 robust-dpo + sft + 0.2 sft"
     assert loss.hyperparameters["robust-dpo"]["unbiased"]
-    assert (loss.ld_alpha, loss.op_options["workspace_mb"]) == (0.5, 8)
+    assert loss.op_options["workspace_mb"] == 8
+    assert of("dpo", ld_alpha=0.5).build_loss().ld_alpha == 0.5
     smoothed = of("cpo", label_smoothing=0.1, cpo_alpha=0.0).build_loss().hyperparameters
     assert smoothed == {"beta": 2.0, "gamma": 1, "label_smoothing": 0.1}
     assert of("kto", desirable_weight=2).build_loss().hyperparameters["desirable_weight"] == 2
@@ -81,6 +82,7 @@ def test_the_loss_of_an_entry_has_its_own_defaults():
         ("cpo", {"loss": "simpo"}, {"simpo_gamma": 2}, "simpo_gamma: got 2, an option of ms-swift"),
         ("cpo", {}, {"loss_type": "hinge"}, "'hinge', which compares log-probs without"),
         ("cpo", {}, {"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: got 0.1"),
+        ("dpo", {}, {"rpo_alpha": 0.1, "ld_alpha": 0.5}, "ld_alpha: got 0.5 with 'sft'"),
         ("dpo", {}, {"loss_type": ["hinge"], "label_smoothing": 0.1}, "0.1 with hinge, needs 0"),
         ("kto", {}, {"loss_type": "dpo"}, "wanted one of 'kto', 'apo_zero_unpaired'"),
         ("dpo", {}, {"loss_type": ["gamma-simpo"]}, "did you mean 'gamma-simpo' or"),
