@@ -107,9 +107,6 @@ class FusesSwift(FusesLabelled):
             collator=CompletionMasks(collator, others=(SEQUENCE_IDS, NUM_SEQUENCES, LABEL)),
             router_coefficient=self.aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
-        if "loss" not in entry:
-            # ms-swift shortens the policy's log-probs alone.
-            self._op_options["ld_alpha"] = None
         logger.warning("the loss is %s", loss_fn)
 
     def _settle_reference(self, loss_fn: PreferenceLoss) -> None:
