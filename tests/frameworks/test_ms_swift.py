@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from swift.arguments import SftArguments
 from swift.pipelines import rlhf_main
 from swift.trainers import TrainerFactory
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import fused_prefopt
 from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
@@ -175,16 +177,25 @@ def test_its_other_trainers_are_the_same(train, options):
     assert_equal(train(kind, *FULL, *SGD, *options, fused=True, **SAVED), wanted, ())
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "simpo"])
-def test_adapters_train_alike(train, kind):
-    options = ("--tuner_type", "lora", "--target_modules", "q_proj", "v_proj", *SGD)
-    assert_equal(train(kind, *options, fused=True, **SAVED), train(kind, *options, **SAVED), ())
+LORA = ("--tuner_type", "lora", "--target_modules", "q_proj", "v_proj", *SGD)
+ADAPTERS = {
+    "dpo": ("dpo", *LORA),
+    "kto": ("kto", *LORA),
+    "simpo": ("simpo", *LORA),
+    "dora": ("dpo", *LORA, "--use_dora", "true"),
+    "on the head": ("dpo", *LORA, "--target_modules", "lm_head", "q_proj"),
+    "boft": ("dpo", "--tuner_type", "boft", *SGD),
+}
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_adapters_train_alike(train, options):
+    assert_equal(train(*options, fused=True, **SAVED), train(*options, **SAVED), ())
 
 
 def test_an_adapter_compares_with_another_one(train):
-    lora = ("--tuner_type", "lora", "--target_modules", "q_proj", "v_proj", *SGD)
-    start = train("dpo", *lora, **SAVED)["last_model_checkpoint"]
-    options = (*lora, "--adapters", start, "--ref_adapters", start)
+    start = train("dpo", *LORA, **SAVED)["last_model_checkpoint"]
+    options = (*LORA, "--adapters", start, "--ref_adapters", start)
     wanted, found = (train("dpo", *options, fused=fused, **SAVED) for fused in (False, True))
     assert losses_of(found) == pytest.approx(losses_of(wanted), rel=1e-5)
     assert losses_of(found)[0] == pytest.approx(0.6931472, abs=1e-5)
@@ -202,6 +213,31 @@ def test_packed_rows_are_the_same(train, monkeypatch, kind, layout):
 
 def _takes_any_attention(args):
     args.padding_free = args.padding_free or args.packing
+
+
+@pytest.mark.parametrize("kind", ["dpo", "cpo"])
+def test_a_mixture_of_experts_is_the_same(train, inputs, tmp_path, kind):
+    folder = tmp_path / "experts"
+    shutil.copytree(inputs["model"], folder)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = MixtralConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
+    options = (*FULL, *SGD, "--model", str(folder), "--router_aux_loss_coef", "0.5")
+    settings = SAVED | {"model_type": "mixtral"}
+    wanted, found = (train(kind, *options, fused=fused, **settings) for fused in (False, True))
+    assert_equal(found, wanted, ("aux_loss",) if kind == "dpo" else ())
 
 
 def test_an_evaluation_is_the_same(train, inputs):
@@ -287,25 +323,47 @@ def test_a_gradient_that_is_not_finite_stops(train):
         train("dpo", *FULL, *SGD, fused=True, entry=entry)
 
 
-def test_its_command_reads_yaml(inputs, tmp_path):
+def command(inputs, folder, entry, **settings):
+    """Its command in a process of its own, with a YAML file; its messages, and what it logged."""
     config = {
         **SETTINGS,
         "rlhf_type": "dpo",
         "model": inputs["model"],
         "dataset": inputs["pairs"],
         "tuner_type": "full",
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(folder / "out"),
         "external_plugins": [str(EXAMPLE)],
-        "model_kwargs": {"fused_prefopt": {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}}},
-        **SAVED,
+        "model_kwargs": {"fused_prefopt": entry},
+        **settings,
     }
-    file = tmp_path / "dpo.yaml"
+    file = folder / "dpo.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [Path(sys.executable).with_name("swift"), "rlhf", file]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("swift"), "rlhf", file],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment | config.pop("ENV", {}),
+    )
     assert done.returncode == 0, done.stderr
-    assert "alpha-dpo, beta=10.0, gamma=4.0, alpha=0.1" in done.stderr
-    rows = (tmp_path / "out" / "logging.jsonl").read_text(encoding="utf-8").splitlines()
-    assert "rewards/margins" in json.loads(rows[0])
+    logged = (folder / "out" / "logging.jsonl").read_text(encoding="utf-8").splitlines()
+    return done.stderr, [row for row in map(json.loads, logged) if "loss" in row]
+
+
+def test_its_command_reads_yaml(inputs, tmp_path):
+    entry = {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}}
+    messages, rows = command(inputs, tmp_path, entry, **SAVED)
+    assert "alpha-dpo, beta=10.0, gamma=4.0, alpha=0.1" in messages
+    assert len(rows) == 3 and all("rewards/margins" in row for row in rows)
     assert (tmp_path / "out" / "checkpoint-3" / LOSS_STATE).is_file()
+
+
+def test_two_processes_train_as_one(inputs, tmp_path, train):
+    entry = {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}}
+    settings = {"train_dataloader_shuffle": "false", "gradient_accumulation_steps": 2}
+    one = train("dpo", *FULL, *SGD, fused=True, entry=entry, **settings)
+    # Without `use_cpu` its processes on a CPU do not share their gradients.
+    settings |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo", "use_cpu": "true"}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "ENV": {"NPROC_PER_NODE": "2"}}
+    _, rows = command(inputs, tmp_path, entry, **settings)
+    assert [row["loss"] for row in rows] == pytest.approx(losses_of(one), rel=1e-5)
