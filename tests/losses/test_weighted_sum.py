@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from loss_cases import extras_of, held, hidden_batch, random_batch, vector
+from torch.nn.functional import logsigmoid
 
 import fused_prefopt as fp
 from fused_prefopt import preference
@@ -196,8 +197,8 @@ def in_float64(batch: fp.LogpBatch) -> fp.LogpBatch:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("case", SUMS)
-def test_terms_with_a_kernel_are_launched_and_all_equal_float64(case, monkeypatch):
+@pytest.mark.parametrize(("case", "weighting"), [*((case, False) for case in SUMS), ("MPO", True)])
+def test_terms_with_a_kernel_are_launched_and_all_equal_float64(case, weighting, monkeypatch):
     launched, plain = [], preference.launch_loss
 
     def counted(loss, statistics, batch):
@@ -206,7 +207,9 @@ def test_terms_with_a_kernel_are_launched_and_all_equal_float64(case, monkeypatc
         return result
 
     monkeypatch.setattr(preference, "launch_loss", counted)
-    ours, truth = sum_of(case, engine="triton"), sum_of(case)
+    ours, truth = (
+        sum_of(case, engine=engine, use_weighting=weighting) for engine in ("triton", "torch")
+    )
     for step, batch in enumerate(batches(case, torch.float32)):
         exact = in_float64(batch)
         for each in (ours, truth):
@@ -248,6 +251,33 @@ def test_weights_of_pairs_reach_every_term_that_has_none():
             fp.PreferenceLoss(name, use_weighting=True)
 
 
+@pytest.mark.parametrize("nll", ["token_mean", "sequence_mean", "sum"])
+def test_a_likelihood_of_every_kind_beside_a_preference(nll):
+    """RPO's α·NLL is the mean over completions, SimPO's and TRL's that over tokens."""
+    batch = random_batch(8)
+    (chosen, rejected), tokens = batch.policy.chunk(2), batch.lengths[:4]
+    ratios = chosen - batch.reference[:4] - (rejected - batch.reference[4:])
+    means = chosen / tokens - rejected / batch.lengths[4:]
+    likelihood = {
+        "token_mean": chosen.sum() / tokens.sum(),
+        "sequence_mean": (chosen / tokens).mean(),
+        "sum": chosen.mean(),
+    }[nll]
+    terms = [
+        ("dpo", -logsigmoid(0.1 * ratios).mean()),
+        ("simpo", -logsigmoid(2.5 * means - 1).mean()),
+    ]
+    for name, preference_term in terms:
+        found = fp.PreferenceLoss(f"{name} + 0.3 nll", nll=nll).from_logps(batch).loss
+        wanted = preference_term - 0.3 * likelihood
+        slopes = [
+            torch.autograd.grad(each, batch.policy, retain_graph=True)[0]
+            for each in (found, wanted)
+        ]
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-15)
+
+
 def test_sums_of_other_losses_are_refused():
     pairs, points = PairwiseLoss(find("dpo").build().reward), find("dro").build()
     assert isinstance(points, DirectRewardLoss)
@@ -272,7 +302,7 @@ def test_a_compiled_sum_is_compiled_once():
         graphs.append(module)
         return module.forward
 
-    loss_fn, plain = sum_of("statistics"), sum_of("statistics")
+    loss_fn, plain = (fp.PreferenceLoss("alpha-dpo + 0.5 beta-dpo") for _ in range(2))
     compiled, seen = torch.compile(loss_fn.from_logps, backend=count), []
     for step in range(4):
         got, wanted = (each(random_batch(8, step)) for each in (compiled, plain.from_logps))

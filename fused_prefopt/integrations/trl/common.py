@@ -15,14 +15,16 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
-    ATTENTION_MASK,
-    COMPLETION_MASK,
-    INPUT_IDS,
-    LABEL_COUNTS,
+    LAYOUT,
     SEQUENCE_KL,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.layouts import (
+    keep_batches_whole,
+    number_of_tokens,
+    require_layout,
+)
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trainer_checks import (
@@ -34,29 +36,38 @@ from fused_prefopt.integrations.trainer_checks import (
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
 from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.trl.images import (
+    ImageRows,
+    collator_fingerprint,
+    images_precomputed,
+)
+from fused_prefopt.integrations.trl.layouts import layout_of
 from fused_prefopt.integrations.trl.rows import KeepsTeachingRows, require_values
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
-from fused_prefopt.models.model_call import evaluating, exact_loss, past_wrappers
+from fused_prefopt.models.model_call import INPUTS, evaluating, exact_loss, past_wrappers
 from fused_prefopt.preference import PreferenceLoss
 
 # A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
 _TUNERS = "BaseTunerLayer"
 # Options that a model's config is read with, of those that the model is loaded with.
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
-LAYOUT = (INPUT_IDS, ATTENTION_MASK, COMPLETION_MASK, LABEL_COUNTS)
 
 
 class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
+    # Columns of values that reach the loss.
+    columns: ClassVar[tuple[str, ...]]
     # Of TRL's trainers.
     model: Any
     ref_model: Any
     accelerator: Any
     train_dataset: Any
+    eval_dataset: Any
+    state: Any
     compute_loss_context_manager: Any
     router_aux_loss_coef: float
     aux_loss_enabled: bool
@@ -85,23 +96,31 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
         self._op_options = loss_fn.evaluation_options | {"ld_alpha": loss_fn.ld_alpha}
-        self._new_tokens = 0
+        self._new_tokens: Any = 0
+        self._layout = layout_of(config, given.arguments.get("data_collator"))
+        self._is_laid_out = False
         if not self.needs_reference and getattr(config, "sync_ref_model", False):
             raise ValueError(
                 f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
             )
-        with _given(config, **self._given_to_trl(config, loss_fn)), _any_head(self):
+        with (
+            _given(config, **self._given_to_trl(config, loss_fn)),
+            images_precomputed(self, given.arguments),
+            _any_head(self),
+        ):
             super().__init__(*given.args, **given.kwargs)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
         if self.ref_model is not None:
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
-            raise ValueError("train_dataset: got images, needs texts only")
+            self._require_image_values()
         require_rows(self, loss_fn, self._fields_of, streams=True)
+        self._lay_out()
         leave_out_ligers_loss(self.args)
         policy = self.accelerator.unwrap_model(self.model)
-        checked = CheckedTokens(self.data_collator, input_vocab(policy))
+        cutting = ImageRows.of(self.data_collator, self.config_type.pairwise)
+        checked = CheckedTokens(cutting, input_vocab(policy))
         self.data_collator: Any = CountedLabels(checked)
         self.attachment = attach(
             policy,
@@ -124,6 +143,27 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         # `_precompute_ref_logps` computes nothing.
         return {} if self.needs_reference else {"precompute_ref_log_probs": True}
 
+    def _lay_out(self) -> None:
+        """Put a collator of this package in the place of TRL's, where a layout wants one, once."""
+        if self._is_laid_out:
+            return
+        self._is_laid_out = True
+        if self._layout is not None:
+            if self._is_vision_dataset:
+                raise ValueError(
+                    f"{self._layout}: got True with images, needs False: their rows are padded"
+                )
+            self.data_collator = self._collator(self._layout)
+        keep_batches_whole(self)
+        models = [self.model]
+        if self.needs_reference and self.ref_model is not None:
+            models.append(self.ref_model)
+        require_layout(self, *map(self.accelerator.unwrap_model, models))
+
+    def _collator(self, layout: str) -> Any:
+        """The collator of a layout, on TRL's rows, with the cut and the padding of TRL's own."""
+        raise NotImplementedError
+
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         """`LogpBatch` fields that the loss can get with such rows."""
         raise NotImplementedError
@@ -142,7 +182,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         """The fused loss of a batch from TRL's collator."""
         batch = self._of_loss(model, inputs)
         if self.model.training:
-            self._new_tokens = self._new_tokens + batch[ATTENTION_MASK].sum()
+            self._new_tokens = self._new_tokens + number_of_tokens(batch)
         arguments = past_wrappers(batch)
         outputs = model(**arguments)
         loss = exact_loss(outputs["loss"], arguments)
@@ -182,15 +222,48 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.needs_reference:
             return dataset
+        # Here TRL's constructor is not through.
+        self._lay_out()
         # TRL keeps them by this and the data alone, its own with them.
+        own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        collator = self.data_collator
+        if self._is_vision_dataset:
+            # Of images the data are not yet what the model is given.
+            collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
+            own += (collator_fingerprint(collator),)
         key = (self._precompute_model_hash, *own)
-        with _given(self, _precompute_model_hash=key):
+        with _given(self, _precompute_model_hash=key, data_collator=collator):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
+
+    def _require_image_values(self) -> None:
+        """Raise ValueError, with the row's number, as TRL's data sets of texts do when prepared."""
+        sets = self.eval_dataset
+        sets = sets if isinstance(sets, Mapping) else {"eval": sets}
+        for name, data in ({"train": self.train_dataset} | dict(sets)).items():
+            require_values(name, data, self.columns)
+
+    def _reference_of(self, model: Any) -> Any:
+        """The model whose log-probs are the reference's, where a batch has none.
+
+        Raises:
+            ValueError: they were computed ahead, of the policy, which has since been trained.
+        """
+        # Not `or`: a compiled model has no truth value.
+        if self.ref_model is not None:
+            return self.ref_model
+        trained = self.state.global_step > 0 and not is_peft_model(self.model)
+        if self.precompute_ref_logps and trained:
+            raise ValueError(
+                "precompute_ref_log_probs: got rows without the reference's log-probs, after"
+                " training has changed the model that they are of; give the data set as"
+                " `eval_dataset` when the trainer is made, or a ref_model"
+            )
+        return model
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
@@ -209,7 +282,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
     ) -> dict[str, Tensor]:
         """`completion_logps` through the model's wrappers."""
-        fields = {name: batch[name] for name in LAYOUT if name in batch}
+        fields = {name: batch[name] for name in (*LAYOUT, *INPUTS) if name in batch}
         with self.accelerator.autocast():
             return logps_through(model, fields, prompt=prompt, **self._op_options)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
+from fused_prefopt.data.collators import cut_side
 from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     LABEL,
@@ -77,9 +78,9 @@ class KeepsTeachingRows:
         )
         # Single completions TRL cuts at the end, whatever the options say.
         mode = args.truncation_mode if pairwise else "keep_start"
-        cut = _Cut(args.max_length, mode, pairwise)
+        cut = Cut(args.max_length, mode, pairwise)
         if not hasattr(prepared, "__len__"):
-            return prepared.filter(_Streamed(cut, dataset_name))
+            return prepared.filter(StreamedRows(cut, dataset_name))
         # TRL makes two rows of a pair for a trainer on single completions.
         halves = 2 if not pairwise and all(name in first for name in PAIR) else 1
         counts = RowCounts(f"{dataset_name} data", args.max_length, pairwise=pairwise)
@@ -99,7 +100,7 @@ class KeepsTeachingRows:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """A row's sides whole, and as TRL's collators cut them."""
 
     max_length: int | None
@@ -108,22 +109,13 @@ class _Cut:
 
     def __call__(self, row: Mapping[str, Any]) -> tuple[list[Side], list[Side]]:
         whole = [(row[PROMPT_IDS], row[name]) for name in _SIDES[self.pairwise]]
-        return whole, [self._side(*side) for side in whole]
-
-    def _side(self, prompt: list[int], completion: list[int]) -> Side:
-        length = len(prompt) + len(completion)
-        if self.max_length is None or length <= self.max_length:
-            return prompt, completion
-        if self.mode == "keep_start":
-            return prompt[: self.max_length], completion[: max(self.max_length - len(prompt), 0)]
-        gone = length - self.max_length
-        return prompt[gone:], completion[max(gone - len(prompt), 0) :]
+        return whole, [cut_side(*side, self.max_length, self.mode) for side in whole]
 
 
-class _Streamed:
+class StreamedRows:
     """Filter of a stream for rows that teach anything, which tells of the first that does not."""
 
-    def __init__(self, cut: _Cut, name: str) -> None:
+    def __init__(self, cut: Cut, name: str) -> None:
         self.cut = cut
         self.name = name
         self.told = False
