@@ -107,7 +107,7 @@ class FusesSwift(FusesLabelled):
             collator=CompletionMasks(collator, others=(SEQUENCE_IDS, NUM_SEQUENCES, LABEL)),
             router_coefficient=self.aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
-        logger.warning("the loss is %s", loss_fn)
+        logger.warning("the loss is %s", " ".join(repr(loss_fn).split()))
 
     def _settle_reference(self, loss_fn: PreferenceLoss) -> None:
         """Drop a reference that the loss does not use; raise ValueError without one that it does.
