@@ -34,7 +34,7 @@ _KNOWN = {
         "sft",
     ),
     "kto": ("kto", "apo_zero_unpaired"),
-    "cpo": ("sigmoid", "simpo"),
+    "cpo": ("sigmoid", "simpo", "hinge"),
 }
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
@@ -42,8 +42,7 @@ _WEIGHTS = ("desirable_weight", "undesirable_weight")
 _OTHERS = {
     "bco_pair": "subtracts a running mean of the rewards, which no loss of this package does; its"
     " 'bco-pair' is without",
-    "hinge": "compares log-probs without a reference, which no loss of this package does so",
-    "ipo": "compares log-probs without a reference, which no loss of this package does so",
+    "ipo": "squares what log-probs differ by without a reference, as no loss of this package does",
 }
 # Kind of trainer → options that shape ms-swift's own losses alone → their defaults there.
 _OWN: dict[str, dict[str, Any]] = {
@@ -56,7 +55,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "kto": {"loss_type": "kto"},
     "cpo": {
-        "loss_type": _KNOWN["cpo"],
+        "loss_type": ("sigmoid", "simpo"),
         "label_smoothing": 0.0,
         "cpo_alpha": 1.0,
         "simpo_gamma": 1.0,
@@ -232,9 +231,13 @@ def _of_pairs(word: str, args: Any) -> tuple[str, dict[str, Any]]:
 def _without_reference(word: str, args: Any) -> list[dict[str, Any]]:
     if word == "sigmoid":
         return [_term("cpo", {"beta": args.beta, "nll_weight": args.cpo_alpha})]
-    smoothing = args.label_smoothing
-    values = {"beta": args.beta, "gamma": args.simpo_gamma, "label_smoothing": smoothing}
-    terms = [_term("simpo", values)]
+    if word == "hinge":
+        # max(0, 1 − βm) = β max(0, 1/β − m)
+        terms = [_term("slic-hf", {"delta": 1 / args.beta, "nll_weight": 0.0}, args.beta)]
+    else:
+        smoothing = args.label_smoothing
+        values = {"beta": args.beta, "gamma": args.simpo_gamma, "label_smoothing": smoothing}
+        terms = [_term("simpo", values)]
     return terms + [_term("sft", {}, args.cpo_alpha)] if args.cpo_alpha else terms
 
 

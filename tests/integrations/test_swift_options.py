@@ -80,7 +80,7 @@ def test_the_loss_of_an_entry_has_its_own_defaults():
         ("dpo", {"loss": "dpo", "beta": 1.0}, {"beta": 0.5}, "beta: got 0.5 and 1.0"),
         ("dpo", {"loss": "dpo"}, {"loss_type": ["ipo"]}, "loss_type: got .'ipo'., an option of ms"),
         ("cpo", {"loss": "simpo"}, {"simpo_gamma": 2}, "simpo_gamma: got 2, an option of ms-swift"),
-        ("cpo", {}, {"loss_type": "hinge"}, "'hinge', which compares log-probs without"),
+        ("cpo", {}, {"loss_type": "ipo"}, "loss_type: got 'ipo', which squares"),
         ("cpo", {}, {"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: got 0.1"),
         ("dpo", {}, {"rpo_alpha": 0.1, "ld_alpha": 0.5}, "ld_alpha: got 0.5 with 'sft'"),
         ("dpo", {}, {"loss_type": ["hinge"], "label_smoothing": 0.1}, "0.1 with hinge, needs 0"),
