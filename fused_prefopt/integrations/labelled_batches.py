@@ -43,8 +43,8 @@ from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_trained_head
 from fused_prefopt.models.model_call import (
+    IMAGES,
     INPUTS,
-    REPLACED,
     evaluating,
     exact_loss,
     past_wrappers,
@@ -53,8 +53,6 @@ from fused_prefopt.preference import PreferenceLoss
 
 # Hugging Face's name, and the label of a token that is not one of a completion.
 LABELS, IGNORED = "labels", -100
-# Of a model's inputs those that have a value for each token.
-_OF_TOKENS = (*REPLACED, "mm_token_type_ids")
 
 
 @dataclass
@@ -283,7 +281,7 @@ class FusesLabelledPoints(FusesLabelled):
 
 def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The layout of the mismatched completions, with the images of the prompts."""
-    shared = {name: inputs[name] for name in INPUTS if name in inputs and name not in _OF_TOKENS}
+    shared = {name: inputs[name] for name in IMAGES if name in inputs}
     return shared | {
         name.removeprefix(MISMATCHED): inputs[name]
         for name in inputs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,8 +27,18 @@ if find_spec("torchaudio") is None:
 from llamafactory import cli, launcher  # noqa: E402
 from llamafactory.hparams import FinetuningArguments, parser  # noqa: E402
 from llamafactory.train.dpo.trainer import CustomDPOTrainer  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import MixtralConfig, MixtralForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from trl import DPOTrainer  # noqa: E402
 
 from fused_prefopt.cli.main import main  # noqa: E402
@@ -190,6 +201,70 @@ def test_llamafactorys_own_hinge_is_its_sigmoid(tmp_path, inputs):
     torch.testing.assert_close(hinge.weights, own(tmp_path / "sigmoid", inputs).weights)
 
 
+def write_pairs_with_images(folder: Path, count: int = 8) -> dict[str, object]:
+    """Options of a tiny random LLaVA, and of pairs whose prompts begin with an image."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    side = {"height": 28, "width": 28}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=side),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = CLIPVisionConfig(hidden_size=16, image_size=28, patch_size=14, **sizes)
+    text = LlamaConfig(vocab_size=264, hidden_size=32, **sizes)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    rows = pairs(count)
+    for index, row in enumerate(rows):
+        path = folder / f"{index}.png"
+        Image.new("RGB", (28, 28), (30 * index, 200 - 20 * index, 90)).save(path)
+        row |= {"prompt": f"<image>{row['prompt']}", "images": [str(path)]}
+    write_rows(folder / "pairs.jsonl", rows)
+    names = {name: name for name in rows[0]}
+    data = {"pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": names}}
+    (folder / "dataset_info.json").write_text(json.dumps(data), encoding="utf-8")
+    model = {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder)}
+    # The template begins with a long text.
+    return model | {"template": "llava", "cutoff_len": 400, "ref_model": None}
+
+
+def test_images_reach_the_model_as_in_llamafactory(tmp_path, inputs):
+    options = write_pairs_with_images(tmp_path)
+    options |= {"finetuning_type": "lora", "lora_target": "all", "gradient_accumulation_steps": 1}
+    options |= {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+    mine = ours(tmp_path / "ours", inputs, **options)
+    theirs = own(tmp_path / "own", inputs, **options)
+    torch.testing.assert_close(mine.weights, theirs.weights, **CLOSE)
+    assert mine.logged("loss") == pytest.approx(theirs.logged("loss"), abs=1e-5)
+    # The vision tower's adapter has moved: the loss depends on the images.
+    seen = [value for name, value in mine.weights.items() if "vision" in name and "lora_B" in name]
+    assert seen and max(value.abs().max() for value in seen) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stage", "loss", "first"),
+    [
+        ("dpo", "tdpo1", math.log(2)),
+        ("dpo", "dpo + 0.2 bco-pair", 1.4 * math.log(2)),
+        ("kto", "apo-zero-unpaired", 0.5),
+        ("kto", "kto + 0.5 apo-zero-unpaired", 0.75),
+    ],
+)
+def test_a_new_adapter_is_its_own_reference(stage, loss, first, tmp_path, inputs):
+    options = {"stage": stage, "pref_loss": loss, "finetuning_type": "lora", "lora_target": "all"}
+    run = ours(tmp_path, inputs, **options, gradient_accumulation_steps=1)
+    losses = run.logged("loss")
+    assert losses[0] == pytest.approx(first, abs=1e-5)
+    assert abs(losses[1] - first) > 1e-4
+
+
 def test_a_loss_of_this_package_trains_evaluates_and_resumes_with_its_statistics(tmp_path, inputs):
     options = {
         "pref_loss": "gamma-dpo",
@@ -321,8 +396,16 @@ def test_afterwards_llamafactory_is_its_own_again(tmp_path, inputs):
     assert set(names) == {"sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"}
 
 
-def test_several_processes_are_started_with_the_same_trainers(tmp_path, inputs):
-    options = {"pref_loss": "alpha-dpo", "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pref_loss": "alpha-dpo"},
+        {"stage": "kto", "finetuning_type": "lora", "lora_target": "all", "pref_beta": 0.5},
+    ],
+    ids=["alpha-dpo", "kto, lora"],
+)
+def test_several_processes_are_started_with_the_same_trainers(options, tmp_path, inputs):
+    options = options | {"gradient_accumulation_steps": 1}
     alone = ours(tmp_path / "one", inputs, **options, per_device_train_batch_size=4)
     folder = tmp_path / "two"
     folder.mkdir()

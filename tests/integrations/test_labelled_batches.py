@@ -41,12 +41,13 @@ class Of:
 
     collator_options: dict[str, Any] = {}
 
-    def __init__(self, folder: Any, found: dict[str, Any], loss: fp.PreferenceLoss, **ref: Any):
-        options = {"output_dir": str(folder), "remove_unused_columns": False}
-        super().__init__(tiny_llama(), TrainingArguments(**SETTINGS | options))
-        self.ref_model = ref.get("ref_model", tiny_llama(1))
+    def __init__(self, folder: Any, found: dict[str, Any], loss: fp.PreferenceLoss, **more: Any):
+        given = {"output_dir": str(folder), "remove_unused_columns": False}
+        super().__init__(tiny_llama(), TrainingArguments(**SETTINGS | given))
+        self.ref_model = more.get("ref_model", tiny_llama(1))
         collator = CompletionMasks(lambda _: dict(found), **self.collator_options)
-        self.fuse(loss, FusedOptions(), collator=collator, router_coefficient=None)
+        options = FusedOptions(on_nonfinite=more.get("on_nonfinite", "stop"))
+        self.fuse(loss, options, collator=collator, router_coefficient=None)
 
 
 class Pairs(Of, FusesLabelled, Trainer):
@@ -146,3 +147,9 @@ def test_a_missing_reference_or_field_is_named(tmp_path):
         trainer.compute_loss(trainer.model, trainer.data_collator([]))
     with pytest.raises(ValueError, match="odpo needs `rewards`"):
         Pairs(tmp_path, batch(0), fp.PreferenceLoss("odpo"))
+
+
+def test_an_optimizer_inside_the_backward_pass_cannot_skip_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pairs, "steps_in_backward", "galore_layerwise")
+    with pytest.raises(ValueError, match="^on_nonfinite: got 'skip' with galore_layerwise, whose"):
+        Pairs(tmp_path, batch(0), fp.PreferenceLoss("simpo"), on_nonfinite="skip")
