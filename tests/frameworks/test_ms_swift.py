@@ -15,7 +15,6 @@ pytest.importorskip("swift", reason="needs ms-swift")
 
 import torch
 import yaml
-from framework_inputs import pairs, points, write_model, write_rows
 from safetensors.torch import load_file
 from swift.arguments import SftArguments
 from swift.pipelines import rlhf_main
@@ -23,6 +22,7 @@ from swift.trainers import TrainerFactory
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import fused_prefopt
+from benchmarks.framework_inputs import pairs, points, write_model, write_rows
 from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
 
 ROOT = Path(__file__).resolve().parents[2]
