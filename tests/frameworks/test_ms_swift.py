@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -365,6 +366,10 @@ def test_two_processes_train_as_one(inputs, tmp_path, train):
     one = train("dpo", *FULL, *SGD, fused=True, entry=entry, **settings)
     # Without `use_cpu` its processes on a CPU do not share their gradients.
     settings |= {"per_device_train_batch_size": 1, "ddp_backend": "gloo", "use_cpu": "true"}
-    settings |= {"optim": "sgd", "learning_rate": 0.1, "ENV": {"NPROC_PER_NODE": "2"}}
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = {"NPROC_PER_NODE": "2", "MASTER_PORT": str(port)}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "ENV": environment}
     _, rows = command(inputs, tmp_path, entry, **settings)
     assert [row["loss"] for row in rows] == pytest.approx(losses_of(one), rel=1e-5)
