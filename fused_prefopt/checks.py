@@ -154,6 +154,7 @@ _INSTALLS = {
     "safetensors": 'pip install "fused-prefopt[trainers]"',
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
+    "swift": 'pip install "ms-swift>=4.6"',
     "trl": 'pip install "fused-prefopt[trainers]" "trl>=1.15"',
     "llamafactory": "pip install llamafactory==0.9.5",
 }

@@ -14,6 +14,7 @@ CASES = (
     ("transformers", "accelerate", TRAINERS),
     ("trl", "transformers", TRAINERS),
     ("trl", "trl", f'{TRAINERS} "trl>=1.15"'),
+    ("ms_swift", "swift", 'pip install "ms-swift>=4.6"'),
 )
 # Each import in a process of its own, after torch.
 _IMPORTS = f"""

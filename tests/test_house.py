@@ -71,6 +71,7 @@ OPTIONAL = {
     "accelerate": {"integrations"},
     "trl": {"integrations"},
     "llamafactory": {"integrations"},
+    "swift": {"integrations"},
     "datasets": {"integrations"},
     "peft": set(),
     "safetensors": set(),
@@ -80,7 +81,10 @@ OPTIONAL = {
     "triton": {"kernels"},
 }
 # Integrations that import, at the top, a framework that is in none of the extras.
-OF_FRAMEWORKS = ("fused_prefopt.integrations.llamafactory",)
+OF_FRAMEWORKS = (
+    "fused_prefopt.integrations.llamafactory",
+    "fused_prefopt.integrations.ms_swift",
+)
 # A file that is longer says in its docstring why it is one.
 LONG, LONGEST = 450, 800
 EXPLAINED = "one file"
