@@ -155,6 +155,7 @@ _INSTALLS = {
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
     "trl": 'pip install "fused-prefopt[trainers]" "trl>=1.15"',
+    "axolotl": 'pip install "axolotl>=0.19"',
 }
 
 
