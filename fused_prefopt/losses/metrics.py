@@ -21,6 +21,8 @@ SCORES_MEAN, SCORES_STD = "reward_model/mean", "reward_model/std"
 LOG_Z_MEAN = "log_z/mean"
 LOGITS_CHOSEN, LOGITS_REJECTED = "logits/chosen", "logits/rejected"
 NONFINITE = "nonfinite"
+# Of a sum, followed by a term's name: its own loss, before its weight.
+TERM_LOSS = "loss/"
 
 # Metrics in the order of the kernels' numbers.
 PAIR_METRICS = (

@@ -67,10 +67,12 @@ class FusedKTOConfig(FusedOptions, KTOConfig):
     """`trl.KTOConfig` with a point-wise loss of this package; see `FusedOptions` for its options.
 
     `desirable_weight` and `undesirable_weight` are hyperparameters of the loss, as `beta` is;
-    `loss_type` must keep its default.
+    `loss_type` names the same loss as in TRL, where `loss` keeps its default.
     """
 
-    loss: str = field(default="kto", metadata={"help": "Name of a point-wise loss."})
+    loss: list[Any] | str | None = field(
+        default="kto", metadata={"help": "Name of a point-wise loss, or a sum of them."}
+    )
 
     pairwise: ClassVar[bool] = False
     _VALID_DICT_FIELDS = [*getattr(KTOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
