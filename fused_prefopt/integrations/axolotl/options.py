@@ -17,6 +17,7 @@ from pydantic import BaseModel, field_validator
 
 from fused_prefopt.checks import require_choice
 from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.loss_types import terms_here
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.preference import PreferenceLoss
 
@@ -113,10 +114,7 @@ def training_arguments(cfg: Any) -> dict[str, Any]:
     options: dict[str, Any] = dict(cfg.fused_prefopt or {})
     _refuse(cfg, kind, named="loss" in options)
     own = _hyperparameters(cfg, kind)
-    if "loss" in options:
-        given = _with_own(options, own)
-    else:
-        given = _own_loss(cfg, kind, options, {name: value for name, (_, value) in own.items()})
+    given = _with_own(options, own) if "loss" in options else _own_loss(cfg, kind, options, own)
     arguments: dict[str, Any] = {"fused_prefopt": given, "use_liger_kernel": False}
     if cfg.dpo_use_liger_kernel:
         logger.warning("dpo_use_liger_kernel: switched off, the loss is fused_prefopt's")
@@ -125,8 +123,7 @@ def training_arguments(cfg: Any) -> dict[str, Any]:
         if cfg.precompute_ref_log_probs is not None:
             arguments["precompute_ref_log_probs"] = cfg.precompute_ref_log_probs
         arguments["pad_to_multiple_of"] = cfg.pad_to_multiple_of
-    if "loss" in given:
-        _check_reference(cfg, kind, given)
+    _check_reference(cfg, kind, given)
     return arguments
 
 
@@ -201,29 +198,28 @@ def _with_own(options: dict[str, Any], own: Mapping[str, tuple[str, Any]]) -> di
 
 
 def _own_loss(
-    cfg: Any, kind: str, options: dict[str, Any], own: dict[str, Any]
+    cfg: Any, kind: str, options: dict[str, Any], own: Mapping[str, tuple[str, Any]]
 ) -> dict[str, Any]:
     """The options with the name of Axolotl's own loss of `rl`, and its hyperparameters."""
     for name in ("loss_kwargs", "beta"):
         if options.get(name) is not None:
             raise ValueError(
                 f"fused_prefopt: got {name} without a loss, needs one, or the options of Axolotl's"
-                f" own ({', '.join(_HYPERPARAMETERS[kind])})"
+                f" own loss: {', '.join(_HYPERPARAMETERS[kind])}"
             )
-    if kind == "ipo":
-        loss: Any = "ipo"
-        own = {"tau": own.get("beta", _TRLS_BETA), "length_normalized": True}
+    given = {name: value for name, (_, value) in own.items()}
+    loss: Any = kind
+    if kind in ("dpo", "ipo"):
+        kinds = cfg.dpo_loss_type or ("ipo" if kind == "ipo" else "sigmoid")
+        loss, given = terms_here(kinds, cfg.dpo_loss_weights, given), {}
+    elif kind == "orpo":
+        given |= {"nll": "whole_token_mean"}
     elif kind == "simpo":
-        if "gamma" not in own:
+        if "gamma" not in given:
             raise ValueError("simpo_gamma: got None, needs a number, as Axolotl's own loss does")
         alpha = _TRLS_CPO_ALPHA if cfg.cpo_alpha is None else cfg.cpo_alpha
-        loss = f"simpo + {alpha!r} sft" if alpha else "simpo"
-        own = {"beta": _TRLS_BETA, **own}
-    elif cfg.dpo_loss_type is not None:
-        return options  # TRL's names and options, which `FusedDPOConfig` reads.
-    else:
-        loss = kind
-    return {**options, "loss": loss, "loss_kwargs": own}
+        loss, given = f"simpo + {alpha!r} sft" if alpha else "simpo", {"beta": _TRLS_BETA, **given}
+    return {**options, "loss": loss, "loss_kwargs": given}
 
 
 def _check_reference(cfg: Any, kind: str, options: Mapping[str, Any]) -> None:

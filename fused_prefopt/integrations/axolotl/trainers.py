@@ -5,14 +5,18 @@ Schedulers, optimizers, random states and checkpoints stay Axolotl's: its classe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Any
 
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.core.trainers.trl import AxolotlKTOTrainer
 from axolotl.core.training_args import AxolotlTrainingMixins
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
+from trl import DPOConfig
 
+from fused_prefopt.data.columns import INPUT_IDS, PROMPT
 from fused_prefopt.integrations.trl import (
     FusedDPOConfig,
     FusedDPOTrainer,
@@ -37,9 +41,8 @@ class AxolotlFusedKTOConfig(AxolotlTrainingMixins, FusedKTOConfig):
 class AxolotlFusedDPOTrainer(AxolotlDPOTrainer, FusedDPOTrainer):
     """Axolotl's trainer of `rl: dpo`, `ipo`, `simpo` and `orpo` with the fused loss.
 
-    The last two have TRL's CPO and ORPO trainers in Axolotl. Here their rows are tokenised as
-    those of `rl: dpo`: with the special tokens that the tokenizer itself puts in front, and the
-    end-of-sequence token behind the completion.
+    The last two have TRL's CPO and ORPO trainers in Axolotl, which put the beginning-of-sequence
+    token before a prompt where the tokenizer does not: so does this one, for them.
 
     Args:
         *args, **kwargs: as Axolotl gives them.
@@ -49,7 +52,9 @@ class AxolotlFusedDPOTrainer(AxolotlDPOTrainer, FusedDPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        config = fused_config(AxolotlFusedDPOConfig, kwargs.pop("args"))
+        given = kwargs.pop("args")
+        config = fused_config(AxolotlFusedDPOConfig, given)
+        self._begins = not isinstance(given, DPOConfig)
         collator = kwargs.get("data_collator")
         if isinstance(collator, AxolotlDPODataCollatorWithPadding):
             # It is for another layout of the columns, and does nothing but this.
@@ -61,6 +66,13 @@ class AxolotlFusedDPOTrainer(AxolotlDPOTrainer, FusedDPOTrainer):
             model = self.accelerator.unwrap_model(self.model)
             if _REFERENCE_ADAPTER in getattr(model, "peft_config", {}):
                 model.delete_adapter(_REFERENCE_ADAPTER)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        if self._begins and self._tokenizer.bos_token is not None:
+            dataset = dataset.map(partial(_begun, self._tokenizer))
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
 
 class AxolotlFusedKTOTrainer(AxolotlKTOTrainer, FusedKTOTrainer):
@@ -78,6 +90,13 @@ class AxolotlFusedKTOTrainer(AxolotlKTOTrainer, FusedKTOTrainer):
         super().__init__(*args, args=config, **kwargs)
 
 
+def _begun(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, str]:
+    """The prompt with the beginning-of-sequence token, where tokenising it puts none in front."""
+    prompt = row[PROMPT]
+    begins = tokenizer(prompt)[INPUT_IDS][:1] == [tokenizer.bos_token_id]
+    return {PROMPT: prompt if begins else tokenizer.bos_token + prompt}
+
+
 def fused_config(kind: type[Any], given: Any) -> Any:
     """Axolotl's training arguments of `rl:` as those of a fused trainer.
 
@@ -87,7 +106,7 @@ def fused_config(kind: type[Any], given: Any) -> Any:
 
     Returns:
         A `kind` that has every value of `given`, also those that its constructor made, but for
-        the options of TRL's loss where `fused_prefopt` names one.
+        the options of TRL's loss, which `fused_prefopt` holds.
 
     Raises:
         ValueError: the plugin has not made `given`.
@@ -100,9 +119,7 @@ def fused_config(kind: type[Any], given: Any) -> Any:
         )
     known = {item.name for item in fields(kind)}
     # Those of another loss, of a configuration that TRL's trainer here does not have.
-    left_out = {item.name for item in fields(given)} - known
-    if "loss" in options:
-        left_out |= {*kind._trls_own, *kind._shared}
+    left_out = {item.name for item in fields(given)} - known | {*kind._trls_own, *kind._shared}
     config = object.__new__(kind)
     # Not by its constructor, which would do again what that of `given` has done to the values.
     for item in fields(kind):
