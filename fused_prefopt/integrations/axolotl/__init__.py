@@ -46,6 +46,8 @@ class FusedPlugin(BasePlugin):
         Raises:
             ValueError: `rl` is of another kind, or `trainer_cls` names another trainer.
         """
+        if not _is_of(cfg):
+            return
         require_supported(cfg)
         trainer = f"{_HERE}.trainers.{TRAINERS[cfg['rl']]}"
         named = cfg.get("trainer_cls")
@@ -61,9 +63,14 @@ class FusedPlugin(BasePlugin):
         """Dotted name of what all training arguments get."""
         return f"{_HERE}.options.FusedTrainingArgs"
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """Refuse what has no effect before the model is there; see `options.training_arguments`."""
+        if _is_of(cfg):
+            training_arguments(cfg)
+
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Training arguments of a checked configuration; see `options.training_arguments`."""
-        return training_arguments(cfg)
+        return training_arguments(cfg) if _is_of(cfg) else {}
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Notice a trainer that another plugin has put in this one's place.
@@ -72,8 +79,13 @@ class FusedPlugin(BasePlugin):
             ValueError: `trainer` is not the one of `register`.
         """
         name = type(trainer).__name__
-        if name != TRAINERS[cfg.rl]:
+        if _is_of(cfg) and name != TRAINERS[cfg.rl]:
             raise ValueError(
                 f"plugins: got one whose get_trainer_cls gives {name}, which goes before"
                 f" trainer_cls and has another loss; needs {_HERE}.FusedPlugin without it"
             )
+
+
+def _is_of(cfg: Any) -> bool:
+    """Whether the plugin is one of this configuration: Axolotl keeps those of earlier ones."""
+    return f"{_HERE}.{FusedPlugin.__name__}" in (cfg.get("plugins") or ())

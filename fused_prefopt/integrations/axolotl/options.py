@@ -67,7 +67,9 @@ class FusedArgs(BaseModel):
         if given is None:
             return None
         if not isinstance(given, Mapping):
-            raise ValueError(f"fused_prefopt: got {given!r}, wanted a mapping such as {{loss: dpo}}")
+            raise ValueError(
+                f"fused_prefopt: got {given!r}, wanted a mapping such as {{loss: dpo}}"
+            )
         for name in given:
             require_choice("fused_prefopt", name, (item.name for item in fields(FusedOptions)))
         return dict(given)
@@ -227,7 +229,9 @@ def _check_reference(cfg: Any, kind: str, options: Mapping[str, Any]) -> None:
     loss_fn = PreferenceLoss(options["loss"], **(options.get("loss_kwargs") or {}))
     needs_reference = bool(loss_fn.loss.needs & OF_REFERENCE)
     if needs_reference and kind in _ALONE:
-        raise ValueError(f"rl: got {kind}, which has no reference, and {loss_fn.name} needs rl: dpo")
+        raise ValueError(
+            f"rl: got {kind}, which has no reference, and {loss_fn.name} needs rl: dpo"
+        )
     if cfg.precompute_ref_log_probs and not needs_reference:
         raise ValueError(
             f"precompute_ref_log_probs: got True with {loss_fn.name}, which has no reference"
