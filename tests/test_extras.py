@@ -14,6 +14,7 @@ CASES = (
     ("transformers", "accelerate", TRAINERS),
     ("trl", "transformers", TRAINERS),
     ("trl", "trl", f'{TRAINERS} "trl>=1.15"'),
+    ("axolotl", "axolotl", 'pip install "axolotl>=0.19"'),
 )
 # Each import in a process of its own, after torch.
 _IMPORTS = f"""
