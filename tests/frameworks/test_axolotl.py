@@ -46,7 +46,12 @@ CASES: dict[str, dict[str, Any]] = {
     "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.6},
     "simpo-lora": {"rl": "simpo", "simpo_gamma": 0.6, "cpo_alpha": 0.0, **LORA},
     "orpo": {"rl": "orpo", "orpo_alpha": 0.3, "pad_to_multiple_of": 8},
-    "kto": {"rl": "kto", "rl_beta": 0.3, "kto_undesirable_weight": 1.2},
+    "kto": {
+        "rl": "kto",
+        "rl_beta": 0.3,
+        "kto_undesirable_weight": 1.2,
+        "remove_unused_columns": False,
+    },
 }
 ALPHA = {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}}
 

@@ -87,7 +87,7 @@ def run(*command: Any) -> subprocess.CompletedProcess[str]:
 def train(*configs: Path) -> None:
     """Train by configurations, one after the other, in one process."""
     done = run(sys.executable, "-c", _SEVERAL, *configs)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(config: Path) -> dict[str, torch.Tensor]:
