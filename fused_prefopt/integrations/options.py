@@ -72,7 +72,7 @@ class FusedOptions:
         )
         if loss_fn.loss.pairwise != self.pairwise:
             kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
-            raise ValueError(f"loss: {self.loss!r} is {kind}, wanted one on {wanted}")
+            raise ValueError(f"loss: {loss_fn.name!r} is {kind}, wanted one on {wanted}")
         return loss_fn
 
     def _named_loss(self) -> tuple[Any, dict[str, Any]]:

@@ -127,7 +127,6 @@ def named_loss(
             key: value for key, value in shared.items() if len(given) == 1 or key in spec.defaults
         }
         chosen = {**each.published, **common, **each.own}
-        require_number(f"weight of {spec.name}", each.weight, low=0)
         hyperparameters = {**spec.defaults, **chosen}
         terms.append(NamedTerm(spec.name, each.weight, hyperparameters, spec.build(**chosen)))
     return NamedLoss(tuple(terms), weighting)
@@ -199,10 +198,11 @@ def _of_mapping(given: Mapping[str, Any]) -> _Given:
 
 
 def _named(name: str, weight: float, own: dict[str, Any]) -> _Given:
+    require_number(f"weight of {name}", weight, low=0)
     if "/" not in name:
-        return _Given(name, weight, own)
+        return _Given(name, float(weight), own)
     setting = published_setting(name)
-    return _Given(setting.loss, weight, own, setting)
+    return _Given(setting.loss, float(weight), own, setting)
 
 
 def _require_shared(
