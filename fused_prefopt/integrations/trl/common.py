@@ -212,17 +212,13 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
             return dataset
         # Here TRL's constructor is not through.
         self._lay_out()
-        with nullcontext() if isinstance(dataset, IterableDataset) else self._kept_apart(dataset):
+        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        with _kept_apart(dataset, own):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
-
-    def _kept_apart(self, dataset: Any) -> AbstractContextManager[None]:
-        """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
-        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
-        return _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
@@ -288,6 +284,13 @@ def _of_config(args: Any) -> dict[str, Any]:
 
 class _NoLayer:
     """A class of which no layer is."""
+
+
+def _kept_apart(dataset: Any, own: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
+    if isinstance(dataset, IterableDataset):
+        return nullcontext()
+    return _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
 
 
 @contextmanager

@@ -242,7 +242,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The rows in order, where the configuration says so: transformers before 5.2 reads it not."""
+        """The rows in order where the configuration says so, which old transformers do not read."""
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "sequential" and has_length(data):
             return SequentialSampler(data)
