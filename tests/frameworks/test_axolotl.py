@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
         "dpo_loss_weights": [0.8, 0.2, 1.0],
     },
     "dpo-precomputed": {"rl": "dpo", "precompute_ref_log_probs": True},
+    "dpo-weighted": {"rl": "dpo", "dpo_use_weighting": True},
     "dpo-lora": {"rl": "dpo", **LORA},
     "ipo": {"rl": "ipo", "rl_beta": 0.2},
     "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.6},
@@ -65,23 +66,16 @@ def folder(tmp_path_factory) -> Path:
     return found
 
 
-@pytest.fixture(scope="module")
-def trained(folder) -> dict[str, tuple[Path, Path]]:
-    """Case → configurations of Axolotl's training and of ours, both done."""
-    found = {}
-    for name, changes in CASES.items():
-        own = write_config(folder, f"{name}-own", ours=False, **changes)
-        ours = write_config(folder, f"{name}-ours", ours=True, **changes | {"fused_prefopt": {}})
-        found[name] = own, ours
-    for configs in zip(*found.values(), strict=True):
-        train(*configs)
-    return found
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_weights_are_those_of_axolotls_own_loss(trained, folder, name):
-    own, ours = trained[name]
-    for wanted, got in zip(history(own), history(ours), strict=True):
+def test_losses_and_weights_are_those_of_axolotls_own_loss(folder, name):
+    changes = CASES[name]
+    ours = write_config(folder, f"{name}-ours", ours=True, **changes | {"fused_prefopt": {}})
+    own = write_config(folder, f"{name}-own", ours=False, **changes)
+    # Training arguments get the plugin's field when they are first imported.
+    train(ours, own)
+    logged = list(zip(history(own), history(ours), strict=True))
+    assert all("nonfinite" in got and "nonfinite" not in wanted for wanted, got in logged)
+    for wanted, got in logged:
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
         assert got["learning_rate"] == wanted["learning_rate"]
@@ -89,14 +83,11 @@ def test_losses_and_weights_are_those_of_axolotls_own_loss(trained, folder, name
     assert wanted.keys() == got.keys()
     for key, value in wanted.items():
         change = (value - before[key] if key in before else value).abs().max()
-        assert change > 0 or "lora" in key
+        assert change > 0
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5 * float(change))
-
-
-def test_an_adapter_has_no_copy_for_a_loss_without_a_reference(trained):
-    folder = trained["simpo-lora"][1].with_suffix("")
-    assert (folder / "adapter_model.safetensors").is_file()
-    assert not (folder / "ref").exists()
+    # TRL's copy of an adapter, where nothing is compared with it.
+    if changes["rl"] == "simpo":
+        assert not (ours.with_suffix("") / "ref").exists()
 
 
 def test_the_example_trains_by_axolotls_command_and_resumes_with_its_statistics(folder):
