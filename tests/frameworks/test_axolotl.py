@@ -42,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dpo-precomputed": {"rl": "dpo", "precompute_ref_log_probs": True},
     "dpo-weighted": {"rl": "dpo", "dpo_use_weighting": True},
+    "dpo-padding-free": {"rl": "dpo", "dpo_padding_free": True},
+    "dpo-adapter-and-reference": {"rl": "dpo", "rl_adapter_ref_model": True, **LORA},
     "dpo-lora": {"rl": "dpo", **LORA},
     "ipo": {"rl": "ipo", "rl_beta": 0.2},
     "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.6},
@@ -54,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
         "remove_unused_columns": False,
     },
 }
+FUSED = "fused_prefopt.integrations.axolotl.FusedPlugin"
 ALPHA = {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}}
 
 
@@ -183,7 +186,8 @@ def test_axolotls_hyperparameters_reach_the_loss(options, loss, hyperparameters)
 
 
 def test_ligers_loss_is_switched_off_and_told(caplog):
-    found = training_arguments(DictDefault({"rl": "dpo", "dpo_use_liger_kernel": True}))
+    options = {"rl": "dpo", "dpo_use_liger_kernel": True, "plugins": [FUSED]}
+    found = FusedPlugin().get_training_args(DictDefault(options))
     assert found["use_liger_kernel"] is False
     assert "dpo_use_liger_kernel: switched off" in caplog.text
 
@@ -212,9 +216,6 @@ def test_the_plugin_names_the_trainer_and_notices_another():
         plugin.post_trainer_create(
             DictDefault({"rl": "dpo", "plugins": [FUSED]}), SimpleNamespace()
         )
-
-
-FUSED = "fused_prefopt.integrations.axolotl.FusedPlugin"
 
 
 def test_the_trainer_wants_its_plugin(tmp_path):

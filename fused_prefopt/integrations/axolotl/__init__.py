@@ -11,6 +11,7 @@ imported, which must be after the plugins.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fused_prefopt.checks import require_packages
@@ -28,6 +29,7 @@ from fused_prefopt.integrations.axolotl.options import (
 )
 
 __all__ = ["FusedPlugin"]
+logger = logging.getLogger(__name__)
 _HERE = "fused_prefopt.integrations.axolotl"
 
 
@@ -70,7 +72,11 @@ class FusedPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Training arguments of a checked configuration; see `options.training_arguments`."""
-        return training_arguments(cfg) if _is_of(cfg) else {}
+        if not _is_of(cfg):
+            return {}
+        if cfg.dpo_use_liger_kernel:
+            logger.warning("dpo_use_liger_kernel: switched off, the loss is fused_prefopt's")
+        return training_arguments(cfg)
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Notice a trainer that another plugin has put in this one's place.

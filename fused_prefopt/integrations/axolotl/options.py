@@ -8,7 +8,6 @@ refused by its name.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -45,7 +44,6 @@ _KINDS = {"dpo": ("dpo_loss_type", "dpo_loss_weights"), "simpo": ("cpo_alpha",)}
 _HANDED = {"dpo": ("dpo_use_weighting",), "ipo": ("dpo_use_weighting",)}
 # TRL's defaults that differ from those of the losses here.
 _TRLS_BETA, _TRLS_CPO_ALPHA = 0.1, 1.0
-logger = logging.getLogger(__name__)
 
 
 class FusedArgs(BaseModel):
@@ -118,8 +116,6 @@ def training_arguments(cfg: Any) -> dict[str, Any]:
     own = _hyperparameters(cfg, kind)
     given = _with_own(options, own) if "loss" in options else _own_loss(cfg, kind, options, own)
     arguments: dict[str, Any] = {"fused_prefopt": given, "use_liger_kernel": False}
-    if cfg.dpo_use_liger_kernel:
-        logger.warning("dpo_use_liger_kernel: switched off, the loss is fused_prefopt's")
     if kind == "kto":
         # Of these Axolotl tells TRL for pairs only.
         if cfg.precompute_ref_log_probs is not None:
