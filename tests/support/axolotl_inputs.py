@@ -39,8 +39,15 @@ _SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
 }
-# Axolotl's `python -m axolotl.cli.train`, for several configurations in a row.
-_SEVERAL = "import sys; from axolotl.cli.train import do_cli; [do_cli(p) for p in sys.argv[1:]]"
+# Axolotl's `python -m axolotl.cli.train`, for several configurations in a row; adapters are drawn.
+_SEVERAL = """
+import sys
+from axolotl.cli.train import do_cli
+from transformers import set_seed
+for path in sys.argv[1:]:
+    set_seed(0)
+    do_cli(path)
+"""
 
 
 def write_config(folder: Path, name: str, *, ours: bool, **changes: Any) -> Path:

@@ -23,7 +23,7 @@ from fused_prefopt.preference import PreferenceLoss
 _PAIRS, _POINTS = "AxolotlFusedDPOTrainer", "AxolotlFusedKTOTrainer"
 # `rl:` → name of the trainer in `trainers`.
 TRAINERS = {"dpo": _PAIRS, "ipo": _PAIRS, "simpo": _PAIRS, "orpo": _PAIRS, "kto": _POINTS}
-# For these Axolotl loads or adapts no reference model.
+# TRL's trainers of these, in Axolotl, have no reference.
 _ALONE = ("simpo", "orpo")
 # Option of Axolotl's → the hyperparameter that it is.
 _BETA = {"rl_beta": "beta", "trl.beta": "beta"}
@@ -42,7 +42,7 @@ _HYPERPARAMETERS = {
 _KINDS = {"dpo": ("dpo_loss_type", "dpo_loss_weights"), "simpo": ("cpo_alpha",)}
 # Options that Axolotl hands to TRL, where this package's configuration has them.
 _HANDED = {"dpo": ("dpo_use_weighting",), "ipo": ("dpo_use_weighting",)}
-# TRL's defaults that differ from those of the losses here.
+# TRL's defaults where those of the losses here are others.
 _TRLS_BETA, _TRLS_CPO_ALPHA = 0.1, 1.0
 
 
