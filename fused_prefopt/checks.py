@@ -159,6 +159,7 @@ _INSTALLS = {
     "peft": 'pip install "peft>=0.17"',
     "trl": f'pip install "fused-prefopt[trainers]" "trl>={OLDEST["trl"]}"',
     "axolotl": 'pip install "axolotl>=0.19"',
+    "llamafactory": "pip install llamafactory==0.9.5",
 }
 
 

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
         "preference",
         "reference",
+        "reference_cache",
         "types",
     },
     "cli": {
@@ -71,6 +72,7 @@ OPTIONAL = {
     "trl": {"integrations"},
     "axolotl": {"integrations"},
     "pydantic": {"integrations"},
+    "llamafactory": {"integrations"},
     "datasets": {"integrations"},
     "peft": set(),
     "safetensors": set(),
@@ -80,7 +82,10 @@ OPTIONAL = {
     "triton": {"kernels"},
 }
 # Integrations that import, at the top, a framework that is in none of the extras.
-OF_FRAMEWORKS = ("fused_prefopt.integrations.axolotl",)
+OF_FRAMEWORKS = (
+    "fused_prefopt.integrations.axolotl",
+    "fused_prefopt.integrations.llamafactory",
+)
 # A file that is longer says in its docstring why it is one.
 LONG, LONGEST = 450, 800
 EXPLAINED = "one file"

@@ -35,15 +35,15 @@ def test_outcomes_of_a_report(tmp_path):
     ("name", "own", "ours", "kind"),
     [
         ("a", GOOD, GOOD, "passed"),
-        ("a", GOOD, BAD, "unexpected"),
-        ("a", GOOD, NOT, "unexpected"),
-        ("a", GOOD, None, "unexpected"),
-        ("a", BAD, GOOD, "TRL's own fail"),
-        ("a", BAD, BAD, "TRL's own fail"),
+        ("a", GOOD, BAD, "unexpectedly failing"),
+        ("a", GOOD, NOT, "unexpectedly failing"),
+        ("a", GOOD, None, "unexpectedly failing"),
+        ("a", BAD, GOOD, "failing with TRL's own, too"),
+        ("a", BAD, BAD, "failing with TRL's own, too"),
         ("a", NOT, NOT, "skipped"),
-        (METRICS, GOOD, BAD, "expected"),
+        (METRICS, GOOD, BAD, "expected to fail"),
         (METRICS, GOOD, GOOD, "no longer failing"),
-        (f"{METRICS}[x]", BAD, BAD, "TRL's own fail"),
+        (f"{METRICS}[x]", BAD, BAD, "failing with TRL's own, too"),
     ],
 )
 def test_every_test_is_of_one_kind(name, own, ours, kind):
@@ -51,7 +51,7 @@ def test_every_test_is_of_one_kind(name, own, ours, kind):
     kinds = runner.compared(*runs)
     assert [each for each, tests in kinds.items() if name in tests] == [kind]
     fine = {"tests": kinds | {"passed": {"another": ""}}}
-    assert runner.went_well(fine) == (kind not in ("unexpected", "no longer failing"))
+    assert runner.went_well(fine) == (kind not in ("unexpectedly failing", "no longer failing"))
     assert not runner.went_well({"tests": kinds | {"passed": {}}})
 
 
@@ -60,4 +60,4 @@ def test_the_page_shows_the_results_and_none_is_unexpected():
     assert runner.PAGE.read_text(encoding="utf-8") == runner.page_of(result)
     assert runner.went_well(result)
     # Each reason is one of a test that ran.
-    assert set(result["tests"]["expected"].values()) == set(runner.EXPECTED.values())
+    assert set(result["tests"]["expected to fail"].values()) == set(runner.EXPECTED.values())

@@ -57,6 +57,8 @@ LAYOUT = (
     *(INPUT_IDS, ATTENTION_MASK, POSITION_IDS, COMPLETION_MASK, LABEL_COUNTS),
     *(SEQUENCE_IDS, NUM_SEQUENCES, SEGMENTS, PREDICTORS, TARGETS, TARGET_SEQUENCES),
 )
+# Examples of which a collator made the batch, by number, where it left others out.
+KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
 

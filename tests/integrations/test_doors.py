@@ -102,3 +102,14 @@ def test_trls_trainers_still_call_what_ours_override():
         theirs = {name for each in trainer.__mro__ if each not in ours for name in vars(each)}
         assert OVERRIDDEN - theirs == set(), trainer
         assert OVERRIDDEN <= {name for each in ours for name in vars(each)}, trainer
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_trls_trainers_still_compute_no_reference_of_images_ahead(kind, tmp_path):
+    """If they do, the callback that lets them can go."""
+    pytest.importorskip("trl")
+    pytest.importorskip("PIL.Image")
+    from tiny_images import image_trainer
+
+    with pytest.raises(ValueError, match="not supported for vision datasets"):
+        image_trainer(f"trl-{kind}", tmp_path, "llava", precompute_ref_log_probs=True)

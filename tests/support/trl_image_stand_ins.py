@@ -1,7 +1,7 @@
 """Stand-ins for the models of images in TRL's own tests, and their processors.
 
-Those of Qwen come without videos, for which they would want torchvision: `AutoProcessor` is given
-them ready made.
+Those of Qwen and of Gemma 4 come without videos, for which they would want torchvision:
+`AutoProcessor` is given them ready made.
 """
 
 from __future__ import annotations
@@ -64,6 +64,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False},
             "image_token_index": IMAGE,
             "mm_tokens_per_image": 4,
+        },
+    ),
+    "Gemma4": (
+        "Gemma4Config",
+        {
+            "text_config": WORDS
+            | {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "vocab_size_per_layer_input": TEXT["vocab_size"],
+                "hidden_size_per_layer_input": 16,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "patch_size": 4,
+                "position_embedding_size": 64,
+            },
+            "audio_config": None,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "boi_token_id": START,
+            "eoi_token_id": END,
         },
     ),
     "Llava": (
@@ -135,10 +161,11 @@ def make(folder: Path) -> None:
 
 def processor_of(name: str) -> Any:
     """The processor of a model of `MODELS`."""
-    gemma, llava = name == "Gemma3", name.startswith("Llava")
-    tokenizer = tokenizer_of("<boi>" if gemma else "<image>" if llava else "<boi><image><eoi>")
+    gemma, plain = name == "Gemma3", name.startswith("Llava") or name == "Gemma4"
+    tokenizer = tokenizer_of("<boi>" if gemma else "<image>" if plain else "<boi><image><eoi>")
     marks = {"image": "<image>", "boi": "<boi>", "eoi": "<eoi>", "video": "<video>"}
     marks |= {"vision_start": "<boi>", "vision_end": "<eoi>"}
+    marks |= {"audio": "<video>", "boa": "<boi>", "eoa": "<eoi>"}
     for mark, token in marks.items():
         setattr(tokenizer, f"{mark}_token", token)
         setattr(tokenizer, f"{mark}_token_id", tokenizer.convert_tokens_to_ids(token))
@@ -147,7 +174,10 @@ def processor_of(name: str) -> Any:
     if gemma:
         images = _images("Gemma3")(size=square)
         return transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, **chat)
-    if llava:
+    if name == "Gemma4":
+        images = _images(name)(patch_size=4, max_soft_tokens=70)
+        return _without_videos("Gemma4Processor")(None, images, tokenizer, None, **chat)
+    if plain:
         more = {"image_grid_pinpoints": PINPOINTS} if name == "LlavaNext" else {}
         kind = "LlavaNext" if name == "LlavaNext" else "CLIP"
         images = _images(kind)(size={"shortest_edge": 8}, crop_size=square, **more)
@@ -161,8 +191,11 @@ def processor_of(name: str) -> Any:
         )
     images = _images("Qwen2VL")(patch_size=4, min_pixels=64, max_pixels=2048)
     kind = f"{'Qwen3VL' if name.startswith('Qwen3') else name}Processor"
-    without_videos = type(kind, (_WithoutVideos, getattr(transformers, kind)), {})
-    return without_videos(images, tokenizer, None, **chat)
+    return _without_videos(kind)(images, tokenizer, None, **chat)
+
+
+def _without_videos(kind: str) -> Any:
+    return type(kind, (_WithoutVideos, getattr(transformers, kind)), {})
 
 
 class _WithoutVideos:
