@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("axolotl")
 from axolotl.utils.dict import DictDefault  # noqa: E402
 from axolotl_inputs import OURS, history, run, train, weights, write_config  # noqa: E402
-from framework_inputs import pairs, points, write_model, write_rows  # noqa: E402
 
+from benchmarks.framework_inputs import pairs, points, write_model, write_rows  # noqa: E402
 from fused_prefopt.integrations.axolotl import FusedPlugin  # noqa: E402
 from fused_prefopt.integrations.axolotl.options import (  # noqa: E402
     FusedArgs,
