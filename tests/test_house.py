@@ -70,6 +70,8 @@ OPTIONAL = {
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
     "trl": {"integrations"},
+    "axolotl": {"integrations"},
+    "pydantic": {"integrations"},
     "llamafactory": {"integrations"},
     "swift": {"integrations"},
     "datasets": {"integrations"},
@@ -82,6 +84,7 @@ OPTIONAL = {
 }
 # Integrations that import, at the top, a framework that is in none of the extras.
 OF_FRAMEWORKS = (
+    "fused_prefopt.integrations.axolotl",
     "fused_prefopt.integrations.llamafactory",
     "fused_prefopt.integrations.ms_swift",
 )
