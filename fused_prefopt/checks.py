@@ -157,7 +157,9 @@ _INSTALLS = {
     "safetensors": 'pip install "fused-prefopt[trainers]"',
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
+    "swift": 'pip install "ms-swift>=4.6"',
     "trl": f'pip install "fused-prefopt[trainers]" "trl>={OLDEST["trl"]}"',
+    "axolotl": 'pip install "axolotl>=0.19"',
     "llamafactory": "pip install llamafactory==0.9.5",
 }
 

@@ -12,9 +12,11 @@ from fused_prefopt import checks
 TRAINERS = 'pip install "fused-prefopt[trainers]"'
 # (integration, the package that is missing, what installs it)
 CASES = (
+    ("axolotl", "axolotl", 'pip install "axolotl>=0.19"'),
     ("transformers", "transformers", TRAINERS),
     ("transformers", "accelerate", TRAINERS),
     ("trl", "transformers", TRAINERS),
+    ("ms_swift", "swift", 'pip install "ms-swift>=4.6"'),
     ("trl", "trl", f'{TRAINERS} "trl>=1.9"'),
 )
 TOO_OLD = ("0.24.0", "1.8.0", "1.9.0.dev0")

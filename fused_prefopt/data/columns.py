@@ -64,6 +64,7 @@ MISMATCHED = "KL_"
 
 # Batches: fields of `LogpBatch`, and the columns of features that they are made of.
 REWARDS, GROUPS, KL = "rewards", "groups", "kl"
+PROMPT_LENGTHS = "prompt_lengths"
 SEQUENCE_KL, COLLISION = "sequence_kl", "collision"
 PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS}
 POINT_FIELDS = {

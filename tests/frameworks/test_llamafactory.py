@@ -18,7 +18,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from framework_inputs import byte_tokenizer, pairs, points, write_model, write_rows
+
+from benchmarks.framework_inputs import byte_tokenizer, pairs, points, write_model, write_rows
 
 pytest.importorskip("llamafactory")
 STAND_INS = Path(__file__).parent / "stand_ins"

@@ -13,6 +13,8 @@ from trl import DPOConfig, DPOTrainer
 from fused_prefopt.data import PairCollator
 from fused_prefopt.data.columns import (
     PAIR_REFERENCES,
+    PROMPT,
+    PROMPT_LENGTHS,
     REF_CHOSEN_LOGPS,
     REFERENCE,
     REWARDS,
@@ -125,7 +127,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
-        given = {REFERENCE, SEQUENCE_KL}
+        given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
     def _prepare_dataset(
