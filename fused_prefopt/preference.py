@@ -154,8 +154,8 @@ class PreferenceLoss(nn.Module):
             token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
                 A `reference`, `sequence_kl` or `collision` that is given must be weighted alike.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
-                prompt_reference, groups, sequence_kl, collision, weights. A loss that wants `collision`
-                (WPO) and is not given it computes it: an evaluation more.
+                prompt_reference, groups, sequence_kl, collision, weights. A loss that wants
+                `collision` (WPO) and is not given it computes it: an evaluation more.
 
         Raises:
             ValueError: the loss needs a field that is missing, an argument does not fit, or tokens
@@ -307,8 +307,8 @@ def _warn_without_labels(lengths: Tensor) -> None:
     known = is_on_host(lengths) and not torch.compiler.is_compiling()
     if known and lengths.numel() and not lengths.any():
         warnings.warn(
-            "labels: got none but `ignore_index`, or of weight 0, so the loss has no gradient; are the completions"
-            " cut off by a maximum length?",
+            "labels: got none but `ignore_index`, or of weight 0, so the loss has no gradient; are"
+            " the completions cut off by a maximum length?",
             stacklevel=3,
         )
 

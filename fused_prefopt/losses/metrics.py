@@ -108,11 +108,11 @@ def pairwise_metrics(
         losses: (P,) losses.
 
     Returns:
-        Means over the pairs, weighted where the batch has weights: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies` (share
-        with the chosen reward greater), `rewards/margins`, `logps/chosen`, `logps/rejected`
-        (sums, nats); with a reference `kl/chosen`, `kl/rejected` (policy − reference, nats);
-        `margin/mean`, `margin/std` of γ_i; `nonfinite`, the number of non-finite losses; and
-        `weights/mean` where there are weights.
+        Means over the pairs, weighted where the batch has weights: `rewards/chosen`,
+        `rewards/rejected`, `rewards/accuracies` (share with the chosen reward greater),
+        `rewards/margins`, `logps/chosen`, `logps/rejected` (sums, nats); with a reference
+        `kl/chosen`, `kl/rejected` (policy − reference, nats); `margin/mean`, `margin/std` of γ_i;
+        `nonfinite`, the number of non-finite losses; and `weights/mean` where there are weights.
     """
     weights = weights_of(batch, pairwise=True)
     chosen, rejected = halves(rewards)

@@ -35,8 +35,10 @@ def weights_of(batch: LogpBatch, *, pairwise: bool) -> Tensor | None:
     chosen, rejected = halves(weights)
     require(
         (chosen == rejected).all(),
-        lambda: "weights: got other ones in the rejected half than in the chosen, wanted one a pair"
-        " in both; weigh single tokens by `token_weights`",
+        lambda: (
+            "weights: got other ones in the rejected half than in the chosen, wanted one a pair"
+            " in both; weigh single tokens by `token_weights`"
+        ),
     )
     return chosen
 

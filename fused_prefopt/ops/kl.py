@@ -34,8 +34,8 @@ from fused_prefopt.ops.passes import Kept, Upstream
 from fused_prefopt.ops.passes import backward as gradients_of_logps
 from fused_prefopt.ops.plan import PassSize, beside_statistics, cut
 from fused_prefopt.ops.precision import HeadMath, fixed_precision
-from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
+from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.ops.vocab_shard import local_part
 from fused_prefopt.types import AnyHead, LMHead
