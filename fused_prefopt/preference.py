@@ -169,11 +169,6 @@ class PreferenceLoss(nn.Module):
         if prompt is not None or prompt_labels is not None:
             given.add("prompt")
         self._check_reference(ref_hidden, ref_head)
-        if token_weights is not None and self.ld_alpha is not None:
-            raise ValueError(
-                f"token_weights: got some with ld_alpha={self.ld_alpha}, which weighs the tokens by"
-                " the completions' lengths; needs one of them"
-            )
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
         options = dict(
@@ -199,7 +194,7 @@ class PreferenceLoss(nn.Module):
             out = sequence_logps(hidden, head, labels, **weighted)
             sums, lengths = out.sums, out.lengths
         else:
-            shared, beyond = shared_and_tail_logps(hidden, head, labels, **options)
+            shared, beyond = shared_and_tail_logps(hidden, head, labels, **weighted)
             tail = beyond.sums
             sums, lengths = shared.sums + tail, shared.lengths + beyond.lengths
         _warn_without_labels(lengths)

@@ -29,12 +29,14 @@ from fused_prefopt.data.columns import (
     SEQUENCE_IDS,
     TARGET_SEQUENCES,
     TARGETS,
+    TOKEN_WEIGHTS,
     feature_at,
     is_given,
     require_columns,
     stacked,
 )
 from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.token_weights import spread, token_weights
 
 Feature = Mapping[str, Any]
 # Segments of a row that holds a pair with its prompt once.
@@ -60,7 +62,11 @@ class _Collator:
         """Lay out prompt + completion of every feature, for one completion column after another."""
         sequences = self._sequences(features, completions)
         batch = self._packed(sequences) if self.padding_free else self._padded(sequences)
-        return {**batch, LABEL_COUNTS: count_labels(batch)}
+        batch[LABEL_COUNTS] = count_labels(batch)
+        weights = token_weights(features, completions)
+        if weights is not None:
+            batch[TOKEN_WEIGHTS] = spread(weights, batch[COMPLETION_MASK])
+        return batch
 
     def _sequences(
         self, features: Sequence[Feature], completions: Sequence[str]
@@ -143,7 +149,11 @@ class PairCollator(_Collator):
             return super()._layout(features, completions)
         sequences, pairs = self._sequences(features, completions), len(features)
         triples = [(*sequences[pair], sequences[pairs + pair][1]) for pair in range(pairs)]
-        return shared_layout(triples, self.pad_token_id, self.pad_to_multiple_of or 1)
+        weights = token_weights(features, completions)
+        of_pairs = None
+        if weights is not None:
+            of_pairs = list(zip(weights[:pairs], weights[pairs:], strict=True))
+        return shared_layout(triples, self.pad_token_id, self.pad_to_multiple_of or 1, of_pairs)
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Make a batch of B pairs: sequences 0..B−1 are chosen, B..2B−1 rejected.
@@ -151,7 +161,8 @@ class PairCollator(_Collator):
         Args:
             features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
                 `score_chosen` with `score_rejected`, `collision_chosen` with
-                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`.
+                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`, and
+                `chosen_token_weights` with `rejected_token_weights`, lists as long as the ids.
 
         Returns:
             Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
@@ -162,13 +173,15 @@ class PairCollator(_Collator):
             number of labels; without it, or cut and joined by accelerate, it is counted there.
             Where `completion_mask` changes afterwards, take it out.
             Shared prompts: what `shared_layout` returns.
-            If the features have them: `rewards` (where none lacks a score), `collision` (2B,) and
-            `ref_chosen_logps`, `ref_rejected_logps` (B,), float32. Never `labels`: transformers'
+            If the features have them: `rewards` (where none lacks a score), `collision`, `weights`
+            (2B,), `ref_chosen_logps`, `ref_rejected_logps` (B,), and `token_weights`, laid out as
+            `completion_mask` or as `targets`, all float32. Never `labels`: transformers'
             Trainer would rescale the loss by them; see `data.labels_of`.
 
         Raises:
             ValueError: no feature, a missing column or value, an empty completion, a token id
-                outside the vocabulary, or a score or log-prob that is no finite number.
+                outside the vocabulary, a score or log-prob that is no finite number, or a weight
+                that is none or negative.
         """
         _require_features(features, (PROMPT_IDS, *PAIR_IDS))
         batch = self._layout(features, PAIR_IDS)
@@ -196,18 +209,20 @@ class PointCollator(_Collator):
 
         Args:
             features: S dicts with `prompt_ids`, `completion_ids` and any of `reward`, `group`,
-                `desirable`, `reference`, `prompt_reference`, `sequence_kl`, `collision`. The
+                `desirable`, `reference`, `prompt_reference`, `sequence_kl`, `collision`, `weight`
+                and `token_weights`, a list as long as `completion_ids`. The
                 completions of one prompt may be spread over several batches.
 
         Returns:
             The layouts of `PairCollator` with S sequences, and for the columns that the features
             have: `rewards` (where none lacks one), `reference`, `prompt_reference`,
-            `sequence_kl`, `collision` (S,) float32, `groups` (S,) int64, `desirable` (S,) bool.
+            `sequence_kl`, `collision`, `weights` (S,) float32, `groups` (S,) int64, `desirable`
+            (S,) bool, `token_weights` laid out as `completion_mask`.
 
         Raises:
             ValueError: no feature, a missing column or value, an empty completion, a token id
-                outside the vocabulary, a number that is not finite, a group that is no integer, or
-                a label neither a bool nor 0 or 1.
+                outside the vocabulary, a number that is not finite, a weight that is negative, a
+                group that is no integer, or a label neither a bool nor 0 or 1.
         """
         _require_features(features, (PROMPT_IDS, COMPLETION_IDS))
         batch = self._layout(features, (COMPLETION_IDS,))
@@ -215,7 +230,10 @@ class PointCollator(_Collator):
 
 
 def shared_layout(
-    triples: Sequence[tuple[Tensor, Tensor, Tensor]], pad_token_id: int, multiple: int
+    triples: Sequence[tuple[Tensor, Tensor, Tensor]],
+    pad_token_id: int,
+    multiple: int,
+    weights: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Lay out B pairs, each in one row with its prompt once, padded on the right.
 
@@ -227,19 +245,21 @@ def shared_layout(
         triples: prompt, chosen and rejected ids of each pair, int64.
         pad_token_id: fills the padded positions.
         multiple: the length is rounded up to one of it.
+        weights: of the tokens of each pair's chosen and rejected completion, or None.
 
     Returns:
         (B, L) int64: `input_ids`, `position_ids`, `completion_mask`, and `segments`, which tells
         prompt 0, chosen 1, rejected 2 and padding 3 apart. (N,) int64, for each token that is
         predicted: `predictors`, the row of the flattened hidden states that predicts it,
-        `targets`, the token, and `target_sequences`, in [0, 2B), chosen before rejected.
+        `targets`, the token, and `target_sequences`, in [0, 2B), chosen before rejected; and
+        `token_weights`, those of the targets, where weights are given.
     """
     lengths = [sum(map(len, triple)) for triple in triples]
     width = -(-max(lengths) // multiple) * multiple
     shape = (len(triples), width)
     input_ids, position_ids = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.int64)
     segments = torch.full(shape, IN_PADDING)
-    predictors, targets, sequences = [], [], []
+    predictors, targets, sequences, of_targets = [], [], [], []
     for row, (triple, length) in enumerate(zip(triples, lengths, strict=True)):
         prompt, chosen, rejected = map(len, triple)
         parts = torch.tensor([IN_PROMPT, IN_CHOSEN, IN_REJECTED])
@@ -257,6 +277,9 @@ def shared_layout(
             predictors.append(row * width + rows[predicted])
             targets.append(completion[predicted])
             sequences.append(torch.full_like(targets[-1], side * len(triples) + row))
+            if weights is not None:
+                of_targets.append(weights[row][side][predicted])
+    found = {} if weights is None else {TOKEN_WEIGHTS: torch.cat(of_targets)}
     return {
         INPUT_IDS: input_ids,
         POSITION_IDS: position_ids,
@@ -265,6 +288,7 @@ def shared_layout(
         PREDICTORS: torch.cat(predictors),
         TARGETS: torch.cat(targets),
         TARGET_SEQUENCES: torch.cat(sequences),
+        **found,
     }
 
 

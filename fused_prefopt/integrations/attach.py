@@ -19,9 +19,11 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     REFERENCE,
     SEQUENCE_KL,
+    TOKEN_WEIGHTS,
+    WEIGHTS,
 )
 from fused_prefopt.integrations.metrics import StepMetrics, Weighed, token_metrics
-from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
+from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD, UNWEIGHTED
 from fused_prefopt.losses.protocol import WHAT_IT_IS
 from fused_prefopt.models.batch import (
     HIDDEN,
@@ -228,7 +230,7 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = _weights(output, forward.desirable) | tokens[1]
+    weights = _weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -263,8 +265,9 @@ class _LossInHead:
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:
-            tokens = token_metrics(self.loss_fn, rows, hidden, head, self.desirable)
-        given: dict[str, Any] = {**rows.layout, **self.extras}
+            weights = self.desirable, self.extras[WEIGHTS]
+            tokens = token_metrics(self.loss_fn, rows, hidden, head, *weights)
+        given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
         if self.compared is not None:
             source, given["ref_hidden"] = self.compared
             given["ref_head"] = source.head()
@@ -289,16 +292,30 @@ def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
         loss_fn.to(device)
 
 
-def _weights(output: LossOutput, desirable: Tensor | None) -> dict[str, Tensor]:
-    """How many pairs or completions each metric is a mean over."""
-    every = output.losses.new_full((), output.losses.shape[-1], dtype=torch.int64)
-    weights = dict.fromkeys(output.metrics, every)
+def _weights(
+    output: LossOutput, desirable: Tensor | None, given: Tensor | None
+) -> dict[str, Tensor]:
+    """How many pairs or completions each metric is a mean over, or the sum of their weights.
+
+    Args:
+        output: of the loss.
+        desirable: (S,) bool for single completions; None for pairs.
+        given: (S,) weights of the batch, or None.
+    """
+    size = output.losses.shape[-1]
+    every = output.losses.new_full((), size, dtype=torch.int64)
+    # A pair's weight stands in both halves.
+    own = output.losses.new_ones(size, dtype=torch.int64) if given is None else given[:size]
+    weights = dict.fromkeys(output.metrics, own.sum())
     if desirable is not None:
-        members = {"chosen": desirable.sum(), "rejected": desirable.logical_not().sum()}
+        members = {
+            "chosen": own.where(desirable, 0).sum(),
+            "rejected": own.where(desirable.logical_not(), 0).sum(),
+        }
         for name in weights:
             side = name.rpartition("/")[2]
             weights[name] = members.get(side, weights[name])
-    return weights
+    return weights | dict.fromkeys(weights.keys() & UNWEIGHTED, every)
 
 
 def _open_side_channel(

@@ -137,7 +137,8 @@ def sequence_kl(
     outputs = call.checked(head_kl(*call.tensors, *others, targets, ids, *spec.packed()))
     if rows is None:
         return SequenceKl(*outputs[:4])
-    return SequenceKl(*map(rows.sums, outputs[:3]), rows.lengths(outputs[0].dtype))
+    kl, *logps = map(rows.sums, outputs[:3])
+    return SequenceKl(kl, logps[0], logps[1], rows.lengths(kl.dtype))
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:

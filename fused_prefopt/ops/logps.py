@@ -256,16 +256,22 @@ def shared_and_tail_logps(
 
     Args:
         hidden, head, labels, shift, sequence_ids, num_sequences, ignore_index: as there.
-        **options: the others of `sequence_logps`.
+        **options: the others of `sequence_logps`, but `token_weights`.
 
     Returns:
         The shared parts and the tails, S sequences each, with one plan.
 
     Raises:
-        ValueError: the number of sequences is odd, or what `sequence_logps` raises.
+        ValueError: the number of sequences is odd, tokens have weights, or what `sequence_logps`
+            raises.
 
     Source: LD-DPO (Liu et al. 2024, arXiv:2409.06411), whose α weighs the tails.
     """
+    if options.get("token_weights") is not None:
+        raise ValueError(
+            "token_weights: got some with ld_alpha, which weighs the tokens by the completions'"
+            " lengths; needs one of them"
+        )
     where = LogpOptions(
         shift=shift,
         sequence_ids=sequence_ids,

@@ -210,6 +210,6 @@ def test_weights_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             sequence_logps(case.hidden, case.head, case.labels, token_weights=weights)
-    with pytest.raises(ValueError, match="token_weights: got some with ld_alpha=0.5"):
+    with pytest.raises(ValueError, match="token_weights: got some with ld_alpha"):
         loss_fn = fp.PreferenceLoss("simpo", ld_alpha=0.5)
         loss_fn(case.hidden, case.head, case.labels, token_weights=good)

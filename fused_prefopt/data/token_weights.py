@@ -1,0 +1,91 @@
+"""Weights of a completion's tokens: read from features, and laid out as their labels are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_prefopt.data.columns import (
+    TOKEN_WEIGHT_COLUMNS,
+    WEIGHTS_OF_IDS,
+    feature_at,
+    require_columns,
+)
+
+
+def token_weights(
+    features: Sequence[Mapping[str, Any]], completions: Iterable[str]
+) -> list[Tensor] | None:
+    """Weights of every feature's tokens, for one completion column after another.
+
+    Args:
+        features: rows of token ids.
+        completions: columns of ids, such as `chosen_ids`, whose weights stand in
+            `columns.WEIGHTS_OF_IDS`.
+
+    Returns:
+        (tokens,) float32 of each completion; None where no feature has weights.
+
+    Raises:
+        ValueError: a feature has no weights where another has some, not one a token, or one that is
+            negative or not finite.
+    """
+    pairs = [(column, WEIGHTS_OF_IDS[column]) for column in completions]
+    if not any(name in feature for feature in features for _, name in pairs):
+        return None
+    found = []
+    for column, name in pairs:
+        for index, feature in enumerate(features):
+            where = feature_at(index)
+            require_columns(feature, (name,), where)
+            found.append(_read(name, feature[name], len(feature[column]), where))
+    return found
+
+
+def spread(weights: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Weights at the places of their tokens, 0 at all others.
+
+    Args:
+        weights: of each completion, in the order of the mask's ones.
+        mask: `completion_mask`, (S, L) or (1, N), with a one for each weight.
+    """
+    return torch.zeros(mask.shape).masked_scatter(mask.bool(), torch.cat(list(weights)))
+
+
+def refuse_token_weights(row: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if a row of texts or chats has weights of tokens, which it has none of yet.
+
+    Args:
+        row: a record.
+        where: which row it is.
+    """
+    for name in TOKEN_WEIGHT_COLUMNS:
+        if row.get(name) is not None:
+            columns = " and ".join(ids for ids, each in WEIGHTS_OF_IDS.items() if each == name)
+            raise ValueError(
+                f"{name}: got some with texts in {where}, whose tokens they cannot belong to; give"
+                f" token ids (prompt_ids, {columns}) with them, or a weight a row in 'weight'"
+            )
+
+
+def _read(name: str, values: Any, tokens: int, where: str) -> Tensor:
+    try:
+        weights = torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {where} is no list of numbers: {error}") from error
+    if weights.shape != (tokens,):
+        raise ValueError(
+            f"{name}: got shape {tuple(weights.shape)} in {where}, wanted one number for each of"
+            f" its {tokens} tokens"
+        )
+    bad = weights.isfinite().logical_and(weights >= 0).logical_not()
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: got {float(weights[place])} at token {place} of {where}, wanted finite"
+            " numbers >= 0"
+        )
+    return weights
