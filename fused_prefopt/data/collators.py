@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_shape, require_tokens
+from fused_prefopt.checks import require_choice, require_shape, require_tokens
 from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     COMPLETION_IDS,
@@ -39,6 +39,9 @@ from fused_prefopt.data.labels import count_labels
 from fused_prefopt.data.token_weights import spread, token_weights
 
 Feature = Mapping[str, Any]
+Tokens = TypeVar("Tokens", Tensor, list[int])
+# What is kept of a sequence that is too long.
+TRUNCATION_MODES = ("keep_start", "keep_end")
 # Segments of a row that holds a pair with its prompt once.
 IN_PROMPT, IN_CHOSEN, IN_REJECTED, IN_PADDING = range(4)
 
@@ -51,27 +54,41 @@ class _Collator:
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     vocab_size: int | None = field(default=None, kw_only=True)
+    max_length: int | None = field(default=None, kw_only=True)
+    truncation_mode: str = field(default="keep_start", kw_only=True)
 
     def __post_init__(self) -> None:
+        require_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         if self.pad_token_id is None:
             raise ValueError("pad_token_id: got None, wanted an int (the eos token's will do)")
         if self.padding_free and self.pad_to_multiple_of is not None:
             raise ValueError("pad_to_multiple_of: got a number with padding_free, wanted None")
+
+    @property
+    def has_row_for_each(self) -> bool:
+        """Whether each sequence has a row of the batch, so that rows can be dealt out."""
+        return not self.padding_free
 
     def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
         """Lay out prompt + completion of every feature, for one completion column after another."""
         sequences = self._sequences(features, completions)
         batch = self._packed(sequences) if self.padding_free else self._padded(sequences)
         batch[LABEL_COUNTS] = count_labels(batch)
-        weights = token_weights(features, completions)
+        weights = self._token_weights(features, completions)
         if weights is not None:
             batch[TOKEN_WEIGHTS] = spread(weights, batch[COMPLETION_MASK])
         return batch
 
+    def _token_weights(
+        self, features: Sequence[Feature], completions: Sequence[str]
+    ) -> list[Tensor] | None:
+        """Weights of the completions' tokens, cut as these are, or None."""
+        return cut_weights(features, completions, self.max_length, self.truncation_mode)
+
     def _sequences(
         self, features: Sequence[Feature], completions: Sequence[str]
     ) -> list[tuple[Tensor, Tensor]]:
-        """(prompt, completion) of every feature, for one completion column after another."""
+        """(prompt, completion) of every feature, cut, for one completion column after another."""
         sequences = []
         for column in completions:
             for index, feature in enumerate(features):
@@ -82,7 +99,13 @@ class _Collator:
                 )
                 if completion.numel() == 0:
                     raise ValueError(f"{column}: {where} is empty, wanted at least 1 token")
-                sequences.append((prompt, completion))
+                side = cut_side(prompt, completion, self.max_length, self.truncation_mode)
+                if side[1].numel() == 0:
+                    raise ValueError(
+                        f"{column}: {where} has no token within max_length ({self.max_length}),"
+                        " wanted at least 1; drop the row or raise max_length"
+                    )
+                sequences.append(side)
         return sequences
 
     def _padded(self, sequences: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -128,13 +151,16 @@ class PairCollator(_Collator):
             tell them apart by their `position_ids`.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
         vocab_size: rows of the model's input embedding, to check token ids; None does not.
+        max_length: tokens of prompt and completion together, to which longer ones are cut; None
+            cuts nothing.
+        truncation_mode: "keep_start" or "keep_end"; which tokens a cut leaves, see `cut_side`.
         shared_prompt: lay a pair out in one row with its prompt once, which the backbone then
             computes once. For models whose attention is `eager` or `sdpa`, under
             `integrations.transformers`; an (L, L) mask a pair is built.
 
     Raises:
-        ValueError: `pad_token_id` is None, or `padding_free` comes with `pad_to_multiple_of` or
-            `shared_prompt`.
+        ValueError: `pad_token_id` is None, `truncation_mode` is unknown, or `padding_free` comes
+            with `pad_to_multiple_of` or `shared_prompt`.
     """
 
     shared_prompt: bool = False
@@ -144,16 +170,21 @@ class PairCollator(_Collator):
         if self.padding_free and self.shared_prompt:
             raise ValueError("shared_prompt: got True with padding_free, wanted one of them")
 
+    @property
+    def has_row_for_each(self) -> bool:
+        """Whether each sequence has a row of the batch, so that rows can be dealt out."""
+        return super().has_row_for_each and not self.shared_prompt
+
     def _layout(self, features: Sequence[Feature], completions: Sequence[str]) -> dict[str, Any]:
         if not self.shared_prompt:
             return super()._layout(features, completions)
         sequences, pairs = self._sequences(features, completions), len(features)
-        triples = [(*sequences[pair], sequences[pairs + pair][1]) for pair in range(pairs)]
-        weights = token_weights(features, completions)
-        of_pairs = None
+        halves = zip(sequences[:pairs], sequences[pairs:], strict=True)
+        batch = shared_layout(list(halves), self.pad_token_id, self.pad_to_multiple_of or 1)
+        weights = self._token_weights(features, completions)
         if weights is not None:
-            of_pairs = list(zip(weights[:pairs], weights[pairs:], strict=True))
-        return shared_layout(triples, self.pad_token_id, self.pad_to_multiple_of or 1, of_pairs)
+            batch[TOKEN_WEIGHTS] = _of_targets(weights, batch[TARGET_SEQUENCES])
+        return batch
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Make a batch of B pairs: sequences 0..B−1 are chosen, B..2B−1 rejected.
@@ -179,9 +210,9 @@ class PairCollator(_Collator):
             Trainer would rescale the loss by them; see `data.labels_of`.
 
         Raises:
-            ValueError: no feature, a missing column or value, an empty completion, a token id
-                outside the vocabulary, a score or log-prob that is no finite number, or a weight
-                that is none or negative.
+            ValueError: no feature, a missing column or value, an empty completion, also after the
+                cut, a token id outside the vocabulary, a score or log-prob that is no finite
+                number, or a weight that is none or negative.
         """
         _require_features(features, (PROMPT_IDS, *PAIR_IDS))
         batch = self._layout(features, PAIR_IDS)
@@ -199,9 +230,13 @@ class PointCollator(_Collator):
             tell them apart by their `position_ids`.
         pad_to_multiple_of: round the padded length up to a multiple, or None.
         vocab_size: rows of the model's input embedding, to check token ids; None does not.
+        max_length: tokens of prompt and completion together, to which longer ones are cut; None
+            cuts nothing.
+        truncation_mode: "keep_start" or "keep_end"; which tokens a cut leaves, see `cut_side`.
 
     Raises:
-        ValueError: `pad_token_id` is None, or `pad_to_multiple_of` comes with `padding_free`.
+        ValueError: `pad_token_id` is None, `truncation_mode` is unknown, or `pad_to_multiple_of`
+            comes with `padding_free`.
     """
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
@@ -220,76 +255,127 @@ class PointCollator(_Collator):
             (S,) bool, `token_weights` laid out as `completion_mask`.
 
         Raises:
-            ValueError: no feature, a missing column or value, an empty completion, a token id
-                outside the vocabulary, a number that is not finite, a weight that is negative, a
-                group that is no integer, or a label neither a bool nor 0 or 1.
+            ValueError: no feature, a missing column or value, an empty completion, also after the
+                cut, a token id outside the vocabulary, a number that is not finite, a weight that
+                is negative, a group that is no integer, or a label neither a bool nor 0 or 1.
         """
         _require_features(features, (PROMPT_IDS, COMPLETION_IDS))
         batch = self._layout(features, (COMPLETION_IDS,))
         return batch | _fields(features, POINT_FIELDS)
 
 
+def cut_side(
+    prompt: Tokens, completion: Tokens, max_length: int | None, truncation_mode: str
+) -> tuple[Tokens, Tokens]:
+    """A prompt and its completion within `max_length` tokens, as TRL's collators cut them.
+
+    Args:
+        prompt: token ids.
+        completion: token ids.
+        max_length: of both together; None cuts nothing.
+        truncation_mode: "keep_start" leaves out the last tokens, "keep_end" the first.
+    """
+    gone = 0 if max_length is None else len(prompt) + len(completion) - max_length
+    if gone <= 0:
+        return prompt, completion
+    if truncation_mode == "keep_start":
+        return prompt[:max_length], completion[: max(len(completion) - gone, 0)]
+    return prompt[gone:], completion[max(gone - len(prompt), 0) :]
+
+
+def cut_weights(
+    features: Sequence[Feature],
+    completions: Sequence[str],
+    max_length: int | None,
+    truncation_mode: str,
+) -> list[Tensor] | None:
+    """`token_weights` of the tokens that `cut_side` leaves; arguments as there."""
+    weights = token_weights(features, completions)
+    if weights is None:
+        return None
+    prompts = [torch.empty(len(feature[PROMPT_IDS])) for feature in features] * len(completions)
+    sides = zip(prompts, weights, strict=True)
+    return [cut_side(*side, max_length, truncation_mode)[1] for side in sides]
+
+
+def _of_targets(weights: Sequence[Tensor], sequences: Tensor) -> Tensor:
+    """Weights of the completions, chosen ones first, in the order of `shared_layout`'s targets."""
+    pairs = len(weights) // 2
+    counts = sequences.bincount(minlength=len(weights)).tolist()
+    order = [side * pairs + pair for pair in range(pairs) for side in range(2)]
+    # Nothing predicts the first token behind an empty prompt, which is no target.
+    return torch.cat([weights[each][len(weights[each]) - counts[each] :] for each in order])
+
+
 def shared_layout(
-    triples: Sequence[tuple[Tensor, Tensor, Tensor]],
+    pairs: Sequence[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]],
     pad_token_id: int,
     multiple: int,
-    weights: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Lay out B pairs, each in one row with its prompt once, padded on the right.
 
     Both completions see the prompt and themselves, not each other, and both continue the prompt's
     positions; so the hidden states are those of the plain layout, and the prompt's cost is paid
-    once.
+    once. Where a cut left the two sides of a pair different prompts, none is shared: each stands
+    in front of its completion, in the same row.
 
     Args:
-        triples: prompt, chosen and rejected ids of each pair, int64.
+        pairs: prompt and completion of the chosen and of the rejected side, int64 token ids.
         pad_token_id: fills the padded positions.
         multiple: the length is rounded up to one of it.
-        weights: of the tokens of each pair's chosen and rejected completion, or None.
 
     Returns:
         (B, L) int64: `input_ids`, `position_ids`, `completion_mask`, and `segments`, which tells
         prompt 0, chosen 1, rejected 2 and padding 3 apart. (N,) int64, for each token that is
         predicted: `predictors`, the row of the flattened hidden states that predicts it,
-        `targets`, the token, and `target_sequences`, in [0, 2B), chosen before rejected; and
-        `token_weights`, those of the targets, where weights are given.
+        `targets`, the token, and `target_sequences`, in [0, 2B), chosen before rejected.
     """
-    lengths = [sum(map(len, triple)) for triple in triples]
-    width = -(-max(lengths) // multiple) * multiple
-    shape = (len(triples), width)
+    rows = [_shared(*pair) for pair in pairs]
+    longest = max(len(prompt) + sum(len(ids) for ids, _ in sides) for prompt, sides in rows)
+    width = -(-longest // multiple) * multiple
+    shape = (len(rows), width)
     input_ids, position_ids = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.int64)
-    segments = torch.full(shape, IN_PADDING)
-    predictors, targets, sequences, of_targets = [], [], [], []
-    for row, (triple, length) in enumerate(zip(triples, lengths, strict=True)):
-        prompt, chosen, rejected = map(len, triple)
-        parts = torch.tensor([IN_PROMPT, IN_CHOSEN, IN_REJECTED])
-        segments[row, :length] = parts.repeat_interleave(torch.tensor([prompt, chosen, rejected]))
-        input_ids[row, :length] = torch.cat(triple)
-        position_ids[row, :length] = torch.cat(
-            (torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected))
-        )
-        for side, start in enumerate((prompt, prompt + chosen)):
-            completion = triple[1 + side]
-            rows = torch.arange(start - 1, start + len(completion) - 1)
-            # The last token of the prompt predicts the first one of either completion.
-            rows[0] = prompt - 1
-            predicted = rows >= 0
-            predictors.append(row * width + rows[predicted])
-            targets.append(completion[predicted])
-            sequences.append(torch.full_like(targets[-1], side * len(triples) + row))
-            if weights is not None:
-                of_targets.append(weights[row][side][predicted])
-    found = {} if weights is None else {TOKEN_WEIGHTS: torch.cat(of_targets)}
+    segments, completion_mask = torch.full(shape, IN_PADDING), torch.zeros_like(position_ids)
+    predictors, targets, sequences = [], [], []
+    for row, (prompt, sides) in enumerate(rows):
+        shared = len(prompt)
+        input_ids[row, :shared], segments[row, :shared] = prompt, IN_PROMPT
+        position_ids[row, :shared] = torch.arange(shared)
+        start = shared
+        for side, (ids, own) in enumerate(sides):
+            end = start + len(ids)
+            input_ids[row, start:end] = ids
+            segments[row, start:end] = (IN_CHOSEN, IN_REJECTED)[side]
+            position_ids[row, start:end] = torch.arange(shared, shared + len(ids))
+            completion_mask[row, start + own : end] = 1
+            places = torch.arange(start + own - 1, end - 1)
+            if not own:
+                # The last token of the prompt predicts the first one of either completion.
+                places[0] = shared - 1
+            predicted = places >= 0
+            predictors.append(row * width + places[predicted])
+            targets.append(ids[own:][predicted])
+            sequences.append(torch.full_like(targets[-1], side * len(rows) + row))
+            start = end
     return {
         INPUT_IDS: input_ids,
         POSITION_IDS: position_ids,
-        COMPLETION_MASK: ((segments == IN_CHOSEN) | (segments == IN_REJECTED)).long(),
+        COMPLETION_MASK: completion_mask,
         SEGMENTS: segments,
         PREDICTORS: torch.cat(predictors),
         TARGETS: torch.cat(targets),
         TARGET_SEQUENCES: torch.cat(sequences),
-        **found,
     }
+
+
+def _shared(
+    chosen: tuple[Tensor, Tensor], rejected: tuple[Tensor, Tensor]
+) -> tuple[Tensor, list[tuple[Tensor, int]]]:
+    """A pair's shared prompt, and of each side the ids behind it, with how many are its prompt."""
+    (prompt, first), (other, second) = chosen, rejected
+    if torch.equal(prompt, other):
+        return prompt, [(first, 0), (second, 0)]
+    return prompt[:0], [(torch.cat(side), len(side[0])) for side in (chosen, rejected)]
 
 
 def shared_attention(segments: Tensor, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,10 @@ SEQUENCE_IDS, NUM_SEQUENCES = "sequence_ids", "num_sequences"
 # The same where a pair shares its prompt in one row.
 SEGMENTS, PREDICTORS = "segments", "predictors"
 TARGETS, TARGET_SEQUENCES = "targets", "target_sequences"
+LAYOUT = (
+    *(INPUT_IDS, ATTENTION_MASK, POSITION_IDS, COMPLETION_MASK, LABEL_COUNTS),
+    *(SEQUENCE_IDS, NUM_SEQUENCES, SEGMENTS, PREDICTORS, TARGETS, TARGET_SEQUENCES),
+)
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
 # Of TRL's rows, as of ours: ids of completions, and the weights that belong to them.

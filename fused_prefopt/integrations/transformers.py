@@ -27,6 +27,7 @@ from fused_prefopt.integrations.attach import (
     Reference,
     preference_outputs,
 )
+from fused_prefopt.integrations.layouts import keep_batches_whole
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.trainer_checks import (
     collator_for,
@@ -133,6 +134,7 @@ def attach(
     if trainer is not None:
         leave_out_ligers_loss(trainer.args)
         let_collator_check(trainer)
+        keep_batches_whole(trainer)
         _log_in(trainer, attachment)
         mind_nonfinite(trainer, on_nonfinite)
     return attachment

@@ -200,6 +200,19 @@ def with_prompt(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]
     return prompted(batch, arguments)
 
 
+def lacks_rows(key: str) -> str:
+    """Message about a layout that has no row for each sequence.
+
+    Args:
+        key: by which a batch has it, `SEQUENCE_IDS` or `SEGMENTS`.
+    """
+    option, kind = _LAYOUTS[key]
+    return (
+        f"{option}: got {kind} with an adapter that learns a prompt, which stands in front of a"
+        " row; needs padded batches with a row for each sequence"
+    )
+
+
 def prompted(batch: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A batch with what an adapter made of it.
 
@@ -214,12 +227,9 @@ def prompted(batch: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str
         ValueError: the batch has no row for each sequence, or says something of each token that
             the adapter does not say of its virtual ones.
     """
-    for key, (option, kind) in _LAYOUTS.items():
+    for key in _LAYOUTS:
         if key in batch:
-            raise ValueError(
-                f"{option}: got {kind} with an adapter that learns a prompt, which stands in front"
-                " of a row; needs padded batches with a row for each sequence"
-            )
+            raise ValueError(lacks_rows(key))
     given = {name: arguments[name] for name in arguments if arguments[name] is not None}
     rows: Tensor = given["inputs_embeds"] if "inputs_embeds" in given else given["input_ids"]
     for name in _OF_TOKENS:

@@ -83,15 +83,41 @@ def test_packed_is_padded_without_the_padding(kind, features, rows):
         assert labels(packed).tolist() == [labels(padded)[real].tolist()]
 
 
-@pytest.mark.parametrize("multiple", [None, 8])
-def test_pairs_equal_trl(multiple):
+@pytest.mark.parametrize(
+    ("multiple", "cut", "width"),
+    [
+        (None, {}, 6),
+        (8, {}, 8),
+        (None, {"max_length": 4}, 4),
+        (None, {"max_length": 4, "truncation_mode": "keep_end"}, 4),
+    ],
+)
+def test_pairs_equal_trl(multiple, cut, width):
     trl = pytest.importorskip("trl.trainer.dpo_trainer")
     features = pairs_with(**REFERENCES)
-    ours = PairCollator(PAD, pad_to_multiple_of=multiple)(features)
-    theirs = trl.DataCollatorForPreference(PAD, pad_to_multiple_of=multiple)(features)
+    ours = PairCollator(PAD, pad_to_multiple_of=multiple, **cut)(features)
+    theirs = trl.DataCollatorForPreference(PAD, pad_to_multiple_of=multiple, **cut)(features)
     assert set(ours) == {*theirs, LABEL_COUNTS}
     assert_tensors(ours, theirs)
-    assert ours["input_ids"].shape[1] == (multiple or 6)
+    assert ours["input_ids"].shape[1] == width
+
+
+def test_a_pair_whose_prompts_are_cut_differently_shares_none():
+    """[1 2 3 | 4 5] and [1 2 3 | 6 7 8] within four tokens keep [2 3] and [3] of their prompt."""
+    pair = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]}
+    cut = {"max_length": 4, "truncation_mode": "keep_end"}
+    batch = PairCollator(PAD, shared_prompt=True, **cut)([pair, pair | {"rejected_ids": [6, 7]}])
+    wanted = {
+        "input_ids": [[2, 3, 4, 5, 3, 6, 7, 8], [2, 3, 4, 5, 6, 7, PAD, PAD]],
+        "position_ids": [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 2, 3, 0, 0]],
+        "segments": [[1, 1, 1, 1, 2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3]],
+        "completion_mask": [[0, 0, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]],
+        "predictors": [1, 2, 4, 5, 6, 9, 10, 9, 12],
+        "targets": [4, 5, 6, 7, 8, 4, 5, 6, 7],
+        "target_sequences": [0, 0, 2, 2, 2, 1, 1, 3, 3],
+    }
+    assert set(batch) == set(wanted)
+    assert_tensors(batch, wanted)
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
@@ -190,6 +216,10 @@ def test_errors_name_the_column(kind, features, said):
 
 
 def test_layouts_of_no_use_are_refused():
+    with pytest.raises(ValueError, match="truncation_mode: got 'keep_stat'.*wanted one of 'keep_s"):
+        PairCollator(PAD, max_length=4, truncation_mode="keep_stat")
+    with pytest.raises(ValueError, match=r"chosen_ids: feature 0 has no token within max_len.*3"):
+        PairCollator(PAD, max_length=3)(PAIRS)
     with pytest.raises(ValueError, match="pad_token_id: got None"):
         PairCollator(None)
     with pytest.raises(ValueError, match="pad_to_multiple_of: got a number with padding_free"):

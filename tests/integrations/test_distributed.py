@@ -1,7 +1,7 @@
 """Two processes against one with the whole batch: DDP, FSDP2, tensor parallelism, trainers.
 
-All of it in one pair of processes: most of the time is theirs to start. Each section has a process
-group of its own, so that what breaks in one leaves the others alone.
+All of it in one pair of processes, and so in one file: most of the time is theirs to start. Each
+section has a process group of its own, so that what breaks in one leaves the others alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from trainers import (
     dataset,
     let_gradients_be_finite,
     lora,
+    pairs,
     points,
     spawned,
     spoil_losses,
@@ -289,12 +290,43 @@ def all_logs(folder: str) -> dict | None:
     return {kind: logged(kind, folder) for each in OF_TRL for kind in (each, f"trl-{each}")}
 
 
+# Batches without a row for each sequence, which must not be dealt out by rows.
+ROWLESS = {"padded": {}, "packed": {"padding_free": True}, "shared": {"shared_prompt": True}}
+
+
+def in_layout(layout: str, streams: bool, folder: str) -> list[dict]:
+    """Logs of a trainer on TRL's rows, whose numbers leave a batch incomplete."""
+    options: dict[str, Any] = {"max_steps": 3, "ddp_backend": "gloo", "optim": "sgd"}
+    options |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 2}
+    data = pairs(10).to_iterable_dataset() if streams else pairs(10)
+    if streams:
+        options["accelerator_config"] = {"dispatch_batches": None if ROWLESS[layout] else False}
+    given = {"eval_dataset": pairs(5)}
+    run = build(
+        "dpo", folder, data, model=tiny_llama().double(), given=given, **options | ROWLESS[layout]
+    )
+    run.train()
+    run.evaluate()
+    return run.state.log_history
+
+
+def all_layouts(folder: str) -> dict | None:
+    if importlib.util.find_spec("trl") is None:
+        return None
+    return {
+        (layout, streams): in_layout(layout, streams, folder)
+        for layout in ROWLESS
+        for streams in (False, True)
+    }
+
+
 SECTIONS: dict[str, Callable[[int, str], Any]] = {
     "steps": lambda rank, _: all_steps(rank),
     "mixed": lambda rank, _: {layout: mixed(layout, rank) for layout in LAYOUTS},
     "parallel": lambda _, folder: parallel(folder),
     "decided": decided,
     "logs": lambda _, folder: all_logs(folder),
+    "layouts": lambda _, folder: all_layouts(folder),
 }
 
 
@@ -420,3 +452,17 @@ def test_two_processes_log_what_trl_logs(ranks, kind):
         assert one.keys() <= other.keys()
         for name in one.keys() - TIMES:
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_two_processes_train_in_a_layout_as_on_padded_rows(ranks, layout, streams):
+    pytest.importorskip("trl")
+    for logs in ranks("layouts"):
+        plain, ours = (logs[each, streams] for each in ("padded", layout))
+        assert len(plain) == len(ours) == 5
+        for one, other in zip(plain, ours, strict=True):
+            assert one.keys() == other.keys()
+            tokens = {"num_tokens", "eval_num_tokens"} if layout == "shared" else set()
+            for name in one.keys() - TIMES - tokens:
+                assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name

@@ -15,14 +15,16 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
-    ATTENTION_MASK,
-    COMPLETION_MASK,
-    INPUT_IDS,
-    LABEL_COUNTS,
+    LAYOUT,
     SEQUENCE_KL,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.layouts import (
+    keep_batches_whole,
+    number_of_tokens,
+    require_layout,
+)
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trainer_checks import (
@@ -34,6 +36,7 @@ from fused_prefopt.integrations.trainer_checks import (
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
 from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.trl.layouts import layout_of
 from fused_prefopt.integrations.trl.rows import KeepsTeachingRows, require_values
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
@@ -45,7 +48,6 @@ from fused_prefopt.preference import PreferenceLoss
 _TUNERS = "BaseTunerLayer"
 # Options that a model's config is read with, of those that the model is loaded with.
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
-LAYOUT = (INPUT_IDS, ATTENTION_MASK, COMPLETION_MASK, LABEL_COUNTS)
 
 
 class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
@@ -85,7 +87,9 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
         self._op_options = loss_fn.evaluation_options | {"ld_alpha": loss_fn.ld_alpha}
-        self._new_tokens = 0
+        self._new_tokens: Any = 0
+        self._layout = layout_of(config, given.arguments.get("data_collator"))
+        self._is_laid_out = False
         if not self.needs_reference and getattr(config, "sync_ref_model", False):
             raise ValueError(
                 f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
@@ -99,6 +103,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         if self._is_vision_dataset:
             raise ValueError("train_dataset: got images, needs texts only")
         require_rows(self, loss_fn, self._fields_of, streams=True)
+        self._lay_out()
         leave_out_ligers_loss(self.args)
         policy = self.accelerator.unwrap_model(self.model)
         checked = CheckedTokens(self.data_collator, input_vocab(policy))
@@ -124,6 +129,25 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         # `_precompute_ref_logps` computes nothing.
         return {} if self.needs_reference else {"precompute_ref_log_probs": True}
 
+    def _lay_out(self) -> None:
+        """Put a collator of this package in the place of TRL's, where a layout wants one, once."""
+        if self._is_laid_out:
+            return
+        self._is_laid_out = True
+        if self._layout is not None:
+            if self._is_vision_dataset:
+                raise ValueError(
+                    f"{self._layout}: got True with images, needs False: their rows are padded"
+                )
+            self.data_collator = self._collator(self._layout)
+        keep_batches_whole(self)
+        models = (self.model, self.ref_model if self.needs_reference else None)
+        require_layout(self, *(each and self.accelerator.unwrap_model(each) for each in models))
+
+    def _collator(self, layout: str) -> Any:
+        """The collator of a layout, on TRL's rows, with the cut and the padding of TRL's own."""
+        raise NotImplementedError
+
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         """`LogpBatch` fields that the loss can get with such rows."""
         raise NotImplementedError
@@ -142,7 +166,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         """The fused loss of a batch from TRL's collator."""
         batch = self._of_loss(model, inputs)
         if self.model.training:
-            self._new_tokens = self._new_tokens + batch[ATTENTION_MASK].sum()
+            self._new_tokens = self._new_tokens + number_of_tokens(batch)
         arguments = past_wrappers(batch)
         outputs = model(**arguments)
         loss = exact_loss(outputs["loss"], arguments)
@@ -182,6 +206,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if not self.needs_reference:
             return dataset
+        # Here TRL's constructor is not through.
+        self._lay_out()
         # TRL keeps them by this and the data alone, its own with them.
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         key = (self._precompute_model_hash, *own)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
+from fused_prefopt.data import PairCollator
 from fused_prefopt.data.columns import (
     PAIR_REFERENCES,
     REF_CHOSEN_LOGPS,
@@ -22,6 +23,7 @@ from fused_prefopt.data.columns import (
 )
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
+from fused_prefopt.integrations.trl.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.trl.rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 
@@ -33,7 +35,20 @@ class FusedDPOConfig(FusedOptions, DPOConfig):
     TRL's options that choose or shape its own loss (`loss_type`, `label_smoothing`, …) must keep
     their defaults, but `ld_alpha`, which goes with any loss, and `use_weighting` with `wpo`, which
     is what it does.
+
+    Args:
+        padding_free: pack all sequences of a batch into one row instead of padding them, for
+            models that tell them apart by their `position_ids`. TRL has this option and pads.
+        shared_prompt: lay a pair out in one row with its prompt once, which the backbone then
+            computes once, for models whose attention is `eager` or `sdpa`; an (L, L) mask a pair is
+            built. The two are alternatives. Log-probs, losses and gradients are those of padded
+            rows to rounding, cut by `max_length` and `truncation_mode` as these are; `num_tokens`
+            counts a shared prompt once. A stream's batches are read by each process for itself.
     """
+
+    shared_prompt: bool = field(
+        default=False, metadata={"help": "Whether a pair's prompt is computed once."}
+    )
 
     _VALID_DICT_FIELDS = [*getattr(DPOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
     _trls_own: ClassVar[tuple[str, ...]] = (
@@ -75,7 +90,9 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     Raises:
         ValueError: `args` is no `FusedDPOConfig`, or names an unknown or point-wise loss; the data
             set lacks what the loss needs, has images, or a score or log-prob that is not finite;
-            there is a `compute_metrics`.
+            there is a `compute_metrics`; a layout (`padding_free`, `shared_prompt`) contradicts
+            another option, or the model: its attention does not keep sequences apart, it adds a
+            router loss (`shared_prompt`), or its adapter learns a prompt.
     """
 
     config_type = FusedDPOConfig
@@ -83,6 +100,25 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.data_collator: Any = _WithScores(self.data_collator)
+
+    def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
+        # TRL would say that it pads.
+        return super()._given_to_trl(config, loss_fn) | {"padding_free": False}
+
+    def _collator(self, layout: str) -> PairCollator:
+        if layout == SHARED_PROMPT and self.aux_loss_enabled:
+            raise ValueError(
+                "shared_prompt: got True with a model that adds a router loss, which counts a"
+                " prompt twice; needs False, or router_aux_loss_coef=0.0"
+            )
+        self.padding_free = layout == PADDING_FREE
+        return PairCollator(
+            self.data_collator.pad_token_id,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            **{layout: True},
+        )
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = dict(inputs)

@@ -24,6 +24,7 @@ from fused_prefopt.data.columns import (
     KL,
     LABEL,
     LABEL_REWARDS,
+    LAYOUT,
     MADE_UP_REWARDS,
     MISMATCHED,
     PAIR,
@@ -51,7 +52,7 @@ from fused_prefopt.data.columns import (
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
-from fused_prefopt.integrations.trl.common import LAYOUT, FusesLoss
+from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.rows import require_values
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
@@ -66,9 +67,16 @@ class FusedKTOConfig(FusedOptions, KTOConfig):
 
     `desirable_weight` and `undesirable_weight` are hyperparameters of the loss, as `beta` is;
     `loss_type` must keep its default.
+
+    Args:
+        padding_free: pack the completions of a batch into one row instead of padding them, and the
+            mismatched ones into another; as in `FusedDPOConfig`.
     """
 
     loss: str = field(default="kto", metadata={"help": "Name of a point-wise loss."})
+    padding_free: bool = field(
+        default=False, metadata={"help": "Whether a batch is packed into one row, not padded."}
+    )
 
     pairwise: ClassVar[bool] = False
     _VALID_DICT_FIELDS = [*getattr(KTOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
@@ -100,7 +108,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     Raises:
         ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
             set lacks what the loss needs, has images, a score or log-prob that is not finite, or a
-            label that is no bool, 0 or 1; there is a `compute_metrics`.
+            label that is no bool, 0 or 1; there is a `compute_metrics`; with `padding_free` the
+            model's attention lets packed sequences see one another.
     """
 
     config_type = FusedKTOConfig
@@ -152,6 +161,10 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             own, mismatched = self.compute_ref_log_probs(source, inputs)
         fields = {REFERENCE: own}
         return fields if mismatched is None else fields | {KL: mismatched}
+
+    def _collator(self, layout: str) -> _Packed:
+        pad = self.data_collator.pad_token_id
+        return _Packed(PointCollator(pad, padding_free=True, max_length=self.args.max_length))
 
     def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
         # By this name TRL decides whether to make mismatched completions.
@@ -253,6 +266,26 @@ def _unpaired(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[
 
 def _interleaved(chosen: list[Any], rejected: list[Any]) -> list[Any]:
     return [value for pair in zip(chosen, rejected, strict=True) for value in pair]
+
+
+@dataclass
+class _Packed:
+    """TRL's rows, packed: the completions in one row, the mismatched ones in another."""
+
+    points: PointCollator
+    has_row_for_each: ClassVar[bool] = False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {LABEL: stacked(examples, LABEL)}
+        for prefix in ("", MISMATCHED):
+            column = f"{prefix}{COMPLETION_IDS}"
+            if column in examples[0]:
+                rows = [
+                    {PROMPT_IDS: each[PROMPT_IDS], COMPLETION_IDS: each[column]}
+                    for each in examples
+                ]
+                batch |= {f"{prefix}{name}": value for name, value in self.points(rows).items()}
+        return batch
 
 
 @dataclass

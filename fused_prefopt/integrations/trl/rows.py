@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
+from fused_prefopt.data.collators import cut_side
 from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     LABEL,
@@ -108,16 +109,7 @@ class _Cut:
 
     def __call__(self, row: Mapping[str, Any]) -> tuple[list[Side], list[Side]]:
         whole = [(row[PROMPT_IDS], row[name]) for name in _SIDES[self.pairwise]]
-        return whole, [self._side(*side) for side in whole]
-
-    def _side(self, prompt: list[int], completion: list[int]) -> Side:
-        length = len(prompt) + len(completion)
-        if self.max_length is None or length <= self.max_length:
-            return prompt, completion
-        if self.mode == "keep_start":
-            return prompt[: self.max_length], completion[: max(self.max_length - len(prompt), 0)]
-        gone = length - self.max_length
-        return prompt[gone:], completion[max(gone - len(prompt), 0) :]
+        return whole, [cut_side(*side, self.max_length, self.mode) for side in whole]
 
 
 class _Streamed:

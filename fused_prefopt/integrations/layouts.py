@@ -1,0 +1,121 @@
+"""Batches without a row for each sequence: what they ask of a model, and of who deals them out.
+
+Packed sequences share one row, and a pair with its prompt once has one row for both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_prefopt.data.collators import IN_PADDING
+from fused_prefopt.data.columns import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    PAIR_IDS,
+    PROMPT_IDS,
+    SEGMENTS,
+    SEQUENCE_IDS,
+)
+from fused_prefopt.models.batch import require_mask_attention, require_separate_sequences
+from fused_prefopt.models.causal_lm import text_config
+from fused_prefopt.models.model_call import prompt_learners
+from fused_prefopt.models.peft_head import lacks_rows
+
+
+def has_row_for_each(collator: Any) -> bool:
+    """Whether a collator's batches have a row for each sequence; a foreign one's have."""
+    return bool(getattr(collator, "has_row_for_each", True))
+
+
+def keep_batches_whole(trainer: Any) -> None:
+    """Let each process collate its own batches, where batches have no row for each sequence.
+
+    Of a stream accelerate otherwise joins those of one process and cuts them by rows.
+
+    Args:
+        trainer: a `transformers.Trainer`, before it has a data loader.
+
+    Raises:
+        ValueError: its configuration asks for such a cut.
+    """
+    if has_row_for_each(trainer.data_collator):
+        return
+    if trainer.accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: got dispatch_batches=True, which deals out rows, with a layout"
+            " that has none for each sequence (padding_free, shared_prompt); needs"
+            " dispatch_batches=False or padded batches"
+        )
+    trainer.accelerator.dataloader_config.dispatch_batches = False
+
+
+def require_layout(trainer: Any, *models: nn.Module | None) -> None:
+    """Raise ValueError if a model's attention cannot keep a layout's sequences apart.
+
+    Where it takes a trial and the weights are not whole on the trainer's device yet, the first
+    batch decides.
+
+    Args:
+        trainer: a `transformers.Trainer` on pairs or points of token ids.
+        *models: those that its batches meet, without wrappers, or None.
+    """
+    collator = trainer.data_collator
+    if has_row_for_each(collator):
+        return
+    shared = getattr(collator, "shared_prompt", False)
+    for model in models:
+        if model is None:
+            continue
+        if prompt_learners(model):
+            raise ValueError(lacks_rows(SEGMENTS if shared else SEQUENCE_IDS))
+        if shared:
+            slides = getattr(text_config(model), "sliding_window", None) is not None
+            require_mask_attention(model, _longest_row(trainer) if slides else 1)
+        elif _is_ready(model, trainer.accelerator.device):
+            device = next(model.parameters()).device
+            # As it is in training: flash attention takes no fp32.
+            with trainer.accelerator.autocast():
+                require_separate_sequences(model, torch.zeros(1, 1, dtype=torch.int64).to(device))
+
+
+def _longest_row(trainer: Any) -> int:
+    """Tokens of the longest row that the trainer's collator makes of its data sets' rows."""
+    evaluated = trainer.eval_dataset
+    sets = list(evaluated.values()) if isinstance(evaluated, Mapping) else [evaluated]
+    return max(
+        (
+            trainer.data_collator([row])[INPUT_IDS].shape[1]
+            for data in (trainer.train_dataset, *sets)
+            if hasattr(data, "select_columns") and hasattr(data, "__len__")
+            for row in data.select_columns([PROMPT_IDS, *PAIR_IDS])
+        ),
+        default=1,
+    )
+
+
+def _is_ready(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model can be called as it is: neither sharded nor partitioned nor elsewhere."""
+    return all(
+        type(value) is nn.Parameter
+        and value.numel() > 0
+        and value.device.type == device.type
+        and not hasattr(value, "ds_id")
+        for value in model.parameters()
+    )
+
+
+def number_of_tokens(batch: Mapping[str, Any]) -> Tensor | int:
+    """Tokens that go through the backbone: no padding, and a shared prompt once.
+
+    Args:
+        batch: of a collator; a GPU is not waited for.
+    """
+    if ATTENTION_MASK in batch:
+        return batch[ATTENTION_MASK].sum()
+    if SEGMENTS in batch:
+        return (batch[SEGMENTS] != IN_PADDING).sum()
+    return batch[INPUT_IDS].numel()
