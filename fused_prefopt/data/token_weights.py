@@ -51,8 +51,17 @@ def spread(weights: Sequence[Tensor], mask: Tensor) -> Tensor:
     Args:
         weights: of each completion, in the order of the mask's ones.
         mask: `completion_mask`, (S, L) or (1, N), with a one for each weight.
+
+    Raises:
+        ValueError: it has more ones, or fewer.
     """
-    return torch.zeros(mask.shape).masked_scatter(mask.bool(), torch.cat(list(weights)))
+    values, places = torch.cat(list(weights)), int(mask.sum())
+    if len(values) != places:
+        raise ValueError(
+            f"token_weights: got {len(values)} for {places} tokens of completions in the batch,"
+            " wanted one each; does the collator cut them to another length?"
+        )
+    return torch.zeros(mask.shape).masked_scatter(mask.bool(), values)
 
 
 def refuse_token_weights(row: Mapping[str, Any], where: str) -> None:

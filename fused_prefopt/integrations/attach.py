@@ -22,8 +22,13 @@ from fused_prefopt.data.columns import (
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
-from fused_prefopt.integrations.metrics import StepMetrics, Weighed, token_metrics
-from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD, UNWEIGHTED
+from fused_prefopt.integrations.metrics import (
+    StepMetrics,
+    Weighed,
+    metric_weights,
+    token_metrics,
+)
+from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
 from fused_prefopt.losses.protocol import WHAT_IT_IS
 from fused_prefopt.models.batch import (
     HIDDEN,
@@ -230,7 +235,7 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = _weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
+    weights = metric_weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -290,32 +295,6 @@ def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
         raise ValueError("model: got one on mps, needs a device that has float64 (CUDA or the CPU)")
     if any(buffer.device != device for buffer in loss_fn.buffers()):
         loss_fn.to(device)
-
-
-def _weights(
-    output: LossOutput, desirable: Tensor | None, given: Tensor | None
-) -> dict[str, Tensor]:
-    """How many pairs or completions each metric is a mean over, or the sum of their weights.
-
-    Args:
-        output: of the loss.
-        desirable: (S,) bool for single completions; None for pairs.
-        given: (S,) weights of the batch, or None.
-    """
-    size = output.losses.shape[-1]
-    every = output.losses.new_full((), size, dtype=torch.int64)
-    # A pair's weight stands in both halves.
-    own = output.losses.new_ones(size, dtype=torch.int64) if given is None else given[:size]
-    weights = dict.fromkeys(output.metrics, own.sum())
-    if desirable is not None:
-        members = {
-            "chosen": own.where(desirable, 0).sum(),
-            "rejected": own.where(desirable.logical_not(), 0).sum(),
-        }
-        for name in weights:
-            side = name.rpartition("/")[2]
-            weights[name] = members.get(side, weights[name])
-    return weights | dict.fromkeys(weights.keys() & UNWEIGHTED, every)
 
 
 def _open_side_channel(

@@ -19,11 +19,12 @@ from fused_prefopt.losses.metrics import (
     REWARDS_CHOSEN,
     REWARDS_MARGINS,
     REWARDS_REJECTED,
+    UNWEIGHTED,
 )
 from fused_prefopt.models.batch import CollatedRows
 from fused_prefopt.ops import token_statistics
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import LMHead, divisors
+from fused_prefopt.types import LMHead, LossOutput, divisors
 
 # Metrics, and what each of them is a mean over.
 Weighed = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -97,7 +98,8 @@ def _merged(ranks: list[Step]) -> dict[str, float]:
             for rank in ranks
             if name in rank and rank[name][1] > 0
         ]
-        means[name] = max(0.0, _weighted(squares) - means[center] ** 2) ** 0.5
+        # In this order a NaN stays one.
+        means[name] = max(_weighted(squares) - means[center] ** 2, 0.0) ** 0.5
     halves = [means[name] for name in (REWARDS_CHOSEN, REWARDS_REJECTED) if name in means]
     if len(halves) == 2:
         means[REWARDS_MARGINS] = halves[0] - halves[1]
@@ -112,6 +114,32 @@ def _weighted(parts: list[tuple[float, float]]) -> float:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def metric_weights(
+    output: LossOutput, desirable: Tensor | None, given: Tensor | None
+) -> dict[str, Tensor]:
+    """How many pairs or completions each metric is a mean over, or the sum of their weights.
+
+    Args:
+        output: of the loss.
+        desirable: (S,) bool for single completions; None for pairs.
+        given: (S,) weights of the batch, or None.
+    """
+    size = output.losses.shape[-1]
+    every = output.losses.new_full((), size, dtype=torch.int64)
+    # A pair's weight stands in both halves.
+    own = output.losses.new_ones(size, dtype=torch.int64) if given is None else given[:size]
+    weights = dict.fromkeys(output.metrics, own.sum())
+    if desirable is not None:
+        members = {
+            "chosen": own.where(desirable, 0).sum(),
+            "rejected": own.where(desirable.logical_not(), 0).sum(),
+        }
+        for name in weights:
+            side = name.rpartition("/")[2]
+            weights[name] = members.get(side, weights[name])
+    return weights | dict.fromkeys(weights.keys() & UNWEIGHTED, every)
 
 
 @torch.no_grad()

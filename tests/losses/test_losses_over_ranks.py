@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from loss_cases import VARIANTS, random_batch
 
 from fused_prefopt import LogpBatch, PreferenceLoss
+from fused_prefopt.integrations.metrics import StepMetrics, metric_weights
 from fused_prefopt.losses import (
     ChosenNll,
     DynamicMargin,
@@ -115,7 +116,13 @@ def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[
                 for name, values in by_pair.items()
             }
             agreed = {}
-            if spans:
+            if batch.weights is not None:
+                # What is logged, of all ranks, though some of them have no weight, or no pair.
+                logged = StepMetrics()
+                logged.add(result.metrics, metric_weights(result, None, batch.weights))
+                agreed = {name: torch.tensor(value) for name, value in logged.pop().items()}
+                del agreed["nonfinite"]  # a mean over ranks
+            elif spans:
                 agreed = {"loss": result.loss.detach(), **result.metrics}
             found.append({"by pair": shaped, "agreed": agreed})
         if loss_fn.statistics is not None:

@@ -17,6 +17,7 @@ from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
     LAYOUT,
     SEQUENCE_KL,
+    TOKEN_WEIGHTS,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
@@ -38,6 +39,7 @@ from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesEx
 from fused_prefopt.integrations.transformers import attach
 from fused_prefopt.integrations.trl.layouts import layout_of
 from fused_prefopt.integrations.trl.rows import KeepsTeachingRows, require_values
+from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, WeightedTokens
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
@@ -143,6 +145,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         keep_batches_whole(self)
         models = (self.model, self.ref_model if self.needs_reference else None)
         require_layout(self, *(each and self.accelerator.unwrap_model(each) for each in models))
+        if not self._is_vision_dataset:
+            pairwise = self.config_type.pairwise
+            mode = self.args.truncation_mode if pairwise else "keep_start"
+            cut = pairwise, self.args.max_length, mode
+            self.data_collator = WeightedTokens(self.data_collator, *cut)
 
     def _collator(self, layout: str) -> Any:
         """The collator of a layout, on TRL's rows, with the cut and the padding of TRL's own."""
@@ -209,7 +216,10 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         # Here TRL's constructor is not through.
         self._lay_out()
         # TRL keeps them by this and the data alone, its own with them.
-        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        own: tuple[Any, ...] = ("fused_prefopt", self._op_options["ld_alpha"])
+        own += (self.accelerator.mixed_precision,)
+        if any(column in dataset.column_names for column in WEIGHT_COLUMNS):
+            own += (TOKEN_WEIGHTS,)
         key = (self._precompute_model_hash, *own)
         with _given(self, _precompute_model_hash=key):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]

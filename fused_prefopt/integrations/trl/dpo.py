@@ -18,13 +18,18 @@ from fused_prefopt.data.columns import (
     REWARDS,
     SCORES,
     SEQUENCE_KL,
+    WEIGHT,
+    WEIGHTS,
     has_values,
+    is_given,
+    row_at,
     stacked,
 )
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.trl.rows import require_values
+from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -77,7 +82,9 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     TRL's datasets, collation, reference handling (model, adapter switch, precomputed), PEFT and
     logging stay as they are; the reference's log-probs come from the same op as the policy's;
-    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`. Pairs that
+    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`, a column `weight`
+    as `weights`. Rows of token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`) are taken as they
+    are, and then may have `chosen_token_weights` and `rejected_token_weights`. Pairs that
     truncation leaves equal or without a label are dropped, and a log message counts them. A loss
     without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
     names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
@@ -135,23 +142,25 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        require_ids_of_weights(row, row_at(0))
         given = {REFERENCE, SEQUENCE_KL}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        require_values(dataset_name, dataset, (*SCORES, *PAIR_REFERENCES))
+        require_values(dataset_name, dataset, (*SCORES, *PAIR_REFERENCES, WEIGHT))
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in SCORES if name not in self._signature_columns]
+        extra = (*SCORES, WEIGHT, *WEIGHT_COLUMNS)
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 
 @dataclass
 class _WithScores:
-    """A collator of TRL's that also stacks the score columns, where all the examples have them.
+    """A collator of TRL's that also stacks scores, where all examples have them, and weights.
 
     It checks the numbers of these and of the reference.
     """
@@ -165,4 +174,6 @@ class _WithScores:
                 batch[name] = stacked(examples, name)
         if all(has_values(example, SCORES) for example in examples):
             batch[REWARDS] = torch.cat([stacked(examples, name) for name in SCORES])
+        if is_given(examples, WEIGHT):
+            batch[WEIGHTS] = stacked(examples, WEIGHT).repeat(2)
         return batch
