@@ -53,7 +53,7 @@ def keep_batches_whole(trainer: Any) -> None:
     trainer.accelerator.dataloader_config.dispatch_batches = False
 
 
-def require_layout(trainer: Any, *models: nn.Module | None) -> None:
+def require_layout(trainer: Any, *models: nn.Module) -> None:
     """Raise ValueError if a model's attention cannot keep a layout's sequences apart.
 
     Where it takes a trial and the weights are not whole on the trainer's device yet, the first
@@ -61,15 +61,13 @@ def require_layout(trainer: Any, *models: nn.Module | None) -> None:
 
     Args:
         trainer: a `transformers.Trainer` on pairs or points of token ids.
-        *models: those that its batches meet, without wrappers, or None.
+        *models: those that its batches meet, without the wrappers of distributed training.
     """
     collator = trainer.data_collator
     if has_row_for_each(collator):
         return
     shared = getattr(collator, "shared_prompt", False)
     for model in models:
-        if model is None:
-            continue
         if prompt_learners(model):
             raise ValueError(lacks_rows(SEGMENTS if shared else SEQUENCE_IDS))
         if shared:

@@ -83,7 +83,7 @@ CASES = {
     "statistics": {"loss": "gamma-simpo", "loss_kwargs": {"queue_size": 8}},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
     "checkpointed": {"gradient_checkpointing": True},
-    "a stream": {"stream": True},
+    "an evaluation's stream": {"stream": True},
     "incomplete batches dropped": {
         "dataloader_drop_last": True,
         "per_device_train_batch_size": 6,
@@ -106,8 +106,9 @@ def trained(folder, case, **layout):
     train = options.pop("train_dataset", lambda: pairs(**options.pop("data", {})))()
     options.pop("data", None)
     given = {"eval_dataset": pairs(10, **{k: v[:10] for k, v in case.get("data", {}).items()})}
+    # Streams that train TRL itself has each process collate.
     if options.pop("stream", False):
-        train, given = train.to_iterable_dataset(), {"eval_dataset": held_out("dpo")}
+        given["eval_dataset"] = held_out("dpo").to_iterable_dataset()
     given |= options.pop("given", {})
     name = options.pop("model", None)
     reference = None if name or case.get("precompute_ref_log_probs") else tiny_llama(5).double()

@@ -143,8 +143,10 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
                 )
             self.data_collator = self._collator(self._layout)
         keep_batches_whole(self)
-        models = (self.model, self.ref_model if self.needs_reference else None)
-        require_layout(self, *(each and self.accelerator.unwrap_model(each) for each in models))
+        models = [self.model]
+        if self.needs_reference and self.ref_model is not None:
+            models.append(self.ref_model)
+        require_layout(self, *map(self.accelerator.unwrap_model, models))
         if not self._is_vision_dataset:
             pairwise = self.config_type.pairwise
             mode = self.args.truncation_mode if pairwise else "keep_start"
