@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from fused_prefopt.checks import is_on_host, require_number
 from fused_prefopt.distributed import world_size
 from fused_prefopt.loss_kernel import launch_loss
-from fused_prefopt.losses import check_needs, find, length_desensitized, preset
+from fused_prefopt.losses import (
+    LossName,
+    OnPolicyWeights,
+    WeightedSum,
+    check_needs,
+    length_desensitized,
+    named_loss,
+)
 from fused_prefopt.losses.metrics import divergence_metrics
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
@@ -44,6 +52,8 @@ class PreferenceLoss(nn.Module):
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as
             "gamma-simpo/llama-3-8b-instruct", is a published setting; see `published_settings()`.
+            A sum of losses is "dpo + 0.2 bco-pair + sft", or a list of such texts and of mappings
+            with `name`, `weight` and `hyperparameters`; one pass of the head serves all terms.
         workspace_mb: budget of the op in MiB; None: the device's default (`sequence_logps`).
         path: of the op; `auto`, `evaluate`, `stash`, `local` or `recompute`.
         engine: of the op; `auto`, `torch`, `cublas` or `triton`. With the last two, which `auto`
@@ -52,43 +62,48 @@ class PreferenceLoss(nn.Module):
         ld_alpha: LD-DPO's α in [0, 1], for any loss on pairs: weight of the log-probs by which a
             completion is longer than its partner. The `reference` must be weighted alike, as TRL's
             is; see `shared_and_tail_logps`. None weighs all alike.
-        **hyperparameters: of the loss; they go before those of a published setting.
+        use_weighting: WPO's weights, for any loss that is a mean over pairs: how likely the policy
+            is to write both completions; see `losses.OnPolicyWeights`.
+        **hyperparameters: of the loss, of a sum of every term that has them: one β for all. They
+            go before those of a published setting, and a term's own in the list before them.
 
     Attributes:
+        name: of the loss; of a sum the names of its terms with their weights.
         loss: the pure function of log-probs.
-        hyperparameters: all of them, by name.
+        hyperparameters: all of them, by name; of a sum those of the terms, by the terms' names.
         statistics: what the loss remembers, or None.
 
     Raises:
-        ValueError: the name is unknown (the message has the closest ones), or a hyperparameter or
-            an option of the op is out of its range.
-        TypeError: the loss has no such hyperparameter.
+        ValueError: a name is unknown (the message has the closest ones), a sum cannot be read, or
+            a hyperparameter or an option of the op is out of its range.
+        TypeError: the loss, or no term of the sum, has such a hyperparameter.
     """
 
     def __init__(
         self,
-        name: str,
+        name: LossName,
         *,
         workspace_mb: float | None = None,
         path: str = "auto",
         engine: str = "auto",
         drop_mass: float = 0.0,
         ld_alpha: float | None = None,
+        use_weighting: bool = False,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        loss, published = preset(name) if "/" in name else (name, {})
-        hyperparameters = {**published, **hyperparameters}
-        spec = find(loss)
-        self.name = spec.name
-        self.loss = spec.build(**hyperparameters)
-        self.hyperparameters = {**spec.defaults, **hyperparameters}
+        named = named_loss(name, hyperparameters, OnPolicyWeights() if use_weighting else None)
+        self.name = named.name
+        self.loss = named.loss
+        self.hyperparameters = named.hyperparameters
+        self._described = named.described()
         self.statistics = self.loss.statistics()
         if ld_alpha is not None:
             require_number("ld_alpha", ld_alpha, low=0, high=1)
             if not self.loss.pairwise:
                 raise ValueError(f"ld_alpha: got {ld_alpha} for {self.name}, needs a loss on pairs")
         self.ld_alpha = ld_alpha
+        self.use_weighting = use_weighting
         self._process_group: dist.ProcessGroup | None = None
         if self.statistics is not None:
             # Of a loss that spans the batch `from_logps` has gathered it already.
@@ -232,24 +247,30 @@ class PreferenceLoss(nn.Module):
         return whole.own(self._of(whole.batch))
 
     def _of(self, batch: LogpBatch) -> LossOutput:
-        result = None
-        if takes_kernels(self.op_options["engine"], batch.policy.device):
-            result = launch_loss(self.loss, self.statistics, batch)
-        if result is None:
-            summary = None
-            if self.statistics is not None:
-                observed = self.loss.observe(batch)
-                assert observed is not None
-                summary = self.statistics(observed)
-            result = self.loss(batch, summary)
+        kernels = takes_kernels(self.op_options["engine"], batch.policy.device)
+        result = _loss_of(self.loss, self.statistics, batch, kernels)
         exact = divergence_metrics(batch, pairwise=self.loss.pairwise)
         return replace(result, metrics={**result.metrics, **exact})
 
     def extra_repr(self) -> str:
-        values = dict(self.hyperparameters)
-        if self.ld_alpha is not None:
-            values["ld_alpha"] = self.ld_alpha
-        return ", ".join([self.name, *(f"{key}={value!r}" for key, value in values.items())])
+        options = {"ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting or None}
+        given = (f"{key}={value!r}" for key, value in options.items() if value is not None)
+        return ", ".join([self._described, *given])
+
+
+def _loss_of(loss: Any, statistics: Any, batch: LogpBatch, kernels: bool) -> LossOutput:
+    """The loss of a batch and the update of its statistic; by kernels, of a sum term by term."""
+    if kernels and isinstance(loss, WeightedSum):
+        nothing = nullcontext([None] * len(loss.terms))
+        with nothing if statistics is None else statistics.updating() as parts:
+            of_terms = zip(loss.terms, parts, strict=True)
+            outputs = [_loss_of(term.loss, part, batch, True) for term, part in of_terms]
+        return loss.joined(batch, outputs)
+    result = launch_loss(loss, statistics, batch) if kernels else None
+    if result is None:
+        summary = None if statistics is None else statistics(loss.observe(batch))
+        result = loss(batch, summary)
+    return result
 
 
 def _policy_beside_reference(

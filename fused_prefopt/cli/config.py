@@ -23,14 +23,14 @@ from fused_prefopt.checks import (
 )
 from fused_prefopt.cli.console import UserError, blaming, require_packages
 from fused_prefopt.data.columns import COMPLETION_MASK
-from fused_prefopt.losses import published_settings
+from fused_prefopt.losses import PublishedSetting, published_in
 from fused_prefopt.ops.engines import ENGINES
 
 EMBEDDED = "embedded"
 REFERENCES = ("precomputed", "model", "adapter")
 LAYOUTS = ("padded", "packed", "shared_prompt")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_TEXTS = ("dataset", "split", "loss")
+_TEXTS = ("dataset", "split")
 _OPTIONAL_TEXTS = (
     *("model", "tokenizer", "attn_implementation", "adapter", "held_out", "reference_model"),
     "cache_dir",
@@ -96,7 +96,10 @@ class Settings:
     max_prompt_length: int | None = _key(None, "tokens of the prompt; half of max_length")
     layout: str = _key("padded", f"of a batch: {', '.join(LAYOUTS)}")
 
-    loss: str = _key("dpo", "a loss, or a published setting, which brings its learning rate")
+    # With None in it, the parser takes a text; the file gives the list too.
+    loss: list[Any] | str | None = _key(
+        "dpo", "a loss, a published setting, which brings its learning rate, or a sum of them"
+    )
     loss_kwargs: dict[str, Any] | None = _key(None, "its hyperparameters")
     workspace_mb: float | None = _key(None, "workspace of the fused op in MiB; the device's")
     engine: str = _key("auto", "of the fused op: auto, torch, cublas or triton")
@@ -122,6 +125,9 @@ class Settings:
             missing = text is None and name in _OPTIONAL_TEXTS
             if not missing and (not isinstance(text, str) or not text.strip()):
                 raise ValueError(f"{name}: got {text!r}, needs a name")
+        is_text = isinstance(self.loss, str) and bool(self.loss.strip())
+        if not is_text and not (isinstance(self.loss, list) and self.loss):
+            raise ValueError(f"loss: got {self.loss!r}, needs a name or a list of terms")
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("layout", self.layout, LAYOUTS)
         require_choice("reference", self.reference, REFERENCES)
@@ -197,7 +203,7 @@ def read_config(path: str, overrides: Sequence[str]) -> Config:
     Keys that are given nowhere have the defaults of `Settings` and `TrainingArguments`, except:
     `output_dir` is runs/ and the file's name, `report_to` none, `logging_steps` 10,
     `dataloader_pin_memory` false without a GPU, and `learning_rate` the published one where `loss`
-    is a published setting.
+    is a published setting, or a sum with one.
 
     Raises:
         UserError: the file or a word cannot be read, a key is unknown (the message has the closest
@@ -214,11 +220,18 @@ def read_config(path: str, overrides: Sequence[str]) -> Config:
         "dataloader_pin_memory": torch.cuda.is_available(),
         **given,
     }
-    published = published_settings().get(str(given.get("loss")).lower().replace("_", "-"))
+    published = _published_setting(given.get("loss"))
     if published is not None:
         values = {"learning_rate": published.learning_rate} | values
     settings, training = _parsed(path, values, {key.partition(".")[0] for key, _ in words})
     return Config(settings, training, given)
+
+
+def _published_setting(loss: Any) -> PublishedSetting | None:
+    try:
+        return None if loss is None else published_in(loss)
+    except ValueError:  # which is told when the loss is made
+        return None
 
 
 def parsed_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:

@@ -12,14 +12,16 @@ from typing import Any
 
 from fused_prefopt.cli.console import blaming, markdown_table, text_table, wrapped
 from fused_prefopt.losses import (
+    NamedLoss,
     available_losses,
     bradley_terry_loss,
     find,
     length_desensitized,
+    named_loss,
     preset,
     published_settings,
 )
-from fused_prefopt.losses.protocol import WHAT_IT_IS
+from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.losses.registry import LossInfo
 
 _WIDTH = 100
@@ -35,9 +37,30 @@ Written by `{COMMAND}` from the registered losses; edit nothing here.
 loss_fn = fp.PreferenceLoss("simpo", beta=2.5)
 loss_fn = fp.PreferenceLoss("gamma-simpo/llama-3-8b-instruct", tau=3.0)  # published, but for τ
 loss_fn = fp.PreferenceLoss("dpo", ld_alpha=0.5)  # LD-DPO: any loss on pairs, with weighted tails
+loss_fn = fp.PreferenceLoss("simpo", use_weighting=True)  # any loss on pairs, with WPO's weights
+loss_fn = fp.PreferenceLoss("0.8 dpo + 0.2 bco-pair + sft", beta=0.1)  # MPO: a sum, one β for all
 ```
 
 Names may be written with `_` for `-` and in any case.
+
+## Sums of losses
+
+`+` joins losses on the same kind of data, a number before a name is its weight, and a
+hyperparameter goes to every term that has it. Terms with hyperparameters of their own are entries
+of a list:
+
+```python
+loss_fn = fp.PreferenceLoss(
+    ["dpo", {{"name": "sft", "weight": 0.2, "hyperparameters": {{"nll": "sequence_mean"}}}}]  # RPO
+)
+```
+
+One pass of the head serves all terms; each keeps its own statistic. `losses` and `loss` are the
+weighted sums. Rewards and their metrics are those of the first term that trains a reward (all but
+`sft`); the loss of a term, before its weight, is logged as `loss/` and its name.
+
+The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are translated in
+`fused_prefopt/integrations/loss_types.py`.
 
 ## Notation
 
@@ -65,7 +88,7 @@ _BESIDE = "## Beside the registered losses"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "name", nargs="?", help="a loss, an alias or a published setting such as alpha-dpo/…"
+        "name", nargs="?", help="a loss, an alias, a published setting such as alpha-dpo/… or a sum"
     )
 
 
@@ -101,30 +124,24 @@ def losses_table() -> str:
 
 
 def one_loss(name: str) -> str:
-    """Formula, needs, hyperparameters and published settings of one loss.
+    """Formula, needs, hyperparameters and published settings of one loss, or the terms of a sum.
 
     Args:
         name: of the loss, an alias, or a published setting, whose values then stand for the
-            defaults.
+            defaults; a sum such as "dpo + 0.2 sft".
 
     Raises:
         ValueError: there is none; the message lists the closest names.
     """
+    named = named_loss(name, {})
+    if named.is_sum:
+        return _one_sum(named)
     loss, chosen = preset(name) if "/" in name else (name, {})
     spec = find(loss)
     info, meanings = spec.info(), hyperparameters(spec.factory)
     called = f" (also {', '.join(info.aliases)})" if info.aliases else ""
     parts = [f"{spec.name}{called}\n{info.paper}", formula(spec.factory).replace("``", "")]
-    judged = "pairs, chosen and rejected" if info.pairwise else "single completions"
-    facts = [f"judges  {judged}"]
-    facts += [f"needs   {field}: {WHAT_IT_IS[field]}" for field in info.needs]
-    facts += [f"uses    {field}, where given: {WHAT_IT_IS[field]}" for field in info.wants]
-    if info.stateful:
-        facts.append("keeps   a statistic, which belongs in checkpoints")
-    if info.coupled:
-        facts.append("spans   the batch of all ranks")
-    wide = [textwrap.fill(fact, _WIDTH, subsequent_indent=" " * 8) for fact in facts]
-    parts.append("\n".join(wide))
+    parts.append(_facts(named.loss))
     options = [
         (option, f"{value!r}", meanings.get(option, ""))
         for option, value in (info.defaults | chosen).items()
@@ -145,6 +162,40 @@ def one_loss(name: str) -> str:
         papers = " and ".join(dict.fromkeys(each.paper for each in published.values()))
         parts.append(f"{text_table(heading, settings)}\n\nThey are those of {papers}.")
     return "\n\n".join(parts)
+
+
+def _one_sum(named: NamedLoss) -> str:
+    """Terms, formulas, needs and hyperparameters of a sum."""
+    parts = [named.name, "a sum of losses: one pass of the head serves all its terms"]
+    terms = []
+    for term in named.terms:
+        (shown,) = re.findall(r"``(.*?)``", formula(find(term.name).factory), re.DOTALL)[:1]
+        terms.append((term.name, f"{term.weight:g}", " ".join(shown.split())))
+    width = _WIDTH - 12 - max(len(name) for name, _, _ in terms)
+    parts.append(text_table(("term", "weight", "loss"), wrapped(terms, (None, None, width))))
+    parts.append(_facts(named.loss))
+    options = [
+        (label, option, f"{value!r}")
+        for label, term in zip(named.labels, named.terms, strict=True)
+        for option, value in term.hyperparameters.items()
+    ]
+    if options:
+        parts.append(text_table(("term", "hyperparameter", "value"), options))
+    parts.append("`fused-prefopt losses TERM`: what a term's options mean, and its paper.")
+    return "\n\n".join(parts)
+
+
+def _facts(loss: Loss) -> str:
+    """What a loss judges, needs and keeps, a line each."""
+    judged = "pairs, chosen and rejected" if loss.pairwise else "single completions"
+    facts = [f"judges  {judged}"]
+    facts += [f"needs   {field}: {WHAT_IT_IS[field]}" for field in sorted(loss.needs)]
+    facts += [f"uses    {field}, where given: {WHAT_IT_IS[field]}" for field in sorted(loss.wants)]
+    if loss.statistics() is not None:
+        facts.append("keeps   a statistic, which belongs in checkpoints")
+    if loss.coupled:
+        facts.append("spans   the batch of all ranks")
+    return "\n".join(textwrap.fill(fact, _WIDTH, subsequent_indent=" " * 8) for fact in facts)
 
 
 def losses_page() -> str:

@@ -162,6 +162,7 @@ def load_loss(settings: Settings) -> PreferenceLoss:
     hyperparameters = settings.loss_kwargs or {}
     for name in options.keys() & hyperparameters.keys():
         raise UserError(f"loss_kwargs: got {name}, needs it as a key of its own: {name}=…")
+    assert settings.loss is not None  # `Settings` checks it.
     with blaming("loss"):
         loss_fn = PreferenceLoss(settings.loss, **options, **hyperparameters)
         require_choice("path", loss_fn.op_options["path"], ("auto", *PATHS))

@@ -19,7 +19,7 @@ from fused_prefopt.losses.metrics import (
     REWARDS_CHOSEN,
     REWARDS_MARGINS,
     REWARDS_REJECTED,
-    UNWEIGHTED,
+    is_unweighted,
 )
 from fused_prefopt.models.batch import CollatedRows
 from fused_prefopt.ops import token_statistics
@@ -139,7 +139,7 @@ def metric_weights(
         for name in weights:
             side = name.rpartition("/")[2]
             weights[name] = members.get(side, weights[name])
-    return weights | dict.fromkeys(weights.keys() & UNWEIGHTED, every)
+    return weights | {name: every for name in weights if is_unweighted(name)}
 
 
 @torch.no_grad()

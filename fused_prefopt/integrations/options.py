@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
+from fused_prefopt.integrations.loss_types import terms_from_trl
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -13,7 +15,9 @@ class FusedOptions:
     """The options that a fused trainer adds to TRL's.
 
     Args:
-        loss: name of a loss; see `fused_prefopt.available_losses()`.
+        loss: name of a loss, or a sum of several, such as "dpo + 0.2 bco-pair + sft" or a list of
+            names and of mappings with `name`, `weight` and `hyperparameters`; see
+            `PreferenceLoss` and `fused_prefopt.available_losses()`.
         loss_kwargs: its hyperparameters.
         beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
         workspace_mb: budget of the op in MiB; None: the device's default (`sequence_logps`).
@@ -24,7 +28,10 @@ class FusedOptions:
             gradient is NaN or infinite; see `integrations.transformers.attach`.
     """
 
-    loss: str = field(default="dpo", metadata={"help": "Name of a loss."})
+    # With None in it, a command line takes a text; a file gives the list too.
+    loss: list[Any] | str | None = field(
+        default="dpo", metadata={"help": "Name of a loss, or a sum such as `dpo + 0.2 sft`."}
+    )
     # A string of JSON on the command line, as transformers reads its own dictionaries.
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Hyperparameters of the loss."}
@@ -47,38 +54,71 @@ class FusedOptions:
     _shared: ClassVar[tuple[str, ...]] = ("beta",)
 
     def build_loss(self) -> PreferenceLoss:
-        """The loss that the configuration names.
+        """The loss that the configuration names, in `loss` or by TRL's options.
 
         Raises:
-            ValueError: there is no such loss, it is not of the trainer's kind, an option of TRL's
-                own losses is given, or a hyperparameter is given twice.
+            ValueError: there is no such loss, it is not of the trainer's kind, it is named in both
+                ways, an option would be ignored, or a hyperparameter is given twice.
             TypeError: the loss has no such hyperparameter.
         """
+        name, hyperparameters = self._named_loss()
+        loss_fn = PreferenceLoss(
+            name,
+            workspace_mb=self.workspace_mb,
+            engine=self.engine,
+            ld_alpha=getattr(self, "ld_alpha", None),
+            use_weighting=getattr(self, "use_weighting", False),
+            **hyperparameters,
+        )
+        if loss_fn.loss.pairwise != self.pairwise:
+            kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
+            raise ValueError(f"loss: {loss_fn.name!r} is {kind}, wanted one on {wanted}")
+        return loss_fn
+
+    def _named_loss(self) -> tuple[Any, dict[str, Any]]:
+        """Name and hyperparameters of `PreferenceLoss`."""
         options: dict[str, Any] = dict(self.loss_kwargs or {})  # type: ignore[arg-type]
-        for item in fields(self):
-            name, value = item.name, getattr(self, item.name)
-            if name not in (*self._trls_own, *self._shared) or value == _default(item):
-                continue
-            if name in self._trls_own:
+        trls, shared = self._changed(self._trls_own), self._changed(self._shared)
+        if trls and not self._changed(("loss",)):
+            if options:
                 raise ValueError(
-                    f"{name}: got {value!r}, an option of TRL's own losses; name a loss in `loss`"
-                    " and give its hyperparameters in `loss_kwargs`"
+                    f"loss_kwargs: got {options!r} with {', '.join(trls)} of TRL's, wanted a `loss`"
+                    " with them, or TRL's options alone"
                 )
+            return self._terms_of_trl(trls | shared), {}
+        for name, value in trls.items():
+            raise ValueError(
+                f"{name}: got {value!r}, an option of TRL's own losses, with loss {self.loss!r};"
+                " give one of them, and the hyperparameters of `loss` in `loss_kwargs`"
+            )
+        for name, value in shared.items():
             if options.setdefault(name, value) != value:
                 raise ValueError(
                     f"{name}: got {value!r} and {options[name]!r} in loss_kwargs, needs one of them"
                 )
-        loss_fn = PreferenceLoss(
-            self.loss,
-            workspace_mb=self.workspace_mb,
-            engine=self.engine,
-            ld_alpha=getattr(self, "ld_alpha", None),
-            **options,
-        )
-        if loss_fn.loss.pairwise != self.pairwise:
-            kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
-            raise ValueError(f"loss: {self.loss!r} is {kind}, wanted one on {wanted}")
-        return loss_fn
+        return self.loss, options
+
+    def _terms_of_trl(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        """The loss that TRL's options name, of which these are not at their defaults."""
+        kind, weights = self.loss_type, given.pop("loss_weights", None)  # type: ignore[attr-defined]
+        given.pop("loss_type", None)
+        terms = terms_from_trl(kind, weights, given)
+        tail_weight = getattr(self, "ld_alpha", None)
+        if tail_weight not in (None, 1) and any(term["name"] == "sft" for term in terms):
+            raise ValueError(
+                f"ld_alpha: got {tail_weight} with loss_type {kind}, whose 'sft' TRL takes of whole"
+                " completions, wanted None"
+            )
+        return terms
+
+    def _changed(self, names: Collection[str]) -> dict[str, Any]:
+        """The fields of these names that are not at their defaults."""
+        values = {each.name: (getattr(self, each.name), _default(each)) for each in fields(self)}
+        return {
+            name: values[name][0]
+            for name in names
+            if name in values and values[name][0] != values[name][1]
+        }
 
 
 def _default(item: Field[Any]) -> Any:

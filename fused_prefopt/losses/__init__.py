@@ -22,6 +22,7 @@ from fused_prefopt.losses.margins import (
     ScoreMargin,
     SequenceKlMargin,
 )
+from fused_prefopt.losses.named import LossName, NamedLoss, named_loss, published_in
 from fused_prefopt.losses.pairwise import (
     AnchoredLoss,
     PairwiseLoss,
@@ -52,6 +53,7 @@ from fused_prefopt.losses.rewards import (
     MeanLogp,
     MeanLogRatio,
     MeanPower,
+    PerToken,
     RejectedShare,
     SumLogp,
 )
@@ -64,6 +66,7 @@ from fused_prefopt.losses.terms import (
     length_desensitized,
     tail_labels,
 )
+from fused_prefopt.losses.weighted_sum import Term, WeightedSum
 
 __all__ = [
     "AdaptiveMargin",
@@ -89,13 +92,16 @@ __all__ = [
     "LogRatio",
     "Logistic",
     "LossInfo",
+    "LossName",
     "MeanLogRatio",
     "MeanLogp",
     "MeanPower",
+    "NamedLoss",
     "Normalisation",
     "OffsetMargin",
     "OnPolicyWeights",
     "PairwiseLoss",
+    "PerToken",
     "PublishedSetting",
     "RejectedShare",
     "Robust",
@@ -104,9 +110,11 @@ __all__ = [
     "SoftMinimum",
     "Squared",
     "SumLogp",
+    "Term",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
+    "WeightedSum",
     "available_losses",
     "bradley_terry_loss",
     "check_needs",
@@ -115,8 +123,10 @@ __all__ = [
     "gap_of",
     "length_desensitized",
     "mirror_margins",
+    "named_loss",
     "preset",
     "presets",
+    "published_in",
     "published_settings",
     "register",
     "tail_labels",

@@ -23,8 +23,8 @@ LOG_Z_MEAN = "log_z/mean"
 LOGITS_CHOSEN, LOGITS_REJECTED = "logits/chosen", "logits/rejected"
 NONFINITE = "nonfinite"
 WEIGHTS_MEAN = "weights/mean"
-# Of all pairs or completions alike, whatever their weights.
-UNWEIGHTED = frozenset({NONFINITE, WEIGHTS_MEAN, "kl", "aux_loss"})
+# Of a sum, followed by a term's name: its own loss, before its weight.
+TERM_LOSS = "loss/"
 
 # Metrics in the order of the kernels' numbers.
 PAIR_METRICS = (
@@ -81,6 +81,11 @@ def spread(values: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is not None:
         return average((values - average(values, weights)).square(), weights).sqrt()
     return values.std(correction=0) if values.shape[0] else mean(values)
+
+
+def is_unweighted(name: str) -> bool:
+    """Whether a metric is of all pairs or completions alike, or has their weights in it already."""
+    return name in (NONFINITE, WEIGHTS_MEAN, "kl", "aux_loss") or name.startswith(TERM_LOSS)
 
 
 def of_weights(batch: LogpBatch) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ One file, as long as the methods are many: whoever looks for one, or a relative,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from fused_prefopt.checks import require_choice, require_number
@@ -33,7 +34,7 @@ from fused_prefopt.losses.pointwise import (
     BinaryFeedbackLoss,
     DirectRewardLoss,
 )
-from fused_prefopt.losses.protocol import Reward
+from fused_prefopt.losses.protocol import Link, Reward
 from fused_prefopt.losses.registry import register
 
 # Log-ratios to a reference, r = β(L − L_ref)
@@ -104,24 +105,56 @@ def sigmoid_norm(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Pairwise
 
 @register("f-dpo", paper="Wang et al. 2023 (arXiv:2309.16240), Table 1")
 def f_dpo(
-    *, beta: float = 0.1, divergence: str = "js_divergence", alpha: float = 0.5
+    *,
+    beta: float = 0.1,
+    divergence: str = "js_divergence",
+    alpha: float = 0.5,
+    link: str = "logistic",
+    label_smoothing: float = 0.0,
+    temperature: float = 0.05,
+    length_normalized: bool = False,
 ) -> PairwiseLoss:
-    """``−log σ(β f'(e^Δ_w) − β f'(e^Δ_l))``, f the generator of a divergence.
+    """``−log σ(β f'(e^Δ_w) − β f'(e^Δ_l))``, f the generator of a divergence, or another link.
 
     Args:
         beta: β > 0, reward per nat where the policy is the reference.
         divergence: "reverse_kl" (f'(e^Δ) = Δ, DPO), "forward_kl" (1 − e^−Δ), "js_divergence"
             (log 2 + log σ(Δ)) or "alpha_divergence" ((e^((α−1)Δ) − 1)/(α−1)).
         alpha: α of the last, TRL's `f_alpha_divergence_coef`; 1 is DPO.
+        link: of the reward margin: "logistic" (dpo), "hinge", "exact" (exo-pair), "robust"
+            (robust-dpo, unbiased), "blended" (discopop), or "squared" (ipo, with β for its τ).
+        label_smoothing: ε of "logistic", "exact" and "robust".
+        temperature: T of "blended".
+        length_normalized: f'(e^Δ)/|y| in place of f'(e^Δ), as TRL's ipo and sigmoid_norm.
     """
+    require_number("beta", beta, low=0, above=True)
+    # IPO's β is in its margin.
+    scale = 1.0 if link == "squared" else beta
     curves: dict[str, Reward] = {
-        "reverse_kl": rewards.LogRatio(beta=beta),
-        "forward_kl": rewards.ForwardKlRatio(beta=beta),
-        "js_divergence": rewards.JensenShannonRatio(beta=beta),
-        "alpha_divergence": rewards.AlphaRatio(beta=beta, alpha=alpha),
+        "reverse_kl": rewards.LogRatio(beta=scale),
+        "forward_kl": rewards.ForwardKlRatio(beta=scale),
+        "js_divergence": rewards.JensenShannonRatio(beta=scale),
+        "alpha_divergence": rewards.AlphaRatio(beta=scale, alpha=alpha),
     }
     require_choice("divergence", divergence, curves)
-    return PairwiseLoss(curves[divergence])
+    blended = links.Blended(temperature=temperature)
+    of_link: dict[str, Callable[[], Link]] = {
+        "logistic": lambda: links.Logistic(label_smoothing=label_smoothing),
+        "hinge": links.Hinge,
+        "exact": lambda: links.Exact(label_smoothing=label_smoothing),
+        "robust": lambda: links.UnbiasedRobust(epsilon=label_smoothing),
+        "blended": lambda: blended,
+        "squared": links.Squared,
+    }
+    require_choice("link", link, of_link)
+    if label_smoothing and link not in ("logistic", "exact", "robust"):
+        raise ValueError(f"label_smoothing: got {label_smoothing} with {link!r}, wanted 0")
+    reward = curves[divergence]
+    return PairwiseLoss(
+        rewards.PerToken(reward=reward) if length_normalized else reward,
+        margins.ConstantMargin(gamma=1 / (2 * beta) if link == "squared" else 0.0),
+        of_link[link](),
+    )
 
 
 @register(
@@ -694,7 +727,7 @@ def slic_hf(*, delta: float = 1.0, nll_weight: float = 0.1) -> PairwiseLoss:
     )
 
 
-@register("sft", paper="maximum likelihood of the chosen completions")
+@register("sft", aliases=("nll",), paper="maximum likelihood of the chosen completions")
 def sft(*, nll: str = "token_mean") -> PairwiseLoss:
     """``NLL`` of the chosen completions, ``−Σ L_w / Σ |y_w|`` over the batch by default.
 

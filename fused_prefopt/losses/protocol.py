@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -191,7 +191,7 @@ class Loss(Protocol):
     def statistics(self) -> Statistic | None:
         """A fresh statistic for this loss, or None where it needs none."""
 
-    def observe(self, batch: LogpBatch) -> Tensor | None:
+    def observe(self, batch: LogpBatch) -> Tensor | Sequence[Any] | None:
         """Detached values that the statistic sees, or None where there is no statistic."""
 
     def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:

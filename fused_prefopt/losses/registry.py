@@ -199,15 +199,12 @@ def published_settings() -> dict[str, PublishedSetting]:
     return dict(sorted(settings.items()))
 
 
-def preset(name: str) -> tuple[str, dict[str, Any]]:
-    """Loss and hyperparameters of a published setting.
+def published_setting(name: str) -> PublishedSetting:
+    """The published setting of a name.
 
     Args:
         name: "loss/model", such as "gamma-simpo/llama-3-8b-instruct"; case and "_" for "-" do not
             matter.
-
-    Returns:
-        Name of the loss, and hyperparameters for it.
 
     Raises:
         ValueError: there is none; the message has the closest names.
@@ -221,5 +218,20 @@ def preset(name: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"unknown setting {name!r}{closest(key, settings)}; {losses} list all {len(settings)}"
         )
-    setting = settings[key]
-    return setting.loss, dict(setting.hyperparameters)
+    return settings[key]
+
+
+def preset(name: str) -> tuple[str, dict[str, Any]]:
+    """Loss and hyperparameters of a published setting.
+
+    Args:
+        name: as in `published_setting`.
+
+    Returns:
+        Name of the loss, and hyperparameters for it.
+
+    Raises:
+        ValueError: there is none; the message has the closest names.
+    """
+    setting = published_setting(name)
+    return setting.loss, setting.hyperparameters

@@ -272,3 +272,25 @@ class RejectedShare:
         """(S,) rewards."""
         chosen, rejected = halves(self.reward(batch))
         return torch.cat([chosen, self.share * rejected])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerToken:
+    """Another reward, divided by the completion's length: ``r / max(1, |y|)``.
+
+    Args:
+        reward: of the whole completion.
+
+    Source: IPO and sigmoid_norm under an f-divergence, as TRL reads them.
+    """
+
+    reward: Reward
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The divided reward's."""
+        return self.reward.needs
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        return per_token(self.reward(batch), batch)

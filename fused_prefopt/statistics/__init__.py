@@ -12,6 +12,7 @@ from fused_prefopt.statistics.moments import (
     RunningMean,
     RunningMoments,
 )
+from fused_prefopt.statistics.of_terms import TermStatistics
 
 __all__ = [
     "BatchMoments",
@@ -26,4 +27,5 @@ __all__ = [
     "RunningMean",
     "RunningMoments",
     "Statistic",
+    "TermStatistics",
 ]

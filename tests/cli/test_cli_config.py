@@ -100,6 +100,7 @@ def test_a_published_setting_brings_its_learning_rate(config):
     assert config(f"loss: {name}\n").training.learning_rate == rate
     assert config("", "loss=Gamma_SimPO/mistral-7b-instruct").training.learning_rate == rate
     assert config(f"loss: {name}\nlearning_rate: 1e-3\n").training.learning_rate == 1e-3
+    assert config(f"loss: {name} + 0.1 sft\n").training.learning_rate == rate
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ def test_a_published_setting_brings_its_learning_rate(config):
         ("flip_rate: 2\n", [], "flip_rate: got 2.0, wanted a finite number >= 0 and <= 1"),
         ("", ["loss="], "loss: got None, needs a name"),
         ("", ["loss=''"], "loss: got '', needs a name"),
+        ("loss: []\n", [], "loss: got [], needs a name or a list"),
         ("", ["dataset=''"], "dataset: got '', needs a name"),
         ("", ["tokenizer=' '"], "tokenizer: got ' ', needs a name"),
         ("loss_kwargs: {1: 7}\n", [], "loss_kwargs: got the key 1, needs names as keys"),

@@ -80,3 +80,16 @@ def test_a_wrong_loss_gets_the_closest_names(capsys):
     said = problem("alpha-dpo/gemma")
     assert "unknown setting 'alpha-dpo/gemma' (did you mean 'alpha-dpo/gemma-2-9b-it'" in said
     assert "`fused-prefopt losses gamma-simpo` list all" in said
+
+
+def test_a_sum_shows_its_terms(capsys):
+    assert main(["losses", f"0.5 DPO + {next(iter(published_settings()))} + sft"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    loss = next(iter(published_settings().values()))
+    assert text.startswith(f"0.5 dpo + {loss.loss} + sft\n")
+    rows = [line.split() for line in text.splitlines()]
+    assert ["dpo", "0.5"] in [row[:2] for row in rows] and ["sft", "1", "NLL"] in rows
+    for option, value in loss.hyperparameters.items():
+        assert [loss.loss, option, repr(value)] in rows
+    assert "needs   reference: " in text and "spans   the batch" in text

@@ -196,6 +196,20 @@ def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records)
         assert [feature["reward"] for feature in features[:2]] in ([1, 0], [0.5, 0.25])
 
 
+def test_a_sum_is_a_text_or_a_list_and_needs_what_its_terms_need():
+    terms = ["dpo", {"name": "odpo", "weight": 0.5, "hyperparameters": {"alpha": 2.0}}]
+    for loss in ("dpo + 0.5 odpo", terms):
+        loss_fn = load_loss(Settings(model="unused", loss=loss, loss_kwargs={"beta": 0.3}))
+        assert loss_fn.name == "dpo + 0.5 odpo"
+        assert loss_fn.hyperparameters["odpo"]["beta"] == 0.3
+        features = tokenise_pairs(pairs(1), tiny_tokenizer(), 32, 16)
+        with pytest.raises(UserError, match=r"needs it for dpo \+ 0.5 odpo"):
+            _check_fields(loss_fn, features)
+    assert loss_fn.hyperparameters["odpo"]["alpha"] == 2.0
+    with pytest.raises(UserError, match="loss: unknown loss 'sftt' .did you mean 'sft'"):
+        load_loss(Settings(model="unused", loss="dpo + sftt"))
+
+
 def test_a_feature_that_is_missing_is_named_with_its_column():
     loss_fn = load_loss(Settings(model="unused", loss="odpo"))
     features = tokenise_pairs(pairs(1), tiny_tokenizer(), 32, 16)

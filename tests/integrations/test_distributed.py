@@ -104,6 +104,8 @@ ADAPTED: dict[str, Wrap] = {
 }
 CASES = [(engine, name) for engine in ENGINES for name in LOSSES]
 CASES += [(engine, name) for engine in ADAPTED for name in ("dpo", "tdpo1")]
+# Its last term spans the batch of both ranks, and the first remembers.
+CASES += [(engine, "beta-simpo + 0.5 simpo + sft") for engine in ("ddp", "fsdp, head of its own")]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ from waits import watched, watched_steps
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.integrations import nonfinite
-from fused_prefopt.losses import find
 from fused_prefopt.ops import sequence_kl, token_policy, token_statistics
 from fused_prefopt.ops.plan import PATHS
 
@@ -97,7 +96,13 @@ def test_the_other_ops(waits):
     assert waits.found == []
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+SUMS: list[tuple[str, dict]] = [
+    ("0.8 dpo + 0.2 bco-pair + sft", {"use_weighting": True}),
+    ("gamma-simpo + 0.5 alpha-dpo + sft", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *SUMS], ids=str)
 def test_every_loss(waits, name, options):
     loss_fn = fp.PreferenceLoss(name, **options)
     hidden, weight, labels, counted = calls(True)
@@ -112,8 +117,7 @@ def test_every_loss(waits, name, options):
         "sequence_kl": torch.ones(4),
         "kl": torch.ones(()),
     }
-    needs = find(name).build(**options).needs
-    extras = {key: value for key, value in extras.items() if key in needs}
+    extras = {key: value for key, value in extras.items() if key in loss_fn.loss.needs}
     with waits:
         loss_fn(hidden, weight, labels, **counted, **extras).loss.backward()
     assert waits.found == []

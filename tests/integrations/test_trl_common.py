@@ -196,21 +196,7 @@ def test_the_default_configuration_is_named_after_the_model(tmp_path, monkeypatc
             ValueError,
             "beta: got 0.3 and 2.0 in loss_kwargs",
         ),
-        (
-            "dpo",
-            {"label_smoothing": 0.1},
-            ValueError,
-            "label_smoothing: got 0.1, an option of TRL's own",
-        ),
-        ("dpo", {"loss_type": "ipo"}, ValueError, r"loss_type: got \['ipo'\]"),
-        ("dpo", {"use_weighting": True}, ValueError, "use_weighting: got True with dpo"),
         ("kto", {"loss": "dpo"}, ValueError, "'dpo' is pairwise, wanted one on points"),
-        (
-            "kto",
-            {"loss_type": "apo_zero_unpaired"},
-            ValueError,
-            "loss_type: got 'apo_zero_unpaired'",
-        ),
         (
             "kto",
             {"loss": "dro", "desirable_weight": 2.0},

@@ -34,6 +34,12 @@ MET = [
     for name, options in VARIANTS
     if (loss := PreferenceLoss(name, **options).loss).coupled or loss.statistics() is not None
 ]
+SMALL = {"queue_size": 16, "sample_size": 8}
+# Sums of which one spans the batch by a term, and one keeps statistics alone.
+MET += [
+    ("0.8 dpo + 0.2 bco-pair + sft + 0.5 gamma-dpo + alpha-dpo", SMALL),
+    ("gamma-simpo + 0.3 alpha-dpo + 0.1 dpo", SMALL),
+]
 # What pairs can remember of each other at once, and every way in which they can meet.
 JOINT = PairwiseLoss(
     MeanLogp(beta=2.5),

@@ -11,7 +11,7 @@ from loss_cases import VARIANTS, compute, random_batch
 from fused_prefopt import PreferenceLoss
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import ChosenNll, SoftMinimum, TransportLoss, find
-from fused_prefopt.losses.metrics import UNWEIGHTED, WEIGHTS_MEAN, mean
+from fused_prefopt.losses.metrics import WEIGHTS_MEAN, is_unweighted, mean
 from fused_prefopt.types import LogpBatch
 
 # In a pairwise loss a pair, in another a completion.
@@ -101,7 +101,7 @@ def test_a_weight_of_two_is_the_pair_twice(name, loss):
         factor = 1.0 if normalised else many / pairs
         torch.testing.assert_close(found.loss, factor * wanted.loss, rtol=1e-12, atol=1e-14)
     for metric, value in wanted.metrics.items():
-        if metric not in UNWEIGHTED:
+        if not is_unweighted(metric):
             torch.testing.assert_close(found.metrics[metric], value, rtol=1e-10, atol=1e-12)
     assert found.metrics[WEIGHTS_MEAN] == many / pairs
 
@@ -143,6 +143,30 @@ def test_weights_that_are_none_are_refused():
     for _, loss in SORTING:
         with pytest.raises(ValueError, match="weights: got some with a loss that sorts the pairs"):
             compute(loss, weighted(loss, batch, [1.0, 1.0]))
+
+
+SUMS = ["0.8 dpo + 0.2 bco-pair + sft", "dpo + 0.5 dr-dpo + 0.1 ipo", "kto + 0.3 apo-zero-unpaired"]
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_is_that_of_its_weighted_terms(name):
+    loss_fn = PreferenceLoss(name)
+    batch = weighted(loss_fn.loss, random_batch())
+    truth = sum(term.weight * compute(term.loss, batch).loss for term in loss_fn.loss.terms)
+    found = loss_fn.from_logps(batch)
+    torch.testing.assert_close(found.loss, truth, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient(found.loss, batch), gradient(truth, batch))
+    assert found.metrics[WEIGHTS_MEAN] == batch.weights.mean()
+
+
+def test_a_sum_with_wpos_weights_has_both():
+    loss_fn, single = (PreferenceLoss(name, use_weighting=True) for name in (SUMS[0], "bco-pair"))
+    batch = weighted(loss_fn.loss, random_batch())
+    plain = dataclasses.replace(batch, weights=None)
+    losses, weights = single.from_logps(plain).losses, torch.tensor(WEIGHTS[True]).double()
+    torch.testing.assert_close(single.from_logps(batch).loss, (weights * losses).mean())
+    with pytest.raises(ValueError, match="weights: got some with use_weighting and sft"):
+        loss_fn.from_logps(batch)
 
 
 def test_a_reduction_of_its_own_is_given_the_weights():

@@ -184,11 +184,14 @@ def beside(
 ) -> list[Any]:
     """TRL's own trainer and ours on the same data, trained.
 
-    `make` gives each what is its own: models, adapters. `loss` is an option of ours and `loss_type`
-    one of theirs.
+    `make` gives each what is its own: models, adapters. `loss` is an option of ours, and beside it
+    `loss_type` one of theirs.
     """
     runs = []
-    for each, left_out in ((f"trl-{kind}", "loss"), (kind, "loss_type")):
+    for each, left_out in (
+        (f"trl-{kind}", "loss"),
+        (kind, "loss_type" if "loss" in options else ""),
+    ):
         torch.manual_seed(0)
         own = {name: value for name, value in options.items() if name != left_out}
         own |= make() if make else {}

@@ -37,9 +37,9 @@ from fused_prefopt.preference import PreferenceLoss
 class FusedDPOConfig(FusedOptions, DPOConfig):
     """`trl.DPOConfig` with a pairwise loss of this package; see `FusedOptions` for its options.
 
-    TRL's options that choose or shape its own loss (`loss_type`, `label_smoothing`, …) must keep
-    their defaults, but `ld_alpha`, which goes with any loss, and `use_weighting` with `wpo`, which
-    is what it does.
+    TRL's options that choose and shape its loss (`loss_type`, `loss_weights`, `label_smoothing`,
+    …) name the same loss here, where `loss` keeps its default; with a `loss` they must keep theirs.
+    `ld_alpha` and `use_weighting` go with both.
 
     Args:
         padding_free: pack all sequences of a batch into one row instead of padding them, for
@@ -64,17 +64,6 @@ class FusedDPOConfig(FusedOptions, DPOConfig):
         "f_alpha_divergence_coef",
         "discopop_tau",
     )
-
-    def build_loss(self) -> PreferenceLoss:
-        """The loss that the configuration names.
-
-        Raises:
-            ValueError, TypeError: as in `FusedOptions.build_loss`.
-        """
-        loss_fn = super().build_loss()
-        if self.use_weighting and loss_fn.name != "wpo":
-            raise ValueError(f"use_weighting: got True with {loss_fn.name}, needs loss='wpo'")
-        return loss_fn
 
 
 class FusedDPOTrainer(FusesLoss, DPOTrainer):

@@ -71,14 +71,16 @@ class FusedKTOConfig(FusedOptions, KTOConfig):
     """`trl.KTOConfig` with a point-wise loss of this package; see `FusedOptions` for its options.
 
     `desirable_weight` and `undesirable_weight` are hyperparameters of the loss, as `beta` is;
-    `loss_type` must keep its default.
+    `loss_type` names the same loss as in TRL, where `loss` keeps its default.
 
     Args:
         padding_free: pack the completions of a batch into one row instead of padding them, and the
             mismatched ones into another; as in `FusedDPOConfig`.
     """
 
-    loss: str = field(default="kto", metadata={"help": "Name of a point-wise loss."})
+    loss: list[Any] | str | None = field(
+        default="kto", metadata={"help": "Name of a point-wise loss, or a sum of them."}
+    )
     padding_free: bool = field(
         default=False, metadata={"help": "Whether a batch is packed into one row, not padded."}
     )

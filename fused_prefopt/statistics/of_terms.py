@@ -1,0 +1,63 @@
+"""The statistics of the terms of a sum of losses, as one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fused_prefopt.statistics.base import Statistic
+
+
+class TermStatistics(Statistic):
+    """A sum's statistics, one for each term that keeps one, under the number of its term.
+
+    A failure in one leaves all as they were. `nonfinite` is the largest of their counts.
+
+    Args:
+        parts: what each term keeps, or None.
+    """
+
+    def __init__(self, parts: Sequence[Statistic | None]) -> None:
+        super().__init__()
+        self._terms = len(parts)
+        for number, part in enumerate(parts):
+            if part is not None:
+                self.add_module(str(number), part)
+
+    @torch.no_grad()
+    def forward(self, observed: Sequence[Any]) -> tuple[Any, ...]:
+        """Pass a batch on.
+
+        Args:
+            observed: what each term's loss observes of this rank's batch.
+
+        Returns:
+            What each term's statistic returns; None for one that is not there.
+        """
+        with self.updating() as parts:
+            return tuple(
+                None if part is None else part(values)
+                for part, values in zip(parts, observed, strict=True)
+            )
+
+    @contextmanager
+    def updating(self) -> Iterator[list[Statistic | None]]:
+        """Each term's statistic, ready to be called, while a batch goes through all of them."""
+        parts: list[Any] = [self._modules.get(str(number)) for number in range(self._terms)]
+        there = [part for part in parts if part is not None]
+        for part in there:
+            part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks
+        # A single one leaves itself as it was.
+        before = [copy.deepcopy(part.state_dict()) for part in there] if len(there) > 1 else []
+        try:
+            yield parts
+        except BaseException:
+            for part, state in zip(there, before, strict=False):
+                part.load_state_dict(state)
+            raise
+        counts = [part.nonfinite for part in there]
+        self.nonfinite.copy_(torch.stack(counts).max())
