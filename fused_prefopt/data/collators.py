@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +36,10 @@ from fused_prefopt.data.columns import (
     stacked,
 )
 from fused_prefopt.data.labels import count_labels
-from fused_prefopt.data.token_weights import spread, token_weights
+from fused_prefopt.data.token_weights import of_targets, spread, token_weights
+from fused_prefopt.data.truncation import TRUNCATION_MODES, cut_side
 
 Feature = Mapping[str, Any]
-Tokens = TypeVar("Tokens", Tensor, list[int])
-# What is kept of a sequence that is too long.
-TRUNCATION_MODES = ("keep_start", "keep_end")
 # Segments of a row that holds a pair with its prompt once.
 IN_PROMPT, IN_CHOSEN, IN_REJECTED, IN_PADDING = range(4)
 
@@ -83,7 +81,7 @@ class _Collator:
         self, features: Sequence[Feature], completions: Sequence[str]
     ) -> list[Tensor] | None:
         """Weights of the completions' tokens, cut as these are, or None."""
-        return cut_weights(features, completions, self.max_length, self.truncation_mode)
+        return token_weights(features, completions, self.max_length, self.truncation_mode)
 
     def _sequences(
         self, features: Sequence[Feature], completions: Sequence[str]
@@ -183,7 +181,7 @@ class PairCollator(_Collator):
         batch = shared_layout(list(halves), self.pad_token_id, self.pad_to_multiple_of or 1)
         weights = self._token_weights(features, completions)
         if weights is not None:
-            batch[TOKEN_WEIGHTS] = _of_targets(weights, batch[TARGET_SEQUENCES])
+            batch[TOKEN_WEIGHTS] = of_targets(weights, batch[TARGET_SEQUENCES])
         return batch
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
@@ -262,49 +260,6 @@ class PointCollator(_Collator):
         _require_features(features, (PROMPT_IDS, COMPLETION_IDS))
         batch = self._layout(features, (COMPLETION_IDS,))
         return batch | _fields(features, POINT_FIELDS)
-
-
-def cut_side(
-    prompt: Tokens, completion: Tokens, max_length: int | None, truncation_mode: str
-) -> tuple[Tokens, Tokens]:
-    """A prompt and its completion within `max_length` tokens, as TRL's collators cut them.
-
-    Args:
-        prompt: token ids.
-        completion: token ids.
-        max_length: of both together; None cuts nothing.
-        truncation_mode: "keep_start" leaves out the last tokens, "keep_end" the first.
-    """
-    gone = 0 if max_length is None else len(prompt) + len(completion) - max_length
-    if gone <= 0:
-        return prompt, completion
-    if truncation_mode == "keep_start":
-        return prompt[:max_length], completion[: max(len(completion) - gone, 0)]
-    return prompt[gone:], completion[max(gone - len(prompt), 0) :]
-
-
-def cut_weights(
-    features: Sequence[Feature],
-    completions: Sequence[str],
-    max_length: int | None,
-    truncation_mode: str,
-) -> list[Tensor] | None:
-    """`token_weights` of the tokens that `cut_side` leaves; arguments as there."""
-    weights = token_weights(features, completions)
-    if weights is None:
-        return None
-    prompts = [torch.empty(len(feature[PROMPT_IDS])) for feature in features] * len(completions)
-    sides = zip(prompts, weights, strict=True)
-    return [cut_side(*side, max_length, truncation_mode)[1] for side in sides]
-
-
-def _of_targets(weights: Sequence[Tensor], sequences: Tensor) -> Tensor:
-    """Weights of the completions, chosen ones first, in the order of `shared_layout`'s targets."""
-    pairs = len(weights) // 2
-    counts = sequences.bincount(minlength=len(weights)).tolist()
-    order = [side * pairs + pair for pair in range(pairs) for side in range(2)]
-    # Nothing predicts the first token behind an empty prompt, which is no target.
-    return torch.cat([weights[each][len(weights[each]) - counts[each] :] for each in order])
 
 
 def shared_layout(

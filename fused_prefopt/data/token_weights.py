@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.data.columns import (
+    PROMPT_IDS,
     TOKEN_WEIGHT_COLUMNS,
     WEIGHTS_OF_IDS,
     feature_at,
     require_columns,
 )
+from fused_prefopt.data.truncation import cut_side
 
 
 def token_weights(
-    features: Sequence[Mapping[str, Any]], completions: Iterable[str]
+    features: Sequence[Mapping[str, Any]],
+    completions: Iterable[str],
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
 ) -> list[Tensor] | None:
     """Weights of every feature's tokens, for one completion column after another.
 
@@ -25,9 +30,10 @@ def token_weights(
         features: rows of token ids.
         completions: columns of ids, such as `chosen_ids`, whose weights stand in
             `columns.WEIGHTS_OF_IDS`.
+        max_length, truncation_mode: of the collator that cuts the tokens; see `cut_side`.
 
     Returns:
-        (tokens,) float32 of each completion; None where no feature has weights.
+        (tokens,) float32 of each completion, cut as its tokens; None where no feature has weights.
 
     Raises:
         ValueError: a feature has no weights where another has some, not one a token, or one that is
@@ -41,8 +47,19 @@ def token_weights(
         for index, feature in enumerate(features):
             where = feature_at(index)
             require_columns(feature, (name,), where)
-            found.append(_read(name, feature[name], len(feature[column]), where))
+            weights = _read(name, feature[name], len(feature[column]), where)
+            prompt = torch.empty(len(feature[PROMPT_IDS]))
+            found.append(cut_side(prompt, weights, max_length, truncation_mode)[1])
     return found
+
+
+def of_targets(weights: Sequence[Tensor], sequences: Tensor) -> Tensor:
+    """Weights of the completions, chosen ones first, in the order of `shared_layout`'s targets."""
+    pairs = len(weights) // 2
+    counts = sequences.bincount(minlength=len(weights)).tolist()
+    order = [side * pairs + pair for pair in range(pairs) for side in range(2)]
+    # Nothing predicts the first token behind an empty prompt, which is no target.
+    return torch.cat([weights[each][len(weights[each]) - counts[each] :] for each in order])
 
 
 def spread(weights: Sequence[Tensor], mask: Tensor) -> Tensor:

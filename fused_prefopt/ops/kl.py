@@ -128,17 +128,12 @@ def sequence_kl(
         others = others.detached()
     math = HeadMath.of(reference, call.math.dtype)
     spec = call.spec("recompute", call.workspace(False), reference=math)
-    targets, ids, rows = call.layout.targets, call.layout.sequence_ids, None
-    if token_weights is not None:
-        rows = WeightedRows.of(token_weights, labels, options)
-        # Each row is a sequence of its own: its numbers, where sums would be too late.
-        size = targets.shape[0]
-        ids, spec = torch.arange(size, device=targets.device), replace(spec, num_sequences=size)
-    outputs = call.checked(head_kl(*call.tensors, *others, targets, ids, *spec.packed()))
-    if rows is None:
-        return SequenceKl(*outputs[:4])
-    kl, *logps = map(rows.sums, outputs[:3])
-    return SequenceKl(kl, logps[0], logps[1], rows.lengths(kl.dtype))
+    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+    ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
+    outputs = call.checked(
+        head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed())
+    )
+    return SequenceKl(*(outputs[:4] if rows is None else rows.all_sums(outputs[:3])))
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
@@ -330,7 +325,6 @@ class KlRows:
                 low_rank=policy.rank + reference.rank > 0,
             )
         )
-
         spec = replace(spec, reference=None)
         one = HeadRows.of(policy, targets, index, spec, backward=backward, given=tiles)
         beside = replace(one, tensors=reference.first(spec.vocab), spec=replace(spec, math=other))

@@ -6,12 +6,14 @@ gradient of a row (the upstream one, times the weight) are those of a call witho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_device, require_shape
+from fused_prefopt.ops.head_rows import Spec
 from fused_prefopt.ops.inputs import Layout, LogpOptions, layout_of, shift_left
 from fused_prefopt.types import require_weights
 
@@ -53,6 +55,15 @@ class WeightedRows:
     def lengths(self, dtype: torch.dtype) -> Tensor:
         """(S,) sums of the weights."""
         return self._added(self.weights).to(dtype)
+
+    def all_sums(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """`sums` of each of several (M,) values, and the lengths in their dtype."""
+        return [*map(self.sums, values), self.lengths(values[0].dtype)]
+
+    def apart(self, spec: Spec) -> tuple[Tensor, Spec]:
+        """(M,) sequence ids, and options, of an op that sums: each row a sequence of its own."""
+        size = self.weights.shape[0]
+        return torch.arange(size, device=self.weights.device), replace(spec, num_sequences=size)
 
     def _added(self, values: Tensor) -> Tensor:
         # Into places, not `index_add`, which on CUDA adds floats in another order each time.

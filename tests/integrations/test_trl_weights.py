@@ -9,7 +9,7 @@ from trainers import build, dataset, first_batch, history, in_order, pairs, poin
 from weighted_rows import COLUMNS, true_batch, weighted
 
 import fused_prefopt as fp
-from fused_prefopt.data.collators import cut_side
+from fused_prefopt.data.truncation import cut_side
 
 pytest.importorskip("trl")
 

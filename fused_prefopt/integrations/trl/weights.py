@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fused_prefopt.data.collators import cut_weights
 from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     COMPLETION_MASK,
@@ -16,7 +15,7 @@ from fused_prefopt.data.columns import (
     TOKEN_WEIGHT_COLUMNS,
     TOKEN_WEIGHTS,
 )
-from fused_prefopt.data.token_weights import refuse_token_weights, spread
+from fused_prefopt.data.token_weights import refuse_token_weights, spread, token_weights
 
 # Columns that must reach the collators.
 WEIGHT_COLUMNS = (*TOKEN_WEIGHT_COLUMNS, f"{MISMATCHED}{TOKEN_WEIGHTS}")
@@ -58,7 +57,7 @@ class WeightedTokens:
             name, mask = f"{prefix}{TOKEN_WEIGHTS}", batch.get(f"{prefix}{COMPLETION_MASK}")
             if mask is None or name in batch or SEGMENTS in batch:
                 continue
-            weights = cut_weights(examples, columns, self.max_length, self.truncation_mode)
+            weights = token_weights(examples, columns, self.max_length, self.truncation_mode)
             if weights is not None:
                 batch[name] = spread(weights, mask)
         return batch
