@@ -130,10 +130,8 @@ def sequence_kl(
     spec = call.spec("recompute", call.workspace(False), reference=math)
     rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
     ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
-    outputs = call.checked(
-        head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed())
-    )
-    return SequenceKl(*(outputs[:4] if rows is None else rows.all_sums(outputs[:3])))
+    sums = call.checked(head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed()))
+    return SequenceKl(*(sums[:4] if rows is None else rows.all_sums(sums[:3])))
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
