@@ -22,7 +22,7 @@ from truth import (
     tight,
     true_logps,
 )
-from waits import OpCalls
+from waits import OpCalls, watched
 
 import fused_prefopt as fp
 from fused_prefopt import LogpBatch, PreferenceLoss, sequence_kl, sequence_logps
@@ -213,3 +213,16 @@ def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="token_weights: got some with ld_alpha"):
         loss_fn = fp.PreferenceLoss("simpo", ld_alpha=0.5)
         loss_fn(case.hidden, case.head, case.labels, token_weights=good)
+
+
+@pytest.mark.parametrize("loss", ["alpha-dpo", "dr-dpo", "sft", "kto", "tdpo1"])
+def test_no_weight_is_waited_for(monkeypatch, loss):
+    waits, batch = watched(monkeypatch), hidden_batch()
+    hidden, head, labels = batch["hidden"].requires_grad_(), batch["weight"], batch["labels"]
+    count = int((labels[:, 1:] != -100).sum())
+    extras = {k: v for k, v in extras_of(batch).items() if k in ("reference", "desirable")}
+    extras |= {"weights": torch.tensor([1.0, 0.0, 2.0] * 2), "ref_hidden": hidden.detach() + 1}
+    loss_fn, given = PreferenceLoss(loss), {"token_weights": weights_for(labels), "ref_head": head}
+    with waits:
+        loss_fn(hidden, head, labels, num_labels=count, **extras, **given).loss.backward()
+    assert waits.found == []
