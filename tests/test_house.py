@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
         "preference",
         "reference",
+        "reference_cache",
         "types",
     },
     "cli": {

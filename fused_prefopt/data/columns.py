@@ -67,6 +67,8 @@ LAYOUT = (
     *(SEQUENCE_IDS, NUM_SEQUENCES, SEGMENTS, PREDICTORS, TARGETS, TARGET_SEQUENCES),
     TOKEN_WEIGHTS,
 )
+# Examples of which a collator made the batch, by number, where it left others out.
+KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
 # Of TRL's rows, as of ours: ids of completions, and the weights that belong to them.

@@ -34,7 +34,8 @@ def has_row_for_each(collator: Any) -> bool:
 def keep_batches_whole(trainer: Any) -> None:
     """Let each process collate its own batches, where batches have no row for each sequence.
 
-    Of a stream accelerate otherwise joins those of one process and cuts them by rows.
+    Of a stream accelerate otherwise joins those of one process and cuts them by rows; images have
+    rows of their own (patches), and another number of them than of sequences.
 
     Args:
         trainer: a `transformers.Trainer`, before it has a data loader.
@@ -42,13 +43,15 @@ def keep_batches_whole(trainer: Any) -> None:
     Raises:
         ValueError: its configuration asks for such a cut.
     """
-    if has_row_for_each(trainer.data_collator):
+    images = getattr(trainer, "_is_vision_dataset", False)
+    if has_row_for_each(trainer.data_collator) and not images:
         return
     if trainer.accelerator.dispatch_batches:
+        layout = "a layout that has none for each sequence (padding_free, shared_prompt)"
         raise ValueError(
-            "accelerator_config: got dispatch_batches=True, which deals out rows, with a layout"
-            " that has none for each sequence (padding_free, shared_prompt); needs"
-            " dispatch_batches=False or padded batches"
+            "accelerator_config: got dispatch_batches=True, which deals out rows, with"
+            f" {'images, which have others' if images else layout}; needs dispatch_batches=False"
+            f"{'' if images else ' or padded batches'}"
         )
     trainer.accelerator.dataloader_config.dispatch_batches = False
 

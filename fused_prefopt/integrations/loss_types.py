@@ -75,7 +75,7 @@ class LossOptions:
         require_choice("f_divergence_type", self.f_divergence_type, _DIVERGENCES)
 
 
-def loss_from_trl(
+def named_here(
     loss_type: str, options: LossOptions | None = None
 ) -> tuple[str, dict[str, float | str | bool]]:
     """Name and hyperparameters, for `PreferenceLoss`, of a loss of TRL's.
@@ -132,7 +132,7 @@ def _of_divergence(key: str, options: LossOptions) -> dict[str, float | str | bo
     return found
 
 
-def terms_from_trl(
+def terms_here(
     loss_type: str | Sequence[str],
     loss_weights: Sequence[float] | None = None,
     given: Mapping[str, Any] | None = None,
@@ -157,7 +157,7 @@ def terms_from_trl(
         )
     given = dict(given or {})
     options = LossOptions(**given)
-    named = [loss_from_trl(kind, options) for kind in kinds]
+    named = [named_here(kind, options) for kind in kinds]
     _require_read(kinds, given)
     return [
         {"name": name, "weight": weight, "hyperparameters": hyperparameters}

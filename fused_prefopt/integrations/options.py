@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
-from fused_prefopt.integrations.loss_types import terms_from_trl
+from fused_prefopt.integrations.loss_types import terms_here
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -102,7 +102,7 @@ class FusedOptions:
         """The loss that TRL's options name, of which these are not at their defaults."""
         kind, weights = self.loss_type, given.pop("loss_weights", None)  # type: ignore[attr-defined]
         given.pop("loss_type", None)
-        terms = terms_from_trl(kind, weights, given)
+        terms = terms_here(kind, weights, given)
         tail_weight = getattr(self, "ld_alpha", None)
         if tail_weight not in (None, 1) and any(term["name"] == "sft" for term in terms):
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 
 from fused_prefopt.data.columns import COMPLETION_MASK
 from fused_prefopt.data.labels import LabelCounts
-from fused_prefopt.models.model_call import exact_fields
+from fused_prefopt.models.model_call import exact_fields, unwrapped
 from fused_prefopt.models.peft_head import require_saved_whole
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ LOSS_STATE = "preference_loss.pt"
 class KeepsLossState:
     """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss.
 
+    It also loads weights that a checkpoint holds by other names than the model, as those of models
+    that see images, of which transformers' trainer only warns: training would go on without them.
+
     Raises:
         ValueError: training resumes from, or ends with, the statistics of a loss of another kind or
             size, or an adapter would be loaded that its checkpoints do not hold whole.
@@ -31,15 +34,26 @@ class KeepsLossState:
     args: Any
     model: Any
     state: Any
+    _loaded_from: str
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         require_saved_whole("resume_from_checkpoint", self.model if model is None else model)
+        self._loaded_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         require_saved_whole("load_best_model_at_end", self.model)
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()  # type: ignore[misc]
         self._load_loss(self.state.best_model_checkpoint, "those of the last step stay")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not (load_result.missing_keys and load_result.unexpected_keys):
+            super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+            return
+        model: Any = unwrapped(self.model)
+        saved = type(model).from_pretrained(self._loaded_from, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]

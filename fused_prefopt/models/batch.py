@@ -38,6 +38,7 @@ from fused_prefopt.models.causal_lm import (
     text_config,
 )
 from fused_prefopt.models.model_call import (
+    IMAGES,
     PROMPTED,
     SIDE_CHANNEL,
     SideChannel,
@@ -104,9 +105,10 @@ def collated_rows(
 
     Raises:
         ValueError: prompts or a router loss are wanted of pairs that share a prompt in one row, or
-            the model does not fit the layout.
+            the model or its images do not fit the layout.
     """
     batch = with_prompt(model, batch)
+    _require_rows_of_images(batch)
     if SEGMENTS in batch:
         if prompt:
             raise ValueError("shared_prompt: got a loss that needs the prompt of each sequence")
@@ -140,6 +142,18 @@ def collated_rows(
     weights = None if weights is None else weights[0]
     packed = (hidden[0], labels[0], prompt_labels, layout, routed, prompt_count, weights)
     return CollatedRows(*packed)
+
+
+def _require_rows_of_images(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError if a batch has images, and no row for each sequence."""
+    images = [name for name in IMAGES if batch.get(name) is not None]
+    layouts = {SEGMENTS: "shared_prompt", SEQUENCE_IDS: "padding_free"}
+    for key, option in layouts.items():
+        if images and key in batch:
+            raise ValueError(
+                f"{option}: got images ({', '.join(images)}), whose positions and attention are"
+                " those of a row; needs padded batches with a row for each sequence"
+            )
 
 
 def _routed(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_tokens
+from fused_prefopt.data.columns import COMPLETION_MASK
+from fused_prefopt.data.labels import labels_of
 from fused_prefopt.models.model_call import INPUTS, PROMPTED, unwrapped
 from fused_prefopt.models.peft_head import (
     MADE,
@@ -26,6 +28,19 @@ from fused_prefopt.models.peft_head import (
 )
 
 _VOCABS = ("unpadded_vocab_size", "vocab_size")
+# Arguments of a model's forward that are no part of a batch.
+_NO_DATA = {
+    "labels",
+    "past_key_values",
+    "inputs_embeds",
+    "cache_position",
+    "logits_to_keep",
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
 # The router loss: its function in transformers' modelling files, and what they all give it.
 _ROUTER_LOSS = "load_balancing_loss_func"
 _ROUTER_ARGUMENTS = {"num_experts", "top_k", "attention_mask"}
@@ -79,9 +94,10 @@ def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any)
         **options: further arguments of the backbone.
 
     Raises:
-        ValueError: the batch has no `input_ids`, or on CPU one that the model does not know; the
-            model has no backbone apart from its head; or an adapter that learns a prompt does not
-            fit the batch, or gradient checkpointing it.
+        ValueError: the batch has no `input_ids`, or on CPU one that the model does not know, or
+            has what the model takes and its backbone is not given; the model has no backbone apart
+            from its head, or one that gives more hidden states than tokens; or an adapter that
+            learns a prompt does not fit the batch, or gradient checkpointing it.
     """
     ids = batch.get("input_ids")
     if ids is None or (PROMPTED not in batch and batch.get("past_key_values") is not None):
@@ -97,11 +113,44 @@ def backbone_outputs(model: nn.Module, batch: Mapping[str, Any], **options: Any)
     names = (*INPUTS, *MADE) if PROMPTED in batch else INPUTS
     inputs = {name: given[name] for name in names if given.get(name) is not None}
     require_kept_prefix(backbone, inputs)
+    if not torch.compiler.is_compiling():
+        _require_all_given(model, inputs, given)
+    kind: Any = type(backbone)
+    if "token_type_ids" in inputs and COMPLETION_MASK in batch and "labels" in _arguments_of(kind):
+        # By these some see that completions are there, which they then mask (PaliGemma).
+        inputs["labels"] = labels_of(batch)
     outputs = backbone(**inputs, **options, use_cache=False)
+    others = outputs.last_hidden_state.shape[1] - ids.shape[1]
     if PROMPTED in batch:
-        virtual = outputs.last_hidden_state.shape[1] - ids.shape[1]
-        outputs.last_hidden_state = outputs.last_hidden_state[:, virtual:]
+        outputs.last_hidden_state = outputs.last_hidden_state[:, others:]
+    elif others:
+        raise ValueError(
+            f"model: got {ids.shape[1] + others} hidden states of a"
+            f" {type(unwrapped(model)).__name__} for {ids.shape[1]} tokens, needs one for each: its"
+            " images must stand in input_ids, a token for each of their hidden states"
+        )
     return outputs
+
+
+def _require_all_given(
+    model: nn.Module, inputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if a model's own forward would take more of a batch than its backbone."""
+    kind: Any = type(unwrapped(model))
+    taken = _arguments_of(kind) - _NO_DATA
+    left = [name for name in batch if name in taken and name not in inputs]
+    left = [name for name in left if isinstance(batch[name], Tensor)]
+    if left:
+        raise ValueError(
+            f"{left[0]}: got {', '.join(left)} for a {kind.__name__}, needs what its backbone is"
+            f" given: {', '.join(INPUTS)}"
+        )
+
+
+@functools.cache
+def _arguments_of(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of what the forward of a class of models takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def input_vocab(model: nn.Module) -> int:

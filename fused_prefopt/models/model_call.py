@@ -17,21 +17,29 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-# What a backbone takes of a collated batch, the last ones those of multimodal models.
-INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "token_type_ids",
-    "mm_token_type_ids",
+# What a multimodal model's backbone takes of a collated batch: pictures, and how they are cut up.
+IMAGES = (
     "pixel_values",
     "pixel_attention_mask",
+    "pixel_mask",
+    "spatial_shapes",
+    "batch_num_images",
     "image_sizes",
     "image_grid_thw",
     "image_position_ids",
     "pixel_values_videos",
     "video_grid_thw",
+    "second_per_grid_ts",
 )
+# What it takes of each token, the last ones where there are images.
+TOKENWISE = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
+INPUTS = (*TOKENWISE, *IMAGES)
 # What an adapter that learns a prompt lengthens, shifts or leaves out of them.
 REPLACED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # Key of a batch: the arguments that such an adapter made of it.

@@ -75,3 +75,14 @@ def test_trls_trainers_still_refuse_an_adapter_on_the_head(kind, tmp_path):
             processing_class=tiny_tokenizer(),
             peft_config=peft.LoraConfig(target_modules=["lm_head"]),
         )
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_trls_trainers_still_compute_no_reference_of_images_ahead(kind, tmp_path):
+    """If they do, the callback that lets them can go."""
+    pytest.importorskip("trl")
+    pytest.importorskip("PIL.Image")
+    from tiny_images import image_trainer
+
+    with pytest.raises(ValueError, match="not supported for vision datasets"):
+        image_trainer(f"trl-{kind}", tmp_path, "llava", precompute_ref_log_probs=True)

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from trainers import assert_same_logs, beside, build, config, first_batch, history, trl_classes
 
 from fused_prefopt import PreferenceLoss
-from fused_prefopt.integrations.loss_types import LossOptions, loss_from_trl, terms_from_trl
+from fused_prefopt.integrations.loss_types import LossOptions, named_here, terms_here
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 
 PAIRED = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired"
 PAIRED = (f"{PAIRED} apo_zero apo_down discopop sft sigmoid_norm").split()
@@ -72,6 +73,10 @@ def loss_and_gradients(run: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_a_configuration_of_trls_has_trls_loss_and_gradients(runs, number):
+    case, per_token = CASES[number], {"ipo", "sigmoid_norm"}
+    old = Version(trl.__version__) < Version("1.10")
+    if old and "f_divergence_type" in case and per_token & set(case["loss_type"]):
+        pytest.skip("this TRL leaves out a divergence's constant, which per token is none")
     theirs, ours, configurations = runs
     given, our_config = configurations[number]
     theirs.loss_types = given.loss_type
@@ -165,13 +170,13 @@ def test_what_would_be_ignored_or_is_not_there_is_refused(tmp_path, kind, option
 
 
 def test_names_are_translated_without_trl():
-    assert loss_from_trl("Exo-Pair", LossOptions(label_smoothing=0.1)) == (
+    assert named_here("Exo-Pair", LossOptions(label_smoothing=0.1)) == (
         "exo-pair",
         {"beta": 0.1, "label_smoothing": 0.1},
     )
-    assert PreferenceLoss(terms_from_trl("robust")).hyperparameters["unbiased"] is True
+    assert PreferenceLoss(terms_here("robust")).hyperparameters["unbiased"] is True
     with pytest.raises(ValueError, match="loss_weights: got 1 for the 2 of loss_type"):
-        terms_from_trl(["ipo", "sft"], [1.0])
+        terms_here(["ipo", "sft"], [1.0])
 
 
 def test_a_sum_is_read_from_yaml_and_the_command_line(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny_llama
 from trainers import LABELS, OF_TRL, build, dataset, history, pairs, points
 
-from fused_prefopt.integrations.trl.rows import _Cut
+from fused_prefopt.integrations.trl.rows import Cut
 
 pytest.importorskip("trl")
 
@@ -82,7 +82,7 @@ def test_rows_are_cut_as_trls_collators_cut_them(mode, max_length):
         if mode == "keep_start":
             collated[False] = DataCollatorForUnpairedPreference(0, max_length)([row])
         for pairwise, batch in collated.items():
-            _, sides = _Cut(max_length, mode, pairwise)(row)
+            _, sides = Cut(max_length, mode, pairwise)(row)
             for i, (prompt, completion) in enumerate(sides):
                 count = len(prompt) + len(completion)
                 assert batch["attention_mask"][i].sum() == count

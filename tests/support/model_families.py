@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator
 from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.models.model_call import INPUTS
 
 VOCAB = 101
 SIZES: dict[str, Any] = {
@@ -176,8 +177,7 @@ def own_logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def _own_outputs(model: nn.Module, batch: dict[str, Any]) -> Any:
-    names = ("input_ids", "attention_mask", "pixel_values")
-    given = {name: batch[name] for name in names if name in batch}
+    given = {name: batch[name] for name in INPUTS if name in batch and name != "position_ids"}
     # PEFT hands a learned prefix over as a cache.
     prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     return model(**given) if prompt else model(**given, use_cache=False)

@@ -37,13 +37,18 @@ from fused_prefopt.integrations.trainer_checks import (
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
 from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.trl.images import (
+    ImageRows,
+    collator_fingerprint,
+    images_precomputed,
+)
 from fused_prefopt.integrations.trl.layouts import layout_of
 from fused_prefopt.integrations.trl.rows import KeepsTeachingRows, require_values
 from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, WeightedTokens
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
-from fused_prefopt.models.model_call import evaluating, exact_loss, past_wrappers
+from fused_prefopt.models.model_call import INPUTS, evaluating, exact_loss, past_wrappers
 from fused_prefopt.preference import PreferenceLoss
 
 # A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
@@ -56,11 +61,15 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
+    # Columns of values that reach the loss.
+    columns: ClassVar[tuple[str, ...]]
     # Of TRL's trainers.
     model: Any
     ref_model: Any
     accelerator: Any
     train_dataset: Any
+    eval_dataset: Any
+    state: Any
     compute_loss_context_manager: Any
     router_aux_loss_coef: float
     aux_loss_enabled: bool
@@ -96,19 +105,24 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
             raise ValueError(
                 f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
             )
-        with _given(config, **self._given_to_trl(config, loss_fn)), _any_head(self):
+        with (
+            _given(config, **self._given_to_trl(config, loss_fn)),
+            images_precomputed(self, given.arguments),
+            _any_head(self),
+        ):
             super().__init__(*given.args, **given.kwargs)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
         if self.ref_model is not None:
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
-            raise ValueError("train_dataset: got images, needs texts only")
+            self._require_image_values()
         require_rows(self, loss_fn, self._fields_of, streams=True)
         self._lay_out()
         leave_out_ligers_loss(self.args)
         policy = self.accelerator.unwrap_model(self.model)
-        checked = CheckedTokens(self.data_collator, input_vocab(policy))
+        cutting = ImageRows.of(self.data_collator, self.config_type.pairwise)
+        checked = CheckedTokens(cutting, input_vocab(policy))
         self.data_collator: Any = CountedLabels(checked)
         self.attachment = attach(
             policy,
@@ -218,17 +232,47 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         # Here TRL's constructor is not through.
         self._lay_out()
         # TRL keeps them by this and the data alone, its own with them.
-        own: tuple[Any, ...] = ("fused_prefopt", self._op_options["ld_alpha"])
-        own += (self.accelerator.mixed_precision,)
+        own: tuple[Any, ...]
+        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         if any(column in dataset.column_names for column in WEIGHT_COLUMNS):
             own += (TOKEN_WEIGHTS,)
+        collator = self.data_collator
+        if self._is_vision_dataset:
+            # Of images the data are not yet what the model is given.
+            collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
+            own += (collator_fingerprint(collator),)
         key = (self._precompute_model_hash, *own)
-        with _given(self, _precompute_model_hash=key):
+        with _given(self, _precompute_model_hash=key, data_collator=collator):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
+
+    def _require_image_values(self) -> None:
+        """Raise ValueError, with the row's number, as TRL's data sets of texts do when prepared."""
+        sets = self.eval_dataset
+        sets = sets if isinstance(sets, Mapping) else {"eval": sets}
+        for name, data in ({"train": self.train_dataset} | dict(sets)).items():
+            require_values(name, data, self.columns)
+
+    def _reference_of(self, model: Any) -> Any:
+        """The model whose log-probs are the reference's, where a batch has none.
+
+        Raises:
+            ValueError: they were computed ahead, of the policy, which has since been trained.
+        """
+        # Not `or`: a compiled model has no truth value.
+        if self.ref_model is not None:
+            return self.ref_model
+        trained = self.state.global_step > 0 and not is_peft_model(self.model)
+        if self.precompute_ref_logps and trained:
+            raise ValueError(
+                "precompute_ref_log_probs: got rows without the reference's log-probs, after"
+                " training has changed the model that they are of; give the data set as"
+                " `eval_dataset` when the trainer is made, or a ref_model"
+            )
+        return model
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
@@ -247,7 +291,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
     ) -> dict[str, Tensor]:
         """`completion_logps` through the model's wrappers."""
-        fields = {name: batch[name] for name in LAYOUT if name in batch}
+        fields = {name: batch[name] for name in (*LAYOUT, *INPUTS) if name in batch}
         with self.accelerator.autocast():
             return logps_through(model, fields, prompt=prompt, **self._op_options)
 

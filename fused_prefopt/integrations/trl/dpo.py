@@ -27,6 +27,7 @@ from fused_prefopt.data.columns import (
 )
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
+from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.trl.rows import require_values
 from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
@@ -69,12 +70,13 @@ class FusedDPOConfig(FusedOptions, DPOConfig):
 class FusedDPOTrainer(FusesLoss, DPOTrainer):
     """`trl.DPOTrainer` whose loss is one of this package's, computed without logits.
 
-    TRL's datasets, collation, reference handling (model, adapter switch, precomputed), PEFT and
-    logging stay as they are; the reference's log-probs come from the same op as the policy's;
-    score columns `score_chosen` and `score_rejected` reach the loss as `rewards`, a column `weight`
-    as `weights`. Rows of token ids (`prompt_ids`, `chosen_ids`, `rejected_ids`) are taken as they
-    are, and then may have `chosen_token_weights` and `rejected_token_weights`. Pairs that
-    truncation leaves equal or without a label are dropped, and a log message counts them. A loss
+    TRL's datasets (texts or images), collation, reference handling (model, adapter switch,
+    precomputed, here of images too), PEFT and logging stay as they are; the reference's log-probs
+    come from the same op as the policy's; score columns `score_chosen` and `score_rejected` reach
+    the loss as `rewards`, a column `weight` as `weights`. Rows of token ids (`prompt_ids`,
+    `chosen_ids`, `rejected_ids`) are taken as they are, and then may have `chosen_token_weights`
+    and `rejected_token_weights`. Pairs that truncation leaves equal or without a label are dropped,
+    and a log message counts them; where rows stream or have images it tells of the first. A loss
     without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
     names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
     refuses, trains like any other.
@@ -85,13 +87,14 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     Raises:
         ValueError: `args` is no `FusedDPOConfig`, or names an unknown or point-wise loss; the data
-            set lacks what the loss needs, has images, or a score or log-prob that is not finite;
+            set lacks what the loss needs, or has a score or log-prob that is not finite;
             there is a `compute_metrics`; a layout (`padding_free`, `shared_prompt`) contradicts
             another option, or the model: its attention does not keep sequences apart, it adds a
             router loss (`shared_prompt`), or its adapter learns a prompt.
     """
 
     config_type = FusedDPOConfig
+    columns = (*SCORES, *PAIR_REFERENCES, WEIGHT)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -120,9 +123,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         batch = dict(inputs)
         separate = REFERENCE in self.needs and SEQUENCE_KL not in self.needs
         if separate and REF_CHOSEN_LOGPS not in batch:
-            # Not `or`: a compiled model has no truth value.
-            source = model if self.ref_model is None else self.ref_model
-            logps = self.compute_ref_log_probs(source, inputs)
+            logps = self.compute_ref_log_probs(self._reference_of(model), inputs)
             batch |= dict(zip(PAIR_REFERENCES, logps, strict=True))
         return batch
 
@@ -138,12 +139,12 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        require_values(dataset_name, dataset, (*SCORES, *PAIR_REFERENCES, WEIGHT))
+        require_values(dataset_name, dataset, self.columns)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*SCORES, WEIGHT, *WEIGHT_COLUMNS)
+        extra = (*self.columns, *WEIGHT_COLUMNS)
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 
@@ -151,15 +152,16 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 class _WithScores:
     """A collator of TRL's that also stacks scores, where all examples have them, and weights.
 
-    It checks the numbers of these and of the reference.
+    It checks the numbers of these and of the reference, which TRL's of images leaves out.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        examples = kept_examples(batch, examples)
         for name in PAIR_REFERENCES:
-            if name in batch:
+            if name in examples[0]:
                 batch[name] = stacked(examples, name)
         if all(has_values(example, SCORES) for example in examples):
             batch[REWARDS] = torch.cat([stacked(examples, name) for name in SCORES])

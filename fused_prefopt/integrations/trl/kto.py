@@ -57,8 +57,10 @@ from fused_prefopt.data.columns import (
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
+from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.rows import require_values
 from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
+from fused_prefopt.models.model_call import IMAGES, TOKENWISE
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 
@@ -99,6 +101,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     over the completions of a prompt); pairs become two rows, with their scores and a group. TRL's
     tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
     are; rows that truncation leaves without a label are dropped, and a log message counts them.
+    Rows may have images: with a label, and references computed ahead for losses without `kl` and
+    the prompts' reference alone.
     KTO's `kl` is estimated as TRL does, from completions set behind another prompt of their batch;
     a loss without it skips those two passes and takes any order of the rows and any batch size.
     The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
@@ -114,20 +118,24 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     Raises:
         ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
-            set lacks what the loss needs, has images, a score or log-prob that is not finite, or a
+            set lacks what the loss needs, has a score or log-prob that is not finite, or a
             label that is no bool, 0 or 1; there is a `compute_metrics`; with `padding_free` the
             model's attention lets packed sequences see one another.
     """
 
     config_type = FusedKTOConfig
+    columns = _VALUES
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.data_collator: Any = _PointFields(self.data_collator, REWARDS in self.needs)
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        names = (*LAYOUT, REWARDS, GROUPS, WEIGHTS)
-        batch = {name: inputs[name] for name in names if name in inputs}
+        batch = {
+            name: value
+            for name, value in inputs.items()
+            if not name.startswith(MISMATCHED) and name not in _VALUES
+        }
         batch[DESIRABLE] = inputs[LABEL].bool()
         if LABEL_REWARDS in inputs:
             batch |= {REWARDS: inputs[LABEL_REWARDS], MADE_UP_REWARDS: True}
@@ -154,18 +162,17 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         """`reference`, `prompt_reference` and the reference's part of `kl`, where they are used."""
         if not self.needs_reference:
             return {}
-        source = model if self.ref_model is None else self.ref_model
         if PROMPT_REFERENCE in self.needs:
             if REF_PROMPT_LOGPS in inputs:
                 own, prompt = inputs[REF_LOGPS], inputs[REF_PROMPT_LOGPS]
             else:
-                found = self._reference_logps(source, inputs, prompt=True)
+                found = self._reference_logps(self._reference_of(model), inputs, prompt=True)
                 own, prompt = found["completion"], found["prompt"]
             return {REFERENCE: own, PROMPT_REFERENCE: prompt}
         if REF_LOGPS in inputs:
             own, mismatched = inputs[REF_LOGPS], inputs.get(REF_KL_LOGPS)
         else:
-            own, mismatched = self.compute_ref_log_probs(source, inputs)
+            own, mismatched = self.compute_ref_log_probs(self._reference_of(model), inputs)
         fields = {REFERENCE: own}
         return fields if mismatched is None else fields | {KL: mismatched}
 
@@ -186,13 +193,15 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         require_ids_of_weights(row, row_at(0))
+        if LABEL not in row:
+            raise ValueError(f"got {', '.join(row)}, needs a column 'label'")
         given = {REFERENCE, DESIRABLE, REWARDS, PROMPT, PROMPT_REFERENCE}
         return given | ({GROUPS} if GROUP in row else set())
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        require_values(dataset_name, dataset, _VALUES)
+        require_values(dataset_name, dataset, self.columns)
         row = next(iter(dataset))
         valued = all(name in row for name in SCORES) or WEIGHT in row
         if valued and all(name in row for name in PAIR):
@@ -212,6 +221,15 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         return super()._prepare_dataset(dataset, processing_class, args, name)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self._is_vision_dataset and self.needs_reference:
+            # TRL's neighbours of images are those of a batch of its collator, no part of the data.
+            refused = {KL: self.calculate_KL, PROMPT_REFERENCE: PROMPT_REFERENCE in self.needs}
+            for field, wanted in refused.items():
+                if wanted:
+                    raise ValueError(
+                        f"precompute_ref_log_probs: got True with images and a loss that wants"
+                        f" `{field}`, which is not computed ahead of images; needs False"
+                    )
         if PROMPT_REFERENCE not in self.needs:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         if not isinstance(dataset, Dataset):
@@ -257,8 +275,12 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
 
 def _mismatched(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: inputs[f"{MISMATCHED}{name}"] for name in LAYOUT if f"{MISMATCHED}{name}" in inputs
+    """The batch of mismatched completions, behind the prompts and the images of the others."""
+    batch = {name: inputs[name] for name in IMAGES if name in inputs}
+    return batch | {
+        name: inputs[f"{MISMATCHED}{name}"]
+        for name in (*LAYOUT, *TOKENWISE)
+        if f"{MISMATCHED}{name}" in inputs
     }
 
 
@@ -319,6 +341,7 @@ class _PointFields:
         for index, example in enumerate(examples):
             judgement(LABEL, example[LABEL], feature_at(index))
         batch = self.collator(examples)
+        examples = kept_examples(batch, examples)
         first = examples[0]
         column = next((name for name in RATINGS if name in first), None)
         if column is None:

@@ -89,9 +89,9 @@ class KeepsTeachingRows:
             )
         # Single completions TRL cuts at the end, whatever the options say.
         mode = args.truncation_mode if pairwise else "keep_start"
-        cut = _Cut(args.max_length, mode, pairwise)
+        cut = Cut(args.max_length, mode, pairwise)
         if not hasattr(prepared, "__len__"):
-            return prepared.filter(_Streamed(cut, dataset_name))
+            return prepared.filter(StreamedRows(cut, dataset_name))
         # TRL makes two rows of a pair for a trainer on single completions.
         unpaired = not pairwise and not has_ids and all(name in first for name in PAIR)
         halves = 2 if unpaired else 1
@@ -115,7 +115,7 @@ class KeepsTeachingRows:
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """A row's sides whole, and as TRL's collators cut them."""
 
     max_length: int | None
@@ -127,10 +127,10 @@ class _Cut:
         return whole, [cut_side(*side, self.max_length, self.mode) for side in whole]
 
 
-class _Streamed:
+class StreamedRows:
     """Filter of a stream for rows that teach anything, which tells of the first that does not."""
 
-    def __init__(self, cut: _Cut, name: str) -> None:
+    def __init__(self, cut: Cut, name: str) -> None:
         self.cut = cut
         self.name = name
         self.told = False
