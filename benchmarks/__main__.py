@@ -2,6 +2,7 @@
 
 `python -m benchmarks cpu` measures the README's candidates, `grid` every peer, labelled share,
 number of rows and dtype, `methods` what the losses take of a step, `trainer` whole trainer steps,
+`frameworks` trainings by other frameworks' commands,
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
 `gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
 `python -m benchmarks replay [--check]` predicts steps with a large head on GPUs, without one, and
@@ -23,6 +24,7 @@ from typing import Any
 
 from benchmarks import cpu_runs, gpu_runs
 from benchmarks.compare import claims_of, compare_files, goals_of
+from benchmarks.frameworks import run_frameworks
 from benchmarks.head_points import run_kl
 from benchmarks.kernel_page import PAGE, REPLAY
 from benchmarks.mass_study import MASSES, run_study
@@ -74,6 +76,8 @@ def _add_measuring(add: Add) -> None:
     add("methods", text, lambda o: cpu_runs.run_methods(o.results, _say), on_cpu)
     text = f"whole trainer steps, plain, ours and TRL's, {ten}"
     add("trainer", text, lambda o: run_trainer(o.results, _say), on_cpu)
+    text = "trainings by other frameworks' own commands, in five minutes"
+    add("frameworks", text, lambda o: run_frameworks(o.results, _say), on_cpu)
     text = "the exact KL from a reference model, in two minutes"
     add("kl", text, lambda o: run_kl(o.results, _say), on_cpu)
     text = "the study of `drop_mass`, in about a quarter of an hour on 2 cores"

@@ -16,6 +16,7 @@ from benchmarks.mass_page import NAME, check_mass_page, load_masses, write_mass_
 from benchmarks.results import RESULTS, ROOT, Row, load
 from benchmarks.tables import (
     context_sections,
+    framework_section,
     grid_table,
     head_table,
     kl_section,
@@ -238,6 +239,8 @@ def page_text(results: Path, page: Path = BENCHMARKS) -> str:
     for folder, content in _files(results, "trainer").items():
         parts += trainer_section(content, names[folder])
         parts.append(f"![A whole trainer step]({_seen(results / folder / 'trainer.png', page)})")
+    inside = _files(results, "frameworks").get("cpu")
+    parts += framework_section(inside) if inside else []
     divergence = _files(results, "kl").get("cpu")
     parts += kl_section(divergence) if divergence else []
     if "methods" in grids["cpu"]:

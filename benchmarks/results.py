@@ -151,6 +151,27 @@ class TrainerRow(Sized):
     of_eager_quartiles: Spread
 
 
+class FrameworkRow(TypedDict):
+    """Of a training by another framework's command: peaks of its process's resident memory.
+
+    The short one is of completions of a few tokens; the losses are those that it has logged.
+    """
+
+    candidate: str
+    framework: str
+    version: str
+    shape: str
+    pairs: int
+    length: int
+    hidden_size: int
+    vocab: int
+    dtype: str
+    status: str
+    losses: list
+    peak_bytes: Figure
+    short_peak_bytes: Figure
+
+
 class ContextRow(TypedDict):
     """Of a search; lengths in tokens: the longest that fits, the shortest that does not, the
     memory model's."""
@@ -211,6 +232,7 @@ SECTIONS: dict[str, type] = {
     "grid": GridRow,
     "method": MethodRow,
     "trainer": TrainerRow,
+    "framework": FrameworkRow,
     "context": ContextRow,
     "replay": ReplayRow,
     "kl": KlRow,

@@ -29,6 +29,13 @@ _SWEEP = """\
 
 Extra peak MiB of a forward and backward in fp32, D 256, half of the tokens labelled, beyond the
 inputs and the two gradients."""
+_FRAMEWORKS = """\
+## Inside other frameworks, CPU
+
+DPO by each framework's own command, in an environment of its own (`make frameworks`): full
+fine-tuning with a reference, {pairs} pairs of {length} tokens a batch, V {vocab}, D {hidden_size},
+{dtype}. The peak is the resident memory of the whole process, the libraries among it; the same
+training with completions of a few tokens takes what stands beside it."""
 _METHODS = """\
 ## What the loss itself takes
 
@@ -202,6 +209,31 @@ def trainer_table(rows: Sequence[Row]) -> str:
         ]
 
     return _named(header, rows, about, figures, left=5)
+
+
+def framework_section(content: Mapping[str, Any]) -> list[str]:
+    """The paragraphs about trainings by other frameworks' commands."""
+    first = content["rows"][0]
+    text = _FRAMEWORKS.format(**first)
+    return [text, measured_on(content), framework_table(content["rows"])]
+
+
+def framework_table(rows: Sequence[Row]) -> str:
+    """A line for each framework and loss."""
+    header = (
+        *("framework", "loss", "peak MiB", "with short completions", "what the length adds"),
+        "losses",
+    )
+
+    def about(row: Row) -> list[str]:
+        return [f"{row['framework']} {row['version']}", row["candidate"]]
+
+    def figures(row: Row) -> list[str]:
+        sizes = (row["peak_bytes"], row["short_peak_bytes"])
+        losses = ", ".join(f"{loss:.5f}" for loss in row["losses"])
+        return [*map(mib, (*sizes, sizes[0] - sizes[1])), losses]
+
+    return _named(header, rows, about, figures)
 
 
 def method_section(content: Mapping[str, Any]) -> list[str]:

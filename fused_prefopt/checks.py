@@ -155,6 +155,7 @@ _INSTALLS = {
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
     "trl": 'pip install "fused-prefopt[trainers]" "trl>=1.15"',
+    "llamafactory": "pip install llamafactory==0.9.5",
 }
 
 

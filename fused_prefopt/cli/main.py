@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from fused_prefopt import __version__
-from fused_prefopt.cli import losses, reference, report, train
+from fused_prefopt.cli import llamafactory, losses, reference, report, train
 from fused_prefopt.cli.console import UserError
 
 _COMMANDS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "reference": reference,
     "report": report,
     "losses": losses,
+    "llamafactory": llamafactory,
 }
 _EXIT_CODES = (
     "Exit status: 0 done; 1 a finding of doctor or tune, or a loss that was not finite and stopped"

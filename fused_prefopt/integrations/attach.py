@@ -152,6 +152,17 @@ class Attachment:
         """
         return self._metrics[mode].pop()
 
+    def add_metrics(
+        self, mode: str, metrics: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Keep metrics of a step that are not the loss's, to be logged with its own.
+
+        Args:
+            mode: "train" or "eval".
+            metrics, weights: as in `StepMetrics.add`.
+        """
+        self._metrics[mode].add(metrics, weights)
+
     def forget_metrics(self, mode: str) -> None:
         """Drop this rank's metrics since the last `pop_metrics`.
 

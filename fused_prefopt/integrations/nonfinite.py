@@ -117,6 +117,8 @@ class MindsNonfinite:
     args: Any
     on_nonfinite: str
     step_losses: StepLosses
+    # Name of an option by which the optimizer steps inside the backward pass; "" without one.
+    steps_in_backward: str = ""
     current_gradient_accumulation_steps: int
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -217,4 +219,5 @@ def _steps_in_backward(trainer: Any) -> str:
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed"
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    return f"optim={name!r}" if "lomo" in name or "layerwise" in name else ""
+    own: str = trainer.steps_in_backward
+    return f"optim={name!r}" if "lomo" in name or "layerwise" in name else own

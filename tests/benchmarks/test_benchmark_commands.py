@@ -109,8 +109,8 @@ MEASURING = {
     "gpu": ["--deadline", "3600"],
     "profile": [],
 }
-# In test_mass_study, test_aot, test_replay and test_compare; the report below.
-ELSEWHERE = {"masses", "kernels", "replay", "report", "compare"}
+# In test_frameworks, test_mass_study, test_aot, test_replay and test_compare; the report below.
+ELSEWHERE = {"frameworks", "masses", "kernels", "replay", "report", "compare"}
 
 
 @pytest.fixture(scope="module")
