@@ -234,7 +234,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         # TRL keeps them by this and the data alone, its own with them.
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
-        if any(column in dataset.column_names for column in WEIGHT_COLUMNS):
+        if any(column in (dataset.column_names or ()) for column in WEIGHT_COLUMNS):
             own += (TOKEN_WEIGHTS,)
         collator = self.data_collator
         if self._is_vision_dataset:
