@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Real
 
@@ -144,6 +145,8 @@ def require_tokens(name: str, ids: Tensor, vocab_size: int | None) -> None:
         )
 
 
+# Package → the oldest version that what needs it runs on.
+OLDEST = {"trl": "1.9"}
 # Package → what installs it.
 _INSTALLS = {
     "transformers": 'pip install "fused-prefopt[trainers]"',
@@ -154,7 +157,9 @@ _INSTALLS = {
     "safetensors": 'pip install "fused-prefopt[trainers]"',
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
-    "trl": 'pip install "fused-prefopt[trainers]" "trl>=1.15"',
+    "swift": 'pip install "ms-swift>=4.6"',
+    "trl": f'pip install "fused-prefopt[trainers]" "trl>={OLDEST["trl"]}"',
+    "axolotl": 'pip install "axolotl>=0.19"',
     "llamafactory": "pip install llamafactory==0.9.5",
 }
 
@@ -170,3 +175,16 @@ def require_packages(who: str, *packages: str) -> None:
     if missing:
         commands = " and ".join(dict.fromkeys(_INSTALLS[name] for name in missing))
         raise ImportError(f"{who} needs {', '.join(missing)}: {commands}")
+
+
+def require_version(package: str) -> None:
+    """Raise ImportError, with what does, if the installed version is older than `OLDEST`."""
+    try:
+        found = version(package)
+    except PackageNotFoundError:  # or a checkout without metadata
+        return
+    from packaging.version import Version  # with the packages that have such an oldest version
+
+    oldest = OLDEST[package]
+    if Version(found) < Version(oldest):
+        raise ImportError(f"{package}: got {found}, wanted {oldest} or newer: {_INSTALLS[package]}")

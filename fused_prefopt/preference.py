@@ -159,7 +159,8 @@ class PreferenceLoss(nn.Module):
             head: the LM head, or its bare weight (V, D).
             labels: (S, T) or (N,), `ignore_index` everywhere but on completion tokens.
             prompt_labels: like `labels`, but on the prompt's tokens: their log-probs become
-                `prompt` at forward cost, for losses that need it (DRO).
+                `prompt`, for losses that need it: at forward cost (DRO), or with a gradient for
+                those that need `prompt_lengths`, too (ORPO of whole sequences).
             prompt: (S,) the same log-probs where they are known.
             ref_hidden, ref_head: last hidden states and head of the reference, constants: they
                 stand for `reference` and `sequence_kl` where the loss needs these and they are not
@@ -183,6 +184,8 @@ class PreferenceLoss(nn.Module):
         given = {key for key, value in extras.items() if value is not None}
         if prompt is not None or prompt_labels is not None:
             given.add("prompt")
+        if prompt_labels is not None:
+            given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
@@ -195,9 +198,13 @@ class PreferenceLoss(nn.Module):
             ignore_index=ignore_index,
         )
         if prompt is None and prompt_labels is not None and "prompt" in self.loss.needs:
-            with torch.no_grad():
-                counted = {**options, "num_labels": num_prompt_labels}
-                prompt = sequence_logps(hidden, head, prompt_labels, **counted).sums
+            counted = {**options, "num_labels": num_prompt_labels}
+            trains = "prompt_lengths" in self.loss.needs
+            with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+                of_prompts = sequence_logps(hidden, head, prompt_labels, **counted)
+            prompt = of_prompts.sums
+            if trains:
+                extras["prompt_lengths"] = of_prompts.lengths
         tail, weighted = None, {**options, "token_weights": token_weights}
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given

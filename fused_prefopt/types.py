@@ -293,6 +293,7 @@ class LogpBatch:
         kl: scalar estimate of KL(policy || reference), in nats.
         prompt: (S,) summed log-probs of the prompt (all tokens but the first) under the policy.
         prompt_reference: (S,) the same under the reference model.
+        prompt_lengths: (S,) tokens of the prompt that `prompt` sums.
         groups: (S,) integer, equal for the completions of one prompt.
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
         collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
@@ -313,6 +314,7 @@ class LogpBatch:
     kl: Tensor | None = None
     prompt: Tensor | None = None
     prompt_reference: Tensor | None = None
+    prompt_lengths: Tensor | None = None
     groups: Tensor | None = None
     sequence_kl: Tensor | None = None
     collision: Tensor | None = None
@@ -323,8 +325,9 @@ class LogpBatch:
         require_floating("policy", self.policy)
         if not self.lengths.is_floating_point():
             require_integer("lengths", self.lengths)
-        if self.groups is not None:
-            require_integer("groups", self.groups)
+        for name in ("groups", "prompt_lengths"):
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name))
         for item in fields(self):
             value = getattr(self, item.name)
             if value is None or item.name == "policy":

@@ -44,7 +44,7 @@ PARTS = {
     INTERPRETED: ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py"),
     "losses": ("test_pairwise.py", "test_golden.py"),
     "transformers' trainers": ("test_attach.py", "test_metrics.py", "test_transformers.py"),
-    TRL: ("test_trl_dpo.py",),
+    TRL: ("integrations/test_trl_*.py",),
     "Axolotl": ("frameworks/test_axolotl.py",),
     "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
     "ms-swift": ("frameworks/test_ms_swift.py",),
@@ -98,12 +98,14 @@ class Environment:
         python: what it is made with, where that is installed.
         parts: of `PARTS`.
         interpreted: Triton's interpreter is on in every part.
+        base: name of another, whose packages it has wherever it has none of its own.
     """
 
     name: str
     python: str
     parts: tuple[str, ...]
     interpreted: bool = False
+    base: str | None = None
 
     @property
     def requirements(self) -> Path:
@@ -127,16 +129,35 @@ class Environment:
     def interpreter(self) -> Path:
         return self.folder / "bin" / "python"
 
+    @property
+    def packages(self) -> Path:
+        """Where its packages are; it has been made."""
+        command = [self.interpreter, "-c", "import sysconfig as s; print(s.get_path('purelib'))"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return Path(done.stdout.strip()).resolve()
+
+    def made_of(self) -> str:
+        """All that decides what it holds."""
+        files = [path for path in (self.requirements, self.alone) if path.is_file()]
+        below = "" if self.base is None else environment_of(self.base).made_of()
+        return below + "".join(path.read_text(encoding="utf-8") for path in files)
+
     def make(self) -> None:
         """Install the packages, unless what is there was made of these requirements."""
+        base = None if self.base is None else environment_of(self.base)
+        if base is not None:
+            base.make()
         made_of = self.folder / self.requirements.name
-        files = [path for path in (self.requirements, self.alone) if path.is_file()]
-        wanted = "".join(path.read_text(encoding="utf-8") for path in files)
+        wanted = self.made_of()
         if made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted:
             return
         python = python_of(self.python)
         subprocess.run([python, "-m", "venv", "--clear", self.folder], check=True)
         pip = [self.interpreter, "-m", "pip", "install", "--quiet"]
+        if base is not None:
+            # Behind its own on the path.
+            (self.packages / "base.pth").write_text(f"{base.packages}\n", encoding="utf-8")
+            pip.append("--no-deps")
         subprocess.run([*pip, "--requirement", self.requirements], check=True)
         if self.alone.is_file():
             subprocess.run([*pip, "--no-deps", "--requirement", self.alone], check=True)
@@ -179,12 +200,24 @@ class Environment:
 ENVIRONMENTS = (
     Environment("gpu", "3.12", (*CORE, TRL)),
     Environment("oldest", "3.10", CORE),
-    # TRL before 1.16 launches its own kernels on a CPU, too.
-    Environment("oldest-trl", "3.11", (TRL,), interpreted=True),
+    # TRL 1.15 launches its own kernels on a CPU, too.
+    Environment("trl-1.9", "3.11", (TRL,)),
+    Environment("trl-1.10", "3.11", (TRL,), base="trl-1.13"),
+    Environment("trl-1.11", "3.11", (TRL,), base="trl-1.13"),
+    Environment("trl-1.12", "3.11", (TRL,), base="trl-1.13"),
+    Environment("trl-1.13", "3.11", (TRL,)),
+    Environment("trl-1.14", "3.11", (TRL,), base="trl-1.13"),
+    Environment("trl-1.15", "3.11", (TRL,), base="trl-1.13", interpreted=True),
+    Environment("trl-1.16", "3.11", (TRL,), base="trl-1.13"),
     Environment("axolotl", "3.11", ("Axolotl",)),
     Environment("llamafactory", "3.11", ("LLaMA-Factory",)),
     Environment("ms-swift", "3.11", ("ms-swift",)),
 )
+
+
+def environment_of(name: str) -> Environment:
+    (environment,) = (each for each in ENVIRONMENTS if each.name == name)
+    return environment
 
 
 def python_of(version: str) -> str:

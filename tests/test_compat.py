@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-from compat import ENVIRONMENTS, PAGE, PARTS, RESULTS, ROOT, counts_of, page_of, went_well
+from compat import ENVIRONMENTS, PAGE, PARTS, RESULTS, ROOT, TRL, counts_of, page_of, went_well
+
+from fused_prefopt.checks import OLDEST
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="one"/>
@@ -44,12 +46,20 @@ def test_every_part_has_files():
 
 def test_the_oldest_versions_are_the_least_that_the_package_asks_for():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)', project))
-    pins = {"trl": pins_of("oldest-trl")["trl"], **pins_of("oldest")}
+    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)', project)) | OLDEST
+    pins = {"trl": pins_of("trl-1.9")["trl"], **pins_of("oldest")}
     known = pins.keys() & least.keys()
     assert known >= {"torch", "triton", "transformers", "accelerate", "peft", "datasets", "trl"}
     for name in known:
         assert f"{pins[name]}.".startswith(f"{least[name]}."), name
+
+
+def test_every_minor_version_of_trl_has_an_environment():
+    minors = [
+        int(pins_of(each.name)["trl"].split(".")[1]) for each in ENVIRONMENTS if TRL in each.parts
+    ]
+    least = int(OLDEST["trl"].partition(".")[2])
+    assert set(minors) == set(range(least, max(minors) + 1))
 
 
 def test_counts_of_a_report(tmp_path):

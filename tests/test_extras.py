@@ -7,23 +7,38 @@ import os
 import pytest
 from command_line_jobs import python
 
+from fused_prefopt import checks
+
 TRAINERS = 'pip install "fused-prefopt[trainers]"'
 # (integration, the package that is missing, what installs it)
 CASES = (
+    ("axolotl", "axolotl", 'pip install "axolotl>=0.19"'),
     ("transformers", "transformers", TRAINERS),
     ("transformers", "accelerate", TRAINERS),
     ("trl", "transformers", TRAINERS),
-    ("trl", "trl", f'{TRAINERS} "trl>=1.15"'),
+    ("ms_swift", "swift", 'pip install "ms-swift>=4.6"'),
+    ("trl", "trl", f'{TRAINERS} "trl>=1.9"'),
 )
+TOO_OLD = ("0.24.0", "1.8.0", "1.9.0.dev0")
 # Each import in a process of its own, after torch.
 _IMPORTS = f"""
 import importlib, os, sys
+import importlib.metadata as metadata
 import fused_prefopt
+from fused_prefopt import checks
 
-for module, missing, _ in {CASES!r}:
+def without(package):
+    sys.modules[package] = None
+
+def with_trl(number):
+    checks.version = lambda name: number if name == "trl" else metadata.version(name)
+
+cases = [(module, without, missing) for module, missing, _ in {CASES!r}]
+cases += [("trl", with_trl, number) for number in {TOO_OLD!r}]
+for module, change, value in cases:
     child = os.fork()
     if not child:
-        sys.modules[missing] = None
+        change(value)
         try:
             importlib.import_module(f"fused_prefopt.integrations.{{module}}")
         except ImportError as error:
@@ -34,11 +49,20 @@ for module, missing, _ in {CASES!r}:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="wants processes that share what is imported")
-def test_an_integration_without_its_packages_names_the_extra():
+def test_an_integration_names_the_extra_or_the_versions_that_it_lacks():
     for package in ("transformers", "accelerate", "datasets", "trl"):
         pytest.importorskip(package)
     done = python("-c", _IMPORTS)
-    assert done.stdout.splitlines() == [
+    wanted = [
         f"fused_prefopt.integrations.{module} needs {missing}: {command}"
         for module, missing, command in CASES
-    ], done.stderr
+    ]
+    command = CASES[-1][-1]
+    wanted += [f"trl: got {number}, wanted 1.9 or newer: {command}" for number in TOO_OLD]
+    assert done.stdout.splitlines() == wanted, done.stderr
+
+
+@pytest.mark.parametrize("number", ["1.9.0", "1.9.0.post1", "1.16.0", "1.17.0.dev0", "2.3", "10.0"])
+def test_newer_versions_than_the_oldest_are_taken(number, monkeypatch):
+    monkeypatch.setattr(checks, "version", {"trl": number}.__getitem__)
+    checks.require_version("trl")

@@ -70,7 +70,10 @@ OPTIONAL = {
     "transformers": {"integrations"},
     "accelerate": {"integrations"},
     "trl": {"integrations"},
+    "axolotl": {"integrations"},
+    "pydantic": {"integrations"},
     "llamafactory": {"integrations"},
+    "swift": {"integrations"},
     "datasets": {"integrations"},
     "peft": set(),
     "safetensors": set(),
@@ -80,7 +83,11 @@ OPTIONAL = {
     "triton": {"kernels"},
 }
 # Integrations that import, at the top, a framework that is in none of the extras.
-OF_FRAMEWORKS = ("fused_prefopt.integrations.llamafactory",)
+OF_FRAMEWORKS = (
+    "fused_prefopt.integrations.axolotl",
+    "fused_prefopt.integrations.llamafactory",
+    "fused_prefopt.integrations.ms_swift",
+)
 # A file that is longer says in its docstring why it is one.
 LONG, LONGEST = 450, 800
 EXPLAINED = "one file"

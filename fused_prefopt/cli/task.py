@@ -34,6 +34,7 @@ from fused_prefopt.data.columns import (
     PAIR_FIELDS,
     POINT_FIELDS,
     PROMPT,
+    PROMPT_LENGTHS,
     PROMPT_REFERENCE,
     REFERENCE,
     REWARD,
@@ -58,7 +59,7 @@ Say = Callable[[str], None]
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _GROUPED = (REWARD, GROUP)
 # The training itself computes these.
-_COMPUTED = frozenset({REFERENCE, PROMPT, PROMPT_REFERENCE, SEQUENCE_KL})
+_COMPUTED = frozenset({REFERENCE, PROMPT, PROMPT_LENGTHS, PROMPT_REFERENCE, SEQUENCE_KL})
 
 
 @dataclass

@@ -81,6 +81,7 @@ WEIGHTS_OF_IDS = {
 
 # Batches: fields of `LogpBatch`, and the columns of features that they are made of.
 REWARDS, GROUPS, KL = "rewards", "groups", "kl"
+PROMPT_LENGTHS = "prompt_lengths"
 SEQUENCE_KL, COLLISION, WEIGHTS = "sequence_kl", "collision", "weights"
 # A pair's weight is that of both its completions.
 PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS, WEIGHTS: (WEIGHT, WEIGHT)}

@@ -15,6 +15,7 @@ from fused_prefopt.data.columns import (
     INPUT_IDS,
     LABEL_COUNTS,
     PROMPT,
+    PROMPT_LENGTHS,
     SEGMENTS,
 )
 from fused_prefopt.data.labels import count_labels
@@ -97,7 +98,7 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
     collator = trainer.data_collator
     if not isinstance(collator, PairCollator | PointCollator):
         return
-    always = {PROMPT} | (OF_REFERENCE if has_reference else set())
+    always = {PROMPT, PROMPT_LENGTHS} | (OF_REFERENCE if has_reference else set())
 
     def fields_of(row: Any) -> set[str]:
         given = given_fields(collator([row]))

@@ -682,16 +682,19 @@ def alpha_dpo(
 
 
 @register("orpo", paper="Hong et al. 2024 (arXiv:2403.07691), eq. 6–7")
-def orpo(*, weight: float = 0.1) -> PairwiseLoss:
-    """``−L̄_w − λ log σ(o_w − o_l)``, ``o = L̄ − log(1 − e^L̄)``.
+def orpo(*, weight: float = 0.1, nll: str = "sequence_mean") -> PairwiseLoss:
+    """``NLL − λ log σ(o_w − o_l)``, ``o = L̄ − log(1 − e^L̄)``, NLL = −L̄_w by default.
 
     o is the log-odds of the mean token, finite also as its probability reaches 1.
 
     Args:
         weight: λ >= 0.
+        nll: NLL is "sequence_mean" −L̄_w, "sum" −L_w, "token_mean", the mean of −log π over all
+            chosen tokens of the batch, of all ranks, or "whole_token_mean" (TRL's), the same with
+            the tokens of the chosen ones' prompts.
     """
-    nll = terms.ChosenNll(nll="sequence_mean")
-    return PairwiseLoss(rewards.LogOdds(), link=links.Weighted(weight=weight), regularisers=(nll,))
+    term = terms.ChosenNll(nll=nll)
+    return PairwiseLoss(rewards.LogOdds(), link=links.Weighted(weight=weight), regularisers=(term,))
 
 
 # Summed log-probs, r = β L

@@ -17,6 +17,7 @@ WHAT_IT_IS = {
     "kl": "a scalar estimate of KL(policy || reference)",
     "prompt": "(S,) summed log-probs of the prompts, first token excluded, under the policy",
     "prompt_reference": "(S,) the prompts' summed log-probs under the reference model",
+    "prompt_lengths": "(S,) integers, tokens of the prompts, first ones excluded",
     "groups": "(S,) integers, equal for the completions of one prompt",
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",

@@ -16,6 +16,7 @@ from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.statistics import MarginMeans, ReferenceMean, RunningMean
 from fused_prefopt.types import LogpBatch, divisors
 
+_WHOLE = "whole_token_mean"
 _BASELINES: dict[str, type[RunningMean] | type[ReferenceMean]] = {
     "ema": RunningMean,
     "reference": ReferenceMean,
@@ -132,8 +133,9 @@ class ChosenNll:
     Args:
         weight: λ >= 0.
         nll: "sum" −L_w, "sequence_mean" −L_w/|y_w|, or "token_mean", the mean over all
-            chosen tokens of the batch, of all ranks, the same term for every pair: with weights of
-            pairs ``Σ w_i · −L_w,i / Σ |y_w,i|``.
+            chosen tokens of the batch, of all ranks, the same term for every pair, or
+            "whole_token_mean", the same over the tokens of their prompts, too, but the first. With
+            weights of pairs both are ``Σ w_i · −L_w,i / Σ |y_w,i|``.
 
     Raises:
         ValueError: an option is out of range.
@@ -143,27 +145,35 @@ class ChosenNll:
 
     weight: float = 1.0
     nll: str = "sum"
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight, low=0)
-        require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean"))
+        require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean", _WHOLE))
 
     @property
     def coupled(self) -> bool:
         """Whether the mean is over the batch's tokens."""
-        return self.nll == "token_mean" and self.weight > 0
+        return self.nll in ("token_mean", _WHOLE) and self.weight > 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The prompts', where their tokens count."""
+        return frozenset({"prompt", "prompt_lengths"} if self.nll == _WHOLE else ())
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(P,) terms."""
         if self.nll == "sequence_mean":
             return -self.weight * halves(per_token(batch.policy, batch))[0]
-        chosen = halves(batch.policy)[0]
+        sums, lengths = batch.policy, batch.lengths
         if self.nll == "sum":
-            return -self.weight * chosen
+            return -self.weight * halves(sums)[0]
+        if self.nll == _WHOLE:
+            sums = sums + needed(batch, "prompt")
+            lengths = lengths + needed(batch, "prompt_lengths")
+        chosen = halves(sums)[0]
         # A NaN stays in its own pair, whose other terms carry it.
         finite = chosen.isfinite()
-        tokens = divisors(halves(batch.lengths)[0].where(finite, 0).sum())
+        tokens = divisors(halves(lengths)[0].where(finite, 0).sum())
         chosen, weights = chosen.where(finite, 0.0), weights_of(batch, pairwise=True)
         if weights is not None:
             chosen = weights * chosen

@@ -85,8 +85,8 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
         for name, column in zip(_FIELDS, columns, strict=True)
         if name in batch.given
     }
-    # These two carry gradients.
-    for name in {"policy", "sequence_kl"} & fields.keys():
+    # These carry gradients.
+    for name in {"policy", "sequence_kl", "prompt"} & fields.keys():
         first, second = (
             torch.cat([half[:start], mine, half[start + pairs :]])
             for half, mine in zip(halves(fields[name]), halves(getattr(batch, name)), strict=True)

@@ -55,8 +55,8 @@ from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
 
-# The op computes the first two; a data set's `prompt` is a text.
-_COMPUTED = ("policy", "lengths", "prompt")
+# The op computes these; a data set's `prompt` is a text.
+_COMPUTED = ("policy", "lengths", "prompt", "prompt_lengths")
 FIELDS = tuple(item.name for item in fields(LogpBatch) if item.name not in _COMPUTED)
 # As what a model is asked for: the rows that its head would meet.
 HIDDEN = {"hidden": True}

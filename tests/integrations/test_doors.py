@@ -29,6 +29,23 @@ EVENTS = {
     "on_prediction_step",
     "on_push_begin",
 }
+# Methods of TRL's or transformers' trainers that ours stand for.
+OVERRIDDEN = {
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_precompute_ref_logps",
+    "_prepare_dataset",
+    "_prepare_inputs",
+    "_save_optimizer_and_scheduler",
+    "_set_signature_columns_if_needed",
+    "compute_loss",
+    "compute_ref_log_probs",
+    "evaluation_loop",
+    "log",
+    "prediction_step",
+    "training_step",
+}
 
 
 def test_no_callback_meets_a_batch_a_loss_or_a_checkpoint_to_be_loaded():
@@ -75,6 +92,16 @@ def test_trls_trainers_still_refuse_an_adapter_on_the_head(kind, tmp_path):
             processing_class=tiny_tokenizer(),
             peft_config=peft.LoraConfig(target_modules=["lm_head"]),
         )
+
+
+def test_trls_trainers_still_call_what_ours_override():
+    """A method that TRL renames would be ours alone, and never called."""
+    fused = pytest.importorskip("fused_prefopt.integrations.trl")
+    for trainer in (fused.FusedDPOTrainer, fused.FusedKTOTrainer):
+        ours = [each for each in trainer.__mro__ if each.__module__.startswith("fused_prefopt.")]
+        theirs = {name for each in trainer.__mro__ if each not in ours for name in vars(each)}
+        assert OVERRIDDEN - theirs == set(), trainer
+        assert OVERRIDDEN <= {name for each in ours for name in vars(each)}, trainer
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

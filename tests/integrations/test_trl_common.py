@@ -18,6 +18,7 @@ from trainers import (
     config,
     held_out,
     history,
+    in_order,
     trl_classes,
 )
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -112,8 +113,8 @@ def test_the_router_loss_of_a_mixture_of_experts(tmp_path):
 def test_an_adapter_on_the_head_trains(tmp_path, kind):
     """TRL's own trainers refuse it; transformers' is compared with."""
     given = {"peft_config": adapter(target_modules=["q_proj", "lm_head"])}
-    options = {"max_steps": 4, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
-    theirs = build(kind, tmp_path, given=given, **options)
+    options = {"max_steps": 4, "learning_rate": 1e-2}
+    theirs = in_order(build(kind, tmp_path, given=given, **options))
     start = {name: value.detach().clone() for name, value in theirs.model.named_parameters()}
     theirs.train()
     trained = dict(theirs.model.named_parameters())
@@ -126,7 +127,7 @@ def test_an_adapter_on_the_head_trains(tmp_path, kind):
             value.copy_(start[name])
     data = list(theirs.train_dataset)
     ours = build("transformers", tmp_path, data, model=model, reference="adapter", **options)
-    ours.train()
+    in_order(ours).train()
     for name in ("loss", "rewards/margins", "logps/chosen"):
         assert history(theirs, name) == pytest.approx(history(ours, name), rel=1e-4), name
 

@@ -43,8 +43,9 @@ def results(loss_fn: fp.PreferenceLoss, given: dict, learns: int, *, fused: bool
             result = loss_fn(*leaves, labels, prompt_labels=prompt_labels, **extras)
         else:
             policy, lengths = eager_logps(*leaves, labels)
-            prompt, _ = eager_logps(*(leaf.detach() for leaf in leaves), prompt_labels)
-            result = loss_fn.from_logps(fp.LogpBatch(policy, lengths, prompt=prompt, **extras))
+            prompt, prompt_lengths = eager_logps(*leaves, prompt_labels)
+            prompts = {"prompt": prompt, "prompt_lengths": prompt_lengths}
+            result = loss_fn.from_logps(fp.LogpBatch(policy, lengths, **prompts, **extras))
         gradients = torch.autograd.grad(result.loss, leaves[:learns]) if learns else ()
         found.append((result, gradients))
     return found

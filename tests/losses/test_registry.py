@@ -67,7 +67,7 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "robust-simpo": (("rsimpo",), (), {"beta": 2.5, **ROBUST}),
     "ipo": ((), ("reference",), {"tau": 0.1, "length_normalized": False}),
     "cpo": ((), (), {"beta": 0.1, "nll_weight": 1.0, "nll": "token_mean"}),
-    "orpo": ((), (), {"weight": 0.1}),
+    "orpo": ((), (), {"weight": 0.1, "nll": "sequence_mean"}),
     "length-dpo": (("r-dpo",), ("reference",), {"beta": 0.1, "alpha": 0.05}),
     "slic-hf": ((), (), {"delta": 1.0, "nll_weight": 0.1}),
     "odpo": ((), ("reference", "rewards"), {"beta": 0.1, "alpha": 1.0, "offset": "log"}),

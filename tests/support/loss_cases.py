@@ -109,6 +109,7 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         kl=draw(1).abs().mean(),
         prompt=-draw(10).abs(),
         prompt_reference=-draw(10).abs(),
+        prompt_lengths=torch.arange(size) % 5,
         groups=torch.arange(size) // 3,
         sequence_kl=draw(2).abs(),
         collision=-draw(10).abs(),

@@ -195,7 +195,9 @@ def beside(
         torch.manual_seed(0)
         own = {name: value for name, value in options.items() if name != left_out}
         own |= make() if make else {}
-        runs.append(build(each, folder, log_tokens=each == kind, **own))
+        run = build(each, folder, log_tokens=each == kind, **own)
+        # That is KTO's default, which transformers before 5.2 does not read.
+        runs.append(in_order(run) if kind == "kto" else run)
         runs[-1].train()
     return runs
 

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -74,11 +76,11 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     router_aux_loss_coef: float
     aux_loss_enabled: bool
     precompute_ref_logps: bool
-    _precompute_model_hash: Any
     _is_vision_dataset: bool
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    _tp_size: int
+    # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
+    _tp_size: int = 1
     _name: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -231,7 +233,6 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
             return dataset
         # Here TRL's constructor is not through.
         self._lay_out()
-        # TRL keeps them by this and the data alone, its own with them.
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         if any(column in (dataset.column_names or ()) for column in WEIGHT_COLUMNS):
@@ -241,8 +242,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
             # Of images the data are not yet what the model is given.
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
-        key = (self._precompute_model_hash, *own)
-        with _given(self, _precompute_model_hash=key, data_collator=collator):
+        with _kept_apart(dataset, own), _given(self, data_collator=collator):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
@@ -338,6 +338,13 @@ def _of_config(args: Any) -> dict[str, Any]:
 
 class _NoLayer:
     """A class of which no layer is."""
+
+
+def _kept_apart(dataset: Any, own: tuple[Any, ...]) -> AbstractContextManager[None]:
+    """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
+    if isinstance(dataset, IterableDataset):
+        return nullcontext()
+    return _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from trl import DPOConfig, DPOTrainer
 from fused_prefopt.data import PairCollator
 from fused_prefopt.data.columns import (
     PAIR_REFERENCES,
+    PROMPT,
+    PROMPT_LENGTHS,
     REF_CHOSEN_LOGPS,
     REFERENCE,
     REWARDS,
@@ -133,7 +135,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         require_ids_of_weights(row, row_at(0))
-        given = {REFERENCE, SEQUENCE_KL}
+        given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
     def _prepare_dataset(

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers.trainer_utils import has_length
 from trl import KTOConfig, KTOTrainer, extract_prompt
 
 from fused_prefopt.data import PointCollator
@@ -267,6 +269,13 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             REF_PROMPT_LOGPS: [row[PROMPT_REFERENCE] for row in rows],
         }
         return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The rows in order where the configuration says so, which old transformers do not read."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "sequential" and has_length(data):
+            return SequentialSampler(data)
+        return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,0 +1,245 @@
+"""Options of ms-swift, and of the entry that is ours among them, as options of a loss here."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from fused_prefopt.checks import closest, require_choice
+from fused_prefopt.integrations.loss_types import LossOptions, named_here
+from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.losses import available_losses
+
+# Name of the entry, a mapping with the fields of `FusedOptions`.
+ENTRY = "fused_prefopt"
+_EXAMPLE = f'--model_kwargs \'{{"{ENTRY}": {{"loss": "alpha-dpo"}}}}\''
+# ms-swift's losses, by the kind of their trainer, that are losses here.
+_KNOWN = {
+    "dpo": (
+        "sigmoid",
+        "robust",
+        "exo_pair",
+        "hinge",
+        "ipo",
+        "sppo_hard",
+        "nca_pair",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sft",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "cpo": ("sigmoid", "simpo", "hinge"),
+}
+_SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
+_WEIGHTS = ("desirable_weight", "undesirable_weight")
+# Losses of ms-swift that are none here.
+_OTHERS = {
+    "bco_pair": "subtracts a running mean of the rewards, which no loss of this package does; its"
+    " 'bco-pair' is without",
+    "ipo": "squares what log-probs differ by without a reference, as no loss of this package does",
+}
+# Kind of trainer → options that shape ms-swift's own losses alone → their defaults there.
+_OWN: dict[str, dict[str, Any]] = {
+    "dpo": {
+        "loss_type": "sigmoid",
+        "loss_weights": None,
+        "label_smoothing": 0.0,
+        "rpo_alpha": None,
+        "discopop_tau": 0.05,
+    },
+    "kto": {"loss_type": "kto"},
+    "cpo": {
+        "loss_type": ("sigmoid", "simpo"),
+        "label_smoothing": 0.0,
+        "cpo_alpha": 1.0,
+        "simpo_gamma": 1.0,
+    },
+    "orpo": {},
+}
+
+
+@dataclass
+class PairOptions(FusedOptions):
+    """Options of a loss on pairs.
+
+    Args:
+        ld_alpha: of `PreferenceLoss`.
+    """
+
+    ld_alpha: float | None = None
+
+
+@dataclass
+class PointOptions(FusedOptions):
+    """Options of a loss on single completions.
+
+    Args:
+        desirable_weight, undesirable_weight: hyperparameters of the loss.
+    """
+
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    pairwise: ClassVar[bool] = False
+    _shared: ClassVar[tuple[str, ...]] = ("beta", *_WEIGHTS)
+
+
+def read_entry(text: str | None) -> dict[str, Any]:
+    """The entry as ms-swift hands it on.
+
+    Args:
+        text: a mapping as JSON, or as Python prints it; None: there is none.
+
+    Raises:
+        ValueError: it is no mapping, or a key is none of `FusedOptions`.
+    """
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found = text
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{ENTRY}: got {text!r}, needs a mapping, such as {_EXAMPLE}")
+    known = [item.name for item in fields(FusedOptions)]
+    for name in found:
+        require_choice(ENTRY, name, known)
+    return dict(found)
+
+
+def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
+    """The loss of a training: the entry's, or else the one that ms-swift's options describe.
+
+    Args:
+        kind: of the trainer: "dpo", "kto", "cpo" (SimPO too) or "orpo".
+        args: of the trainer.
+        entry: of `read_entry`.
+
+    Raises:
+        ValueError: an option of ms-swift's own losses is given with a loss of the entry, or says
+            what no loss of this package does; or a hyperparameter is given without a loss.
+    """
+    values = dict(entry)
+    make = PointOptions if kind == "kto" else PairOptions
+    if kind == "dpo":
+        values["ld_alpha"] = args.ld_alpha
+    if "loss" not in entry:
+        for name in ("beta", "loss_kwargs"):
+            if entry.get(name) is not None:
+                raise ValueError(
+                    f"{ENTRY}: got {name}={entry[name]!r} without a loss, needs one, or ms-swift's"
+                    " own options"
+                )
+        return make(**values | {"loss": _terms(kind, args)})
+    _require_defaults(kind, args, entry["loss"])
+    default = 2.0 if words_of(args) == ["simpo"] else 0.1
+    if args.beta != default:
+        if values.setdefault("beta", args.beta) != args.beta:
+            raise ValueError(f"beta: got {args.beta} and {values['beta']} in {ENTRY}, needs one")
+    if kind == "kto":
+        values |= {name: getattr(args, name) for name in _WEIGHTS}
+    return make(**values)
+
+
+def _require_defaults(kind: str, args: Any, loss: Any) -> None:
+    for name, default in _OWN[kind].items():
+        value = words_of(args) if name == "loss_type" else getattr(args, name)
+        allowed = default if isinstance(default, tuple) else (default,)
+        if value not in (allowed if name != "loss_type" else [[word] for word in allowed]):
+            raise ValueError(
+                f"{name}: got {getattr(args, name)!r}, an option of ms-swift's own losses, with"
+                f" loss {loss!r}; leave it out and give the loss's hyperparameters in `loss_kwargs`"
+            )
+
+
+def words_of(args: Any) -> list[str]:
+    """`loss_type`, of which ms-swift takes one or several; ORPO's options have none."""
+    given = getattr(args, "loss_type", None) or ()
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
+    """The terms, as `PreferenceLoss` takes them, of ms-swift's own loss."""
+    if kind == "orpo":
+        return [_term("orpo", {"weight": args.beta, "nll": "token_mean"})]
+    words = words_of(args)
+    for word in words:
+        _require_word(word, _KNOWN[kind])
+    if kind == "kto":
+        weights = {name: getattr(args, name) for name in _WEIGHTS}
+        name, values = named_here(words[0], LossOptions(beta=args.beta, **weights))
+        return [_term(name, values)]
+    smoothing = args.label_smoothing
+    # ms-swift smooths CPO's loss too, which is a loss here without.
+    smoothed = ("simpo",) if kind == "cpo" else _SMOOTHED
+    if smoothing and not set(words) & set(smoothed):
+        raise ValueError(f"label_smoothing: got {smoothing} with {', '.join(words)}, needs 0")
+    if kind == "cpo":
+        return _without_reference(words[0], args)
+    shares = args.loss_weights or [1.0] * len(words)
+    terms = [
+        _term(*_of_pairs(word, args), share) for word, share in zip(words, shares, strict=True)
+    ]
+    if args.rpo_alpha is not None:
+        terms.append(_term("sft", {}, args.rpo_alpha))
+    if args.ld_alpha is not None and any(term["name"] == "sft" for term in terms):
+        raise ValueError(
+            f"ld_alpha: got {args.ld_alpha} with 'sft' or rpo_alpha, which ms-swift takes of whole"
+            " completions, needs None"
+        )
+    return terms
+
+
+def _require_word(word: str, known: tuple[str, ...]) -> None:
+    if word in known:
+        return
+    listed = ", ".join(map(repr, known))
+    if word in _OTHERS:
+        raise ValueError(
+            f"loss_type: got {word!r}, which {_OTHERS[word]}; needs one of {listed}, or a loss in"
+            f" {_EXAMPLE}"
+        )
+    raise ValueError(
+        f"loss_type: got {word!r}{closest(str(word), known)}, wanted one of {listed}; losses of"
+        f" this package{closest(str(word), available_losses())} are named in {_EXAMPLE}"
+    )
+
+
+def _of_pairs(word: str, args: Any) -> tuple[str, dict[str, Any]]:
+    name, values = named_here(
+        word,
+        LossOptions(
+            beta=args.beta, label_smoothing=args.label_smoothing, discopop_tau=args.discopop_tau
+        ),
+    )
+    if word == "sigmoid":  # Which today's TRL does not smooth.
+        values["label_smoothing"] = args.label_smoothing
+    if word == "exo_pair" and not args.label_smoothing:
+        del values["label_smoothing"]  # ms-swift takes 0.001 then, and so does the loss.
+    return name, values
+
+
+def _without_reference(word: str, args: Any) -> list[dict[str, Any]]:
+    if word == "sigmoid":
+        return [_term("cpo", {"beta": args.beta, "nll_weight": args.cpo_alpha})]
+    if word == "hinge":
+        # max(0, 1 − βm) = β max(0, 1/β − m)
+        terms = [_term("slic-hf", {"delta": 1 / args.beta, "nll_weight": 0.0}, args.beta)]
+    else:
+        smoothing = args.label_smoothing
+        values = {"beta": args.beta, "gamma": args.simpo_gamma, "label_smoothing": smoothing}
+        terms = [_term("simpo", values)]
+    return terms + [_term("sft", {}, args.cpo_alpha)] if args.cpo_alpha else terms
+
+
+def _term(name: str, hyperparameters: dict[str, Any], weight: float = 1.0) -> dict[str, Any]:
+    return {"name": name, "weight": weight, "hyperparameters": hyperparameters}
