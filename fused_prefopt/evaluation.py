@@ -9,13 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.data.columns import ATTENTION_MASK, INPUT_IDS, PAIR_IDS, PAIR_REFERENCES
+from fused_prefopt.data.columns import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    PAIR_IDS,
+    PAIR_REFERENCES,
+    TOKEN_WEIGHTS,
+    WEIGHT,
+    WEIGHTS,
+    is_given,
+    stacked,
+)
 from fused_prefopt.data.labels import counts_of, labels_of
-from fused_prefopt.losses.metrics import LOGPS_CHOSEN, LOGPS_REJECTED
+from fused_prefopt.data.token_weights import token_weights
+from fused_prefopt.losses.metrics import LOGPS_CHOSEN, LOGPS_REJECTED, average
+from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.models.causal_lm import last_hidden
 from fused_prefopt.ops import sequence_kl
 from fused_prefopt.reference import dataset_logps
-from fused_prefopt.types import LMHead, LogpBatch
+from fused_prefopt.types import LMHead, LogpBatch, divisors
 
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
@@ -26,7 +38,7 @@ class PairScores:
     """A model's log-probs of preference pairs, beside its reference's.
 
     Attributes:
-        batch: policy, lengths and reference of all pairs, chosen first.
+        batch: policy, lengths and reference of all pairs, chosen first, and their weights.
         kl: mean over chosen tokens of KL(policy || reference), in nats, exact over the vocabulary.
         kl_rejected: the same over rejected tokens.
     """
@@ -38,7 +50,7 @@ class PairScores:
     @property
     def margins(self) -> Tensor:
         """(P,) mean log-prob of chosen minus that of rejected, in nats per token."""
-        chosen, rejected = (self.batch.policy / self.batch.lengths).chunk(2)
+        chosen, rejected = (self.batch.policy / divisors(self.batch.lengths)).chunk(2)
         return chosen - rejected
 
     def summary(self, reward: Callable[[LogpBatch], Tensor] | None = None) -> dict[str, float]:
@@ -51,26 +63,32 @@ class PairScores:
             accuracy: share of pairs whose chosen side has the higher mean log-prob;
             accuracy_stderr: its standard error; margin: mean of `margins`; kl; logps/chosen,
             logps/rejected: mean sums in nats; with `reward` also reward_accuracy: share of pairs
-            whose chosen side has the higher reward.
+            whose chosen side has the higher reward. Shares and means are weighted where the pairs
+            have weights.
         """
-        accuracy, pairs = _share(self.margins > 0), self.margins.numel()
+        weights = weights_of(self.batch, pairwise=True)
+        accuracy, pairs = _mean(self.margins > 0, weights), float(self.margins.numel())
+        if weights is not None:
+            # As many pairs of equal weight have the same standard error.
+            pairs = (weights.sum().square() / weights.square().sum()).item()
         chosen, rejected = self.batch.policy.chunk(2)
         summary = {
             "accuracy": accuracy,
             "accuracy_stderr": (accuracy * (1 - accuracy) / pairs) ** 0.5,
-            "margin": self.margins.mean().item(),
+            "margin": _mean(self.margins, weights),
             "kl": self.kl,
-            LOGPS_CHOSEN: chosen.mean().item(),
-            LOGPS_REJECTED: rejected.mean().item(),
+            LOGPS_CHOSEN: _mean(chosen, weights),
+            LOGPS_REJECTED: _mean(rejected, weights),
         }
         if reward is not None:
             better, worse = reward(self.batch).chunk(2)
-            summary["reward_accuracy"] = _share(better > worse)
+            summary["reward_accuracy"] = _mean(better > worse, weights)
         return summary
 
 
-def _share(of: Tensor) -> float:
-    return of.float().mean().item()
+def _mean(values: Tensor, weights: Tensor | None) -> float:
+    values = values.float()
+    return (values.mean() if weights is None else average(values, weights)).item()
 
 
 def score_pairs(
@@ -87,7 +105,8 @@ def score_pairs(
     Args:
         model: the policy.
         reference: what it is compared with.
-        features: from `tokenise_pairs`, with the reference's log-probs (`add_reference_logps`).
+        features: from `tokenise_pairs`, with the reference's log-probs (`add_reference_logps`);
+            weights of pairs and of tokens count as in training.
         collator: `PairCollator`, padded layout.
         batch_size: pairs a forward pass takes.
         progress: show a progress bar.
@@ -100,10 +119,18 @@ def score_pairs(
         progress=progress,
         description="held-out pairs",
     )
-    lengths = [len(feature[side]) for side in PAIR_IDS for feature in features]
+    of_tokens = token_weights(features, PAIR_IDS)
+    if of_tokens is None:
+        lengths = torch.tensor([len(feature[side]) for side in PAIR_IDS for feature in features])
+    else:
+        lengths = torch.stack([each.sum() for each in of_tokens])
+    weights = None
+    if is_given(features, WEIGHT):
+        weights = stacked(features, WEIGHT).repeat(2)
     batch = LogpBatch(
         policy=torch.cat([columns[name] for name in PAIR_REFERENCES]),
-        lengths=torch.tensor(lengths),
+        lengths=lengths,
+        weights=weights,
         reference=torch.tensor([feature[name] for name in PAIR_REFERENCES for feature in features]),
     )
     return PairScores(batch, *_mean_kls(model, reference, features, collator, batch_size))
@@ -123,6 +150,9 @@ def _mean_kls(
     for start in range(0, len(features), batch_size):
         batch = collator(features[start : start + batch_size])
         inputs = {name: batch[name].to(device) for name in (INPUT_IDS, ATTENTION_MASK)}
+        of_tokens, weights = (
+            batch[name].to(device) if name in batch else None for name in (TOKEN_WEIGHTS, WEIGHTS)
+        )
         # KL(first || second): the policy takes the place that a loss gives the reference.
         found = sequence_kl(
             last_hidden(reference, inputs),
@@ -131,8 +161,12 @@ def _mean_kls(
             LMHead.of(model),
             labels_of(batch).to(device),
             num_labels=counts_of(batch)[0],
+            token_weights=of_tokens,
         )
-        totals += found.kl.view(2, -1).sum(1).cpu()
-        tokens += found.lengths.view(2, -1).sum(1).cpu()
-    chosen, rejected = (totals / tokens.clamp(min=1)).tolist()
+        kls, lengths = found.kl, found.lengths
+        if weights is not None:
+            kls, lengths = weights * kls, weights * lengths
+        totals += kls.view(2, -1).sum(1).cpu()
+        tokens += lengths.view(2, -1).sum(1).cpu()
+    chosen, rejected = (totals / divisors(tokens)).tolist()
     return chosen, rejected

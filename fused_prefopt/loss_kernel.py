@@ -47,8 +47,10 @@ from fused_prefopt.losses.metrics import (
     PAIR_METRICS,
     POINT_METRICS,
     mean,
+    pairwise_metrics,
 )
-from fused_prefopt.losses.protocol import Loss
+from fused_prefopt.losses.protocol import Loss, needed
+from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.statistics import (
     BatchMoments,
     DatasetMoments,
@@ -112,6 +114,9 @@ def launch_loss(loss: Loss, statistics: Statistic | None, batch: LogpBatch) -> L
 
 
 def _dtypes_fit(batch: LogpBatch) -> bool:
+    # The kernels count tokens in integers: sums of their weights stay with torch.
+    if batch.lengths.is_floating_point():
+        return False
     others = (batch.reference, batch.rewards, batch.prompt, batch.prompt_reference)
     given = [value for value in (*others, batch.sequence_kl) if value is not None]
     return batch.policy.dtype == torch.float32 and all(value.dtype in _DTYPES for value in given)
@@ -126,6 +131,9 @@ def _direct_reward(loss: DirectRewardLoss, batch: LogpBatch) -> LossOutput | Non
     losses, total, details, metrics = _LaunchedLoss.apply(
         batch.policy, point_loss_op, *data, loss.reward.beta, loss.log_z0
     )
+    if batch.weights is not None:
+        prompt_ratio = needed(batch, "prompt") - needed(batch, "prompt_reference")
+        return loss.reduced(batch, losses, details[0], prompt_ratio.detach() + loss.log_z0)
     named = dict(zip(POINT_METRICS, metrics.unbind(), strict=True))
     return LossOutput(total, losses, named, rewards=details[0])
 
@@ -165,12 +173,16 @@ def _launch_pairs(form: PairForm, state: PairState, batch: LogpBatch) -> LossOut
         state.nonfinite,
         *form.packed(),
     )
+    rewards, target_margins = details[:2].flatten(), details[2]
     named = dict(zip(PAIR_METRICS, metrics.unbind(), strict=True))
     if batch.reference is None:
         del named[KL_CHOSEN], named[KL_REJECTED]
-    return LossOutput(
-        total, losses, named, rewards=details[:2].flatten(), target_margins=details[2]
-    )
+    # The kernel's mean and metrics know no weights; its losses, with their slopes, need none.
+    weights = weights_of(batch, pairwise=True)
+    if weights is not None:
+        total = mean(losses, weights)
+        named = pairwise_metrics(batch, rewards, target_margins, losses)
+    return LossOutput(total, losses, named, rewards=rewards, target_margins=target_margins)
 
 
 def _data(value: Tensor | None) -> Tensor | None:

@@ -148,6 +148,7 @@ class PreferenceLoss(nn.Module):
         num_labels: int | None = None,
         num_prompt_labels: int | None = None,
         ignore_index: int = -100,
+        token_weights: Tensor | None = None,
         **extras: Tensor | None,
     ) -> LossOutput:
         """The loss of a batch of hidden states, without logits in memory.
@@ -166,12 +167,15 @@ class PreferenceLoss(nn.Module):
                 given (see `ops.sequence_kl`: a loss of both has them from one pass).
             shift, sequence_ids, num_sequences, num_labels, ignore_index: as in `sequence_logps`.
             num_prompt_labels: what `num_labels` is, of `prompt_labels`.
+            token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
+                A `reference`, `sequence_kl` or `collision` that is given must be weighted alike.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
-                prompt_reference, groups, sequence_kl, collision. A loss that wants `collision`
-                (WPO) and is not given it computes it: an evaluation more.
+                prompt_reference, groups, sequence_kl, collision, weights. A loss that wants
+                `collision` (WPO) and is not given it computes it: an evaluation more.
 
         Raises:
-            ValueError: the loss needs a field that is missing, or an argument does not fit.
+            ValueError: the loss needs a field that is missing, an argument does not fit, or tokens
+                have weights with `ld_alpha`.
             TypeError: an extra that `LogpBatch` does not have.
         """
         for unknown in extras.keys() - set(_EXTRAS):
@@ -201,25 +205,26 @@ class PreferenceLoss(nn.Module):
             prompt = of_prompts.sums
             if trains:
                 extras["prompt_lengths"] = of_prompts.lengths
-        tail = None
+        tail, weighted = None, {**options, "token_weights": token_weights}
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given
             sums, lengths, found = _policy_beside_reference(
-                hidden, head, *reference, labels, missing, options
+                hidden, head, *reference, labels, missing, weighted
             )
             extras |= found
         elif self.ld_alpha is None:
-            out = sequence_logps(hidden, head, labels, **options)
+            out = sequence_logps(hidden, head, labels, **weighted)
             sums, lengths = out.sums, out.lengths
         else:
-            shared, beyond = shared_and_tail_logps(hidden, head, labels, **options)
+            shared, beyond = shared_and_tail_logps(hidden, head, labels, **weighted)
             tail = beyond.sums
             sums, lengths = shared.sums + tail, shared.lengths + beyond.lengths
         _warn_without_labels(lengths)
         if "collision" in self.loss.wants and "collision" not in given:
             # They have no gradient, so neither a path nor mass to drop.
             del options["path"], options["drop_mass"]
-            extras["collision"] = _collisions(hidden, head, labels, sums.shape[0], options)
+            sizes = sums.shape[0], token_weights
+            extras["collision"] = _collisions(hidden, head, labels, *sizes, options)
         batch = LogpBatch(sums, lengths, prompt=prompt, **extras)
         if tail is not None and self.ld_alpha is not None:
             batch = length_desensitized(batch, tail, None, alpha=self.ld_alpha)
@@ -325,14 +330,19 @@ def _warn_without_labels(lengths: Tensor) -> None:
     known = is_on_host(lengths) and not torch.compiler.is_compiling()
     if known and lengths.numel() and not lengths.any():
         warnings.warn(
-            "labels: got none but `ignore_index`, so the loss has no gradient; are the completions"
-            " cut off by a maximum length?",
+            "labels: got none but `ignore_index`, or of weight 0, so the loss has no gradient; are"
+            " the completions cut off by a maximum length?",
             stacklevel=3,
         )
 
 
 def _collisions(
-    hidden: Tensor, head: AnyHead, labels: Tensor, sequences: int, options: dict[str, Any]
+    hidden: Tensor,
+    head: AnyHead,
+    labels: Tensor,
+    sequences: int,
+    token_weights: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor:
     """(S,) sums over tokens of ``log Σ_v π(v)²``."""
     compute = token_statistics
@@ -340,6 +350,8 @@ def _collisions(
         # It counts the labelled rows. Disabled by a decorator, importing this would import Triton.
         compute = torch.compiler.disable(token_statistics)
     tokens = compute(hidden, head, labels, **options).collisions
+    if token_weights is not None:
+        tokens = tokens * token_weights.to(tokens.dtype)
     if options["sequence_ids"] is None:
         return tokens.sum(1)
     ids = options["sequence_ids"].long()

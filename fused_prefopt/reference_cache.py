@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.checks import require_packages
-from fused_prefopt.data.columns import TOKENS
+from fused_prefopt.data.columns import TOKEN_WEIGHT_COLUMNS, TOKENS
 from fused_prefopt.models.model_call import prompt_learners, unwrapped
 
 SUFFIX = ".logps"
@@ -75,7 +75,7 @@ def precision_of(model: nn.Module) -> str:
 
 
 def data_fingerprint(features: Sequence[Mapping[str, Any]]) -> str:
-    """Hash of the token ids of features, in their order.
+    """Hash of the token ids of features, in their order, and of the weights of their tokens.
 
     Args:
         features: token ids, as `tokenise_pairs` or `tokenise_points` return them.
@@ -86,6 +86,11 @@ def data_fingerprint(features: Sequence[Mapping[str, Any]]) -> str:
             ids = array("q", feature.get(name, ()))
             digest.update(f"{name}:{len(ids)}:".encode())
             digest.update(ids.tobytes())
+        for name in TOKEN_WEIGHT_COLUMNS:
+            # Nothing of what is not there: a cache without weights is the one that it was.
+            if name in feature:
+                digest.update(f"{name}:".encode())
+                digest.update(array("f", feature[name]).tobytes())
     return digest.hexdigest()
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import (
+    is_on_host,
+    require,
     require_device,
     require_floating,
     require_integer,
@@ -191,7 +193,8 @@ class SequenceLogps:
     Attributes:
         sums: (S,) fp32 (float64 for float64 inputs), in nats, differentiable; 0 for a sequence
             without labels.
-        lengths: (S,) int64, number of labelled tokens.
+        lengths: (S,) int64, number of labelled tokens; with weights of tokens the sum of those, in
+            the dtype of `sums`.
         plan: how it was computed: path, engine, workspace.
     """
 
@@ -202,7 +205,16 @@ class SequenceLogps:
     @property
     def means(self) -> Tensor:
         """(S,) log-probability per labelled token, in nats; 0 for an empty sequence."""
-        return self.sums / self.lengths.clamp(min=1)
+        return self.sums / divisors(self.lengths)
+
+
+def divisors(lengths: Tensor) -> Tensor:
+    """What sums over tokens are divided by: the lengths, and 1 for an empty sequence.
+
+    Args:
+        lengths: (S,) numbers of tokens, or sums of their weights, which may be below 1.
+    """
+    return lengths.where(lengths > 0, 1)
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,30 @@ class TokenStatistics:
     correct: Tensor
 
 
+def require_weights(name: str, weights: Tensor) -> None:
+    """Raise ValueError, with the place where that is known, unless all weights are finite and >= 0.
+
+    Args:
+        name: of the weights, for the message.
+        weights: any shape, floating.
+
+    Raises:
+        ValueError: one is not (a device-side assert on CUDA), or their dtype is no floating one.
+    """
+    require_floating(name, weights)
+    fits = weights.isfinite() & (weights >= 0)
+
+    def message() -> str:
+        wanted = f"{name}: wanted finite numbers >= 0"
+        if not is_on_host(fits):
+            return wanted
+        place = tuple(fits.logical_not().nonzero()[0].tolist())
+        at = place[0] if len(place) == 1 else place
+        return f"{wanted}, got {float(weights[place])} in row {at}"
+
+    require(fits.all(), message)
+
+
 @dataclass(frozen=True)
 class LogpBatch:
     """A batch as a loss sees it: per-sequence log-probabilities and what comes with them.
@@ -250,7 +286,7 @@ class LogpBatch:
 
     Args:
         policy: (S,) summed log-probs of the completions under the policy, in nats, differentiable.
-        lengths: (S,) labelled tokens of each completion.
+        lengths: (S,) labelled tokens of each completion, or the sum of their weights (floating).
         reference: (S,) the same sums under the reference model.
         rewards: (S,) scores of the completions, from any reward model, rule or annotator.
         desirable: (S,) bool, for point-wise losses on binary feedback.
@@ -262,9 +298,12 @@ class LogpBatch:
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
         collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
             optional.
+        weights: (S,) numbers >= 0, how much each pair (the same in both halves) or completion
+            counts in the loss and in the metrics; always optional.
 
     Raises:
-        ValueError: a field's shape, dtype or device does not fit `policy`.
+        ValueError: a field's shape, dtype or device does not fit `policy`, or a weight is negative
+            or not finite (a device-side assert on CUDA).
     """
 
     policy: Tensor
@@ -279,11 +318,13 @@ class LogpBatch:
     groups: Tensor | None = None
     sequence_kl: Tensor | None = None
     collision: Tensor | None = None
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         require_shape("policy", self.policy, ("S",))
         require_floating("policy", self.policy)
-        require_integer("lengths", self.lengths)
+        if not self.lengths.is_floating_point():
+            require_integer("lengths", self.lengths)
         for name in ("groups", "prompt_lengths"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name))
@@ -293,6 +334,8 @@ class LogpBatch:
                 continue
             require_shape(item.name, value, () if item.name == "kl" else self.policy.shape)
             require_device(item.name, value, self.policy.device)
+        if self.weights is not None:
+            require_weights("weights", self.weights)
 
     @property
     def size(self) -> int:
@@ -311,7 +354,8 @@ class LossOutput:
 
     Attributes:
         loss: scalar, differentiable: the batch loss.
-        losses: (P,) per pair, or (S,) per sequence for point-wise losses, before the reduction.
+        losses: (P,) per pair, or (S,) per sequence for point-wise losses, before their weights and
+            the reduction.
         metrics: name → detached scalar tensor, with TRL's names.
         rewards: (S,) detached implicit rewards of the sequences.
         target_margins: (P,) detached margins γ_i subtracted from the reward margins, or None for

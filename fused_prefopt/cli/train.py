@@ -30,7 +30,6 @@ from fused_prefopt.cli.task import Features, Task, load_task
 from fused_prefopt.data.columns import REFERENCE
 from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
 from fused_prefopt.losses.metrics import NONFINITE, REWARDS_ACCURACIES, REWARDS_MARGINS
-from fused_prefopt.types import LogpBatch
 
 HELP = "train a model on preferences, as a YAML file says"
 CONFIG = "config.yaml"
@@ -289,7 +288,7 @@ def _judge(task: Task, trainer: Any, held_out: Features) -> None:
         )
     anchor = scores.batch.reference
     assert anchor is not None
-    own = LogpBatch(policy=anchor, lengths=scores.batch.lengths, reference=anchor)
+    own = replace(scores.batch, policy=anchor)
     summaries = {
         "reference": replace(scores, batch=own, kl=0.0, kl_rejected=0.0).summary(),
         "trained": scores.summary(task.loss_fn.loss.reward),

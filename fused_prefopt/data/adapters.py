@@ -21,12 +21,14 @@ from fused_prefopt.data.columns import (
     REWARD,
     ROLE,
     SCORES,
+    WEIGHT,
     column_of,
     has_values,
     read_value,
     require_columns,
     row_at,
 )
+from fused_prefopt.data.token_weights import refuse_token_weights
 
 Row = Mapping[str, Any]
 Record = dict[str, Any]
@@ -39,17 +41,18 @@ def preference(rows: Iterable[Row]) -> list[Record]:
     """Adapt rows that are already in TRL's preference format, text or chat.
 
     Args:
-        rows: with `chosen` and `rejected`, strings or lists of messages, and optionally `prompt`
-            and both `score_chosen` and `score_rejected`. Without `prompt`, it is what chosen and
-            rejected begin with in common: whole messages, or text up to a space.
+        rows: with `chosen` and `rejected`, strings or lists of messages, and optionally `prompt`,
+            both `score_chosen` and `score_rejected`, and `weight`. Without `prompt`, it is what
+            chosen and rejected begin with in common: whole messages, or text up to a space.
 
     Returns:
-        Records with `prompt`, `chosen`, `rejected` and, where all have them, the scores; other
-        columns are dropped. Pairs whose chosen and rejected are equal, or one of which is empty,
-        are dropped; log messages count them, and pairs without the scores of others.
+        Records with `prompt`, `chosen`, `rejected`, `weight` and, where all have them, the scores;
+        other columns are dropped. Pairs whose chosen and rejected are equal, or one of which is
+        empty, are dropped; log messages count them, and pairs without the scores of others.
 
     Raises:
-        ValueError: a row has no `chosen` or no `rejected`, or a score that is no finite number.
+        ValueError: a row has no `chosen` or no `rejected`, a score or weight that is no finite
+            number, or weights of tokens.
     """
 
     def split(row: Row, where: str) -> _Triple | None:
@@ -121,16 +124,16 @@ def completions(rows: Iterable[Row]) -> list[Record]:
 
     Args:
         rows: with `prompt` and `completion`, texts or chats, and any of `reward`, `score` or
-            `rating` (the first with values counts), `group`, `desirable`, and `label`, TRL's name
-            of the last.
+            `rating` (the first with values counts), `group`, `weight`, `desirable`, and `label`,
+            TRL's name of the last.
 
     Returns:
         Records with those columns, the rating as `reward`, `label` as `desirable`; others are
         dropped.
 
     Raises:
-        ValueError: a row has no prompt or no completion, a rating that is no finite number, or a
-            label that is neither a bool nor 0 or 1.
+        ValueError: a row has no prompt or no completion, a rating or weight that is no finite
+            number, a label that is neither a bool nor 0 or 1, or weights of tokens.
     """
     rows = list(rows)
     rating = column_of(rows, RATINGS)
@@ -144,6 +147,7 @@ def completions(rows: Iterable[Row]) -> list[Record]:
                 record[name] = read_value(source, row[source], where)
         if row.get(GROUP) is not None:
             record[GROUP] = row[GROUP]
+        record |= weight_of(row, where)
         records.append(record)
     return records
 
@@ -201,7 +205,7 @@ def _pairs(
         if triple is None:
             dropped += 1
             continue
-        record = dict(zip((PROMPT, *PAIR), triple, strict=True))
+        record = dict(zip((PROMPT, *PAIR), triple, strict=True)) | weight_of(row, where)
         if has_values(row, scores):
             record |= {name: read_value(name, row[name], where) for name in scores}
         records.append(record)
@@ -214,6 +218,20 @@ def _pairs(
         "%s: dropped all scores, %d of %d pairs lack them", adapter, without, len(records)
     )
     return [{n: value for n, value in record.items() if n not in scores} for record in records]
+
+
+def weight_of(row: Row, where: str) -> dict[str, float]:
+    """The weight of a row of texts, by the name of its column; {} where the data set has none.
+
+    Args:
+        row: of a data set.
+        where: which one it is.
+
+    Raises:
+        ValueError: it is no finite number >= 0, or there are weights of tokens.
+    """
+    refuse_token_weights(row, where)
+    return {WEIGHT: read_value(WEIGHT, row[WEIGHT], where)} if WEIGHT in row else {}
 
 
 def _with_prompt(row: Row) -> _Triple:

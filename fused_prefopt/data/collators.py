@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +29,17 @@ from fused_prefopt.data.columns import (
     SEQUENCE_IDS,
     TARGET_SEQUENCES,
     TARGETS,
+    TOKEN_WEIGHTS,
     feature_at,
     is_given,
     require_columns,
     stacked,
 )
 from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.token_weights import of_targets, spread, token_weights
+from fused_prefopt.data.truncation import TRUNCATION_MODES, cut_side
 
 Feature = Mapping[str, Any]
-Tokens = TypeVar("Tokens", Tensor, list[int])
-# What is kept of a sequence that is too long.
-TRUNCATION_MODES = ("keep_start", "keep_end")
 # Segments of a row that holds a pair with its prompt once.
 IN_PROMPT, IN_CHOSEN, IN_REJECTED, IN_PADDING = range(4)
 
@@ -71,7 +71,17 @@ class _Collator:
         """Lay out prompt + completion of every feature, for one completion column after another."""
         sequences = self._sequences(features, completions)
         batch = self._packed(sequences) if self.padding_free else self._padded(sequences)
-        return {**batch, LABEL_COUNTS: count_labels(batch)}
+        batch[LABEL_COUNTS] = count_labels(batch)
+        weights = self._token_weights(features, completions)
+        if weights is not None:
+            batch[TOKEN_WEIGHTS] = spread(weights, batch[COMPLETION_MASK])
+        return batch
+
+    def _token_weights(
+        self, features: Sequence[Feature], completions: Sequence[str]
+    ) -> list[Tensor] | None:
+        """Weights of the completions' tokens, cut as these are, or None."""
+        return token_weights(features, completions, self.max_length, self.truncation_mode)
 
     def _sequences(
         self, features: Sequence[Feature], completions: Sequence[str]
@@ -168,7 +178,11 @@ class PairCollator(_Collator):
             return super()._layout(features, completions)
         sequences, pairs = self._sequences(features, completions), len(features)
         halves = zip(sequences[:pairs], sequences[pairs:], strict=True)
-        return shared_layout(list(halves), self.pad_token_id, self.pad_to_multiple_of or 1)
+        batch = shared_layout(list(halves), self.pad_token_id, self.pad_to_multiple_of or 1)
+        weights = self._token_weights(features, completions)
+        if weights is not None:
+            batch[TOKEN_WEIGHTS] = of_targets(weights, batch[TARGET_SEQUENCES])
+        return batch
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """Make a batch of B pairs: sequences 0..B−1 are chosen, B..2B−1 rejected.
@@ -176,7 +190,8 @@ class PairCollator(_Collator):
         Args:
             features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
                 `score_chosen` with `score_rejected`, `collision_chosen` with
-                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`.
+                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`, and
+                `chosen_token_weights` with `rejected_token_weights`, lists as long as the ids.
 
         Returns:
             Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
@@ -187,14 +202,15 @@ class PairCollator(_Collator):
             number of labels; without it, or cut and joined by accelerate, it is counted there.
             Where `completion_mask` changes afterwards, take it out.
             Shared prompts: what `shared_layout` returns.
-            If the features have them: `rewards` (where none lacks a score), `collision` (2B,) and
-            `ref_chosen_logps`, `ref_rejected_logps` (B,), float32. Never `labels`: transformers'
+            If the features have them: `rewards` (where none lacks a score), `collision`, `weights`
+            (2B,), `ref_chosen_logps`, `ref_rejected_logps` (B,), and `token_weights`, laid out as
+            `completion_mask` or as `targets`, all float32. Never `labels`: transformers'
             Trainer would rescale the loss by them; see `data.labels_of`.
 
         Raises:
             ValueError: no feature, a missing column or value, an empty completion, also after the
-                cut, a token id outside the vocabulary, or a score or log-prob that is no finite
-                number.
+                cut, a token id outside the vocabulary, a score or log-prob that is no finite
+                number, or a weight that is none or negative.
         """
         _require_features(features, (PROMPT_IDS, *PAIR_IDS))
         batch = self._layout(features, PAIR_IDS)
@@ -226,41 +242,24 @@ class PointCollator(_Collator):
 
         Args:
             features: S dicts with `prompt_ids`, `completion_ids` and any of `reward`, `group`,
-                `desirable`, `reference`, `prompt_reference`, `sequence_kl`, `collision`. The
+                `desirable`, `reference`, `prompt_reference`, `sequence_kl`, `collision`, `weight`
+                and `token_weights`, a list as long as `completion_ids`. The
                 completions of one prompt may be spread over several batches.
 
         Returns:
             The layouts of `PairCollator` with S sequences, and for the columns that the features
             have: `rewards` (where none lacks one), `reference`, `prompt_reference`,
-            `sequence_kl`, `collision` (S,) float32, `groups` (S,) int64, `desirable` (S,) bool.
+            `sequence_kl`, `collision`, `weights` (S,) float32, `groups` (S,) int64, `desirable`
+            (S,) bool, `token_weights` laid out as `completion_mask`.
 
         Raises:
             ValueError: no feature, a missing column or value, an empty completion, also after the
-                cut, a token id outside the vocabulary, a number that is not finite, a group that is
-                no integer, or a label neither a bool nor 0 or 1.
+                cut, a token id outside the vocabulary, a number that is not finite, a weight that
+                is negative, a group that is no integer, or a label neither a bool nor 0 or 1.
         """
         _require_features(features, (PROMPT_IDS, COMPLETION_IDS))
         batch = self._layout(features, (COMPLETION_IDS,))
         return batch | _fields(features, POINT_FIELDS)
-
-
-def cut_side(
-    prompt: Tokens, completion: Tokens, max_length: int | None, truncation_mode: str
-) -> tuple[Tokens, Tokens]:
-    """A prompt and its completion within `max_length` tokens, as TRL's collators cut them.
-
-    Args:
-        prompt: token ids.
-        completion: token ids.
-        max_length: of both together; None cuts nothing.
-        truncation_mode: "keep_start" leaves out the last tokens, "keep_end" the first.
-    """
-    gone = 0 if max_length is None else len(prompt) + len(completion) - max_length
-    if gone <= 0:
-        return prompt, completion
-    if truncation_mode == "keep_start":
-        return prompt[:max_length], completion[: max(len(completion) - gone, 0)]
-    return prompt[gone:], completion[max(gone - len(prompt), 0) :]
 
 
 def shared_layout(

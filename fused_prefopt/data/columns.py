@@ -24,6 +24,8 @@ SCORES = SCORE_CHOSEN, SCORE_REJECTED = ("score_chosen", "score_rejected")
 RATINGS = REWARD, SCORE, RATING = ("reward", "score", "rating")
 LABELS = DESIRABLE, LABEL = ("desirable", "label")
 GROUP = "group"
+# Records and features: how much a pair or a completion counts.
+WEIGHT = "weight"
 # Records of the embedded corpus: how a text was spoilt, and whether its pair was exchanged.
 CORRUPTION, FLIPPED = "corruption", "flipped"
 
@@ -35,6 +37,13 @@ TOKENS = PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS, COMPLETION_IDS = (
     "completion_ids",
 )
 PAIR_IDS = (CHOSEN_IDS, REJECTED_IDS)
+# Features: how much each token of a completion counts; the last one in batches too, laid out as
+# their `completion_mask`, or where prompts are shared as their `targets`.
+TOKEN_WEIGHT_COLUMNS = CHOSEN_TOKEN_WEIGHTS, REJECTED_TOKEN_WEIGHTS, TOKEN_WEIGHTS = (
+    "chosen_token_weights",
+    "rejected_token_weights",
+    "token_weights",
+)
 # Features and batches: a reference's log-probs of pairs, named as in TRL, and of completions.
 PAIR_REFERENCES = REF_CHOSEN_LOGPS, REF_REJECTED_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 POINT_REFERENCES = REFERENCE, PROMPT_REFERENCE = ("reference", "prompt_reference")
@@ -56,17 +65,26 @@ TARGETS, TARGET_SEQUENCES = "targets", "target_sequences"
 LAYOUT = (
     *(INPUT_IDS, ATTENTION_MASK, POSITION_IDS, COMPLETION_MASK, LABEL_COUNTS),
     *(SEQUENCE_IDS, NUM_SEQUENCES, SEGMENTS, PREDICTORS, TARGETS, TARGET_SEQUENCES),
+    TOKEN_WEIGHTS,
 )
 # Examples of which a collator made the batch, by number, where it left others out.
 KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
+# Of TRL's rows, as of ours: ids of completions, and the weights that belong to them.
+WEIGHTS_OF_IDS = {
+    CHOSEN_IDS: CHOSEN_TOKEN_WEIGHTS,
+    REJECTED_IDS: REJECTED_TOKEN_WEIGHTS,
+    COMPLETION_IDS: TOKEN_WEIGHTS,
+    f"{MISMATCHED}{COMPLETION_IDS}": f"{MISMATCHED}{TOKEN_WEIGHTS}",
+}
 
 # Batches: fields of `LogpBatch`, and the columns of features that they are made of.
 REWARDS, GROUPS, KL = "rewards", "groups", "kl"
 PROMPT_LENGTHS = "prompt_lengths"
-SEQUENCE_KL, COLLISION = "sequence_kl", "collision"
-PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS}
+SEQUENCE_KL, COLLISION, WEIGHTS = "sequence_kl", "collision", "weights"
+# A pair's weight is that of both its completions.
+PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS, WEIGHTS: (WEIGHT, WEIGHT)}
 POINT_FIELDS = {
     REWARDS: (REWARD,),
     GROUPS: (GROUP,),
@@ -75,6 +93,7 @@ POINT_FIELDS = {
     PROMPT_REFERENCE: (PROMPT_REFERENCE,),
     SEQUENCE_KL: (SEQUENCE_KL,),
     COLLISION: (COLLISION,),
+    WEIGHTS: (WEIGHT,),
 }
 # Scores that stand for labels, and a flag that a batch's rewards are such, for the metrics.
 LABEL_REWARDS, MADE_UP_REWARDS = "label_rewards", "made_up_rewards"
@@ -148,6 +167,25 @@ def finite_number(name: str, value: Any, where: str) -> float:
     return number
 
 
+def weight(name: str, value: Any, where: str) -> float:
+    """A weight as a float.
+
+    Args:
+        name: of its column.
+        value: what stands there.
+        where: which row it is.
+
+    Raises:
+        ValueError: it is no finite number, or a negative one.
+    """
+    number = finite_number(name, value, where)
+    if number < 0:
+        raise ValueError(
+            f"{name}: got {value!r} in {where}, wanted a number >= 0; 0 leaves the row out"
+        )
+    return number
+
+
 def whole_number(name: str, value: Any, where: str) -> int:
     """A group as an int.
 
@@ -198,12 +236,13 @@ _NUMBER: tuple[_Reader, torch.dtype] = (finite_number, torch.float32)
 # Column → what reads its values, and their dtype; of every other column they are numbers.
 _KINDS: dict[str, tuple[_Reader, torch.dtype]] = {
     GROUP: (whole_number, torch.int64),
+    WEIGHT: (weight, torch.float32),
     **dict.fromkeys(LABELS, (judgement, torch.bool)),
 }
 
 
 def read_value(name: str, value: Any, where: str) -> float:
-    """The value of any column but texts and token ids: int of a group, bool of a label, or float.
+    """The value of a column of single values: int of a group, bool of a label, or float.
 
     Args:
         name: of its column.
@@ -211,14 +250,19 @@ def read_value(name: str, value: Any, where: str) -> float:
         where: which row it is.
 
     Raises:
-        ValueError: as `finite_number`, `whole_number` or `judgement` do.
+        ValueError: as `finite_number`, `weight`, `whole_number` or `judgement` do.
     """
     read, _ = _KINDS.get(name, _NUMBER)
     return read(name, value, where)
 
 
 def is_given(features: Sequence[Mapping[str, Any]], *names: str) -> bool:
-    """Whether a batch is to have columns: any feature has one; of scores, every one has all."""
+    """Whether a batch is to have columns: any feature has one; of scores, every one has all.
+
+    A weight of None is none of 1: of weights any feature has the column.
+    """
+    if WEIGHT in names:
+        return any(WEIGHT in feature for feature in features)
     there = [name for name in names if any(name in feature for feature in features)]
     if len(there) == len(names) and _PARTLY.issuperset(names):
         return all(has_values(feature, names) for feature in features)

@@ -16,6 +16,7 @@ from fused_prefopt.data.adapters import (
     preference,
     ultrafeedback,
     ultrafeedback_binarized,
+    weight_of,
 )
 from fused_prefopt.data.columns import (
     CHOSEN,
@@ -28,6 +29,7 @@ from fused_prefopt.data.columns import (
     REJECTED,
     REWARD,
     SCORES,
+    WEIGHT,
     finite_number,
     require_columns,
     row_at,
@@ -170,7 +172,8 @@ def points_of_pairs(records: Iterable[Row]) -> list[Record]:
             rated 1 and rejected 0.
 
     Returns:
-        Records with `prompt`, `completion`, `reward` and `group`, the pair's index.
+        Records with `prompt`, `completion`, `reward` and `group`, the pair's index, and the pair's
+        `weight`.
 
     Raises:
         ValueError: a column is missing, or a score is no finite number.
@@ -182,7 +185,7 @@ def points_of_pairs(records: Iterable[Row]) -> list[Record]:
         for side, name, default in zip(PAIR, SCORES, (1.0, 0.0), strict=True):
             score = record.get(name)
             reward = default if score is None else finite_number(name, score, where)
-            point = {PROMPT: record[PROMPT], COMPLETION: record[side]}
+            point = {PROMPT: record[PROMPT], COMPLETION: record[side], **weight_of(record, where)}
             points.append({**point, REWARD: reward, GROUP: group})
     return points
 
@@ -191,7 +194,8 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
     """The best and the worst completion of every prompt, for pairwise losses.
 
     Args:
-        records: with `prompt`, `completion`, `reward` and `group`.
+        records: with `prompt`, `completion`, `reward` and `group`, and `weight`, of which both
+            completions of a pair must have the same.
 
     Returns:
         Records with `prompt`, `chosen`, `rejected`, `score_chosen` and `score_rejected`, one for
@@ -199,7 +203,8 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
         groups that make no pair.
 
     Raises:
-        ValueError: a column is missing, or a reward is no finite number.
+        ValueError: a column is missing, a reward is no finite number, or a pair's completions have
+            two weights.
     """
     groups: dict[Any, list[tuple[float, Row]]] = {}
     for index, record in enumerate(records):
@@ -214,7 +219,7 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
         if high > low:
             scores = dict(zip(SCORES, (high, low), strict=True))
             sides = {CHOSEN: best[COMPLETION], REJECTED: worst[COMPLETION]}
-            pairs.append({PROMPT: best[PROMPT], **sides, **scores})
+            pairs.append({PROMPT: best[PROMPT], **sides, **scores, **_weight(best, worst)})
     alike = len(groups) - len(pairs)
     if alike:
         logger.warning(
@@ -223,6 +228,18 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
             len(groups),
         )
     return pairs
+
+
+def _weight(best: Row, worst: Row) -> dict[str, float]:
+    """The weight of a pair of two completions of a prompt."""
+    where = f"group {best[GROUP]}"
+    weights = [weight_of(each, where) for each in (best, worst)]
+    if weights[0] != weights[1]:
+        raise ValueError(
+            f"weight: got {best.get(WEIGHT)} and {worst.get(WEIGHT)} in {where}, the best and the"
+            " worst completion, wanted one weight for the pair of them"
+        )
+    return weights[0]
 
 
 def _recognised_pairs(row: Row) -> Recognised:

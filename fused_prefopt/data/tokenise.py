@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fused_prefopt.data.adapters import weight_of
 from fused_prefopt.data.columns import (
     CHOSEN_IDS,
     COMPLETION,
@@ -60,7 +61,7 @@ def tokenise_pairs(
     Args:
         records: with `prompt`, `chosen`, `rejected`: three strings, or three lists of
             ``{"role", "content"}`` messages; `score_chosen` and `score_rejected` are kept if
-            both are there.
+            both are there, and `weight`.
         tokenizer: has `encode(text, add_special_tokens=...)` and `eos_token_id`; for chats
             `apply_chat_template`. Hugging Face tokenizers do.
         max_length: tokens of prompt and completion together.
@@ -69,12 +70,12 @@ def tokenise_pairs(
 
     Returns:
         One dict a pair that is kept: `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int),
-        and the scores as floats.
+        and the scores and the weight as floats.
 
     Raises:
-        ValueError: a length does not fit, a column is missing, a score is no finite number, the
-            tokenizer has no end-of-text token, a chat's prompt is not a prefix of the whole chat,
-            or no pair is left.
+        ValueError: a length does not fit, a column is missing, a score or weight is no finite
+            number, there are weights of tokens, the tokenizer has no end-of-text token, a chat's
+            prompt is not a prefix of the whole chat, or no pair is left.
     """
     features, counts = counted_pairs(records, tokenizer, max_length, max_prompt_length)
     counts.log()
@@ -88,15 +89,15 @@ def tokenise_points(
 
     Args:
         records: with `prompt` and `completion`, both strings or both lists of messages; kept if
-            present are `group`, the first of `reward`, `score` and `rating` that has values, and
-            the first of `desirable` and `label`.
+            present are `group`, `weight`, the first of `reward`, `score` and `rating` that has
+            values, and the first of `desirable` and `label`.
         tokenizer: as for `tokenise_pairs`.
         max_length: tokens of prompt and completion together.
         max_prompt_length: tokens of the prompt, fewer than `max_length`.
 
     Returns:
         One dict a completion that is kept: `prompt_ids`, `completion_ids` (lists of int),
-        `reward` (float), `group` (int), `desirable` (bool).
+        `reward` and `weight` (float), `group` (int), `desirable` (bool).
 
     Raises:
         ValueError: as for `tokenise_pairs`; a group is no integer, or a label neither a bool nor
@@ -123,9 +124,9 @@ def counted_pairs(
         require_columns(record, (PROMPT, *PAIR), where)
         whole = [encoder.encode(record[PROMPT], record[side], where) for side in PAIR]
         cut = [encoder.fit(*side) for side in whole]
-        scores = {}
+        scores = weight_of(record, where)
         if has_values(record, SCORES):
-            scores = {name: read_value(name, record[name], where) for name in SCORES}
+            scores |= {name: read_value(name, record[name], where) for name in SCORES}
         if counts.keeps(whole, cut):
             (prompt, chosen), (_, rejected) = cut
             ids = {PROMPT_IDS: prompt, CHOSEN_IDS: chosen, REJECTED_IDS: rejected}
@@ -160,7 +161,7 @@ def counted_points(
             name: read_value(source, record[source], where)
             for name, source in sources.items()
             if source is not None and record.get(source) is not None
-        }
+        } | weight_of(record, where)
         if counts.keeps([whole], [(prompt, completion)]):
             features.append({PROMPT_IDS: prompt, COMPLETION_IDS: completion, **extras})
     counts.require_some("records")

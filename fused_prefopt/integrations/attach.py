@@ -19,8 +19,15 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     REFERENCE,
     SEQUENCE_KL,
+    TOKEN_WEIGHTS,
+    WEIGHTS,
 )
-from fused_prefopt.integrations.metrics import StepMetrics, Weighed, token_metrics
+from fused_prefopt.integrations.metrics import (
+    StepMetrics,
+    Weighed,
+    metric_weights,
+    token_metrics,
+)
 from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
 from fused_prefopt.losses.protocol import WHAT_IT_IS
 from fused_prefopt.models.batch import (
@@ -239,7 +246,7 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = _weights(output, forward.desirable) | tokens[1]
+    weights = metric_weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -274,8 +281,9 @@ class _LossInHead:
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:
-            tokens = token_metrics(self.loss_fn, rows, hidden, head, self.desirable)
-        given: dict[str, Any] = {**rows.layout, **self.extras}
+            weights = self.desirable, self.extras[WEIGHTS]
+            tokens = token_metrics(self.loss_fn, rows, hidden, head, *weights)
+        given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
         if self.compared is not None:
             source, given["ref_hidden"] = self.compared
             given["ref_head"] = source.head()
@@ -298,18 +306,6 @@ def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
         raise ValueError("model: got one on mps, needs a device that has float64 (CUDA or the CPU)")
     if any(buffer.device != device for buffer in loss_fn.buffers()):
         loss_fn.to(device)
-
-
-def _weights(output: LossOutput, desirable: Tensor | None) -> dict[str, Tensor]:
-    """How many pairs or completions each metric is a mean over."""
-    every = output.losses.new_full((), output.losses.shape[-1], dtype=torch.int64)
-    weights = dict.fromkeys(output.metrics, every)
-    if desirable is not None:
-        members = {"chosen": desirable.sum(), "rejected": desirable.logical_not().sum()}
-        for name in weights:
-            side = name.rpartition("/")[2]
-            weights[name] = members.get(side, weights[name])
-    return weights
 
 
 def _open_side_channel(

@@ -19,11 +19,12 @@ from fused_prefopt.losses.metrics import (
     REWARDS_CHOSEN,
     REWARDS_MARGINS,
     REWARDS_REJECTED,
+    is_unweighted,
 )
 from fused_prefopt.models.batch import CollatedRows
 from fused_prefopt.ops import token_statistics
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import LMHead
+from fused_prefopt.types import LMHead, LossOutput, divisors
 
 # Metrics, and what each of them is a mean over.
 Weighed = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -47,8 +48,8 @@ class StepMetrics:
 
         Args:
             metrics: 0-d tensors of this rank, means over its batch.
-            weights: 0-d tensors, how many pairs, completions or tokens each is a mean over; 0
-                where it has no value.
+            weights: 0-d tensors, how many pairs, completions or tokens each is a mean over, or the
+                sum of their weights; 0 where it has no value.
         """
         pairs = [torch.stack([metrics[name].double(), weights[name].double()]) for name in metrics]
         if not pairs:
@@ -97,7 +98,8 @@ def _merged(ranks: list[Step]) -> dict[str, float]:
             for rank in ranks
             if name in rank and rank[name][1] > 0
         ]
-        means[name] = max(0.0, _weighted(squares) - means[center] ** 2) ** 0.5
+        # In this order a NaN stays one.
+        means[name] = max(_weighted(squares) - means[center] ** 2, 0.0) ** 0.5
     halves = [means[name] for name in (REWARDS_CHOSEN, REWARDS_REJECTED) if name in means]
     if len(halves) == 2:
         means[REWARDS_MARGINS] = halves[0] - halves[1]
@@ -114,6 +116,32 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def metric_weights(
+    output: LossOutput, desirable: Tensor | None, given: Tensor | None
+) -> dict[str, Tensor]:
+    """How many pairs or completions each metric is a mean over, or the sum of their weights.
+
+    Args:
+        output: of the loss.
+        desirable: (S,) bool for single completions; None for pairs.
+        given: (S,) weights of the batch, or None.
+    """
+    size = output.losses.shape[-1]
+    every = output.losses.new_full((), size, dtype=torch.int64)
+    # A pair's weight stands in both halves.
+    own = output.losses.new_ones(size, dtype=torch.int64) if given is None else given[:size]
+    weights = dict.fromkeys(output.metrics, own.sum())
+    if desirable is not None:
+        members = {
+            "chosen": own.where(desirable, 0).sum(),
+            "rejected": own.where(desirable.logical_not(), 0).sum(),
+        }
+        for name in weights:
+            side = name.rpartition("/")[2]
+            weights[name] = members.get(side, weights[name])
+    return weights | {name: every for name in weights if is_unweighted(name)}
+
+
 @torch.no_grad()
 def token_metrics(
     loss_fn: PreferenceLoss,
@@ -121,6 +149,7 @@ def token_metrics(
     hidden: Tensor,
     head: LMHead,
     desirable: Tensor | None,
+    weights: Tensor | None,
 ) -> Weighed:
     """Means over the completions' tokens, by TRL's names.
 
@@ -131,11 +160,13 @@ def token_metrics(
         head: the head, whole.
         desirable: (S,) bool for single completions; None for pairs, of which the first half is
             chosen.
+        weights: (S,) of the pairs or completions, or None; those of the tokens count too.
 
     Returns:
-        Metrics and the numbers of tokens they are means over: `entropy` in nats, `logits/chosen`,
-        `logits/rejected` (means over the vocabulary), and for pairs `mean_token_accuracy`, the
-        share of the chosen completions' tokens that are the most likely ones.
+        Metrics and the numbers of tokens, or sums of their weights, they are means over: `entropy`
+        in nats, `logits/chosen`, `logits/rejected` (means over the vocabulary), and for pairs
+        `mean_token_accuracy`, the share of the chosen completions' tokens that are the most likely
+        ones.
     """
     options = loss_fn.evaluation_options
     tokens = token_statistics(hidden, head, rows.labels, **rows.layout, **options)
@@ -148,11 +179,15 @@ def token_metrics(
     }
     if desirable is None:
         means["mean_token_accuracy"] = (tokens.correct.double(), counted & chosen)
-    metrics, weights = {}, {}
+    worth, metrics, totals = _worth(rows, weights), {}, {}
     for name, (values, members) in means.items():
-        weights[name] = members.sum()
-        metrics[name] = values.double().where(members, 0.0).sum() / weights[name].clamp(min=1)
-    return metrics, weights
+        values = values.double().where(members, 0.0)
+        if worth is None:
+            totals[name] = members.sum()
+        else:
+            values, totals[name] = worth * values, worth.where(members, 0.0).sum()
+        metrics[name] = values.sum() / divisors(totals[name])
+    return metrics, totals
 
 
 def _counted(rows: CollatedRows) -> Tensor:
@@ -170,8 +205,23 @@ def _counted(rows: CollatedRows) -> Tensor:
 
 def _of_tokens(rows: CollatedRows, desirable: Tensor | None) -> Tensor:
     """Whether each label's sequence is a chosen one."""
-    ids = rows.layout.get(SEQUENCE_IDS)
     if desirable is None:
+        ids = rows.layout.get(SEQUENCE_IDS)
         sequences = rows.layout["num_sequences"] if ids is not None else rows.labels.shape[0]
         desirable = torch.arange(sequences, device=rows.labels.device) < sequences // 2
-    return desirable[:, None].expand(rows.labels.shape) if ids is None else desirable[ids]
+    return _by_token(rows, desirable)
+
+
+def _worth(rows: CollatedRows, weights: Tensor | None) -> Tensor | None:
+    """float64 weight of each label, its own times its sequence's; None where all count alike."""
+    worth = None if weights is None else _by_token(rows, weights.double())
+    if rows.token_weights is None:
+        return worth
+    own = rows.token_weights.double()
+    return own if worth is None else own * worth
+
+
+def _by_token(rows: CollatedRows, values: Tensor) -> Tensor:
+    """(S,) values of the sequences at each of their labels."""
+    ids = rows.layout.get(SEQUENCE_IDS)
+    return values[:, None].expand(rows.labels.shape) if ids is None else values[ids]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.losses.protocol import halves
+from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.types import LogpBatch
 
 # The names of what is logged: TRL's where TRL logs it.
@@ -21,6 +22,7 @@ SCORES_MEAN, SCORES_STD = "reward_model/mean", "reward_model/std"
 LOG_Z_MEAN = "log_z/mean"
 LOGITS_CHOSEN, LOGITS_REJECTED = "logits/chosen", "logits/rejected"
 NONFINITE = "nonfinite"
+WEIGHTS_MEAN = "weights/mean"
 # Of a sum, followed by a term's name: its own loss, before its weight.
 TERM_LOSS = "loss/"
 
@@ -50,14 +52,47 @@ POINT_METRICS = (
 )
 
 
-def mean(values: Tensor) -> Tensor:
-    """Mean of a vector; 0, with a gradient of none, for an empty one."""
-    return values.sum() / max(1, values.shape[0])
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of a vector, ``Σ w v / n``; 0, with a gradient of none, for an empty one.
+
+    Args:
+        values: (n,).
+        weights: (n,), or None for 1 each.
+    """
+    weighted = values if weights is None else weights * values
+    return weighted.sum() / max(1, values.shape[0])
 
 
-def spread(values: Tensor) -> Tensor:
-    """Population standard deviation of a vector; 0 for one value or none."""
+def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of (..., n) over the last dimension, ``Σ w v / Σ w``; 0 without any value or weight.
+
+    Args:
+        values: (..., n).
+        weights: (n,), or None for 1 each.
+    """
+    if weights is None:
+        return values.sum(-1) / max(1, values.shape[-1])
+    total = weights.sum()
+    return (weights * values).sum(-1) / total.where(total > 0, 1)
+
+
+def spread(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Population standard deviation of a vector, weighted; 0 for one value or none."""
+    if weights is not None:
+        return average((values - average(values, weights)).square(), weights).sqrt()
     return values.std(correction=0) if values.shape[0] else mean(values)
+
+
+def is_unweighted(name: str) -> bool:
+    """Whether a metric is of all pairs or completions alike, or has their weights in it already."""
+    return name in (NONFINITE, WEIGHTS_MEAN, "kl", "aux_loss") or name.startswith(TERM_LOSS)
+
+
+def of_weights(batch: LogpBatch) -> dict[str, Tensor]:
+    """`weights/mean`, where a batch has weights."""
+    if batch.weights is None:
+        return {}
+    return {WEIGHTS_MEAN: mean(batch.weights.to(batch.policy.dtype))}
 
 
 def nonfinite(losses: Tensor) -> Tensor:
@@ -78,11 +113,13 @@ def pairwise_metrics(
         losses: (P,) losses.
 
     Returns:
-        Means over the pairs: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies` (share
-        with the chosen reward greater), `rewards/margins`, `logps/chosen`, `logps/rejected`
-        (sums, nats); with a reference `kl/chosen`, `kl/rejected` (policy − reference, nats);
-        `margin/mean`, `margin/std` of γ_i; `nonfinite`, the number of non-finite losses.
+        Means over the pairs, weighted where the batch has weights: `rewards/chosen`,
+        `rewards/rejected`, `rewards/accuracies` (share with the chosen reward greater),
+        `rewards/margins`, `logps/chosen`, `logps/rejected` (sums, nats); with a reference
+        `kl/chosen`, `kl/rejected` (policy − reference, nats); `margin/mean`, `margin/std` of γ_i;
+        `nonfinite`, the number of non-finite losses; and `weights/mean` where there are weights.
     """
+    weights = weights_of(batch, pairwise=True)
     chosen, rejected = halves(rewards)
     chosen_logps, rejected_logps = halves(batch.policy)
     averaged = {
@@ -96,9 +133,10 @@ def pairwise_metrics(
     }
     if batch.reference is not None:
         averaged[KL_CHOSEN], averaged[KL_REJECTED] = halves(batch.policy - batch.reference)
-    means = torch.stack(list(averaged.values())).sum(1) / max(1, chosen.shape[0])
+    means = average(torch.stack(list(averaged.values())), weights)
     metrics = dict(zip(averaged, means.unbind(), strict=True))
-    return metrics | {MARGIN_STD: spread(target_margins), NONFINITE: nonfinite(losses)}
+    deviation = {MARGIN_STD: spread(target_margins, weights)}
+    return metrics | deviation | {NONFINITE: nonfinite(losses)} | of_weights(batch)
 
 
 @torch.no_grad()
@@ -114,10 +152,14 @@ def divergence_metrics(batch: LogpBatch, *, pairwise: bool) -> dict[str, Tensor]
     """
     if batch.sequence_kl is None:
         return {}
+    weights = weights_of(batch, pairwise=pairwise)
     if not pairwise:
-        return {SEQUENCE_KL_MEAN: mean(batch.sequence_kl)}
+        return {SEQUENCE_KL_MEAN: average(batch.sequence_kl, weights)}
     chosen, rejected = halves(batch.sequence_kl)
-    return {SEQUENCE_KL_CHOSEN: mean(chosen), SEQUENCE_KL_REJECTED: mean(rejected)}
+    return {
+        SEQUENCE_KL_CHOSEN: average(chosen, weights),
+        SEQUENCE_KL_REJECTED: average(rejected, weights),
+    }
 
 
 @torch.no_grad()
@@ -138,10 +180,16 @@ def feedback_metrics(
         `rewards/margins`, the difference of the rewards; and those of `pointwise_metrics`.
     """
     metrics = pointwise_metrics(batch, rewards, losses)
+    weights = weights_of(batch, pairwise=False)
     for reward, logp, members in (
         (REWARDS_CHOSEN, LOGPS_CHOSEN, desirable),
         (REWARDS_REJECTED, LOGPS_REJECTED, desirable.logical_not()),
     ):
+        if weights is not None:
+            own = weights.where(members, 0.0)
+            metrics[reward] = average(rewards.where(members, 0.0), own)
+            metrics[logp] = average(batch.policy.where(members, 0.0), own)
+            continue
         count = members.sum().clamp(min=1)
         metrics[reward] = rewards.where(members, 0.0).sum() / count
         metrics[logp] = batch.policy.where(members, 0.0).sum() / count
@@ -161,18 +209,20 @@ def pointwise_metrics(batch: LogpBatch, rewards: Tensor, losses: Tensor) -> dict
     Returns:
         `rewards/mean`, `rewards/std`, `logps/mean` (sums, nats); with a reference `kl/mean`
         (policy − reference, nats); with given scores `reward_model/mean`, `reward_model/std`;
-        `nonfinite`, the number of non-finite losses.
+        `nonfinite`, the number of non-finite losses; and `weights/mean` where there are weights,
+        by which the means are then weighted.
     """
+    weights = weights_of(batch, pairwise=False)
     metrics = {
-        REWARDS_MEAN: mean(rewards),
-        REWARDS_STD: spread(rewards),
-        LOGPS_MEAN: mean(batch.policy),
+        REWARDS_MEAN: average(rewards, weights),
+        REWARDS_STD: spread(rewards, weights),
+        LOGPS_MEAN: average(batch.policy, weights),
         NONFINITE: nonfinite(losses),
     }
     if batch.reference is not None:
-        metrics[KL_MEAN] = mean(batch.policy - batch.reference)
+        metrics[KL_MEAN] = average(batch.policy - batch.reference, weights)
     if batch.rewards is not None:
         scores = batch.rewards.to(batch.policy.dtype)
-        metrics[SCORES_MEAN] = mean(scores)
-        metrics[SCORES_STD] = spread(scores)
-    return metrics
+        metrics[SCORES_MEAN] = average(scores, weights)
+        metrics[SCORES_STD] = spread(scores, weights)
+    return metrics | of_weights(batch)

@@ -25,6 +25,7 @@ from fused_prefopt.losses.protocol import (
     needed,
 )
 from fused_prefopt.losses.rewards import LogRatio
+from fused_prefopt.losses.weights import refuse_weights, weights_of
 from fused_prefopt.statistics import JointStatistic, Statistic
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -42,7 +43,8 @@ class PairwiseLoss:
         regularisers: terms added to each pair's loss.
         scale: ρ, how sharply a pair is judged.
         weighting: w, how much a pair counts.
-        reduction: (P,) losses → the batch loss.
+        reduction: (P,) losses → the batch loss. Where a batch has weights, it is called with them
+            as a second argument.
     """
 
     reward: Reward
@@ -51,7 +53,7 @@ class PairwiseLoss:
     regularisers: tuple[Regulariser, ...] = ()
     scale: Scale | None = None
     weighting: Weighting | None = None
-    reduction: Callable[[Tensor], Tensor] = mean
+    reduction: Callable[..., Tensor] = mean
     pairwise: ClassVar[bool] = True
 
     @property
@@ -92,8 +94,8 @@ class PairwiseLoss:
             summary: what the statistic returned for this batch, where there is one.
 
         Returns:
-            The reduced loss, (P,) losses, metrics, (S,) rewards and (P,) target margins; a batch
-            without pairs has loss 0.
+            The reduced loss, (P,) losses before the batch's weights, metrics, (S,) rewards and
+            (P,) target margins; a batch without pairs has loss 0.
 
         Raises:
             ValueError: a needed field or the summary is missing, or the number of sequences odd.
@@ -105,16 +107,32 @@ class PairwiseLoss:
         losses = self._judged(reward_margins, target_margins, of_scale)
         if self.weighting is not None:
             losses = self.weighting(batch) * losses
-        for term in self.regularisers:
-            losses = losses + term(batch)
+        loss, losses = self._reduced(batch, losses)
         rewards, target_margins = rewards.detach(), target_margins.detach()
         return LossOutput(
-            loss=self.reduction(losses),
+            loss=loss,
             losses=losses,
             metrics=pairwise_metrics(batch, rewards, target_margins, losses),
             rewards=rewards,
             target_margins=target_margins,
         )
+
+    def _reduced(self, batch: LogpBatch, judged: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch loss, and (P,) losses with the regularisers."""
+        weights = weights_of(batch, pairwise=True)
+        terms = [term(batch) for term in self.regularisers]
+        losses = judged
+        for term in terms:
+            losses = losses + term
+        if weights is None:
+            return self.reduction(losses), losses
+        if self.reduction is not mean:
+            return self.reduction(losses, weights), losses
+        weighted = weights * judged
+        for regulariser, term in zip(self.regularisers, terms, strict=True):
+            # A term that spans the pairs has weighed them itself.
+            weighted = weighted + (term if regulariser.coupled else weights * term)
+        return mean(weighted), losses
 
     def _judged(self, reward_margins: Tensor, target_margins: Tensor, summary: Any) -> Tensor:
         if self.scale is None:
@@ -251,7 +269,7 @@ class AnchoredLoss:
         losses = self.weight * self.judge(*halves(rewards))
         rewards, target_margins = rewards.detach(), torch.zeros_like(losses)
         return LossOutput(
-            loss=mean(losses),
+            loss=mean(losses, weights_of(batch, pairwise=True)),
             losses=losses,
             metrics=pairwise_metrics(batch, rewards, target_margins, losses),
             rewards=rewards,
@@ -323,15 +341,17 @@ class TransportLoss:
         """The loss of a batch of pairs.
 
         Args:
-            batch: chosen half first, with `reference`.
+            batch: chosen half first, with `reference` and without `weights`.
             summary: not used.
 
         Returns:
             Mean loss, (P,) losses, metrics, (S,) rewards βΔ and target margins of 0.
 
         Raises:
-            ValueError: a needed field is missing, or the number of sequences odd.
+            ValueError: a needed field is missing, there are weights, or the number of sequences is
+                odd.
         """
+        refuse_weights(batch, "sorts the pairs")
         differences = self.reward.beta * matched(*self.quantiles(batch))
         target_margins = torch.zeros_like(differences)
         losses = self.link(differences, target_margins)

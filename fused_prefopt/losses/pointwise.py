@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_number
-from fused_prefopt.losses.metrics import LOG_Z_MEAN, feedback_metrics, mean, pointwise_metrics
+from fused_prefopt.losses.metrics import (
+    LOG_Z_MEAN,
+    average,
+    feedback_metrics,
+    mean,
+    pointwise_metrics,
+)
 from fused_prefopt.losses.protocol import expect, needed
 from fused_prefopt.losses.rewards import LogRatio
+from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.statistics import BatchMoments, Moments
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -93,11 +100,20 @@ class DirectRewardLoss:
         prompt_ratio = needed(batch, "prompt") - needed(batch, "prompt_reference")
         log_z = prompt_ratio.detach() + self.log_z0
         losses = (scores - rewards - self.reward.beta * log_z).square()
-        groups = batch.groups
-        loss = mean(losses) if groups is None else mean_over_groups(losses, groups)
-        rewards = rewards.detach()
+        return self.reduced(batch, losses, rewards.detach(), log_z)
+
+    def reduced(
+        self, batch: LogpBatch, losses: Tensor, rewards: Tensor, log_z: Tensor
+    ) -> LossOutput:
+        """The loss of a batch whose (S,) losses, rewards (detached) and log Z are known."""
+        weights = weights_of(batch, pairwise=False)
+        if batch.groups is None:
+            loss = mean(losses, weights)
+        else:
+            weighted = losses if weights is None else weights * losses
+            loss = mean_over_groups(weighted, batch.groups)
         metrics = pointwise_metrics(batch, rewards, losses)
-        metrics[LOG_Z_MEAN] = mean(log_z)
+        metrics[LOG_Z_MEAN] = average(log_z, weights)
         return LossOutput(loss=loss, losses=losses, metrics=metrics, rewards=rewards)
 
 
@@ -198,7 +214,8 @@ class AnchoredFeedbackLoss:
         rewards = rewards.detach()
         metrics = feedback_metrics(batch, rewards, desirable, losses)
         metrics["kl"] = level / self.reward.beta
-        return LossOutput(loss=mean(losses), losses=losses, metrics=metrics, rewards=rewards)
+        loss = mean(losses, weights_of(batch, pairwise=False))
+        return LossOutput(loss=loss, losses=losses, metrics=metrics, rewards=rewards)
 
 
 @dataclass(frozen=True)

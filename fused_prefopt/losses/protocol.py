@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from fused_prefopt.statistics import Statistic
-from fused_prefopt.types import LogpBatch, LossOutput
+from fused_prefopt.types import LogpBatch, LossOutput, divisors
 
 WHAT_IT_IS = {
     "reference": "(S,) summed log-probs of the completions under the reference model",
@@ -21,6 +21,7 @@ WHAT_IT_IS = {
     "groups": "(S,) integers, equal for the completions of one prompt",
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
+    "weights": "(S,) numbers >= 0, how much each pair or completion counts",
 }
 
 
@@ -68,8 +69,8 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_token(values: Tensor, batch: LogpBatch) -> Tensor:
-    """``values / max(1, lengths)``, (S,): an empty completion, of sum 0, has mean 0."""
-    return values / batch.lengths.clamp(min=1)
+    """``values / lengths``, (S,): an empty completion, of sum 0, has mean 0."""
+    return values / divisors(batch.lengths)
 
 
 Summary = TypeVar("Summary")

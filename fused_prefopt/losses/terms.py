@@ -12,8 +12,9 @@ from torch import Tensor
 from fused_prefopt.checks import require_choice, require_integer, require_number, require_shape
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.losses.protocol import expect, halves, needed, per_token
+from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.statistics import MarginMeans, ReferenceMean, RunningMean
-from fused_prefopt.types import LogpBatch
+from fused_prefopt.types import LogpBatch, divisors
 
 _WHOLE = "whole_token_mean"
 _BASELINES: dict[str, type[RunningMean] | type[ReferenceMean]] = {
@@ -91,7 +92,8 @@ class OnPolicyWeights:
 class SoftMinimum:
     """Dr. DPO's ``−T log mean exp(−ℓ/T)``: pairs of large loss, probably mislabelled, count less.
 
-    Of several processes the mean is over the pairs of all of them.
+    Of several processes the mean is over the pairs of all of them. With weights the mean is
+    ``Σ w exp(−ℓ/T) / Σ w``: their scale does not matter.
 
     Args:
         temperature: T > 0; the mean as T → ∞.
@@ -107,12 +109,21 @@ class SoftMinimum:
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, low=0, above=True)
 
-    def __call__(self, losses: Tensor) -> Tensor:
-        """0-d loss of (P,) losses; 0 without any."""
-        if losses.shape[0] == 0:
+    def __call__(self, losses: Tensor, weights: Tensor | None = None) -> Tensor:
+        """0-d loss of (P,) losses, with (P,) weights or None; 0 without any."""
+        pairs = losses.shape[0]
+        if pairs == 0:
             return mean(losses)
-        total = torch.logsumexp(-losses / self.temperature, dim=0)
-        return self.temperature * (math.log(losses.shape[0]) - total)
+        if weights is None:
+            total = torch.logsumexp(-losses / self.temperature, dim=0)
+            return self.temperature * (math.log(pairs) - total)
+        total = weights.sum()
+        some = total > 0
+        # Where all are 0 their logarithms are -inf, and the gradient of that NaN.
+        shares = weights.where(some, 1.0).log()
+        total = (total / pairs).where(some, 1.0).log() + math.log(pairs)
+        soft = total - torch.logsumexp(shares - losses / self.temperature, dim=0)
+        return self.temperature * soft.where(some, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +134,8 @@ class ChosenNll:
         weight: λ >= 0.
         nll: "sum" −L_w, "sequence_mean" −L_w/|y_w|, or "token_mean", the mean over all
             chosen tokens of the batch, of all ranks, the same term for every pair, or
-            "whole_token_mean", the same over the tokens of their prompts, too, but the first.
+            "whole_token_mean", the same over the tokens of their prompts, too, but the first. With
+            weights of pairs both are ``Σ w_i · −L_w,i / Σ |y_w,i|``.
 
     Raises:
         ValueError: an option is out of range.
@@ -161,8 +173,11 @@ class ChosenNll:
         chosen = halves(sums)[0]
         # A NaN stays in its own pair, whose other terms carry it.
         finite = chosen.isfinite()
-        tokens = halves(lengths)[0].where(finite, 0).sum().clamp(min=1)
-        return (-self.weight * chosen.where(finite, 0.0).sum() / tokens).expand_as(chosen)
+        tokens = divisors(halves(lengths)[0].where(finite, 0).sum())
+        chosen, weights = chosen.where(finite, 0.0), weights_of(batch, pairwise=True)
+        if weights is not None:
+            chosen = weights * chosen
+        return (-self.weight * chosen.sum() / tokens).expand_as(chosen)
 
 
 @dataclass(frozen=True, kw_only=True)

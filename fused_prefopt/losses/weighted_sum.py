@@ -14,6 +14,7 @@ from fused_prefopt.losses.links import Indifferent
 from fused_prefopt.losses.metrics import NONFINITE, TERM_LOSS, mean, nonfinite
 from fused_prefopt.losses.pairwise import AnchoredLoss, PairwiseLoss
 from fused_prefopt.losses.protocol import Loss, Reward, Weighting
+from fused_prefopt.losses.weights import weights_of
 from fused_prefopt.statistics import TermStatistics
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -143,12 +144,15 @@ class WeightedSum:
 
         Returns:
             Weighted sums of `loss` and `losses`; the leading term's rewards, target margins and
-            metrics, with each term's own loss, unweighted, as `loss/<its name>`.
+            metrics, with each term's own loss, before the term's weight, as `loss/<its name>`.
+
+        Raises:
+            ValueError: the pairs have weights, and with a weighting a term is a mean over tokens.
         """
         if self.weighting is not None:
-            factors = self.weighting(batch)
+            factors, weights = self.weighting(batch), weights_of(batch, pairwise=self.pairwise)
             outputs = [
-                output if _has_weighting(term.loss) else _counted(output, factors)
+                output if _has_weighting(term.loss) else _counted(term, output, factors, weights)
                 for term, output in zip(self.terms, outputs, strict=True)
             ]
         weighed = list(zip(self.terms, outputs, strict=True))
@@ -177,9 +181,15 @@ def _is_mean_over_pairs(loss: Loss) -> bool:
     return composed or isinstance(loss, AnchoredLoss)
 
 
-def _counted(output: LossOutput, factors: Tensor) -> LossOutput:
+def _counted(term: Term, output: LossOutput, factors: Tensor, weights: Tensor | None) -> LossOutput:
+    if weights is not None and term.loss.coupled:
+        # It has weighted its pairs already, which no factor reaches afterwards.
+        raise ValueError(
+            f"weights: got some with use_weighting and {term.name}, a mean over all tokens; needs"
+            " another term, such as one with nll='sequence_mean', or pairs without weights"
+        )
     losses = factors * output.losses
-    return replace(output, loss=mean(losses), losses=losses)
+    return replace(output, loss=mean(losses, weights), losses=losses)
 
 
 def _weighted(values: Sequence[tuple[float, Tensor]]) -> Tensor:

@@ -26,6 +26,7 @@ from fused_prefopt.data.columns import (
     SEQUENCE_IDS,
     TARGET_SEQUENCES,
     TARGETS,
+    TOKEN_WEIGHTS,
 )
 from fused_prefopt.data.labels import counts_of, labels_of, prompt_labels_of
 from fused_prefopt.models.causal_lm import (
@@ -78,6 +79,7 @@ class CollatedRows:
         layout: `shift`, `sequence_ids`, `num_sequences` and `num_labels` of the op.
         router: coefficient and value of the router loss of a mixture of experts, or None.
         num_prompt_labels: `num_labels` of the prompt tokens.
+        token_weights: of the labels, in their shape, or None.
     """
 
     hidden: Tensor
@@ -86,6 +88,7 @@ class CollatedRows:
     layout: dict[str, Any]
     router: tuple[float, Tensor] | None = None
     num_prompt_labels: int | None = None
+    token_weights: Tensor | None = None
 
 
 def collated_rows(
@@ -117,7 +120,8 @@ def collated_rows(
             "num_sequences": 2 * batch[INPUT_IDS].shape[0],
             "num_labels": batch[TARGETS].shape[0],
         }
-        return CollatedRows(shared_hidden(model, batch), batch[TARGETS], None, layout)
+        given = shared_hidden(model, batch), batch[TARGETS], None, layout
+        return CollatedRows(*given, token_weights=batch.get(TOKEN_WEIGHTS))
     if SEQUENCE_IDS in batch:
         require_separate_sequences(model, batch[INPUT_IDS])
     options = {"output_router_logits": True} if router else {}
@@ -129,12 +133,15 @@ def collated_rows(
     prompt_labels = prompt_labels_of(batch) if prompt else None
     count, prompt_count = counts_of(batch)
     layout = {"shift": True, "num_labels": count}
+    weights = batch.get(TOKEN_WEIGHTS)
     if SEQUENCE_IDS not in batch:
-        return CollatedRows(hidden, labels, prompt_labels, layout, routed, prompt_count)
+        return CollatedRows(hidden, labels, prompt_labels, layout, routed, prompt_count, weights)
     layout["sequence_ids"] = batch[SEQUENCE_IDS][0]
     layout["num_sequences"] = batch[NUM_SEQUENCES]
     prompt_labels = None if prompt_labels is None else prompt_labels[0]
-    return CollatedRows(hidden[0], labels[0], prompt_labels, layout, routed, prompt_count)
+    weights = None if weights is None else weights[0]
+    packed = (hidden[0], labels[0], prompt_labels, layout, routed, prompt_count, weights)
+    return CollatedRows(*packed)
 
 
 def _require_rows_of_images(batch: Mapping[str, Any]) -> None:
@@ -182,18 +189,23 @@ def completion_logps(
         **options: of `sequence_logps`, such as `workspace_mb`.
 
     Returns:
-        (S,) sums in nats, fp32: `completion`, and `prompt` where it is wanted.
+        (S,) sums in nats, fp32: `completion`, weighted where the batch has `token_weights`, and
+        `prompt` where it is wanted.
+
+    Raises:
+        ValueError: tokens have weights with `ld_alpha`.
     """
     rows = collated_rows(model, batch, prompt=prompt)
     sums: dict[str, Tensor] = {}
 
     def forward(hidden: Tensor) -> Tensor:
         head, given = LMHead.of(model), {**rows.layout, **options}
+        weighted = {**given, "token_weights": rows.token_weights}
         if ld_alpha is not None:
-            shared, tail = shared_and_tail_logps(hidden, head, rows.labels, **given)
+            shared, tail = shared_and_tail_logps(hidden, head, rows.labels, **weighted)
             sums["completion"] = shared.sums + ld_alpha * tail.sums
         else:
-            sums["completion"] = sequence_logps(hidden, head, rows.labels, **given).sums
+            sums["completion"] = sequence_logps(hidden, head, rows.labels, **weighted).sums
         if rows.prompt_labels is not None:
             given["num_labels"] = rows.num_prompt_labels
             sums["prompt"] = sequence_logps(hidden, head, rows.prompt_labels, **given).sums

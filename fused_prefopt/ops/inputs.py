@@ -252,7 +252,7 @@ def layout_of(labels: Tensor, options: LogpOptions) -> Layout:
         return packed_layout(labels, options.sequence_ids, options)
     targets = labels.long()  # before the shift: an unsigned dtype cannot hold `ignore_index`
     if options.shift:
-        targets = _shift_left(targets, options.ignore_index)
+        targets = shift_left(targets, options.ignore_index)
     return Layout(targets.reshape(-1), None, labels.shape[0])
 
 
@@ -278,12 +278,13 @@ def packed_layout(labels: Tensor, sequence_ids: Tensor, options: LogpOptions) ->
     )
     targets = labels.long()
     if options.shift:
-        follows = _shift_left(sequence_ids, -1) == sequence_ids
-        targets = _shift_left(targets, options.ignore_index).where(follows, options.ignore_index)
+        follows = shift_left(sequence_ids, -1) == sequence_ids
+        targets = shift_left(targets, options.ignore_index).where(follows, options.ignore_index)
     return Layout(targets, sequence_ids, num_sequences)
 
 
-def _shift_left(values: Tensor, fill: int) -> Tensor:
+def shift_left(values: Tensor, fill: int) -> Tensor:
+    """The values one place earlier in their last dimension, its last place filled."""
     shifted = torch.full_like(values, fill)
     shifted[..., :-1] = values[..., 1:]
     return shifted

@@ -35,6 +35,7 @@ from fused_prefopt.ops.passes import backward as gradients_of_logps
 from fused_prefopt.ops.plan import PassSize, beside_statistics, cut
 from fused_prefopt.ops.precision import HeadMath, fixed_precision
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
+from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.ops.vocab_shard import local_part
 from fused_prefopt.types import AnyHead, LMHead
@@ -49,7 +50,7 @@ class SequenceKl:
             tokens, in nats, differentiable; 0 for a sequence without labels.
         policy: (S,) summed log-probs of the labels under the policy, in nats, differentiable.
         reference: (S,) the same under the reference, a constant.
-        lengths: (S,) int64, number of labelled tokens.
+        lengths: (S,) int64, number of labelled tokens; with weights of tokens the sum of those.
     """
 
     kl: Tensor
@@ -72,6 +73,7 @@ def sequence_kl(
     ignore_index: int = -100,
     workspace_mb: float | None = None,
     engine: str = "auto",
+    token_weights: Tensor | None = None,
 ) -> SequenceKl:
     """KL divergence of a policy from its reference over the labelled tokens of each sequence.
 
@@ -94,6 +96,7 @@ def sequence_kl(
         workspace_mb: budget in MiB for everything but statistics and gradients.
         engine: `auto`, `torch`, `cublas` or `triton`, as in `sequence_logps`; the last two are one
             here: the library's matmuls, and one Triton kernel for each pass over both logits.
+        token_weights: as in `sequence_logps`; of all three sums.
 
     Returns:
         kl, policy, reference and lengths, each (S,).
@@ -125,9 +128,10 @@ def sequence_kl(
         others = others.detached()
     math = HeadMath.of(reference, call.math.dtype)
     spec = call.spec("recompute", call.workspace(False), reference=math)
-    where = call.layout.targets, call.layout.sequence_ids
-    outputs = call.checked(head_kl(*call.tensors, *others, *where, *spec.packed()))
-    return SequenceKl(*outputs[:4])
+    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+    ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
+    sums = call.checked(head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed()))
+    return SequenceKl(*(sums[:4] if rows is None else rows.all_sums(sums[:3])))
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
@@ -319,7 +323,6 @@ class KlRows:
                 low_rank=policy.rank + reference.rank > 0,
             )
         )
-
         spec = replace(spec, reference=None)
         one = HeadRows.of(policy, targets, index, spec, backward=backward, given=tiles)
         beside = replace(one, tensors=reference.first(spec.vocab), spec=replace(spec, math=other))

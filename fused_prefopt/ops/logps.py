@@ -24,6 +24,7 @@ from fused_prefopt.ops.inputs import (
 from fused_prefopt.ops.passes import fold_details
 from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan, room_of
 from fused_prefopt.ops.precision import fixed_precision
+from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
 
 
@@ -41,6 +42,7 @@ def sequence_logps(
     path: str = "auto",
     engine: str = "auto",
     drop_mass: float = 0.0,
+    token_weights: Tensor | None = None,
 ) -> SequenceLogps:
     """Summed log-probabilities of the labelled tokens of each sequence.
 
@@ -73,10 +75,13 @@ def sequence_logps(
             log-probs stay exact, and so does the gradient with 0 and on the path `stash`, which
             `auto` takes for a frozen head. The backward then waits for CUDA once, and the forward
             keeps one more number a row for every 512 vocabulary entries.
+        token_weights: numbers >= 0 in the shape of `labels`, which they belong to (0 counts like no
+            label, 2 like the label twice; where there is no label they are not heeded). The sums
+            are ``Σ_t w_t log p_t``, the lengths ``Σ_t w_t``. They cost nothing; constants.
 
     Returns:
         sums (S,) fp32, lengths (S,) int64, means (S,), and the plan that was followed. Float64
-        inputs give float64 sums.
+        inputs give float64 sums. With weights of tokens the lengths have the dtype of the sums.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is wrong; a label is outside the
@@ -93,8 +98,11 @@ def sequence_logps(
         engine=engine,
         drop_mass=drop_mass,
     )
+    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
     plan, outputs = _run(hidden, head, labels, options)
-    return SequenceLogps(outputs[1], outputs[2], plan)
+    if rows is None:
+        return SequenceLogps(outputs[1], outputs[2], plan)
+    return SequenceLogps(rows.sums(outputs[0]), rows.lengths(outputs[0].dtype), plan)
 
 
 def token_logps(
@@ -248,16 +256,22 @@ def shared_and_tail_logps(
 
     Args:
         hidden, head, labels, shift, sequence_ids, num_sequences, ignore_index: as there.
-        **options: the others of `sequence_logps`.
+        **options: the others of `sequence_logps`, but `token_weights`.
 
     Returns:
         The shared parts and the tails, S sequences each, with one plan.
 
     Raises:
-        ValueError: the number of sequences is odd, or what `sequence_logps` raises.
+        ValueError: the number of sequences is odd, tokens have weights, or what `sequence_logps`
+            raises.
 
     Source: LD-DPO (Liu et al. 2024, arXiv:2409.06411), whose α weighs the tails.
     """
+    if options.get("token_weights") is not None:
+        raise ValueError(
+            "token_weights: got some with ld_alpha, which weighs the tokens by the completions'"
+            " lengths; needs one of them"
+        )
     where = LogpOptions(
         shift=shift,
         sequence_ids=sequence_ids,

@@ -13,7 +13,7 @@ from loss_cases import VARIANTS, compute, held, random_batch
 from fused_prefopt.losses import available_losses, find
 from fused_prefopt.types import LogpBatch
 
-FIELDS = tuple(field.name for field in dataclasses.fields(LogpBatch))
+FIELDS = tuple(sorted(random_batch().given))
 REGISTERED = available_losses()
 PAIRWISE = [name for name, info in REGISTERED.items() if info.pairwise]
 STATEFUL = [name for name, info in REGISTERED.items() if info.stateful]

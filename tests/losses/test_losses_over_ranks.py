@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from loss_cases import VARIANTS, random_batch
 
 from fused_prefopt import LogpBatch, PreferenceLoss
+from fused_prefopt.integrations.metrics import StepMetrics, metric_weights
 from fused_prefopt.losses import (
     ChosenNll,
     DynamicMargin,
@@ -48,12 +49,17 @@ JOINT = PairwiseLoss(
 SPANNING = dataclasses.replace(
     JOINT, regularisers=(ChosenNll(nll="token_mean"),), reduction=SoftMinimum()
 )
+# Judged with weights of the pairs, after all the others.
+WEIGHTED = ["dpo", "alpha-dpo", "dr-dpo", "cpo", SPANNING]
 
 
 def loss_fns(states: list[dict] | None = None) -> list[PreferenceLoss]:
     """Fresh losses, or those that go on from what was saved."""
     found = [PreferenceLoss(name, **options) for name, options in MET]
-    for loss in (JOINT, SPANNING):
+    for loss in (JOINT, SPANNING, *WEIGHTED):
+        if isinstance(loss, str):
+            found.append(PreferenceLoss(loss))
+            continue
         loss_fn = PreferenceLoss("simpo")
         loss_fn.loss, loss_fn.statistics = loss, loss.statistics()
         loss_fn.statistics.sees_all_ranks = loss.coupled
@@ -87,8 +93,11 @@ def part(batch: LogpBatch, pairs: slice) -> LogpBatch:
 def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[dict]:
     """What each loss and step returns, pairs in the last dimension; of one rank, or of all."""
     found = []
-    for loss_fn in losses:
+    for number, loss_fn in enumerate(losses):
         for step, (batch, split) in enumerate(zip(batches(world), SPLITS[world], strict=True)):
+            if number >= len(losses) - len(WEIGHTED):
+                weights = torch.arange(batch.size // 2).double().remainder(3).repeat(2)
+                batch = dataclasses.replace(batch, weights=weights)
             if rank is not None:
                 start = sum(split[:rank])
                 batch = part(batch, slice(start, start + split[rank]))
@@ -113,7 +122,13 @@ def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[
                 for name, values in by_pair.items()
             }
             agreed = {}
-            if spans:
+            if batch.weights is not None:
+                # What is logged, of all ranks, though some of them have no weight, or no pair.
+                logged = StepMetrics()
+                logged.add(result.metrics, metric_weights(result, None, batch.weights))
+                agreed = {name: torch.tensor(value) for name, value in logged.pop().items()}
+                del agreed["nonfinite"]  # a mean over ranks
+            elif spans:
                 agreed = {"loss": result.loss.detach(), **result.metrics}
             found.append({"by pair": shaped, "agreed": agreed})
         if loss_fn.statistics is not None:

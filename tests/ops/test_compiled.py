@@ -64,6 +64,13 @@ def packed(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
     return out.means + out.sums * out.lengths
 
 
+def weighted(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
+    rows, given = batch["labels"].flatten(), {"token_weights": batch["labels"].flatten() % 3 / 2}
+    ids = {"sequence_ids": batch["sequence_ids"], "num_sequences": batch["reference"].shape[0]}
+    out = fp.sequence_logps(hidden.flatten(0, 1), weight, rows, **ids, **given)
+    return out.means + out.sums * out.lengths
+
+
 def policies(hidden: Tensor, weight: Tensor, batch: dict) -> Tensor:
     tokens = fp.token_policy(hidden, head_of(weight), batch["labels"])
     return tokens.logps + tokens.entropies
@@ -92,6 +99,7 @@ FUNCTIONS = {
     "recompute": sums_on("recompute"),
     "frozen": frozen,
     "packed": packed,
+    "weighted": weighted,
     "tokens": lambda hidden, weight, batch: fp.token_logps(hidden, weight, batch["labels"]),
     "policies": policies,
     "divergences": divergences,

@@ -20,7 +20,11 @@ from fused_prefopt.data.columns import (
     REWARDS,
     SCORES,
     SEQUENCE_KL,
+    WEIGHT,
+    WEIGHTS,
     has_values,
+    is_given,
+    row_at,
     stacked,
 )
 from fused_prefopt.integrations.options import FusedOptions
@@ -28,6 +32,7 @@ from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.trl.rows import require_values
+from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -70,11 +75,13 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     TRL's datasets (texts or images), collation, reference handling (model, adapter switch,
     precomputed, here of images too), PEFT and logging stay as they are; the reference's log-probs
     come from the same op as the policy's; score columns `score_chosen` and `score_rejected` reach
-    the loss as `rewards`. Pairs that truncation leaves equal or without a label are dropped, and a
-    log message counts them; where rows stream or have images it tells of the first. A loss without
-    a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's names;
-    its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer refuses,
-    trains like any other.
+    the loss as `rewards`, a column `weight` as `weights`. Rows of token ids (`prompt_ids`,
+    `chosen_ids`, `rejected_ids`) are taken as they are, and then may have `chosen_token_weights`
+    and `rejected_token_weights`. Pairs that truncation leaves equal or without a label are dropped,
+    and a log message counts them; where rows stream or have images it tells of the first. A loss
+    without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
+    names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
+    refuses, trains like any other.
 
     Args:
         *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`, None for
@@ -89,7 +96,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     """
 
     config_type = FusedDPOConfig
-    columns = (*SCORES, *PAIR_REFERENCES)
+    columns = (*SCORES, *PAIR_REFERENCES, WEIGHT)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -127,6 +134,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        require_ids_of_weights(row, row_at(0))
         given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
@@ -138,13 +146,13 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        own = [name for name in self.columns if name not in self._signature_columns]
-        self._signature_columns += own
+        extra = (*self.columns, *WEIGHT_COLUMNS)
+        self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 
 @dataclass
 class _WithScores:
-    """A collator of TRL's that also stacks the score columns, where all the examples have them.
+    """A collator of TRL's that also stacks scores, where all examples have them, and weights.
 
     It checks the numbers of these and of the reference, which TRL's of images leaves out.
     """
@@ -159,4 +167,6 @@ class _WithScores:
                 batch[name] = stacked(examples, name)
         if all(has_values(example, SCORES) for example in examples):
             batch[REWARDS] = torch.cat([stacked(examples, name) for name in SCORES])
+        if is_given(examples, WEIGHT):
+            batch[WEIGHTS] = stacked(examples, WEIGHT).repeat(2)
         return batch

@@ -44,10 +44,14 @@ from fused_prefopt.data.columns import (
     SCORE_CHOSEN,
     SCORE_REJECTED,
     SCORES,
+    TOKEN_WEIGHTS,
     TRL_REFERENCES,
+    WEIGHT,
+    WEIGHTS,
     feature_at,
     finite_number,
     has_values,
+    is_given,
     judgement,
     row_at,
     stacked,
@@ -57,12 +61,13 @@ from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.rows import require_values
+from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
 from fused_prefopt.models.model_call import IMAGES, TOKENWISE
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 
 # Columns of values that reach the loss.
-_VALUES = (LABEL, *RATINGS, *SCORES, *TRL_REFERENCES)
+_VALUES = (LABEL, *RATINGS, *SCORES, *TRL_REFERENCES, WEIGHT)
 
 
 @dataclass
@@ -189,6 +194,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         return super()._given_to_trl(config, loss_fn) | weights | {"loss_type": kind}
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+        require_ids_of_weights(row, row_at(0))
         if LABEL not in row:
             raise ValueError(f"got {', '.join(row)}, needs a column 'label'")
         given = {REFERENCE, DESIRABLE, REWARDS, PROMPT, PROMPT_REFERENCE}
@@ -199,7 +205,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     ) -> Any:
         require_values(dataset_name, dataset, self.columns)
         row = next(iter(dataset))
-        if all(name in row for name in (*PAIR, *SCORES)):
+        valued = all(name in row for name in SCORES) or WEIGHT in row
+        if valued and all(name in row for name in PAIR):
             if PROMPT not in row:
                 dataset = dataset.map(extract_prompt)
             dataset = dataset.map(
@@ -242,6 +249,10 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             }
             for row in dataset
         ]
+        if TOKEN_WEIGHTS in dataset.column_names:
+            # A cut leaves out the last tokens.
+            for feature, weights in zip(features, dataset[TOKEN_WEIGHTS], strict=True):
+                feature[TOKEN_WEIGHTS] = weights[: len(feature[COMPLETION_IDS])]
         model = self.model if self.ref_model is None else self.ref_model
         with self._as_reference(model), self.accelerator.autocast():
             rows = add_reference_logps(
@@ -268,7 +279,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS)
+        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS, WEIGHT, *WEIGHT_COLUMNS)
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 
@@ -287,14 +298,18 @@ def _label_of(column: str, row: Mapping[str, Any], index: int) -> dict[str, bool
 
 
 def _unpaired(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-    """Two rows of each pair, chosen first."""
-    return {
+    """Two rows of each pair, chosen first, with its scores and its weight."""
+    points = {
         PROMPT: [prompt for prompt in rows[PROMPT] for _ in PAIR],
         COMPLETION: _interleaved(rows[CHOSEN], rows[REJECTED]),
         LABEL: [label for _ in indices for label in (True, False)],
-        REWARD: _interleaved(rows[SCORE_CHOSEN], rows[SCORE_REJECTED]),
-        GROUP: [index for index in indices for _ in PAIR],
     }
+    if all(name in rows for name in SCORES):
+        points[REWARD] = _interleaved(rows[SCORE_CHOSEN], rows[SCORE_REJECTED])
+        points[GROUP] = [index for index in indices for _ in PAIR]
+    if WEIGHT in rows:
+        points[WEIGHT] = _interleaved(rows[WEIGHT], rows[WEIGHT])
+    return points
 
 
 def _interleaved(chosen: list[Any], rejected: list[Any]) -> list[Any]:
@@ -323,7 +338,7 @@ class _Packed:
 
 @dataclass
 class _PointFields:
-    """A collator of TRL's that also stacks whole score columns, groups, the prompts' reference.
+    """A collator of TRL's that also stacks whole score columns, groups, weights and references.
 
     Without scores, and where the loss needs some, a desirable completion is rated 1, another −1.
     """
@@ -345,6 +360,8 @@ class _PointFields:
             batch[REWARDS] = stacked(examples, column)
         if GROUP in first:
             batch[GROUPS] = stacked(examples, GROUP)
+        if is_given(examples, WEIGHT):
+            batch[WEIGHTS] = stacked(examples, WEIGHT)
         for name in TRL_REFERENCES:
             if name in first:
                 batch[name] = stacked(examples, name)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from fused_prefopt.data.collators import cut_side
 from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     LABEL,
@@ -20,15 +19,19 @@ from fused_prefopt.data.columns import (
     PAIR,
     PAIR_IDS,
     PROMPT_IDS,
+    TOKEN_WEIGHTS,
+    WEIGHT,
     finite_number,
     judgement,
     row_at,
+    weight,
 )
+from fused_prefopt.data.token_weights import refuse_token_weights
 from fused_prefopt.data.tokenise import RowCounts, Side
+from fused_prefopt.data.truncation import cut_side
 
 # Token ids of a row's sides, of pairs and of single completions.
 _SIDES = {True: PAIR_IDS, False: (COMPLETION_IDS,)}
-_MISMATCHED = f"{MISMATCHED}{COMPLETION_IDS}"
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +44,7 @@ def require_values(name: str, data: Any, columns: Iterable[str]) -> None:
         name: of the data set, as TRL calls it: "train", "eval" or a key of several.
         data: a `datasets.Dataset`.
         columns: those to look at, where they are there: scores and log-probs, which are finite
-            numbers or None, and `LABEL`, which is a bool, 0 or 1.
+            numbers or None, `LABEL`, which is a bool, 0 or 1, and `WEIGHT`, which is a number >= 0.
     """
     if not isinstance(data, Dataset):
         return
@@ -54,6 +57,8 @@ def require_values(name: str, data: Any, columns: Iterable[str]) -> None:
             where = f"{row_at(row)} of {argument}"
             if column == LABEL:
                 judgement(column, value, where)
+            elif column == WEIGHT:
+                weight(column, value, where)
             elif value is not None:
                 finite_number(column, value, where)
 
@@ -63,7 +68,8 @@ class KeepsTeachingRows:
 
     TRL's collators cut rows to `max_length` without a word. Here every data set's rows are cut the
     same way when it is prepared, counted in one log message, and dropped where nothing can be
-    learnt of them; of a streamed data set they are dropped on the way, and the first is told.
+    learnt of them; of a streamed data set they are dropped on the way, and the first is told. Rows
+    of token ids, which TRL would make of texts, are taken as they are.
     """
 
     config_type: ClassVar[Any]
@@ -73,16 +79,22 @@ class KeepsTeachingRows:
     ) -> Any:
         pairwise = self.config_type.pairwise
         first = next(iter(dataset))
-        prepared = super()._prepare_dataset(  # type: ignore[misc]
-            dataset, processing_class, args, dataset_name
-        )
+        has_ids = all(name in first for name in (PROMPT_IDS, *_SIDES[pairwise]))
+        if has_ids:
+            prepared = self._with_mismatched(dataset, args)
+        else:
+            refuse_token_weights(first, f"{row_at(0)} of the {dataset_name} data")
+            prepared = super()._prepare_dataset(  # type: ignore[misc]
+                dataset, processing_class, args, dataset_name
+            )
         # Single completions TRL cuts at the end, whatever the options say.
         mode = args.truncation_mode if pairwise else "keep_start"
         cut = Cut(args.max_length, mode, pairwise)
         if not hasattr(prepared, "__len__"):
             return prepared.filter(StreamedRows(cut, dataset_name))
         # TRL makes two rows of a pair for a trainer on single completions.
-        halves = 2 if not pairwise and all(name in first for name in PAIR) else 1
+        unpaired = not pairwise and not has_ids and all(name in first for name in PAIR)
+        halves = 2 if unpaired else 1
         counts = RowCounts(f"{dataset_name} data", args.max_length, pairwise=pairwise)
         columns = prepared.select_columns([PROMPT_IDS, *_SIDES[pairwise]])
         kept = [index for index, row in enumerate(columns) if counts.keeps(*cut(row))]
@@ -93,10 +105,13 @@ class KeepsTeachingRows:
             counts.log()
         if len(kept) == len(prepared):
             return prepared
-        prepared = prepared.select(kept)
-        if _MISMATCHED not in prepared.column_names:
-            return prepared
-        return prepared.map(_mismatched, batched=True, batch_size=args.per_device_train_batch_size)
+        return self._with_mismatched(prepared.select(kept), args)
+
+    def _with_mismatched(self, rows: Any, args: Any) -> Any:
+        """Rows whose completions also stand behind another prompt, where the loss wants that."""
+        if not getattr(self, "calculate_KL", False):
+            return rows
+        return rows.map(_mismatched, batched=True, batch_size=args.per_device_train_batch_size)
 
 
 @dataclass(frozen=True)
@@ -136,5 +151,7 @@ class StreamedRows:
 
 def _mismatched(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """TRL's completions behind another prompt of their batch, of the rows that are left."""
-    completions = rows[COMPLETION_IDS]
-    return {_MISMATCHED: [completions[-1], *completions[:-1]]}
+    names = {name: f"{MISMATCHED}{name}" for name in (COMPLETION_IDS, TOKEN_WEIGHTS)}
+    return {
+        other: [rows[name][-1], *rows[name][:-1]] for name, other in names.items() if name in rows
+    }
