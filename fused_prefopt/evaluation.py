@@ -9,22 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.data.columns import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    PAIR_IDS,
-    PAIR_REFERENCES,
-    TOKEN_WEIGHTS,
-    WEIGHT,
-    WEIGHTS,
-    is_given,
-    stacked,
-)
-from fused_prefopt.data.labels import counts_of, labels_of
-from fused_prefopt.data.token_weights import token_weights
+from fused_prefopt.data.columns import PAIR_REFERENCES, WEIGHT, is_given, stacked
 from fused_prefopt.losses.metrics import LOGPS_CHOSEN, LOGPS_REJECTED, average
 from fused_prefopt.losses.weights import weights_of
-from fused_prefopt.models.causal_lm import last_hidden
+from fused_prefopt.models.batch import collated_rows
+from fused_prefopt.models.model_call import evaluating
 from fused_prefopt.ops import sequence_kl
 from fused_prefopt.reference import dataset_logps
 from fused_prefopt.types import LMHead, LogpBatch, divisors
@@ -107,7 +96,7 @@ def score_pairs(
         reference: what it is compared with.
         features: from `tokenise_pairs`, with the reference's log-probs (`add_reference_logps`);
             weights of pairs and of tokens count as in training.
-        collator: `PairCollator`, padded layout.
+        collator: `PairCollator`, any layout; where it cuts, the cut pairs are judged.
         batch_size: pairs a forward pass takes.
         progress: show a progress bar.
     """
@@ -119,54 +108,51 @@ def score_pairs(
         progress=progress,
         description="held-out pairs",
     )
-    of_tokens = token_weights(features, PAIR_IDS)
-    if of_tokens is None:
-        lengths = torch.tensor([len(feature[side]) for side in PAIR_IDS for feature in features])
-    else:
-        lengths = torch.stack([each.sum() for each in of_tokens])
+    kls, lengths = _kls(model, reference, features, collator, batch_size)
     weights = None
     if is_given(features, WEIGHT):
         weights = stacked(features, WEIGHT).repeat(2)
+        kls = weights * kls
     batch = LogpBatch(
         policy=torch.cat([columns[name] for name in PAIR_REFERENCES]),
         lengths=lengths,
         weights=weights,
-        reference=torch.tensor([feature[name] for name in PAIR_REFERENCES for feature in features]),
+        reference=torch.cat([stacked(features, name) for name in PAIR_REFERENCES]),
     )
-    return PairScores(batch, *_mean_kls(model, reference, features, collator, batch_size))
+    tokens = lengths if weights is None else weights * lengths
+    chosen, rejected = (
+        (kl.sum() / divisors(count.sum())).item()
+        for kl, count in zip(kls.chunk(2), tokens.chunk(2), strict=True)
+    )
+    return PairScores(batch, chosen, rejected)
 
 
 @torch.no_grad()
-def _mean_kls(
+def _kls(
     model: nn.Module,
     reference: nn.Module,
     features: Sequence[Feature],
     collator: Collator,
     batch_size: int,
-) -> tuple[float, float]:
-    """Of chosen and of rejected tokens."""
+) -> tuple[Tensor, Tensor]:
+    """(2P,) KL sums and lengths in tokens, both weighted where tokens are; chosen pairs first."""
     device = next(model.parameters()).device
-    totals, tokens = torch.zeros(2), torch.zeros(2)
-    for start in range(0, len(features), batch_size):
-        batch = collator(features[start : start + batch_size])
-        inputs = {name: batch[name].to(device) for name in (INPUT_IDS, ATTENTION_MASK)}
-        of_tokens, weights = (
-            batch[name].to(device) if name in batch else None for name in (TOKEN_WEIGHTS, WEIGHTS)
-        )
-        # KL(first || second): the policy takes the place that a loss gives the reference.
-        found = sequence_kl(
-            last_hidden(reference, inputs),
-            LMHead.of(reference),
-            last_hidden(model, inputs),
-            LMHead.of(model),
-            labels_of(batch).to(device),
-            num_labels=counts_of(batch)[0],
-            token_weights=of_tokens,
-        )
-        kls, lengths = found.kl, found.lengths
-        if weights is not None:
-            kls, lengths = weights * kls, weights * lengths
-        totals += kls.view(2, -1).sum(1).cpu()
-        tokens += lengths.view(2, -1).sum(1).cpu()
-    chosen, rejected = (totals / divisors(tokens)).tolist()
-    return chosen, rejected
+    found = []
+    with evaluating(model), evaluating(reference):
+        for start in range(0, len(features), batch_size):
+            batch = collator(features[start : start + batch_size])
+            batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            rows, other = (collated_rows(each, batch, prompt=False) for each in (model, reference))
+            # KL(first || second): the policy takes the place that a loss gives the reference.
+            kl = sequence_kl(
+                other.hidden,
+                LMHead.of(reference),
+                rows.hidden,
+                LMHead.of(model),
+                rows.labels,
+                token_weights=rows.token_weights,
+                **rows.layout,
+            )
+            found.append(torch.stack([kl.kl, kl.lengths]).view(2, 2, -1).cpu())
+    kls, lengths = torch.cat(found, dim=2).flatten(1)
+    return kls, lengths

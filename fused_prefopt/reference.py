@@ -74,8 +74,8 @@ def add_reference_logps(
         tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
             it out.
         batch_size: features a forward pass takes.
-        cache_dir: folder of the cache, one file for each content of model, features and
-            tokenizer, and each dtype of autocast; None does not cache.
+        cache_dir: folder of the cache, one file for each content of model, features (as the
+            collator cuts them) and tokenizer, and each dtype of autocast; None does not cache.
         cache_file: the cache itself, instead of `cache_dir`.
         save_every: batches after which what a rank has computed is written to the cache.
         progress: show a progress bar.
@@ -94,7 +94,7 @@ def add_reference_logps(
     known, cache = PartialColumns(len(features)), None
     if cache_dir is not None or cache_file is not None:
         prints = Fingerprints(
-            data_fingerprint(features),
+            data_fingerprint(features, *_cut_of(collator)),
             model_fingerprint(model, progress=progress and rank() == 0),
             precision_of(model),
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -263,6 +263,12 @@ def _union(every: list[PartialColumns]) -> PartialColumns:
     for each in every[1:]:
         union.merge(each)
     return union
+
+
+def _cut_of(collator: Collator) -> tuple[int | None, str]:
+    """`max_length` and `truncation_mode` of a collator that cuts, TRL's among them."""
+    mode = getattr(collator, "truncation_mode", "keep_start")
+    return getattr(collator, "max_length", None), mode
 
 
 def _check_ranks(features: Sequence[Feature]) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.checks import require_packages
-from fused_prefopt.data.columns import TOKEN_WEIGHT_COLUMNS, TOKENS
+from fused_prefopt.data.columns import PROMPT_IDS, TOKEN_WEIGHT_COLUMNS, TOKENS
 from fused_prefopt.models.model_call import prompt_learners, unwrapped
 
 SUFFIX = ".logps"
@@ -74,13 +74,21 @@ def precision_of(model: nn.Module) -> str:
     return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
 
 
-def data_fingerprint(features: Sequence[Mapping[str, Any]]) -> str:
+def data_fingerprint(
+    features: Sequence[Mapping[str, Any]],
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+) -> str:
     """Hash of the token ids of features, in their order, and of the weights of their tokens.
 
     Args:
         features: token ids, as `tokenise_pairs` or `tokenise_points` return them.
+        max_length, truncation_mode: of the collator that cuts them; where all of them are short
+            enough the hash is that of no cut.
     """
     digest = hashlib.sha256()
+    if max_length is not None and any(_longest(feature) > max_length for feature in features):
+        digest.update(f"cut:{max_length}:{truncation_mode}:".encode())
     for feature in features:
         for name in TOKENS:
             ids = array("q", feature.get(name, ()))
@@ -92,6 +100,12 @@ def data_fingerprint(features: Sequence[Mapping[str, Any]]) -> str:
                 digest.update(f"{name}:".encode())
                 digest.update(array("f", feature[name]).tobytes())
     return digest.hexdigest()
+
+
+def _longest(feature: Mapping[str, Any]) -> int:
+    """Tokens of a feature's prompt with the longer of its completions."""
+    ends = (len(feature.get(name, ())) for name in TOKENS if name != PROMPT_IDS)
+    return len(feature.get(PROMPT_IDS, ())) + max(ends)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -67,13 +67,14 @@ def ultrafeedback_binarized(rows: Iterable[Row]) -> list[Record]:
 
     Args:
         rows: with `prompt`, `prompt_id`, `messages` (all three ignored), `chosen`, `rejected`
-            (whole chats, lists of messages), `score_chosen`, `score_rejected` (1 to 10).
+            (whole chats, lists of messages), `score_chosen`, `score_rejected` (1 to 10), and
+            optionally `weight`.
 
     Returns:
         Records with `prompt` (the messages before the last turn), `chosen`, `rejected` (the last
-        turn, a list of one assistant message) and, where all have them, the scores. Pairs with an
-        empty answer, equal answers or two prompts are dropped; log messages count them, and pairs
-        without the scores of others.
+        turn, a list of one assistant message), `weight` and, where all have them, the scores. Pairs
+        with an empty answer, equal answers or two prompts are dropped; log messages count them,
+        and pairs without the scores of others.
 
     Raises:
         ValueError: a row has no `chosen` or no `rejected`, or a score that is no finite number.
@@ -94,12 +95,12 @@ def hh_rlhf(rows: Iterable[Row]) -> list[Record]:
 
     Args:
         rows: with `chosen` and `rejected`, texts of turns that begin with "\\n\\nHuman:" and
-            "\\n\\nAssistant:", the same up to the last "\\n\\nAssistant:".
+            "\\n\\nAssistant:", the same up to the last "\\n\\nAssistant:", and optionally `weight`.
 
     Returns:
         Records with `prompt`, which ends with that last "\\n\\nAssistant:", and `chosen`,
-        `rejected`, what comes after it. Pairs with an empty answer, equal answers or two prompts
-        are dropped; a log message counts them.
+        `rejected`, what comes after it, and `weight`. Pairs with an empty answer, equal answers
+        or two prompts are dropped; a log message counts them.
 
     Raises:
         ValueError: a row has no `chosen` or no `rejected`, or one that is no text.
@@ -160,19 +161,22 @@ def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
 
     Args:
         rows: with `instruction` and `completions`, a list of dicts with `response`,
-            `overall_score` and `fine-grained_score`.
+            `overall_score` and `fine-grained_score`; a `weight` beside them is that of each.
 
     Returns:
-        Records with `prompt` and `completion` (each a list of one message), `reward` (float) and
-        `group` (the row's index). Completions without a response or a score ("N/A", None) are
-        dropped; a log message counts them.
+        Records with `prompt` and `completion` (each a list of one message), `reward` (float),
+        `group` (the row's index) and `weight`. Completions without a response or a score ("N/A",
+        None) are dropped; a log message counts them.
 
     Raises:
-        ValueError: a row has no `instruction` or no `completions`.
+        ValueError: a row has no `instruction` or no `completions`, or a weight that is no finite
+            number >= 0.
     """
     records, dropped = [], 0
     for group, row in enumerate(rows):
-        require_columns(row, ("instruction", "completions"), row_at(group))
+        where = row_at(group)
+        require_columns(row, ("instruction", "completions"), where)
+        weight = weight_of(row, where)
         for completion in row["completions"]:
             reward = _ultrafeedback_reward(completion)
             if reward is None or not completion["response"] or not row["instruction"]:
@@ -184,6 +188,7 @@ def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
                     COMPLETION: [{ROLE: "assistant", CONTENT: completion["response"]}],
                     REWARD: reward,
                     GROUP: group,
+                    **weight,
                 }
             )
     _report("ultrafeedback", dropped, "completions")

@@ -198,9 +198,9 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
             completions of a pair must have the same.
 
     Returns:
-        Records with `prompt`, `chosen`, `rejected`, `score_chosen` and `score_rejected`, one for
-        every group whose rewards differ, in order of first appearance. A log message counts the
-        groups that make no pair.
+        Records with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `weight`,
+        one for every group whose rewards differ, in order of first appearance. A log message counts
+        the groups that make no pair.
 
     Raises:
         ValueError: a column is missing, a reward is no finite number, or a pair's completions have

@@ -1,4 +1,4 @@
-"""Batches without a row for each sequence: what they ask of a model, and of who deals them out.
+"""Batches without a row for each sequence: what they ask of a model; who deals out batches.
 
 Packed sequences share one row, and a pair with its prompt once has one row for both sides.
 """
@@ -31,27 +31,35 @@ def has_row_for_each(collator: Any) -> bool:
     return bool(getattr(collator, "has_row_for_each", True))
 
 
-def keep_batches_whole(trainer: Any) -> None:
-    """Let each process collate its own batches, where batches have no row for each sequence.
+def keep_batches_whole(trainer: Any, *, pairwise: bool) -> None:
+    """Let each process collate its own batches, as it does where data are no stream.
 
-    Of a stream accelerate otherwise joins those of one process and cuts them by rows; images have
-    rows of their own (patches), and another number of them than of sequences.
+    Of a stream accelerate otherwise joins those of one process and deals out their rows: to one
+    process the chosen halves, to another the rejected ones. Packed sequences and shared prompts
+    have no row each, and images rows of their own (patches).
 
     Args:
         trainer: a `transformers.Trainer`, before it has a data loader.
+        pairwise: whether its batches are of pairs.
 
     Raises:
-        ValueError: its configuration asks for such a cut.
+        ValueError: its configuration asks for such a deal, which would cut what belongs together.
     """
-    images = getattr(trainer, "_is_vision_dataset", False)
-    if has_row_for_each(trainer.data_collator) and not images:
-        return
+    cut = None
+    if getattr(trainer, "_is_vision_dataset", False):
+        cut = "images, which have others; needs dispatch_batches=False"
+    elif not has_row_for_each(trainer.data_collator):
+        cut = (
+            "a layout that has none for each sequence (padding_free, shared_prompt); needs"
+            " dispatch_batches=False or padded batches"
+        )
+    elif pairwise and trainer.accelerator.num_processes > 1:
+        cut = "pairs, whose two rows may go to two processes; needs dispatch_batches=False"
     if trainer.accelerator.dispatch_batches:
-        layout = "a layout that has none for each sequence (padding_free, shared_prompt)"
+        if cut is None:
+            return
         raise ValueError(
-            "accelerator_config: got dispatch_batches=True, which deals out rows, with"
-            f" {'images, which have others' if images else layout}; needs dispatch_batches=False"
-            f"{'' if images else ' or padded batches'}"
+            f"accelerator_config: got dispatch_batches=True, which deals out rows, with {cut}"
         )
     trainer.accelerator.dataloader_config.dispatch_batches = False
 

@@ -134,7 +134,7 @@ def attach(
     if trainer is not None:
         leave_out_ligers_loss(trainer.args)
         let_collator_check(trainer)
-        keep_batches_whole(trainer)
+        keep_batches_whole(trainer, pairwise=loss_fn.loss.pairwise)
         _log_in(trainer, attachment)
         mind_nonfinite(trainer, on_nonfinite)
     return attachment

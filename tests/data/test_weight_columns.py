@@ -15,7 +15,9 @@ from fused_prefopt.data import (
     preference,
     tokenise_pairs,
     tokenise_points,
+    ultrafeedback,
 )
+from fused_prefopt.data.records import adapted_records
 
 PAIRS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6], "weight": 2},
@@ -89,6 +91,31 @@ def test_records_and_features_keep_the_weight():
     assert completions(judged)[0]["weight"] == 3.0
     assert tokenise_points(judged, tiny_tokenizer(), 32, 16)[0]["weight"] == 3.0
     assert "weight" not in completions([{"prompt": "the", "completion": " cat"}])[0]
+
+
+def test_every_adapter_keeps_the_weight():
+    cat, mat = ([{"role": "assistant", "content": word}] for word in ("cat", "mat"))
+    chat = [{"role": "user", "content": "the"}]
+    rated = [{"response": word, "overall_score": i} for i, word in enumerate(("cat", "mat"))]
+    sides = {
+        "chosen": "\n\nHuman: the\n\nAssistant: cat",
+        "rejected": "\n\nHuman: the\n\nAssistant: m",
+    }
+    rows = {
+        "preference": {"prompt": chat, "chosen": cat, "rejected": mat},
+        "hh_rlhf": sides,
+        "ultrafeedback_binarized": {"prompt": "the", "chosen": chat + cat, "rejected": chat + mat},
+        "completions": {"prompt": "the", "completion": "cat", "label": True},
+        "ultrafeedback": {"instruction": "the", "completions": rated},
+    }
+    for adapter, row in rows.items():
+        records, said = adapted_records("some", [row | {"weight": 0.5}])
+        assert said.endswith(f"(adapter {adapter})")
+        assert records and all(record["weight"] == 0.5 for record in records), adapter
+    points = ultrafeedback([rows["ultrafeedback"] | {"weight": 0.5}])
+    assert pairs_of_points(points)[0]["weight"] == 0.5
+    with pytest.raises(ValueError, match="weight: got -1 in row 1"):
+        ultrafeedback([rows["ultrafeedback"] | {"weight": each} for each in (1, -1)])
 
 
 def test_weights_that_are_none_are_refused():

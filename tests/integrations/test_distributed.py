@@ -292,20 +292,24 @@ def all_logs(folder: str) -> dict | None:
     return {kind: logged(kind, folder) for each in OF_TRL for kind in (each, f"trl-{each}")}
 
 
-# Batches without a row for each sequence, which must not be dealt out by rows.
-ROWLESS = {"padded": {}, "packed": {"padding_free": True}, "shared": {"shared_prompt": True}}
+# None of a stream's batches may be dealt out by rows, which would part the two sides of pairs.
+IN_LAYOUTS = {"padded": {}, "packed": {"padding_free": True}, "shared": {"shared_prompt": True}}
 
 
 def in_layout(layout: str, streams: bool, folder: str) -> list[dict]:
-    """Logs of a trainer on TRL's rows, whose numbers leave a batch incomplete."""
+    """Logs of a trainer on TRL's rows, weighted ones, whose numbers leave a batch incomplete."""
     options: dict[str, Any] = {"max_steps": 3, "ddp_backend": "gloo", "optim": "sgd"}
     options |= {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 2}
-    data = pairs(10).to_iterable_dataset() if streams else pairs(10)
-    if streams:
-        options["accelerator_config"] = {"dispatch_batches": None if ROWLESS[layout] else False}
+    rows = pairs(10, weight=[(0.5, 2.0, 0.0, 1.0)[i % 4] for i in range(10)])
+    data = rows.to_iterable_dataset() if streams else rows
     given = {"eval_dataset": pairs(5)}
     run = build(
-        "dpo", folder, data, model=tiny_llama().double(), given=given, **options | ROWLESS[layout]
+        "dpo",
+        folder,
+        data,
+        model=tiny_llama().double(),
+        given=given,
+        **options | IN_LAYOUTS[layout],
     )
     run.train()
     run.evaluate()
@@ -317,7 +321,7 @@ def all_layouts(folder: str) -> dict | None:
         return None
     return {
         (layout, streams): in_layout(layout, streams, folder)
-        for layout in ROWLESS
+        for layout in IN_LAYOUTS
         for streams in (False, True)
     }
 

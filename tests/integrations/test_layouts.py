@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import tiny_llama
 from trainers import build, dataset, history, in_order, pairs_with_reference
 
 from fused_prefopt.data import PairCollator
-from fused_prefopt.integrations.layouts import number_of_tokens
+from fused_prefopt.integrations.layouts import keep_batches_whole, number_of_tokens
 
 pytest.importorskip("datasets")
 
@@ -46,4 +48,11 @@ def test_such_a_cut_is_refused_where_it_is_asked_for(tmp_path):
     options = {"accelerator_config": {"dispatch_batches": True}}
     with pytest.raises(ValueError, match="^accelerator_config: got dispatch_batches=True, which"):
         build("transformers", tmp_path, given=given, **options)
-    build("transformers", tmp_path, **options)
+    run = build("transformers", tmp_path, **options)
+    run.accelerator = SimpleNamespace(num_processes=2, dispatch_batches=True)
+    # Completions that stand alone may go where they will.
+    keep_batches_whole(run, pairwise=False)
+    with pytest.raises(
+        ValueError, match="deals out rows, with pairs, whose two rows may go to two"
+    ):
+        keep_batches_whole(run, pairwise=True)

@@ -147,6 +147,14 @@ def test_precomputed_references_are_those_of_the_options(tmp_path):
         wanted = run.compute_ref_log_probs(run.model, batch)
         for name, values in zip(names, wanted, strict=True):
             torch.testing.assert_close(batch[name], values)
+    # What is cut off belongs to no log-prob.
+    for length, mode in ((7, "keep_start"), (7, "keep_end"), (6, "keep_end")):
+        cut = build("dpo", tmp_path, max_length=length, truncation_mode=mode, **options)
+        rows = cut._precompute_ref_logps(data, "train", 4).select(range(4))
+        batch = cut.data_collator(list(rows))
+        wanted = cut.compute_ref_log_probs(cut.model, batch)
+        for name, values in zip(names, wanted, strict=True):
+            torch.testing.assert_close(batch[name], values)
 
 
 @pytest.mark.parametrize("given", ["an object", "a name", "a name by place"])

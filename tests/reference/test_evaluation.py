@@ -7,6 +7,8 @@ import torch
 from tiny_models import pair_features, tiny_llama
 
 from fused_prefopt.data import PairCollator
+from fused_prefopt.data.columns import PAIR_IDS
+from fused_prefopt.data.truncation import cut_side
 from fused_prefopt.evaluation import score_pairs
 from fused_prefopt.losses import LogRatio
 from fused_prefopt.reference import add_reference_logps
@@ -40,6 +42,35 @@ def test_scores_equal_eager_arithmetic():
     gains = (scores.batch.policy - scores.batch.reference).chunk(2)
     share = (gains[0] > gains[1]).double().mean().item()
     assert scores.summary(LogRatio(beta=0.1))["reward_accuracy"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("layout", [{}, {"padding_free": True}, {"shared_prompt": True}], ids=str)
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_what_a_cut_leaves_is_judged_in_every_layout(layout, mode):
+    rows, cut = pair_features(5), []
+    for row in rows:
+        row["prompt_ids"] = row["prompt_ids"][:2]
+        sides = [cut_side(row["prompt_ids"], row[name], 4, mode) for name in PAIR_IDS]
+        short = {name: ids for name, (_, ids) in zip(PAIR_IDS, sides, strict=True)}
+        cut.append([row | {"prompt_ids": prompt} | short for prompt, _ in sides])
+    model, anchor = tiny_llama(0), tiny_llama(1)
+    collator = PairCollator(0, max_length=4, truncation_mode=mode, **layout)
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    model.train()
+    found = scored(model, anchor, rows, collator)
+    assert model.training
+    sides = [scored(model, anchor, each, PairCollator(0)) for each in zip(*cut, strict=True)]
+    for half, whole in enumerate(sides):
+        for name in ("policy", "lengths", "reference"):
+            got, wanted = (getattr(each.batch, name).chunk(2)[half] for each in (found, whole))
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    kls = [sides[0].kl, sides[1].kl_rejected]
+    assert [found.kl, found.kl_rejected] == pytest.approx(kls, rel=1e-4)
+
+
+def scored(model, anchor, rows, collator):
+    rows = add_reference_logps(anchor, rows, collator, progress=False)
+    return score_pairs(model, anchor, rows, collator, batch_size=3, progress=False)
 
 
 def test_a_model_has_no_distance_to_itself():

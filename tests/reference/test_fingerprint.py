@@ -116,6 +116,18 @@ def test_data_counts_by_token_column_and_order():
     assert len(prints) == 6
 
 
+def test_what_a_cut_leaves_counts_as_the_data():
+    features = pair_features(3)
+    cuts = [(), (6,), (7,), (6, "keep_end")]
+    assert len({data_fingerprint(features, *cut) for cut in cuts}) == 4
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in features
+    )
+    assert data_fingerprint(features, longest, "keep_end") == data_fingerprint(features)
+    assert data_fingerprint(features, longest - 1) != data_fingerprint(features)
+
+
 @pytest.mark.parametrize("kind", [tuple, numpy.array, torch.tensor])
 def test_containers_and_other_columns_do_not_count(kind):
     features = pair_features(3)

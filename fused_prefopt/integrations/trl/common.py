@@ -158,7 +158,7 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
                     f"{self._layout}: got True with images, needs False: their rows are padded"
                 )
             self.data_collator = self._collator(self._layout)
-        keep_batches_whole(self)
+        keep_batches_whole(self, pairwise=self.config_type.pairwise)
         models = [self.model]
         if self.needs_reference and self.ref_model is not None:
             models.append(self.ref_model)
@@ -235,6 +235,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self._lay_out()
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        # TRL's own key has no word of what its collator cuts.
+        own += (self.args.max_length, getattr(self.args, "truncation_mode", None))
         if any(column in (dataset.column_names or ()) for column in WEIGHT_COLUMNS):
             own += (TOKEN_WEIGHTS,)
         collator = self.data_collator
