@@ -1,10 +1,8 @@
-"""Texts and chats turned into token ids, what truncation does to them, and a trained tokenizer."""
+"""Texts and chats turned into token ids within a length, and a trained tokenizer."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fused_prefopt.data.adapters import weight_of
@@ -28,12 +26,11 @@ from fused_prefopt.data.columns import (
     require_columns,
     row_at,
 )
+from fused_prefopt.data.truncation import RowCounts
 
 Ids = list[int]
 Record = Mapping[str, Any]
 Features = list[dict[str, Any]]
-# Prompt and completion of one side of a row, as token ids.
-Side = tuple[Sequence[int], Sequence[int]]
 _END = "<|endoftext|>"
 _PAD = "<|pad|>"
 _CHAT_TEMPLATE = (
@@ -41,7 +38,6 @@ _CHAT_TEMPLATE = (
     + _END
     + "\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-logger = logging.getLogger(__name__)
 
 
 def tokenise_pairs(
@@ -205,113 +201,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-@dataclass
-class RowCounts:
-    """Counts of rows that were read, cut, and dropped as nothing can be learnt from them.
-
-    Attributes:
-        what: the rows are, to begin the message: "pairs".
-        max_length: tokens of prompt and completion together; None cuts nothing.
-        max_prompt_length: tokens of the prompt alone; None sets no such limit.
-        pairwise: whether a row has two sides.
-        read: rows.
-        kept: rows with a label on every side, their sides different.
-        completions: rows of which a completion was cut.
-        prompts: rows of which a prompt was cut.
-        touched: rows of which either was cut.
-        equal: rows dropped as their two sides are the same tokens.
-        empty: rows dropped as a side has no label left.
-    """
-
-    what: str
-    max_length: int | None
-    max_prompt_length: int | None = None
-    pairwise: bool = True
-    read: int = 0
-    kept: int = 0
-    completions: int = 0
-    prompts: int = 0
-    touched: int = 0
-    equal: int = 0
-    empty: int = 0
-
-    def keeps(self, whole: Sequence[Side], cut: Sequence[Side]) -> bool:
-        """Count a row and say whether it is kept.
-
-        Args:
-            whole: prompt and completion of each side before they were cut.
-            cut: the same afterwards.
-        """
-        prompt_cut, completion_cut = (
-            any(len(before[i]) > len(after[i]) for before, after in zip(whole, cut, strict=True))
-            for i in (0, 1)
-        )
-        self.read += 1
-        self.prompts += prompt_cut
-        self.completions += completion_cut
-        self.touched += prompt_cut or completion_cut
-        # Nothing predicts a sequence's first token.
-        if any(len(completion) - (not prompt) < 1 for prompt, completion in cut):
-            self.empty += 1
-        elif self.pairwise and _lists(cut[0]) == _lists(cut[1]):
-            self.equal += 1
-        else:
-            self.kept += 1
-            return True
-        return False
-
-    def add_empty(self, rows: int) -> None:
-        """Count rows that were dropped elsewhere, as their prompt left their completion no room."""
-        self.read += rows
-        self.empty += rows
-        self.completions += rows
-        self.touched += rows
-
-    @property
-    def message(self) -> str:
-        """All counts, and what to raise where something was cut."""
-        equal = f"sides equal {self.equal}, " if self.pairwise else ""
-        said = (
-            f"{self.what}: read {self.read}, kept {self.kept}; completions truncated"
-            f" {self.completions}, prompts truncated {self.prompts}, {equal}without a completion"
-            f" {self.empty}"
-        )
-        if not self.touched:
-            return said
-        prompts_apart = self.max_prompt_length is not None
-        limits = [
-            f"{name} ({limit})"
-            for name, limit, counts in (
-                ("max_length", self.max_length, self.completions or not prompts_apart),
-                ("max_prompt_length", self.max_prompt_length, self.prompts and prompts_apart),
-            )
-            if counts
-        ]
-        share = self.touched / self.read
-        most = f", which cuts {share:.0%} of the rows" if self._cuts_most else ""
-        return f"{said}; raise {' or '.join(limits)}{most}"
-
-    def log(self) -> None:
-        """Log the message, as a warning if rows were dropped or more than half of them cut."""
-        warns = self.kept < self.read or self._cuts_most
-        logger.log(logging.WARNING if warns else logging.INFO, "%s", self.message)
-
-    def require_some(self, name: str) -> None:
-        """Raise ValueError unless rows are left.
-
-        Args:
-            name: of the argument that they came in.
-        """
-        if not self.read:
-            raise ValueError(f"{name}: got no rows, needs at least one")
-        if not self.kept:
-            raise ValueError(f"{name}: no row is left, needs at least one; {self.message}")
-
-    @property
-    def _cuts_most(self) -> bool:
-        return 2 * self.touched > self.read
-
-
 class _Encoder:
     def __init__(self, tokenizer: Any, max_length: int, max_prompt_length: int) -> None:
         if not 0 < max_prompt_length < max_length:
@@ -375,8 +264,3 @@ class _Encoder:
 
 def _is_chat(turns: Any) -> bool:
     return isinstance(turns, Iterable) and not isinstance(turns, str | Mapping)
-
-
-def _lists(side: Side) -> tuple[list[int], list[int]]:
-    prompt, completion = side
-    return list(prompt), list(completion)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.data.collators import IN_PADDING
 from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -20,6 +19,7 @@ from fused_prefopt.data.columns import (
     SEGMENTS,
     SEQUENCE_IDS,
 )
+from fused_prefopt.data.shared_prompts import IN_PADDING
 from fused_prefopt.models.batch import require_mask_attention, require_separate_sequences
 from fused_prefopt.models.causal_lm import text_config
 from fused_prefopt.models.model_call import prompt_learners

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.data.collators import shared_attention
 from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -29,6 +28,7 @@ from fused_prefopt.data.columns import (
     TOKEN_WEIGHTS,
 )
 from fused_prefopt.data.labels import counts_of, labels_of, prompt_labels_of
+from fused_prefopt.data.shared_prompts import shared_attention
 from fused_prefopt.models.causal_lm import (
     backbone_of,
     backbone_outputs,

@@ -27,8 +27,7 @@ from fused_prefopt.data.columns import (
     weight,
 )
 from fused_prefopt.data.token_weights import refuse_token_weights
-from fused_prefopt.data.tokenise import RowCounts, Side
-from fused_prefopt.data.truncation import cut_side
+from fused_prefopt.data.truncation import RowCounts, Side, cut_side
 
 # Token ids of a row's sides, of pairs and of single completions.
 _SIDES = {True: PAIR_IDS, False: (COMPLETION_IDS,)}
