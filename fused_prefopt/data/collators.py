@@ -94,10 +94,12 @@ class _Collator:
                 if completion.numel() == 0:
                     raise ValueError(f"{column}: {where} is empty, wanted at least 1 token")
                 side = cut_side(prompt, completion, self.max_length, self.truncation_mode)
-                if side[1].numel() == 0:
+                # Nothing predicts the first token of what is left.
+                labels = side[1].numel() - (side[0].numel() == 0)
+                if labels < 1 and sum(map(len, side)) < len(prompt) + len(completion):
                     raise ValueError(
-                        f"{column}: {where} has no token within max_length ({self.max_length}),"
-                        " wanted at least 1; drop the row or raise max_length"
+                        f"{column}: {where} has no token to predict within max_length"
+                        f" ({self.max_length}), wanted at least 1; drop the row or raise max_length"
                     )
                 sequences.append(side)
         return sequences

@@ -20,8 +20,12 @@ from fused_prefopt.data.columns import (
     SEQUENCE_IDS,
 )
 from fused_prefopt.data.shared_prompts import IN_PADDING
-from fused_prefopt.models.batch import require_mask_attention, require_separate_sequences
 from fused_prefopt.models.causal_lm import text_config
+from fused_prefopt.models.layout_check import (
+    require_mask_attention,
+    require_separate_sequences,
+    require_separate_sides,
+)
 from fused_prefopt.models.model_call import prompt_learners
 from fused_prefopt.models.peft_head import lacks_rows
 
@@ -84,11 +88,12 @@ def require_layout(trainer: Any, *models: nn.Module) -> None:
         if shared:
             slides = getattr(text_config(model), "sliding_window", None) is not None
             require_mask_attention(model, _longest_row(trainer) if slides else 1)
-        elif _is_ready(model, trainer.accelerator.device):
+        if _is_ready(model, trainer.accelerator.device):
             device = next(model.parameters()).device
+            tried = require_separate_sides if shared else require_separate_sequences
             # As it is in training: flash attention takes no fp32.
             with trainer.accelerator.autocast():
-                require_separate_sequences(model, torch.zeros(1, 1, dtype=torch.int64).to(device))
+                tried(model, torch.zeros(1, 1, dtype=torch.int64).to(device))
 
 
 def _longest_row(trainer: Any) -> int:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +25,22 @@ from fused_prefopt.data.columns import (
     TOKEN_WEIGHTS,
 )
 from fused_prefopt.data.labels import counts_of, labels_of, prompt_labels_of
-from fused_prefopt.data.shared_prompts import shared_attention
 from fused_prefopt.models.causal_lm import (
-    backbone_of,
     backbone_outputs,
     head_running,
-    last_hidden,
     router_loss,
-    text_config,
+)
+from fused_prefopt.models.layout_check import (
+    require_mask_attention,
+    require_separate_sequences,
+    require_separate_sides,
+    shared_rows,
 )
 from fused_prefopt.models.model_call import (
     IMAGES,
     PROMPTED,
     SIDE_CHANNEL,
     SideChannel,
-    evaluating,
     has_front,
     let_wrappers_follow,
     past_wrappers,
@@ -60,12 +58,6 @@ _COMPUTED = ("policy", "lengths", "prompt", "prompt_lengths")
 FIELDS = tuple(item.name for item in fields(LogpBatch) if item.name not in _COMPUTED)
 # As what a model is asked for: the rows that its head would meet.
 HIDDEN = {"hidden": True}
-# Attention that adds a mask of any pattern to its scores.
-_IMPLEMENTATIONS = ("eager", "sdpa")
-# Tokens of each of two sequences on which packing is tried.
-_LENGTH = 4
-# Backbone that keeps packed sequences apart → the attention implementation it had.
-_PASSED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -282,70 +274,6 @@ def batch_behind(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return prompted(batch | channel.inputs, batch)
 
 
-def require_separate_sequences(model: nn.Module, input_ids: Tensor) -> None:
-    """Raise ValueError unless a token's hidden state is that of its own sequence alone.
-
-    Packed sequences differ from one long one by their `position_ids` only, which many models do
-    not heed: those with recurrent or convolutional layers, with ALiBi, or whose attention mask is
-    made without them (OPT, Falcon, Qwen2-VL). Their configs do not tell, so the model is tried,
-    once: of two short sequences in a row the first is changed, which must not change the second.
-    Under torch.compile it is not tried.
-
-    Args:
-        model: causal language model; every rank makes the call where it is sharded.
-        input_ids: the batch's, for their device.
-
-    Raises:
-        ValueError: the model lets packed sequences see one another.
-    """
-    backbone = backbone_of(model)
-    attention = getattr(text_config(model), "_attn_implementation", None)
-    if torch.compiler.is_compiling() or _PASSED.get(backbone, False) == attention:
-        return
-    distance, tolerance = math.inf, 0.0
-    if _takes_positions(backbone):
-        first, second = (_hidden_of_second(model, input_ids, token) for token in (0, _LENGTH))
-        distance = float((second - first).norm() / first.norm())
-        tolerance = _tolerance(first)
-    if distance > tolerance:
-        raise ValueError(
-            f"padding_free: got a {type(model).__name__} with {attention} attention, whose packed"
-            " sequences see one another, needs a model that heeds position_ids, or padded batches"
-        )
-    if distance <= tolerance:
-        _PASSED[backbone] = attention
-
-
-def _takes_positions(backbone: nn.Module) -> bool:
-    parameters = inspect.signature(backbone.forward).parameters
-    return "position_ids" in parameters or any(
-        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
-    )
-
-
-def _tolerance(hidden: Tensor) -> float:
-    """Above rounding, as experts may round otherwise in other company; below what is seen."""
-    dtypes, device = {hidden.dtype}, hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** (2 / 3))
-
-
-@torch.no_grad()
-def _hidden_of_second(model: nn.Module, input_ids: Tensor, token: int) -> Tensor:
-    """(length, D) hidden states of the first tokens, behind a sequence of those from `token` on."""
-    positions = torch.arange(_LENGTH, device=input_ids.device)
-    ids, position_ids = torch.cat((positions + token, positions))[None], positions.repeat(2)[None]
-    device = ids.device.type
-    # Older torch's autocast keeps what it casts here, without a gradient, for the pass that trains.
-    uncached = torch.autocast(
-        device, enabled=torch.is_autocast_enabled(device), cache_enabled=False
-    )
-    with evaluating(backbone_of(model)), uncached:
-        hidden = last_hidden(model, {INPUT_IDS: ids, POSITION_IDS: position_ids})
-    return hidden[0, _LENGTH:]
-
-
 def shared_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Last hidden states of a batch from ``PairCollator(shared_prompt=True)``.
 
@@ -360,29 +288,5 @@ def shared_hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         ValueError: the model's attention takes no such mask, or its layers see less than a row.
     """
     require_mask_attention(model, batch[POSITION_IDS].shape[1])
-    dtype = next(model.parameters()).dtype
-    inputs = {**batch, ATTENTION_MASK: shared_attention(batch[SEGMENTS], dtype)}
-    output = backbone_outputs(model, inputs)
-    return output.last_hidden_state.flatten(0, 1)[batch[PREDICTORS]]
-
-
-def require_mask_attention(model: nn.Module, length: int) -> None:
-    """Raise ValueError unless a mask alone decides what a token of a row this long sees."""
-    config = text_config(model)
-    implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"shared_prompt: got a model with attn_implementation={implementation!r}, wanted one of"
-            f" {', '.join(map(repr, _IMPLEMENTATIONS))}"
-        )
-    layers = set(getattr(config, "layer_types", None) or ())
-    if layers - {"full_attention", "sliding_attention"}:
-        others = ", ".join(sorted(layers - {"full_attention", "sliding_attention"}))
-        raise ValueError(f"shared_prompt: got a model with {others} layers, wanted attention only")
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in layers or (not layers and window is not None)
-    if slides and window is not None and length > window:
-        raise ValueError(
-            f"shared_prompt: got rows of {length} tokens, wanted at most the model's sliding window"
-            f" of {window}"
-        )
+    require_separate_sides(model, batch[INPUT_IDS])
+    return shared_rows(model, batch).flatten(0, 1)[batch[PREDICTORS]]

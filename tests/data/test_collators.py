@@ -218,8 +218,10 @@ def test_errors_name_the_column(kind, features, said):
 def test_layouts_of_no_use_are_refused():
     with pytest.raises(ValueError, match="truncation_mode: got 'keep_stat'.*wanted one of 'keep_s"):
         PairCollator(PAD, max_length=4, truncation_mode="keep_stat")
-    with pytest.raises(ValueError, match=r"chosen_ids: feature 0 has no token within max_len.*3"):
-        PairCollator(PAD, max_length=3)(PAIRS)
+    for length, mode in ((3, "keep_start"), (1, "keep_end")):
+        said = rf"chosen_ids: feature 0 has no token to predict within max_length \({length}\)"
+        with pytest.raises(ValueError, match=said):
+            PairCollator(PAD, max_length=length, truncation_mode=mode)(PAIRS)
     with pytest.raises(ValueError, match="pad_token_id: got None"):
         PairCollator(None)
     with pytest.raises(ValueError, match="pad_to_multiple_of: got a number with padding_free"):

@@ -11,7 +11,8 @@ from tiny_models import VOCAB, pair_features, tiny_llama
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator
 from fused_prefopt.integrations.transformers import attach, preference_outputs
-from fused_prefopt.models.batch import completion_logps, require_separate_sequences
+from fused_prefopt.models.batch import completion_logps
+from fused_prefopt.models.layout_check import require_separate_sequences
 from fused_prefopt.reference import add_reference_logps
 
 IDS = torch.zeros(1, 1, dtype=torch.int64)
@@ -116,6 +117,23 @@ def test_a_model_is_refused_where_its_packed_losses_are_others(name, monkeypatch
     else:
         with pytest.raises(ValueError, match="whose packed sequences see one another"):
             require_separate_sequences(model, IDS)
+
+
+RWKV = FEW | {"num_hidden_layers": 2, "attention_hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (("RwkvConfig", RWKV), "whose two sides of a pair see each other"),
+        (LEAKING["ALiBi"], r"takes no attention mask of \(1, 1, 4, 4\)"),
+    ],
+)
+def test_a_model_is_refused_whose_sides_of_a_pair_see_each_other(config, said):
+    """Neither config tells of its recurrent layers, or of positions of its own."""
+    model, features = built(*config), pair_features(2)
+    with pytest.raises(ValueError, match=f"^shared_prompt: got a .*{said}"):
+        completion_logps(model, PairCollator(0, shared_prompt=True)(features))
 
 
 def test_a_model_is_tried_once_for_each_attention_it_has():
