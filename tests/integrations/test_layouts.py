@@ -35,6 +35,8 @@ def test_a_streams_batches_are_those_of_its_rows(tmp_path, layout):
         given = {"data_collator": PairCollator(0, **layout)}
         model = tiny_llama().double()
         run = build("transformers", tmp_path, data, model=model, given=given, max_steps=2)
+        # Of several processes one would get the chosen halves of pairs, another the rejected ones.
+        assert run.accelerator.dispatch_batches is False
         if data is rows:
             in_order(run)
         run.train()
