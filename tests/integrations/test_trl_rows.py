@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import pair_features, point_features, tiny_llama
 from trainers import LABELS, OF_TRL, build, dataset, history, pairs, points
 
 from fused_prefopt.integrations.trl.rows import Cut
@@ -259,3 +259,26 @@ def test_a_reference_that_gives_nan_is_refused_before_training(tmp_path, kind):
     torch.nn.init.constant_(reference.model.norm.weight, math.nan)
     with pytest.raises(ValueError, match=r"^ref_\w+: got nan in row 0 .*of train_dataset"):
         build(kind, tmp_path, reference=reference, precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        (
+            "dpo",
+            point_features,
+            "completion_ids, wanted prompt_ids, chosen_ids, rejected_ids; .*KTO",
+        ),
+        (
+            "kto",
+            pair_features,
+            "chosen_ids, rejected_ids, wanted prompt_ids, completion_ids; .*DPO",
+        ),
+    ],
+)
+def test_token_ids_of_the_other_trainer_are_refused(tmp_path, kind, rows, message):
+    named = "train_dataset: got token ids in prompt_ids, "
+    with pytest.raises(ValueError, match=named + message):
+        build(kind, tmp_path, dataset(rows(4)))
+    with pytest.raises(ValueError, match=r"eval_dataset\['held out'\]: got token ids in"):
+        build(kind, tmp_path, given={"eval_dataset": {"held out": dataset(rows(4))}})
