@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -238,6 +239,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self._lay_out()
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
+        # TRL's key has the rows, which its collator cuts afterwards.
+        own += astuple(Cut.of(self.args, self.config_type.pairwise))
         if any(column in (dataset.column_names or ()) for column in WEIGHTS_OF_IDS.values()):
             own += (TOKEN_WEIGHTS,)
         collator = self.data_collator
