@@ -136,11 +136,11 @@ REFUSED = [
     ({"rl": "orpo", "orpo_alpha": 0.1, "rl_beta": 0.2}, "orpo_alpha: got 0.1 and rl_beta 0.2"),
     ({"rl": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True"),
     ({"rl": "dpo", "context_parallel_size": 2}, "context_parallel_size: got 2"),
-    ({"rl": "dpo", "fused_prefopt": {"beta": 0.1}}, "fused_prefopt: got beta without a loss"),
+    ({"rl": "dpo", "fused_prefopt": {"beta": 0.1}}, "fused_prefopt: got beta=0.1 without a loss"),
     ({"rl": "orpo", "fused_prefopt": ALPHA}, "alpha-dpo needs rl: dpo"),
     (
         {"rl": "dpo", "dpo_loss_type": ["hinge"], "fused_prefopt": ALPHA},
-        "dpo_loss_type: got .*'alpha-dpo', needs one of them",
+        "dpo_loss_type: got .* with loss 'alpha-dpo'; give one of them",
     ),
     (
         {"rl": "dpo", "rl_beta": 0.2, "fused_prefopt": {"loss": "slic-hf"}},

@@ -373,7 +373,7 @@ def test_words_of_the_command_line_take_a_mapping_as_json(tmp_path, inputs):
         ({"fused_prefopt": {"loss": "ipo"}, "pref_loss": "hinge"}, "^pref_loss: got 'hinge' and"),
         (
             {"pref_beta": 0.2, "fused_prefopt": {"loss_kwargs": {"beta": 0.3}}},
-            "^pref_beta: got 0.2 and beta=0.3 in loss_kwargs of fused_prefopt, needs one of them",
+            "^pref_beta: got 0.2 and beta=0.3 in loss_kwargs, needs one of them",
         ),
         ({"stage": "sft", "fused_prefopt": {}}, "^fused_prefopt: got {} in stage 'sft', needs"),
         ({"stage": "rm", "pref_loss": "alpha-dpo"}, "^pref_loss: got 'alpha-dpo' in stage 'rm'"),

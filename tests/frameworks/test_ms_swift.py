@@ -28,7 +28,7 @@ from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "frameworks" / "ms_swift_plugin.py"
-PLUGIN = Path(fused_prefopt.__file__).parent / "integrations" / "ms_swift.py"
+PLUGIN = Path(fused_prefopt.__file__).parent / "integrations" / "ms_swift" / "__init__.py"
 # Names of ms-swift's own trainers, whatever this process has imported.
 OWN = {kind: f"swift.rlhf_trainers.{kind.upper()}Trainer" for kind in ("dpo", "kto", "cpo", "orpo")}
 FULL = ("--tuner_type", "full")

@@ -7,17 +7,20 @@ refused by its name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, field_validator
 
-from fused_prefopt.checks import require_choice
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.loss_types import terms_here
-from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.options import (
+    enter,
+    read_mapping,
+    refuse_beside_a_loss,
+    refuse_without_a_loss,
+)
 from fused_prefopt.preference import PreferenceLoss
 
 _PAIRS, _POINTS = "AxolotlFusedDPOTrainer", "AxolotlFusedKTOTrainer"
@@ -61,16 +64,7 @@ class FusedArgs(BaseModel):
     @field_validator("fused_prefopt", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        given = json.loads(value) if isinstance(value, str) else value
-        if given is None:
-            return None
-        if not isinstance(given, Mapping):
-            raise ValueError(
-                f"fused_prefopt: got {given!r}, wanted a mapping such as {{loss: dpo}}"
-            )
-        for name in given:
-            require_choice("fused_prefopt", name, (item.name for item in fields(FusedOptions)))
-        return dict(given)
+        return None if value is None else read_mapping(value)
 
 
 @dataclass
@@ -146,13 +140,10 @@ def _refuse(cfg: Any, kind: str, *, named: bool) -> None:
         value = _value(cfg, name)
         if value is not None and name not in read:
             raise ValueError(f"{name}: got {value!r} with rl: {kind}, which does not read it")
-    for name in _KINDS.get(kind, ()) if named else ():
-        value = _value(cfg, name)
-        if value is not None:
-            raise ValueError(
-                f"{name}: got {value!r}, an option of Axolotl's own loss, and fused_prefopt names"
-                f" the loss {cfg.fused_prefopt['loss']!r}, needs one of them"
-            )
+    if named:
+        kinds = {name: _value(cfg, name) for name in _KINDS.get(kind, ())}
+        given = {name: value for name, value in kinds.items() if value is not None}
+        refuse_beside_a_loss(given, "Axolotl", cfg.fused_prefopt["loss"])
     if kind in _ALONE and cfg.precompute_ref_log_probs:
         raise ValueError(
             f"precompute_ref_log_probs: got True with rl: {kind}, which has no reference"
@@ -187,11 +178,7 @@ def _with_own(options: dict[str, Any], own: Mapping[str, tuple[str, Any]]) -> di
             PreferenceLoss(options["loss"], **{name: value})
         except TypeError as error:
             raise ValueError(f"{option}: got {value!r}, but {error}") from error
-        if given.setdefault(name, value) != value:
-            raise ValueError(
-                f"{option}: got {value!r} and {given[name]!r} under fused_prefopt, needs one of"
-                " them"
-            )
+        enter(given, name, value, option)
     return {**options, "beta": None, "loss_kwargs": given}
 
 
@@ -199,12 +186,7 @@ def _own_loss(
     cfg: Any, kind: str, options: dict[str, Any], own: Mapping[str, tuple[str, Any]]
 ) -> dict[str, Any]:
     """The options with the name of Axolotl's own loss of `rl`, and its hyperparameters."""
-    for name in ("loss_kwargs", "beta"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f"fused_prefopt: got {name} without a loss, needs one, or the options of Axolotl's"
-                f" own loss: {', '.join(_HYPERPARAMETERS[kind])}"
-            )
+    refuse_without_a_loss(options, "Axolotl")
     given = {name: value for name, (_, value) in own.items()}
     loss: Any = kind
     if kind in ("dpo", "ipo"):
