@@ -172,7 +172,17 @@ CASES = {
     "simpo, nll": {"pref_loss": "simpo", "pref_ftx": 0.3},
     "kto": {"stage": "kto", "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.7},
     "kto, lora": {"stage": "kto", "finetuning_type": "lora", "pref_beta": 0.5},
+    "simpo, ld_alpha": {"pref_loss": "simpo", "ld_alpha": 0.3},
+    "orpo, nll": {"pref_loss": "orpo", "pref_ftx": 0.3},
 }
+# Of 7 rows the last batch is of one, and the last step of each epoch of one batch.
+EPOCHS = {
+    "max_steps": None,
+    "num_train_epochs": 2,
+    "max_samples": 7,
+    "gradient_accumulation_steps": 3,
+}
+CASES |= {f"{case}, epochs": CASES[case] | EPOCHS for case in ("sigmoid", "kto")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,6 +194,7 @@ def test_losses_and_gradients_are_those_of_llamafactory(case, tmp_path, inputs):
     torch.testing.assert_close(mine.weights, theirs.weights, **CLOSE)
     assert mine.logged("loss") == pytest.approx(theirs.logged("loss"), abs=1e-5)
     assert mine.logged("grad_norm") == pytest.approx(theirs.logged("grad_norm"), rel=1e-4)
+    assert len(mine.logged("loss")) == (4 if "epochs" in case else 2)
     # The step moved something, and the reference is another model where there is one.
     assert max(mine.logged("grad_norm")) > 0.05
     names = set(theirs.logs[0]) - {"logits/chosen", "logits/rejected"}
