@@ -14,6 +14,8 @@ from fused_prefopt.preference import PreferenceLoss
 
 # Name of these options in the configuration of a framework, where they are one mapping.
 KEY = "fused_prefopt"
+# KTO's hyperparameters that frameworks have as options of their own.
+WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
 @dataclass
@@ -118,6 +120,32 @@ class FusedOptions:
             for name in names
             if name in values and values[name][0] != values[name][1]
         }
+
+
+@dataclass
+class PairOptions(FusedOptions):
+    """Options of a loss on pairs, where a framework keeps its own configuration.
+
+    Args:
+        ld_alpha: of `PreferenceLoss`.
+    """
+
+    ld_alpha: float | None = None
+
+
+@dataclass
+class PointOptions(FusedOptions):
+    """Options of a loss on single completions, of such a framework.
+
+    Args:
+        desirable_weight, undesirable_weight: hyperparameters of the loss.
+    """
+
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    pairwise: ClassVar[bool] = False
+    _shared: ClassVar[tuple[str, ...]] = ("beta", *WEIGHTS)
 
 
 def read_mapping(given: Any) -> dict[str, Any]:

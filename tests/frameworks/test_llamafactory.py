@@ -308,6 +308,14 @@ def test_a_loss_of_this_package_trains_evaluates_and_resumes_with_its_statistics
     assert results["eval_loss"] == pytest.approx(whole.logged("eval_loss")[-1], abs=1e-6)
 
 
+def test_a_checkpoint_without_statistics_is_told(tmp_path, inputs):
+    saved = own(tmp_path / "own", inputs, save_strategy="steps", save_steps=1).folder
+    options = {"resume_from_checkpoint": str(saved / "checkpoint-1"), "pref_loss": "gamma-dpo"}
+    # LLaMA-Factory's trainer silences every warning after its constructor.
+    with pytest.warns(UserWarning, match="preference_loss.pt: not found, the statistics start"):
+        ours(tmp_path / "ours", inputs, **options)
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "not trained"])
 def test_the_evaluation_is_that_of_llamafactory(trained, tmp_path, inputs):
     options = {"eval_dataset": "pairs", "do_eval": True, "do_train": trained}

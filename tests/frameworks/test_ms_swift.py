@@ -277,13 +277,23 @@ def test_a_mixture_of_experts_is_the_same(train, inputs, tmp_path, kind):
     assert_equal(found, wanted, ("aux_loss",) if kind == "dpo" else ())
 
 
-def test_an_evaluation_is_the_same(train, inputs):
-    options = (*FULL, *SGD, "--val_dataset", inputs["pairs"], "--eval_strategy", "steps")
-    settings = {"eval_steps": 3, "per_device_eval_batch_size": 3}
-    wanted, found = (train("dpo", *options, fused=fused, **settings) for fused in (False, True))
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("dpo", ("eval_rewards/margins", "eval_logps/rejected")),
+        ("kto", ("eval_kl",)),
+        ("simpo", ("eval_rewards/margins",)),
+    ],
+    ids=["dpo", "kto", "simpo"],
+)
+def test_an_evaluation_is_the_same(train, inputs, kind, names):
+    rows = inputs["points" if kind == "kto" else "pairs"]
+    options = (*FULL, *SGD, "--val_dataset", rows, "--eval_strategy", "steps")
+    settings = {"eval_steps": 3, "per_device_eval_batch_size": 4}
+    wanted, found = (train(kind, *options, fused=fused, **settings) for fused in (False, True))
     rows = [next(r for r in one["log_history"] if "eval_loss" in r) for one in (wanted, found)]
-    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
-        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-5)
+    for name in ("eval_loss", *names):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-5), name
 
 
 def test_statistics_are_resumed(train):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from llamafactory.hparams import FinetuningArguments
 
 from fused_prefopt.integrations.attach import OF_REFERENCE
-from fused_prefopt.integrations.options import FusedOptions, enter, read_mapping
+from fused_prefopt.integrations.options import (
+    FusedOptions,
+    PairOptions,
+    PointOptions,
+    enter,
+    read_mapping,
+)
 from fused_prefopt.preference import PreferenceLoss
 
 # Stages that train on preferences with a trainer of this package.
@@ -58,16 +64,6 @@ _DEFAULTS = {
         "simpo_gamma",
     )
 }
-
-
-@dataclass
-class _OfPairs(FusedOptions):
-    ld_alpha: float | None = None
-
-
-@dataclass
-class _OfPoints(FusedOptions):
-    pairwise: ClassVar[bool] = False
 
 
 def _unless_given(what: str) -> Any:
@@ -149,7 +145,7 @@ class FusedFinetuningArguments(FinetuningArguments):
             name: of the loss.
             given: those of LLaMA-Factory's that the configuration has.
         """
-        options = (_OfPairs if self.stage == "dpo" else _OfPoints)(
+        options = (PairOptions if self.stage == "dpo" else PointOptions)(
             **read_mapping(self.fused_prefopt)
         )
         kwargs: dict[str, Any] = dict(options.loss_kwargs or {})  # type: ignore[arg-type]
@@ -171,7 +167,7 @@ class FusedFinetuningArguments(FinetuningArguments):
                 defaults.pop("beta", None)
             kwargs = {**defaults, **fixed, **kwargs}
         if self.ld_alpha is not None:
-            if not isinstance(options, _OfPairs):
+            if not isinstance(options, PairOptions):
                 raise ValueError(f"ld_alpha: got {self.ld_alpha} in stage 'kto', needs pairs")
             options.ld_alpha = self.ld_alpha
         options.loss_kwargs = kwargs

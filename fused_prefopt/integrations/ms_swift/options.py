@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from fused_prefopt.checks import closest
 from fused_prefopt.integrations.loss_types import LossOptions, named_here
 from fused_prefopt.integrations.options import (
     KEY,
+    WEIGHTS,
     FusedOptions,
+    PairOptions,
+    PointOptions,
     refuse_beside_a_loss,
     refuse_without_a_loss,
 )
@@ -38,7 +40,6 @@ _KNOWN = {
     "cpo": ("sigmoid", "simpo", "hinge"),
 }
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
-_WEIGHTS = ("desirable_weight", "undesirable_weight")
 # Losses of ms-swift that are none here.
 _OTHERS = {
     "bco_pair": "subtracts a running mean of the rewards, which no loss of this package does; its"
@@ -63,32 +64,6 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "orpo": {},
 }
-
-
-@dataclass
-class PairOptions(FusedOptions):
-    """Options of a loss on pairs.
-
-    Args:
-        ld_alpha: of `PreferenceLoss`.
-    """
-
-    ld_alpha: float | None = None
-
-
-@dataclass
-class PointOptions(FusedOptions):
-    """Options of a loss on single completions.
-
-    Args:
-        desirable_weight, undesirable_weight: hyperparameters of the loss.
-    """
-
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-
-    pairwise: ClassVar[bool] = False
-    _shared: ClassVar[tuple[str, ...]] = ("beta", *_WEIGHTS)
 
 
 def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
@@ -116,7 +91,7 @@ def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
         if values.setdefault("beta", args.beta) != args.beta:
             raise ValueError(f"beta: got {args.beta} and {values['beta']} in {KEY}, needs one")
     if kind == "kto":
-        values |= {name: getattr(args, name) for name in _WEIGHTS}
+        values |= {name: getattr(args, name) for name in WEIGHTS}
     return make(**values)
 
 
@@ -145,7 +120,7 @@ def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
     for word in words:
         _require_word(word, _KNOWN[kind])
     if kind == "kto":
-        weights = {name: getattr(args, name) for name in _WEIGHTS}
+        weights = {name: getattr(args, name) for name in WEIGHTS}
         name, values = named_here(words[0], LossOptions(beta=args.beta, **weights))
         return [_term(name, values)]
     smoothing = args.label_smoothing
