@@ -44,7 +44,14 @@ _HYPERPARAMETERS = {
 # Options that say which loss of TRL's it is: with a loss of its own name they have no meaning.
 _KINDS = {"dpo": ("dpo_loss_type", "dpo_loss_weights"), "simpo": ("cpo_alpha",)}
 # Options that Axolotl hands to TRL, where this package's configuration has them.
-_HANDED = {"dpo": ("dpo_use_weighting",), "ipo": ("dpo_use_weighting",)}
+_OF_PAIRS = ("dpo_use_weighting", "dpo_padding_free")
+_HANDED = {"dpo": _OF_PAIRS, "ipo": _OF_PAIRS}
+# Options that Axolotl hands to TRL for `rl: grpo` alone.
+_OF_GRPO = ("trl.sync_ref_model", "trl.loss_type")
+# Options that False or 0 switches off, as if they were not given.
+_SWITCHES = (*_OF_PAIRS, "trl.sync_ref_model", "dpo_label_smoothing")
+# Axolotl reads 0 as not given.
+_KTO_WEIGHTS = ("kto_desirable_weight", "kto_undesirable_weight")
 # TRL's defaults where those of the losses here are others.
 _TRLS_BETA, _TRLS_CPO_ALPHA = 0.1, 1.0
 
@@ -124,22 +131,35 @@ def _kind(cfg: Mapping[str, Any]) -> Any:
     return getattr(rl, "value", rl)
 
 
+def options_read(kind: str) -> set[str]:
+    """The options of Axolotl's that say what the loss of an `rl` is, each by its name.
+
+    Args:
+        kind: of `rl`.
+    """
+    return {*_HYPERPARAMETERS[kind], *_KINDS.get(kind, ()), *_HANDED.get(kind, ())}
+
+
 def _value(cfg: Any, name: str) -> Any:
     """A value, None where it is not given; "trl.beta" is `beta` below `trl`."""
     for part in name.split("."):
         cfg = None if cfg is None else cfg.get(part)
-    return cfg
+    return None if name in _SWITCHES and not cfg else cfg
 
 
 def _refuse(cfg: Any, kind: str, *, named: bool) -> None:
     """Raise ValueError for an option that would have no effect."""
-    read = {*_HYPERPARAMETERS[kind], *_KINDS.get(kind, ()), *_HANDED.get(kind, ())}
-    tables = (_HYPERPARAMETERS, _KINDS, _HANDED)
-    every = dict.fromkeys(name for table in tables for names in table.values() for name in names)
-    for name in every:
+    read = options_read(kind)
+    for name in sorted({*_OF_GRPO}.union(*map(options_read, TRAINERS))):
         value = _value(cfg, name)
         if value is not None and name not in read:
             raise ValueError(f"{name}: got {value!r} with rl: {kind}, which does not read it")
+    for name in _KTO_WEIGHTS:
+        if _value(cfg, name) == 0:
+            raise ValueError(
+                f"{name}: got 0, which Axolotl reads as 1; needs more than 0, or to be a"
+                " hyperparameter of the `loss` under fused_prefopt"
+            )
     if named:
         kinds = {name: _value(cfg, name) for name in _KINDS.get(kind, ())}
         given = {name: value for name, value in kinds.items() if value is not None}
