@@ -179,7 +179,7 @@ REFUSED = [
     ),
     (
         {"rl": "dpo", "rl_beta": 0.2, "fused_prefopt": {"loss": "dpo", "beta": 0.3}},
-        "rl_beta: got 0.2 and 0.3 under fused_prefopt",
+        "rl_beta: got 0.2 and beta=0.3 in loss_kwargs",
     ),
     (
         {"rl": "dpo", "precompute_ref_log_probs": True, "fused_prefopt": {"loss": "simpo"}},
