@@ -52,7 +52,6 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-precomputed": {"rl": "dpo", "precompute_ref_log_probs": True},
     "dpo-weighted": {"rl": "dpo", "dpo_use_weighting": True},
     "dpo-padding-free": {"rl": "dpo", "dpo_padding_free": True},
-    "dpo-adapter-and-reference": {"rl": "dpo", "rl_adapter_ref_model": True, **LORA},
     "dpo-lora": {"rl": "dpo", **LORA},
     "ipo": {"rl": "ipo", "rl_beta": 0.2},
     "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.6, **STEPS},
@@ -166,6 +165,7 @@ REFUSED = [
     ({"rl": "kto", "kto_desirable_weight": 0.0}, "kto_desirable_weight: got 0, which Axolotl"),
     ({"rl": "orpo", "orpo_alpha": 0.1, "rl_beta": 0.2}, "orpo_alpha: got 0.1 and rl_beta 0.2"),
     ({"rl": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True"),
+    ({"rl": "dpo", "rl_adapter_ref_model": True}, "rl_adapter_ref_model: got True, which Axolotl"),
     ({"rl": "dpo", "context_parallel_size": 2}, "context_parallel_size: got 2"),
     ({"rl": "dpo", "fused_prefopt": {"beta": 0.1}}, "fused_prefopt: got beta=0.1 without a loss"),
     ({"rl": "orpo", "fused_prefopt": ALPHA}, "alpha-dpo needs rl: dpo"),
@@ -231,7 +231,9 @@ def test_axolotls_hyperparameters_reach_the_loss(options, loss, hyperparameters)
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_options_of_each_rl_are_those_that_axolotl_reads(monkeypatch, tmp_path, kind):
     from axolotl.core.builders.rl import HFRLTrainerBuilder
+    from axolotl.utils.schemas.config import AxolotlInputConfig
     from axolotl.utils.schemas.enums import RLType
+    from axolotl.utils.schemas.trl import TRLConfig
 
     names: set[str] = set()
     builder = object.__new__(HFRLTrainerBuilder)
@@ -245,6 +247,10 @@ def test_the_options_of_each_rl_are_those_that_axolotl_reads(monkeypatch, tmp_pa
     # The plugin's own business, and its warning's.
     others |= {"precompute_ref_log_probs", "dpo_use_liger_kernel"}
     assert names - others == options_read(kind)
+    # A name that the schema does not have never gets here.
+    schema = {*AxolotlInputConfig.model_fields, *(f"trl.{name}" for name in TRLConfig.model_fields)}
+    assert options_read(kind) <= schema
+    assert "rl_adapter_ref_model" not in schema
 
 
 class Asked:

@@ -50,6 +50,8 @@ _HANDED = {"dpo": _OF_PAIRS, "ipo": _OF_PAIRS}
 _OF_GRPO = ("trl.sync_ref_model", "trl.loss_type")
 # Options that False or 0 switches off, as if they were not given.
 _SWITCHES = (*_OF_PAIRS, "trl.sync_ref_model", "dpo_label_smoothing")
+# Axolotl's code and its manual have this one; its schema, which goes before the code, has not.
+_DROPPED = "rl_adapter_ref_model"
 # Axolotl reads 0 as not given.
 _KTO_WEIGHTS = ("kto_desirable_weight", "kto_undesirable_weight")
 # TRL's defaults where those of the losses here are others.
@@ -91,13 +93,19 @@ def require_supported(cfg: Mapping[str, Any]) -> None:
     """Raise ValueError unless `rl` is one of those that have a fused trainer.
 
     Args:
-        cfg: a configuration, as it was written or checked.
+        cfg: a configuration, as it was written or checked; of the first, what Axolotl's schema
+            drops is refused too.
     """
     kind = _kind(cfg)
     if kind not in TRAINERS:
         raise ValueError(
             f"rl: got {kind!r} with the plugin of fused_prefopt, wanted one of"
             f" {', '.join(TRAINERS)}"
+        )
+    if cfg.get(_DROPPED):
+        raise ValueError(
+            f"{_DROPPED}: got {cfg[_DROPPED]!r}, which Axolotl drops before it could read it, needs"
+            " to be left out: the reference is the model without its adapter"
         )
 
 
