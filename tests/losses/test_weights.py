@@ -16,10 +16,13 @@ from fused_prefopt.types import LogpBatch
 
 # In a pairwise loss a pair, in another a completion.
 WEIGHTS = {True: [2.0, 0.0, 1.0, 3.0], False: [2.0, 0.0, 1.0, 3.0, 1.0, 0.0, 2.0, 1.0]}
-BUILT = [(name, find(name).build(**options)) for name, options in VARIANTS]
-LOSSES = [(name, loss) for name, loss in BUILT if not isinstance(loss, TransportLoss)]
-SORTING = [(name, loss) for name, loss in BUILT if isinstance(loss, TransportLoss)]
-every_loss = pytest.mark.parametrize(("name", "loss"), LOSSES, ids=[name for name, _ in LOSSES])
+BUILT = [
+    pytest.param(name, find(name).build(**options), id=f"{name}-{options}")
+    for name, options in VARIANTS
+]
+LOSSES = [one for one in BUILT if not isinstance(one.values[1], TransportLoss)]
+SORTING = [one for one in BUILT if isinstance(one.values[1], TransportLoss)]
+every_loss = pytest.mark.parametrize(("name", "loss"), LOSSES)
 
 
 def weighted(loss, batch: LogpBatch, weights=None) -> LogpBatch:
