@@ -119,6 +119,11 @@ def test_every_loss(waits, name, options):
         "kl": torch.ones(()),
     }
     extras = {key: value for key, value in extras.items() if key in loss_fn.loss.needs}
+    if "prompt_lengths" in loss_fn.loss.needs:
+        # Counted of these.
+        extras["prompt_labels"] = labels.flip(0)
+        extras["num_prompt_labels"] = counted["num_labels"]
+        del extras["prompt"]
     with waits:
         loss_fn(hidden, weight, labels, **counted, **extras).loss.backward()
     assert waits.found == []
