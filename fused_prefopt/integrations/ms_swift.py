@@ -24,8 +24,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fused_prefopt.checks import require_packages
+from fused_prefopt.checks import require_packages, require_version
 
+require_version("swift")
 try:
     from swift.rlhf_trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer
     from swift.trainers import TrainerFactory

@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fused_prefopt.checks import require_packages
+from fused_prefopt.checks import require_packages, require_version
 
+require_version("axolotl")
 try:
     from axolotl.integrations.base import BasePlugin
 except ImportError:
