@@ -160,19 +160,21 @@ def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
 
     Args:
         rows: with `instruction` and `completions`, a list of dicts with `response`,
-            `overall_score` and `fine-grained_score`.
+            `overall_score` and `fine-grained_score`, and optionally `weight`.
 
     Returns:
-        Records with `prompt` and `completion` (each a list of one message), `reward` (float) and
-        `group` (the row's index). Completions without a response or a score ("N/A", None) are
+        Records with `prompt` and `completion` (each a list of one message), `reward` (float),
+        `group` (the row's index) and the row's `weight`. Completions without a response or a score ("N/A", None) are
         dropped; a log message counts them.
 
     Raises:
-        ValueError: a row has no `instruction` or no `completions`.
+        ValueError: a row has no `instruction` or no `completions`, or a weight that is no finite
+            number >= 0.
     """
     records, dropped = [], 0
     for group, row in enumerate(rows):
         require_columns(row, ("instruction", "completions"), row_at(group))
+        weight = weight_of(row, row_at(group))
         for completion in row["completions"]:
             reward = _ultrafeedback_reward(completion)
             if reward is None or not completion["response"] or not row["instruction"]:
@@ -184,6 +186,7 @@ def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
                     COMPLETION: [{ROLE: "assistant", CONTENT: completion["response"]}],
                     REWARD: reward,
                     GROUP: group,
+                    **weight,
                 }
             )
     _report("ultrafeedback", dropped, "completions")
