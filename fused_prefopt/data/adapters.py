@@ -164,8 +164,8 @@ def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
 
     Returns:
         Records with `prompt` and `completion` (each a list of one message), `reward` (float),
-        `group` (the row's index) and the row's `weight`. Completions without a response or a score ("N/A", None) are
-        dropped; a log message counts them.
+        `group` (the row's index) and the row's `weight`. Completions without a response or a score
+        ("N/A", None) are dropped; a log message counts them.
 
     Raises:
         ValueError: a row has no `instruction` or no `completions`, or a weight that is no finite

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from fused_prefopt.checks import require_packages, require_version
 
-require_version("swift")
 try:
+    require_version("swift")
     from swift.rlhf_trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer
     from swift.trainers import TrainerFactory
 except ImportError:

@@ -16,8 +16,8 @@ from typing import Any
 
 from fused_prefopt.checks import require_packages, require_version
 
-require_version("axolotl")
 try:
+    require_version("axolotl")
     from axolotl.integrations.base import BasePlugin
 except ImportError:
     require_packages(__name__, "axolotl")
