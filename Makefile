@@ -4,7 +4,8 @@
 # make test    lint, types, kernels and all tests
 # make bench   the CPU benchmark suite, with peers (7 minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
-# make compat  the core of the tests on the oldest versions and on those of a GPU image (19 GB)
+# make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
+#              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
 # make frameworks  trains a tiny model with Axolotl, LLaMA-Factory and ms-swift, and our loss
 # make report  tables and pictures from the committed results
 
