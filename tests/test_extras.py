@@ -39,6 +39,7 @@ def without(package):
 def with_version(installed):
     there = dict([installed])
     checks.version = lambda name: there.get(name) or metadata.version(name)
+    checks.find_spec = lambda name: name  # it is installed, and too old
 
 cases = [(module, without, missing) for module, missing, _ in {CASES!r}]
 cases += [(module, with_version, (name, number)) for module, name, number, *_ in {TOO_OLD!r}]
