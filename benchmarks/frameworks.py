@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.framework_inputs import write_model, write_rows
 from benchmarks.results import RESULTS, ROOT, Results, Row
 
 ENVIRONMENTS = ROOT.parent / ".compat"
@@ -207,6 +206,9 @@ def _trained(
     framework: Framework, words: int, options: Mapping[str, Any] | None
 ) -> tuple[int, list[float]]:
     """Peak in bytes, and the losses that it has logged, of completions of so many words."""
+    # Only here: the other commands do without transformers.
+    from benchmarks.framework_inputs import write_model, write_rows
+
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", vocab=VOCAB, hidden=HIDDEN)

@@ -78,7 +78,7 @@ def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def closest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean …?)"` with the known names closest to a wrong one, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3)
+    close = difflib.get_close_matches(str(name), list(known), n=3)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 

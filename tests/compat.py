@@ -47,7 +47,7 @@ PARTS = {
     TRL: ("integrations/test_trl_*.py",),
     "Axolotl": ("frameworks/test_axolotl.py",),
     "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
-    "ms-swift": ("frameworks/test_ms_swift.py",),
+    "ms-swift": ("frameworks/test_ms_swift.py", "frameworks/test_swift_options.py"),
 }
 # What needs no framework but transformers.
 CORE = ("op", INTERPRETED, "losses", "transformers' trainers")

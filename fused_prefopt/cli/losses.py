@@ -55,9 +55,10 @@ loss_fn = fp.PreferenceLoss(
 )
 ```
 
-One pass of the head serves all terms; each keeps its own statistic. `losses` and `loss` are the
-weighted sums. Rewards and their metrics are those of the first term that trains a reward (all but
-`sft`); the loss of a term, before its weight, is logged as `loss/` and its name.
+One pass of the head serves all terms; each keeps its own statistic, saved under its name. `losses`
+and `loss` are the weighted sums. Rewards and their metrics are those of the first term that trains
+a reward (all but `sft` and those of weight 0); the loss of a term, before its weight, is logged as
+`loss/` and its name.
 
 The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are translated in
 `fused_prefopt/integrations/loss_types.py`.

@@ -1,6 +1,7 @@
-"""Batches without a row for each sequence: what they ask of a model, and of who deals them out.
+"""Batches without a row for each sequence: who asks for them, and what they ask of the others.
 
-Packed sequences share one row, and a pair with its prompt once has one row for both sides.
+Packed sequences share one row, and a pair with its prompt once has one row for both sides. They
+ask something of the other options, of the model, and of whoever deals batches out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,38 @@ from fused_prefopt.models.batch import require_mask_attention, require_separate_
 from fused_prefopt.models.causal_lm import text_config
 from fused_prefopt.models.model_call import prompt_learners
 from fused_prefopt.models.peft_head import lacks_rows
+
+# Options of a configuration; without any TRL's collator pads.
+LAYOUTS = PADDING_FREE, SHARED_PROMPT = ("padding_free", "shared_prompt")
+
+
+def layout_of(config: Any, data_collator: Any) -> str | None:
+    """The one of `LAYOUTS` that a configuration asks for, None for padded rows.
+
+    Args:
+        config: of a fused trainer.
+        data_collator: which the trainer is given, or None.
+
+    Raises:
+        ValueError: it asks for both, or for one beside what makes another layout.
+    """
+    layouts = [name for name in LAYOUTS if getattr(config, name, False)]
+    if not layouts:
+        return None
+    layout = layouts[0]
+    if len(layouts) > 1:
+        raise ValueError("shared_prompt: got True with padding_free=True, wanted one of them")
+    if data_collator is not None:
+        raise ValueError(
+            f"data_collator: got one with {layout}=True, which takes a collator of its own; needs"
+            f" None, or {layout}=False and a `data.PairCollator` that has the option"
+        )
+    if layout == PADDING_FREE and config.pad_to_multiple_of is not None:
+        raise ValueError(
+            f"pad_to_multiple_of: got {config.pad_to_multiple_of} with padding_free=True, which"
+            " pads nothing; needs None"
+        )
+    return layout
 
 
 def has_row_for_each(collator: Any) -> bool:

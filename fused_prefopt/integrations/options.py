@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import ast
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
+from fused_prefopt.checks import require_choice
 from fused_prefopt.integrations.loss_types import terms_here
 from fused_prefopt.preference import PreferenceLoss
+
+# Name of these options in the configuration of a framework, where they are one mapping.
+KEY = "fused_prefopt"
+# KTO's hyperparameters that frameworks have as options of their own.
+WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
 @dataclass
@@ -86,16 +94,9 @@ class FusedOptions:
                     " with them, or TRL's options alone"
                 )
             return self._terms_of_trl(trls | shared), {}
-        for name, value in trls.items():
-            raise ValueError(
-                f"{name}: got {value!r}, an option of TRL's own losses, with loss {self.loss!r};"
-                " give one of them, and the hyperparameters of `loss` in `loss_kwargs`"
-            )
+        refuse_beside_a_loss(trls, "TRL", self.loss)
         for name, value in shared.items():
-            if options.setdefault(name, value) != value:
-                raise ValueError(
-                    f"{name}: got {value!r} and {options[name]!r} in loss_kwargs, needs one of them"
-                )
+            enter(options, name, value, name)
         return self.loss, options
 
     def _terms_of_trl(self, given: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,6 +120,117 @@ class FusedOptions:
             for name in names
             if name in values and values[name][0] != values[name][1]
         }
+
+
+@dataclass
+class PairOptions(FusedOptions):
+    """Options of a loss on pairs, where a framework keeps its own configuration.
+
+    Args:
+        ld_alpha: of `PreferenceLoss`.
+    """
+
+    ld_alpha: float | None = None
+
+
+@dataclass
+class PointOptions(FusedOptions):
+    """Options of a loss on single completions, of such a framework.
+
+    Args:
+        desirable_weight, undesirable_weight: hyperparameters of the loss.
+    """
+
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    pairwise: ClassVar[bool] = False
+    _shared: ClassVar[tuple[str, ...]] = ("beta", *WEIGHTS)
+
+
+def read_mapping(given: Any) -> dict[str, Any]:
+    """Fields of `FusedOptions` by name, from what a framework's configuration has under `KEY`.
+
+    Args:
+        given: a mapping, or one as text: JSON, or as Python prints it. None and "" have no fields.
+
+    Raises:
+        ValueError: it is no mapping, or has a key that is none of the fields (the message has the
+            closest ones), or a value of another kind than its field's.
+    """
+    found = dict(_mapping(KEY, given, {"loss": "dpo"}))
+    for name in found:
+        require_choice(KEY, name, (item.name for item in fields(FusedOptions)))
+    if found.get("loss_kwargs") is not None:
+        kwargs = _mapping(f"{KEY}.loss_kwargs", found["loss_kwargs"], {"beta": 0.1})
+        found["loss_kwargs"] = dict(kwargs)
+    tokens = found.get("log_tokens", False)
+    if not isinstance(tokens, bool):
+        raise ValueError(f"{KEY}.log_tokens: got {tokens!r}, wanted true or false")
+    return found
+
+
+def _mapping(name: str, given: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = {} if given is None or given == "" else given
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except json.JSONDecodeError:
+            try:
+                found = ast.literal_eval(found)
+            except (ValueError, SyntaxError):
+                pass
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}: got {given!r}, wanted a mapping such as {json.dumps(example)}")
+    return found
+
+
+def enter(hyperparameters: dict[str, Any], name: str, value: Any, option: str) -> None:
+    """Give a loss a hyperparameter that `loss_kwargs` may have, too.
+
+    Args:
+        hyperparameters: of `loss_kwargs`; changed.
+        name, value: of the hyperparameter.
+        option: that gives it.
+
+    Raises:
+        ValueError: `loss_kwargs` has another value.
+    """
+    if hyperparameters.setdefault(name, value) != value:
+        raise ValueError(
+            f"{option}: got {value!r} and {name}={hyperparameters[name]!r} in loss_kwargs, needs"
+            " one of them"
+        )
+
+
+def refuse_beside_a_loss(given: Mapping[str, Any], framework: str, loss: Any) -> None:
+    """Raise ValueError if options of a framework's own losses are given with one of this package.
+
+    Args:
+        given: values of such options by name, those that are given.
+        framework: its name.
+        loss: what `loss` says.
+    """
+    for name, value in given.items():
+        raise ValueError(
+            f"{name}: got {value!r}, an option of {framework}'s own losses, with loss {loss!r};"
+            " give one of them, and the hyperparameters of `loss` in `loss_kwargs`"
+        )
+
+
+def refuse_without_a_loss(found: Mapping[str, Any], framework: str) -> None:
+    """Raise ValueError if a mapping without a `loss` has hyperparameters of one.
+
+    Args:
+        found: of `read_mapping`.
+        framework: whose own options describe the loss then.
+    """
+    for name in ("loss_kwargs", "beta"):
+        if found.get(name) is not None:
+            raise ValueError(
+                f"{KEY}: got {name}={found[name]!r} without a loss, needs one, or the options of"
+                f" {framework}'s own losses"
+            )
 
 
 def _default(item: Field[Any]) -> Any:

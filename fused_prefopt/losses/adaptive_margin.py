@@ -43,7 +43,7 @@ class Gap:
     Args:
         value: (S,) values of a batch's sequences.
         needs: the `LogpBatch` fields that `value` uses.
-        length_normalized: v is divided by ``max(1, |y|)``.
+        length_normalized: v is divided by ``|y|``; an empty completion's is 0.
     """
 
     value: Callable[[LogpBatch], Tensor]

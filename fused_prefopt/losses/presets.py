@@ -149,6 +149,12 @@ def f_dpo(
     require_choice("link", link, of_link)
     if label_smoothing and link not in ("logistic", "exact", "robust"):
         raise ValueError(f"label_smoothing: got {label_smoothing} with {link!r}, wanted 0")
+    if temperature != 0.05 and link != "blended":
+        raise ValueError(f"temperature: got {temperature} with link {link!r}, needs 'blended'")
+    if alpha != 0.5 and divergence != "alpha_divergence":
+        raise ValueError(
+            f"alpha: got {alpha} with divergence {divergence!r}, needs 'alpha_divergence'"
+        )
     reward = curves[divergence]
     return PairwiseLoss(
         rewards.PerToken(reward=reward) if length_normalized else reward,

@@ -54,7 +54,7 @@ class LogRatio(Scaled):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanLogp(Scaled):
-    """SimPO's reward: ``r = β L / max(1, |y|)``.
+    """SimPO's reward: ``r = β L / |y|``, 0 for an empty completion.
 
     Args:
         beta: β > 0, reward per nat per token.
@@ -90,7 +90,7 @@ class SumLogp(Scaled):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanLogRatio(Scaled):
-    """The log-ratio per token as reward: ``r = β (L − L_ref) / max(1, |y|)``.
+    """The log-ratio per token as reward: ``r = β (L − L_ref) / |y|``.
 
     Args:
         beta: β > 0, reward per nat per token.
@@ -276,7 +276,7 @@ class RejectedShare:
 
 @dataclass(frozen=True, kw_only=True)
 class PerToken:
-    """Another reward, divided by the completion's length: ``r / max(1, |y|)``.
+    """Another reward, divided by the completion's length: ``r / |y|``.
 
     Args:
         reward: of the whole completion.

@@ -24,7 +24,7 @@ class Term:
     """A loss in a sum.
 
     Args:
-        name: by which its own loss is logged, unlike the other terms'.
+        name: by which its own loss is logged and its statistic is saved, unlike the other terms'.
         loss: on pairs or on single completions, as all terms.
         weight: w >= 0.
 
@@ -49,11 +49,12 @@ class WeightedSum:
 
     Args:
         terms: at least one.
-        weighting: how much a pair counts, in every term that has no weighting of its own.
+        weighting: how much a pair counts, regularisers and all, in every term that has no
+            weighting of its own.
 
     Raises:
-        ValueError: there is no term, some judge pairs and others single completions, or with a
-            weighting a term is no mean over pairs.
+        ValueError: there is no term, two have one name, some judge pairs and others single
+            completions, or with a weighting a term is no mean over pairs.
 
     Source: MPO (Wang et al. 2024, arXiv:2411.10442), eq. 1, of three terms.
     """
@@ -64,6 +65,9 @@ class WeightedSum:
     def __post_init__(self) -> None:
         if not self.terms:
             raise ValueError("loss: got a sum without terms, wanted one at least")
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"loss: got terms named {names}, wanted another name for each")
         kinds = {term.loss.pairwise: term.name for term in self.terms}
         if len(kinds) == 2:
             raise ValueError(
@@ -80,7 +84,7 @@ class WeightedSum:
     @property
     def leading(self) -> int:
         """Number of the term whose rewards are the sum's: the first that trains a reward."""
-        comparing = (i for i, term in enumerate(self.terms) if _trains_a_reward(term.loss))
+        comparing = (i for i, term in enumerate(self.terms) if _trains_a_reward(term))
         return next(comparing, 0)
 
     @property
@@ -111,8 +115,8 @@ class WeightedSum:
 
     def statistics(self) -> TermStatistics | None:
         """Fresh statistics of the terms, or None where no term needs one."""
-        parts = [term.loss.statistics() for term in self.terms]
-        return None if all(part is None for part in parts) else TermStatistics(parts)
+        parts = {term.name: term.loss.statistics() for term in self.terms}
+        return None if all(part is None for part in parts.values()) else TermStatistics(parts)
 
     def observe(self, batch: LogpBatch) -> tuple[Any, ...]:
         """What each term observes."""
@@ -168,8 +172,10 @@ class WeightedSum:
         )
 
 
-def _trains_a_reward(loss: Loss) -> bool:
-    return not (isinstance(loss, PairwiseLoss) and isinstance(loss.link, Indifferent))
+def _trains_a_reward(term: Term) -> bool:
+    loss = term.loss
+    indifferent = isinstance(loss, PairwiseLoss) and isinstance(loss.link, Indifferent)
+    return term.weight > 0 and not indifferent
 
 
 def _has_weighting(loss: Loss) -> bool:

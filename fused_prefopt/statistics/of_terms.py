@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,20 +13,21 @@ from fused_prefopt.statistics.base import Statistic
 
 
 class TermStatistics(Statistic):
-    """A sum's statistics, one for each term that keeps one, under the number of its term.
+    """A sum's statistics, one for each term that keeps one, under the name of its term.
 
     A failure in one leaves all as they were. `nonfinite` is the largest of their counts.
 
     Args:
-        parts: what each term keeps, or None.
+        parts: what each term keeps, or None, by the term's name: a saved state finds its term
+            again, wherever in a sum that stands.
     """
 
-    def __init__(self, parts: Sequence[Statistic | None]) -> None:
+    def __init__(self, parts: Mapping[str, Statistic | None]) -> None:
         super().__init__()
-        self._terms = len(parts)
-        for number, part in enumerate(parts):
+        self._names = tuple(parts)
+        for name, part in parts.items():
             if part is not None:
-                self.add_module(str(number), part)
+                self.add_module(name, part)
 
     @torch.no_grad()
     def forward(self, observed: Sequence[Any]) -> tuple[Any, ...]:
@@ -47,7 +48,7 @@ class TermStatistics(Statistic):
     @contextmanager
     def updating(self) -> Iterator[list[Statistic | None]]:
         """Each term's statistic, ready to be called, while a batch goes through all of them."""
-        parts: list[Any] = [self._modules.get(str(number)) for number in range(self._terms)]
+        parts: list[Any] = [self._modules.get(name) for name in self._names]
         there = [part for part in parts if part is not None]
         for part in there:
             part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks

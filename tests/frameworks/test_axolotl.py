@@ -18,7 +18,9 @@ from axolotl_inputs import OURS, history, run, train, weights, write_config  # n
 from benchmarks.framework_inputs import pairs, points, write_model, write_rows  # noqa: E402
 from fused_prefopt.integrations.axolotl import FusedPlugin  # noqa: E402
 from fused_prefopt.integrations.axolotl.options import (  # noqa: E402
+    TRAINERS,
     FusedArgs,
+    options_read,
     require_supported,
     training_arguments,
 )
@@ -31,9 +33,16 @@ LORA = {
     "lora_target_modules": ["q_proj", "v_proj"],
     "learning_rate": 1.0,
 }
+# Steps of several batches, and evaluations between them.
+STEPS = {
+    "gradient_accumulation_steps": 2,
+    "val_set_size": 0.25,
+    "eval_steps": 1,
+    "eval_batch_size": 2,
+}
 # Axolotl's own trainings, of which the plugin's must be the same.
 CASES: dict[str, dict[str, Any]] = {
-    "dpo": {"rl": "dpo", "lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.5},
+    "dpo": {"rl": "dpo", "lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.5, **STEPS},
     "dpo-sum": {
         "rl": "dpo",
         "rl_beta": 0.3,
@@ -43,17 +52,24 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-precomputed": {"rl": "dpo", "precompute_ref_log_probs": True},
     "dpo-weighted": {"rl": "dpo", "dpo_use_weighting": True},
     "dpo-padding-free": {"rl": "dpo", "dpo_padding_free": True},
-    "dpo-adapter-and-reference": {"rl": "dpo", "rl_adapter_ref_model": True, **LORA},
     "dpo-lora": {"rl": "dpo", **LORA},
     "ipo": {"rl": "ipo", "rl_beta": 0.2},
-    "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.6},
+    "simpo": {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.6, **STEPS},
+    "simpo-messages": {
+        "rl": "simpo",
+        "simpo_gamma": 0.6,
+        "rows": "messages",
+        "chat_template": "chatml",
+        "skip_prepare_dataset": True,
+    },
     "simpo-lora": {"rl": "simpo", "simpo_gamma": 0.6, "cpo_alpha": 0.0, **LORA},
-    "orpo": {"rl": "orpo", "orpo_alpha": 0.3, "pad_to_multiple_of": 8},
+    "orpo": {"rl": "orpo", "orpo_alpha": 0.3, "pad_to_multiple_of": 8, **STEPS},
     "kto": {
         "rl": "kto",
         "rl_beta": 0.3,
         "kto_undesirable_weight": 1.2,
         "remove_unused_columns": False,
+        **STEPS,
     },
 }
 FUSED = "fused_prefopt.integrations.axolotl.FusedPlugin"
@@ -64,8 +80,16 @@ ALPHA = {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}}
 def folder(tmp_path_factory) -> Path:
     found = tmp_path_factory.mktemp("axolotl")
     write_model(found / "model")
-    write_rows(found / "pairs.jsonl", pairs(12))
-    write_rows(found / "points.jsonl", points(12))
+    write_rows(found / "pairs.jsonl", pairs(16))
+    write_rows(found / "points.jsonl", points(16))
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    write_rows(
+        found / "messages.jsonl",
+        [
+            {key: [{"role": role, "content": row[key]}] for key, role in roles.items()}
+            for row in pairs(16)
+        ],
+    )
     return found
 
 
@@ -76,12 +100,15 @@ def test_losses_and_weights_are_those_of_axolotls_own_loss(folder, name):
     own = write_config(folder, f"{name}-own", ours=False, **changes)
     # Training arguments get the plugin's field when they are first imported.
     train(ours, own)
+    tolerances = {"loss": 1e-5, "eval_loss": 1e-5, "grad_norm": 1e-4, "learning_rate": 0}
     logged = list(zip(history(own), history(ours), strict=True))
-    assert all("nonfinite" in got and "nonfinite" not in wanted for wanted, got in logged)
+    assert sum("loss" in wanted for wanted, _ in logged) == 3
+    assert any("eval_loss" in wanted for wanted, _ in logged) == ("eval_steps" in changes)
     for wanted, got in logged:
-        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
-        assert got["learning_rate"] == wanted["learning_rate"]
+        assert ("nonfinite" in got) == ("loss" in got) and "nonfinite" not in wanted
+        for key, tolerance in tolerances.items():
+            if key in wanted:
+                assert got[key] == pytest.approx(wanted[key], rel=tolerance)
     before, wanted, got = weights(folder / "model.yaml"), weights(own), weights(ours)
     assert wanted.keys() == got.keys()
     for key, value in wanted.items():
@@ -133,14 +160,18 @@ REFUSED = [
     # TRL's own would not read it.
     ({"rl": "dpo", "dpo_label_smoothing": 0.1}, "label_smoothing: got 0.1"),
     ({"rl": "kto", "dpo_use_weighting": True}, "dpo_use_weighting: got True with rl: kto"),
+    ({"rl": "orpo", "dpo_padding_free": True}, "dpo_padding_free: got True with rl: orpo"),
+    ({"rl": "dpo", "trl": {"sync_ref_model": True}}, "trl.sync_ref_model: got True with rl: dpo"),
+    ({"rl": "kto", "kto_desirable_weight": 0.0}, "kto_desirable_weight: got 0, which Axolotl"),
     ({"rl": "orpo", "orpo_alpha": 0.1, "rl_beta": 0.2}, "orpo_alpha: got 0.1 and rl_beta 0.2"),
     ({"rl": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs: got True"),
+    ({"rl": "dpo", "rl_adapter_ref_model": True}, "rl_adapter_ref_model: got True, which Axolotl"),
     ({"rl": "dpo", "context_parallel_size": 2}, "context_parallel_size: got 2"),
-    ({"rl": "dpo", "fused_prefopt": {"beta": 0.1}}, "fused_prefopt: got beta without a loss"),
+    ({"rl": "dpo", "fused_prefopt": {"beta": 0.1}}, "fused_prefopt: got beta=0.1 without a loss"),
     ({"rl": "orpo", "fused_prefopt": ALPHA}, "alpha-dpo needs rl: dpo"),
     (
         {"rl": "dpo", "dpo_loss_type": ["hinge"], "fused_prefopt": ALPHA},
-        "dpo_loss_type: got .*'alpha-dpo', needs one of them",
+        "dpo_loss_type: got .* with loss 'alpha-dpo'; give one of them",
     ),
     (
         {"rl": "dpo", "rl_beta": 0.2, "fused_prefopt": {"loss": "slic-hf"}},
@@ -148,7 +179,7 @@ REFUSED = [
     ),
     (
         {"rl": "dpo", "rl_beta": 0.2, "fused_prefopt": {"loss": "dpo", "beta": 0.3}},
-        "rl_beta: got 0.2 and 0.3 under fused_prefopt",
+        "rl_beta: got 0.2 and beta=0.3 in loss_kwargs",
     ),
     (
         {"rl": "dpo", "precompute_ref_log_probs": True, "fused_prefopt": {"loss": "simpo"}},
@@ -178,11 +209,60 @@ def test_an_option_without_an_effect_is_refused_by_its_name(options, message):
             "alpha-dpo",
             {"alpha": 0.1, "beta": 2.0},
         ),
+        # What is switched off says nothing.
+        (
+            {
+                "rl": "kto",
+                "dpo_use_weighting": False,
+                "dpo_padding_free": False,
+                "dpo_label_smoothing": 0.0,
+                "trl": {"sync_ref_model": False},
+            },
+            "kto",
+            {},
+        ),
     ],
 )
 def test_axolotls_hyperparameters_reach_the_loss(options, loss, hyperparameters):
     found = training_arguments(DictDefault(options))["fused_prefopt"]
     assert (found["loss"], found["loss_kwargs"]) == (loss, hyperparameters)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_options_of_each_rl_are_those_that_axolotl_reads(monkeypatch, tmp_path, kind):
+    from axolotl.core.builders.rl import HFRLTrainerBuilder
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from axolotl.utils.schemas.enums import RLType
+    from axolotl.utils.schemas.trl import TRLConfig
+
+    names: set[str] = set()
+    builder = object.__new__(HFRLTrainerBuilder)
+    builder.cfg = Asked(names, "", {"rl": RLType(kind), "trl": Asked(names, "trl.", {})})
+    base = {"output_dir": str(tmp_path), "bf16": False}, {}
+    monkeypatch.setattr(builder, "_set_base_training_args", lambda total_num_steps: base)
+    builder._build_training_arguments(3)
+    others = {"rl", "trl", "plugins", "remove_unused_columns", "sequence_len", "use_wandb"}
+    # Axolotl takes it for any β.
+    others |= set() if kind == "orpo" else {"orpo_alpha"}
+    # The plugin's own business, and its warning's.
+    others |= {"precompute_ref_log_probs", "dpo_use_liger_kernel"}
+    assert names - others == options_read(kind)
+    # A name that the schema does not have never gets here.
+    schema = {*AxolotlInputConfig.model_fields, *(f"trl.{name}" for name in TRLConfig.model_fields)}
+    assert options_read(kind) <= schema
+    assert "rl_adapter_ref_model" not in schema
+
+
+class Asked:
+    """A configuration that notes which options are read; those that are not given are None."""
+
+    def __init__(self, names: set[str], prefix: str, given: dict[str, Any]) -> None:
+        self._noted = names, prefix, given
+
+    def __getattr__(self, name: str) -> Any:
+        names, prefix, given = self._noted
+        names.add(prefix + name)
+        return given.get(name)
 
 
 def test_ligers_loss_is_switched_off_and_told(caplog):
@@ -212,6 +292,13 @@ def test_the_plugin_names_the_trainer_and_notices_another():
     other = {"rl": "grpo", "plugins": ["another.Plugin"]}
     plugin.register(other)
     assert "trainer_cls" not in other
+    # Without `rl` Axolotl generates; it would train on texts.
+    generating = {"rl": None, "plugins": [FUSED], "inference": True}
+    plugin.register(generating)
+    assert "trainer_cls" not in generating
+    plugin.pre_model_load(DictDefault({"rl": None, "plugins": [FUSED]}))
+    with pytest.raises(ValueError, match="rl: got None"):
+        plugin.register({"plugins": [FUSED]})
     with pytest.raises(ValueError, match="whose get_trainer_cls gives SimpleNamespace"):
         plugin.post_trainer_create(
             DictDefault({"rl": "dpo", "plugins": [FUSED]}), SimpleNamespace()

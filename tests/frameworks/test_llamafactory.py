@@ -172,7 +172,17 @@ CASES = {
     "simpo, nll": {"pref_loss": "simpo", "pref_ftx": 0.3},
     "kto": {"stage": "kto", "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.7},
     "kto, lora": {"stage": "kto", "finetuning_type": "lora", "pref_beta": 0.5},
+    "simpo, ld_alpha": {"pref_loss": "simpo", "ld_alpha": 0.3},
+    "orpo, nll": {"pref_loss": "orpo", "pref_ftx": 0.3},
 }
+# Of 7 rows the last batch is of one, and the last step of each epoch of one batch.
+EPOCHS = {
+    "max_steps": None,
+    "num_train_epochs": 2,
+    "max_samples": 7,
+    "gradient_accumulation_steps": 3,
+}
+CASES |= {f"{case}, epochs": CASES[case] | EPOCHS for case in ("sigmoid", "kto")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,6 +194,7 @@ def test_losses_and_gradients_are_those_of_llamafactory(case, tmp_path, inputs):
     torch.testing.assert_close(mine.weights, theirs.weights, **CLOSE)
     assert mine.logged("loss") == pytest.approx(theirs.logged("loss"), abs=1e-5)
     assert mine.logged("grad_norm") == pytest.approx(theirs.logged("grad_norm"), rel=1e-4)
+    assert len(mine.logged("loss")) == (4 if "epochs" in case else 2)
     # The step moved something, and the reference is another model where there is one.
     assert max(mine.logged("grad_norm")) > 0.05
     names = set(theirs.logs[0]) - {"logits/chosen", "logits/rejected"}
@@ -297,6 +308,14 @@ def test_a_loss_of_this_package_trains_evaluates_and_resumes_with_its_statistics
     assert results["eval_loss"] == pytest.approx(whole.logged("eval_loss")[-1], abs=1e-6)
 
 
+def test_a_checkpoint_without_statistics_is_told(tmp_path, inputs):
+    saved = own(tmp_path / "own", inputs, save_strategy="steps", save_steps=1).folder
+    options = {"resume_from_checkpoint": str(saved / "checkpoint-1"), "pref_loss": "gamma-dpo"}
+    # LLaMA-Factory's trainer silences every warning after its constructor.
+    with pytest.warns(UserWarning, match="preference_loss.pt: not found, the statistics start"):
+        ours(tmp_path / "ours", inputs, **options)
+
+
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "not trained"])
 def test_the_evaluation_is_that_of_llamafactory(trained, tmp_path, inputs):
     options = {"eval_dataset": "pairs", "do_eval": True, "do_train": trained}
@@ -373,7 +392,7 @@ def test_words_of_the_command_line_take_a_mapping_as_json(tmp_path, inputs):
         ({"fused_prefopt": {"loss": "ipo"}, "pref_loss": "hinge"}, "^pref_loss: got 'hinge' and"),
         (
             {"pref_beta": 0.2, "fused_prefopt": {"loss_kwargs": {"beta": 0.3}}},
-            "^pref_beta: got 0.2 and beta=0.3 in loss_kwargs of fused_prefopt, needs one of them",
+            "^pref_beta: got 0.2 and beta=0.3 in loss_kwargs, needs one of them",
         ),
         ({"stage": "sft", "fused_prefopt": {}}, "^fused_prefopt: got {} in stage 'sft', needs"),
         ({"stage": "rm", "pref_loss": "alpha-dpo"}, "^pref_loss: got 'alpha-dpo' in stage 'rm'"),

@@ -28,7 +28,7 @@ from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "frameworks" / "ms_swift_plugin.py"
-PLUGIN = Path(fused_prefopt.__file__).parent / "integrations" / "ms_swift.py"
+PLUGIN = Path(fused_prefopt.__file__).parent / "integrations" / "ms_swift" / "__init__.py"
 # Names of ms-swift's own trainers, whatever this process has imported.
 OWN = {kind: f"swift.rlhf_trainers.{kind.upper()}Trainer" for kind in ("dpo", "kto", "cpo", "orpo")}
 FULL = ("--tuner_type", "full")
@@ -217,6 +217,41 @@ def _takes_any_attention(args):
     args.padding_free = args.padding_free or args.packing
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("dpo", "--padding_side", "left"), ("kto", "--padding_side", "left")],
+    ids=["dpo", "kto"],
+)
+def test_rows_padded_on_the_left_are_the_same(train, options):
+    kind, *options = options
+    wanted = train(kind, *FULL, *SGD, *options, **SAVED)
+    assert_equal(train(kind, *FULL, *SGD, *options, fused=True, **SAVED), wanted, ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [
+        ("dpo", {"loss": "alpha-dpo", "loss_kwargs": {"alpha": 0.1}, "log_tokens": True}),
+        ("dpo", {"loss": "tdpo2"}),
+        ("dpo", {"loss": "gamma-dpo + 0.1 sft"}),
+        ("kto", {"loss": "dro"}),
+    ],
+    ids=["alpha-dpo", "tdpo2", "sum", "dro"],
+)
+def test_packed_rows_have_the_losses_of_padded_ones(train, monkeypatch, kind, entry):
+    monkeypatch.setattr(SftArguments, "_check_padding_free", _takes_any_attention)
+    options = (*FULL, *SGD, "--attn_impl", "sdpa")
+    padded, packed = (
+        train(kind, *options, "--padding_free", free, fused=True, entry=entry, **SAVED)
+        for free in ("false", "true")
+    )
+    assert_equal(packed, padded, ())
+    names = {"entropy", "logits/chosen", "rewards/chosen"} & set(padded["log_history"][0])
+    for name in names:
+        values = [[r[name] for r in one["log_history"] if name in r] for one in (packed, padded)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4), name
+
+
 @pytest.mark.parametrize("kind", ["dpo", "cpo"])
 def test_a_mixture_of_experts_is_the_same(train, inputs, tmp_path, kind):
     folder = tmp_path / "experts"
@@ -242,13 +277,23 @@ def test_a_mixture_of_experts_is_the_same(train, inputs, tmp_path, kind):
     assert_equal(found, wanted, ("aux_loss",) if kind == "dpo" else ())
 
 
-def test_an_evaluation_is_the_same(train, inputs):
-    options = (*FULL, *SGD, "--val_dataset", inputs["pairs"], "--eval_strategy", "steps")
-    settings = {"eval_steps": 3, "per_device_eval_batch_size": 3}
-    wanted, found = (train("dpo", *options, fused=fused, **settings) for fused in (False, True))
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("dpo", ("eval_rewards/margins", "eval_logps/rejected")),
+        ("kto", ("eval_kl",)),
+        ("simpo", ("eval_rewards/margins",)),
+    ],
+    ids=["dpo", "kto", "simpo"],
+)
+def test_an_evaluation_is_the_same(train, inputs, kind, names):
+    rows = inputs["points" if kind == "kto" else "pairs"]
+    options = (*FULL, *SGD, "--val_dataset", rows, "--eval_strategy", "steps")
+    settings = {"eval_steps": 3, "per_device_eval_batch_size": 4}
+    wanted, found = (train(kind, *options, fused=fused, **settings) for fused in (False, True))
     rows = [next(r for r in one["log_history"] if "eval_loss" in r) for one in (wanted, found)]
-    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
-        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-5)
+    for name in ("eval_loss", *names):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-5), name
 
 
 def test_statistics_are_resumed(train):
@@ -342,7 +387,7 @@ def command(inputs, folder, entry, **settings):
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [Path(sys.executable).with_name("swift"), "rlhf", file],
+        [sys.executable, "-m", "swift.cli.main", "rlhf", file],
         capture_output=True,
         text=True,
         env=os.environ | environment | config.pop("ENV", {}),

@@ -113,6 +113,7 @@ def test_every_loss(waits, name, options):
         "desirable": torch.tensor([True, False, True, False]),
         "prompt": torch.full((4,), -2.0),
         "prompt_reference": torch.full((4,), -2.5),
+        "prompt_lengths": torch.tensor([1, 2, 1, 2]),
         "groups": torch.tensor([0, 0, 1, 1]),
         "sequence_kl": torch.ones(4),
         "kl": torch.ones(()),
@@ -120,6 +121,21 @@ def test_every_loss(waits, name, options):
     extras = {key: value for key, value in extras.items() if key in loss_fn.loss.needs}
     with waits:
         loss_fn(hidden, weight, labels, **counted, **extras).loss.backward()
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("name", ["dpo + 0.5 alpha-dpo + sft", "gamma-dpo", "dr-dpo", "kto"])
+def test_weights_of_pairs_and_tokens(waits, name):
+    loss_fn = fp.PreferenceLoss(name)
+    hidden, weight, labels, counted = calls(True)
+    extras = {"reference": torch.linspace(-3, -1, 4), "weights": torch.tensor([2.0, 0.0] * 2)}
+    if not loss_fn.loss.pairwise:
+        extras["desirable"] = torch.tensor([True, False, True, False])
+    with waits:
+        output = loss_fn(
+            hidden, weight, labels, token_weights=torch.rand(4, 6), **counted, **extras
+        )
+        output.loss.backward()
     assert waits.found == []
 
 

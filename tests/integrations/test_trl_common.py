@@ -195,7 +195,7 @@ def test_the_default_configuration_is_named_after_the_model(tmp_path, monkeypatc
             "dpo",
             {"beta": 0.3, "loss_kwargs": {"beta": 2.0}},
             ValueError,
-            "beta: got 0.3 and 2.0 in loss_kwargs",
+            "beta: got 0.3 and beta=2.0 in loss_kwargs",
         ),
         ("kto", {"loss": "dpo"}, ValueError, "'dpo' is pairwise, wanted one on points"),
         (

@@ -153,6 +153,12 @@ def test_messages_and_scores(tmp_path):
         image_trainer("dpo", tmp_path, "llava", conversations(**scores), **given)
 
 
+def test_weights_of_tokens_are_refused_beside_images(tmp_path):
+    rows = image_pairs("llava").add_column("chosen_token_weights", [None, None, [1.0], None] * 2)
+    with pytest.raises(ValueError, match="chosen_token_weights: got some with texts in feature 2"):
+        first_batch(in_order(image_trainer("dpo", tmp_path, "llava", rows, loss="simpo")))
+
+
 def test_rows_without_an_image_among_others(tmp_path):
     name = "qwen2-vl"
     data = image_pairs(name, 4)
@@ -257,7 +263,7 @@ def test_rows_are_cut_as_trl_does_and_the_dead_are_dropped(tmp_path, caplog, ahe
     ]
     rows = [
         {"images": [image(index)], "prompt": prompt, "chosen": f" {chosen}"}
-        | {"rejected": f" {rejected}"}
+        | {"rejected": f" {rejected}", "weight": float(index % 2)}
         for index, (prompt, chosen, rejected) in enumerate(texts)
     ]
 
@@ -273,7 +279,7 @@ def test_rows_are_cut_as_trl_does_and_the_dead_are_dropped(tmp_path, caplog, ahe
     assert len(told) == 1 and "image data: dropped a row with two equal sides" in told[0]
     theirs, _ = beside(tmp_path, name, make=lambda: make() | {"data": dataset(rows[1::2])})
     same = first_batch(in_order(theirs))
-    assert batch["input_ids"].shape == (4, 9)
+    assert batch["input_ids"].shape == (4, 9) and batch["weights"].tolist() == [1.0] * 4
     for each in same:
         assert torch.equal(batch[each], same[each]), each
     truth = theirs.compute_loss(theirs.model, same).item()

@@ -9,7 +9,7 @@ import torch
 import transformers
 from learned_prompts import adapter, vivid_llama
 from model_families import family
-from tiny_models import VOCAB, tiny_llama
+from tiny_models import VOCAB, pair_features, tiny_llama
 from trainers import (
     LABELS,
     TIMES,
@@ -24,6 +24,7 @@ from trainers import (
     points,
     trl_classes,
 )
+from weighted_rows import weighted
 
 from fused_prefopt.data import PairCollator
 from fused_prefopt.data.columns import SEGMENTS, SEQUENCE_IDS
@@ -81,6 +82,13 @@ CASES = {
     "collision": {"loss": "wpo"},
     "length desensitised, precomputed": {"ld_alpha": 0.4, "precompute_ref_log_probs": True},
     "statistics": {"loss": "gamma-simpo", "loss_kwargs": {"queue_size": 8}},
+    "a sum, weights, accumulated": {
+        "loss": ["0.8 dpo", "0.2 bco-pair", "0.3 sft"],
+        "train_dataset": lambda: dataset(weighted(pair_features(16))),
+        "max_length": 9,
+        "precompute_ref_log_probs": True,
+        "gradient_accumulation_steps": 2,
+    },
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
     "checkpointed": {"gradient_checkpointing": True},
     "an evaluation's stream": {"stream": True},

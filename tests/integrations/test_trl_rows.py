@@ -9,12 +9,13 @@ import re
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from tiny_models import pair_features, point_features, tiny_llama
 from trainers import LABELS, OF_TRL, build, dataset, history, pairs, points
 
 from fused_prefopt.integrations.trl.rows import Cut
 
 pytest.importorskip("trl")
+Dataset = pytest.importorskip("datasets").Dataset
 
 # A completion ends with one token more than it has words.
 FITS = {"prompt": "the cat", "chosen": " sat", "rejected": " on"}
@@ -259,3 +260,47 @@ def test_a_reference_that_gives_nan_is_refused_before_training(tmp_path, kind):
     torch.nn.init.constant_(reference.model.norm.weight, math.nan)
     with pytest.raises(ValueError, match=r"^ref_\w+: got nan in row 0 .*of train_dataset"):
         build(kind, tmp_path, reference=reference, precompute_ref_log_probs=True)
+
+
+@pytest.mark.parametrize("kind", OF_TRL)
+def test_references_computed_ahead_are_kept_by_the_cut(tmp_path, kind):
+    """Rows of token ids on a disk are the same whatever a collator leaves of them."""
+    features = pair_features(4) if kind == "dpo" else point_features(4)
+    dataset([row | {"label": True} for row in features]).save_to_disk(tmp_path / "rows")
+    loss = "dpo" if kind == "dpo" else "apo-zero-unpaired"
+    for cut in ({}, {"max_length": 9}, {"max_length": 7}):
+        for mode in ("keep_start", "keep_end") if kind == "dpo" else (None,):
+            options = cut | ({"truncation_mode": mode} if mode else {})
+            data = Dataset.load_from_disk(tmp_path / "rows")
+            ahead, plain = (
+                build(kind, tmp_path, data, loss=loss, reference=tiny_llama(5), **options | given)
+                for given in ({"precompute_ref_log_probs": True}, {})
+            )
+            batch = plain.data_collator(list(plain.train_dataset))
+            wanted = plain.compute_ref_log_probs(plain.ref_model, batch)
+            names = ("ref_chosen_logps", "ref_rejected_logps") if mode else ("ref_logps",)
+            for name, value in zip(names, wanted, strict=False):
+                assert ahead.train_dataset[name][:] == pytest.approx(value.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        (
+            "dpo",
+            point_features,
+            "completion_ids, wanted prompt_ids, chosen_ids, rejected_ids; .*KTO",
+        ),
+        (
+            "kto",
+            pair_features,
+            "chosen_ids, rejected_ids, wanted prompt_ids, completion_ids; .*DPO",
+        ),
+    ],
+)
+def test_token_ids_of_the_other_trainer_are_refused(tmp_path, kind, rows, message):
+    named = "train_dataset: got token ids in prompt_ids, "
+    with pytest.raises(ValueError, match=named + message):
+        build(kind, tmp_path, dataset(rows(4)))
+    with pytest.raises(ValueError, match=r"eval_dataset\['held out'\]: got token ids in"):
+        build(kind, tmp_path, given={"eval_dataset": {"held out": dataset(rows(4))}})

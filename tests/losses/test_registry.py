@@ -183,6 +183,8 @@ def test_unknown_hyperparameter():
         ("dr-dpo", {"temperature": 0.0}, "temperature: got 0.0"),
         ("f-dpo", {"divergence": "kl"}, "divergence: got 'kl', wanted one of 'reverse_kl'"),
         ("f-dpo", {"alpha": math.inf}, "alpha: got inf"),
+        ("f-dpo", {"alpha": 0.3}, "alpha: got 0.3 with .* 'js_divergence', needs 'alpha_div"),
+        ("f-dpo", {"temperature": 0.3}, "temperature: got 0.3 with link 'logistic', needs 'blend"),
         ("beta-dpo", {"level": "token"}, "level: got 'token', wanted one of 'pair', 'batch'"),
         ("beta-dpo", {"alpha": -1.0}, "alpha: got -1.0"),
         ("beta-dpo", {"statistics": "code"}, "statistics: got 'code', wanted one of 'ema', 'ref"),

@@ -75,10 +75,10 @@ def test_a_sum_is_the_weighted_sum_of_its_terms(case):
         torch.testing.assert_close(gradient, wanted, rtol=1e-13, atol=1e-15)
         for label, part in zip(loss_fn.hyperparameters, parts, strict=True):
             assert torch.equal(found.metrics[f"{TERM_LOSS}{label}"], part.loss.detach())
-    for number, term in enumerate(terms):
+    for label, term in zip(loss_fn.hyperparameters, terms, strict=True):
         kept = {} if term.statistics is None else term.statistics.state_dict()
         for name, value in kept.items():
-            other = loss_fn.state_dict()[f"statistics.{number}.{name}"]
+            other = loss_fn.state_dict()[f"statistics.{label}.{name}"]
             torch.testing.assert_close(other, value, rtol=0, atol=0, equal_nan=True)
 
 
@@ -115,6 +115,7 @@ def test_rewards_are_those_of_the_first_term_that_trains_one():
             assert torch.equal(found.metrics[name], value), name
         assert sum_of(case).loss.reward == find(leading).build().reward
     assert fp.PreferenceLoss("sft + sft").loss.leading == 0
+    assert fp.PreferenceLoss("0 dpo + sft + simpo").loss.leading == 2
 
 
 def test_a_pair_that_one_term_cannot_judge_is_counted_once():
@@ -142,6 +143,17 @@ def test_statistics_resume_bit_by_bit(case):
         assert torch.equal(one.losses, other.losses) and torch.equal(one.loss, other.loss)
     with pytest.raises(RuntimeError, match="statistics"):
         sum_of("MPO").load_state_dict(stopped.state_dict())
+
+
+def test_a_saved_state_finds_its_terms_in_another_order():
+    stopped = fp.PreferenceLoss("gamma-dpo + sft + gamma-simpo + alpha-dpo", **SMALL)
+    for batch in batches("statistics"):
+        stopped.from_logps(batch)
+    resumed = fp.PreferenceLoss("0.5 alpha-dpo + gamma-simpo + 2 gamma-dpo", **SMALL)
+    resumed.load_state_dict(stopped.state_dict())
+    one, other = (each.eval().from_logps(random_batch(6, seed=9)) for each in (stopped, resumed))
+    for name in ("alpha-dpo", "gamma-dpo", "gamma-simpo"):
+        assert one.metrics[f"{TERM_LOSS}{name}"] == other.metrics[f"{TERM_LOSS}{name}"], name
 
 
 def test_a_failure_in_one_statistic_leaves_all_as_they_were():
@@ -285,6 +297,8 @@ def test_sums_of_other_losses_are_refused():
         WeightedSum(())
     with pytest.raises(ValueError, match="got a, on pairs, with b, on single completions"):
         WeightedSum((Term("a", pairs), Term("b", points)))
+    with pytest.raises(ValueError, match=r"got terms named \['a', 'a'\], wanted another name"):
+        WeightedSum((Term("a", pairs), Term("a", pairs)))
     with pytest.raises(ValueError, match="weight of a: got nan"):
         Term("a", pairs, float("nan"))
     with pytest.raises(ValueError, match="summary: got NoneType"):

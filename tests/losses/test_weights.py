@@ -16,10 +16,13 @@ from fused_prefopt.types import LogpBatch
 
 # In a pairwise loss a pair, in another a completion.
 WEIGHTS = {True: [2.0, 0.0, 1.0, 3.0], False: [2.0, 0.0, 1.0, 3.0, 1.0, 0.0, 2.0, 1.0]}
-BUILT = [(name, find(name).build(**options)) for name, options in VARIANTS]
-LOSSES = [(name, loss) for name, loss in BUILT if not isinstance(loss, TransportLoss)]
-SORTING = [(name, loss) for name, loss in BUILT if isinstance(loss, TransportLoss)]
-every_loss = pytest.mark.parametrize(("name", "loss"), LOSSES, ids=[name for name, _ in LOSSES])
+BUILT = [
+    pytest.param(name, find(name).build(**options), id=f"{name}-{options}")
+    for name, options in VARIANTS
+]
+LOSSES = [each for each in BUILT if not isinstance(each.values[1], TransportLoss)]
+SORTING = [each.values[1] for each in BUILT if isinstance(each.values[1], TransportLoss)]
+every_loss = pytest.mark.parametrize(("name", "loss"), LOSSES)
 
 
 def weighted(loss, batch: LogpBatch, weights=None) -> LogpBatch:
@@ -140,7 +143,7 @@ def test_weights_that_are_none_are_refused():
     with pytest.raises(ValueError, match="other ones in the rejected half"):
         PreferenceLoss("dpo").from_logps(unequal)
     assert SORTING
-    for _, loss in SORTING:
+    for loss in SORTING:
         with pytest.raises(ValueError, match="weights: got some with a loss that sorts the pairs"):
             compute(loss, weighted(loss, batch, [1.0, 1.0]))
 
@@ -180,7 +183,7 @@ def test_a_reduction_of_its_own_is_given_the_weights():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["dpo", "simpo", "alpha-dpo", "gamma-simpo", "ipo", "dro"])
+@pytest.mark.parametrize("name", ["dpo", "simpo", "alpha-dpo", "gamma-simpo", "dro"])
 def test_a_loss_in_one_launch_heeds_weights(name):
     loss = find(name).build()
     single = weighted(loss, random_batch(dtype=torch.float32))

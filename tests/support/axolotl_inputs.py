@@ -50,13 +50,14 @@ for path in sys.argv[1:]:
 """
 
 
-def write_config(folder: Path, name: str, *, ours: bool, **changes: Any) -> Path:
+def write_config(folder: Path, name: str, *, ours: bool, rows: str = "", **changes: Any) -> Path:
     """Save the example's configuration for the model and the rows in a folder.
 
     Args:
-        folder: has `model`, `pairs.jsonl` and `points.jsonl`.
+        folder: has `model`, and `pairs.jsonl` and `points.jsonl`, or the file of `rows`.
         name: of the file, and of the folder of what is trained.
         ours: with the lines that a user adds.
+        rows: name of the file of rows; by default "points" of `rl: kto`, "pairs" of others.
         **changes: other values; None takes an option away.
 
     Returns:
@@ -64,7 +65,7 @@ def write_config(folder: Path, name: str, *, ours: bool, **changes: Any) -> Path
     """
     config = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     changes = _SMALL | changes
-    rows = "points" if changes.get("rl") == "kto" else "pairs"
+    rows = rows or ("points" if changes.get("rl") == "kto" else "pairs")
     config |= {
         "base_model": str(folder / "model"),
         "datasets": [{"path": str(folder / f"{rows}.jsonl"), "ds_type": "json", "type": None}],

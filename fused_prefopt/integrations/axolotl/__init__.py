@@ -68,7 +68,8 @@ class FusedPlugin(BasePlugin):
 
     def pre_model_load(self, cfg: Any) -> None:
         """Refuse what has no effect before the model is there; see `options.training_arguments`."""
-        if _is_of(cfg):
+        # `register` has refused a training without `rl`.
+        if _is_of(cfg) and cfg.rl is not None:
             training_arguments(cfg)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
@@ -94,5 +95,9 @@ class FusedPlugin(BasePlugin):
 
 
 def _is_of(cfg: Any) -> bool:
-    """Whether the plugin is one of this configuration: Axolotl keeps those of earlier ones."""
-    return f"{_HERE}.{FusedPlugin.__name__}" in (cfg.get("plugins") or ())
+    """Whether the plugin is one of this configuration, and that of a training.
+
+    Axolotl keeps the plugins of earlier configurations, and takes `rl` away to generate.
+    """
+    named = f"{_HERE}.{FusedPlugin.__name__}" in (cfg.get("plugins") or ())
+    return named and not (cfg.get("inference") and cfg.get("rl") is None)

@@ -7,17 +7,20 @@ refused by its name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, field_validator
 
-from fused_prefopt.checks import require_choice
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.loss_types import terms_here
-from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.options import (
+    enter,
+    read_mapping,
+    refuse_beside_a_loss,
+    refuse_without_a_loss,
+)
 from fused_prefopt.preference import PreferenceLoss
 
 _PAIRS, _POINTS = "AxolotlFusedDPOTrainer", "AxolotlFusedKTOTrainer"
@@ -41,7 +44,16 @@ _HYPERPARAMETERS = {
 # Options that say which loss of TRL's it is: with a loss of its own name they have no meaning.
 _KINDS = {"dpo": ("dpo_loss_type", "dpo_loss_weights"), "simpo": ("cpo_alpha",)}
 # Options that Axolotl hands to TRL, where this package's configuration has them.
-_HANDED = {"dpo": ("dpo_use_weighting",), "ipo": ("dpo_use_weighting",)}
+_OF_PAIRS = ("dpo_use_weighting", "dpo_padding_free")
+_HANDED = {"dpo": _OF_PAIRS, "ipo": _OF_PAIRS}
+# Options that Axolotl hands to TRL for `rl: grpo` alone.
+_OF_GRPO = ("trl.sync_ref_model", "trl.loss_type")
+# Options that False or 0 switches off, as if they were not given.
+_SWITCHES = (*_OF_PAIRS, "trl.sync_ref_model", "dpo_label_smoothing")
+# Axolotl's code and its manual have this one; its schema, which goes before the code, has not.
+_DROPPED = "rl_adapter_ref_model"
+# Axolotl reads 0 as not given.
+_KTO_WEIGHTS = ("kto_desirable_weight", "kto_undesirable_weight")
 # TRL's defaults where those of the losses here are others.
 _TRLS_BETA, _TRLS_CPO_ALPHA = 0.1, 1.0
 
@@ -61,16 +73,7 @@ class FusedArgs(BaseModel):
     @field_validator("fused_prefopt", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        given = json.loads(value) if isinstance(value, str) else value
-        if given is None:
-            return None
-        if not isinstance(given, Mapping):
-            raise ValueError(
-                f"fused_prefopt: got {given!r}, wanted a mapping such as {{loss: dpo}}"
-            )
-        for name in given:
-            require_choice("fused_prefopt", name, (item.name for item in fields(FusedOptions)))
-        return dict(given)
+        return None if value is None else read_mapping(value)
 
 
 @dataclass
@@ -90,13 +93,19 @@ def require_supported(cfg: Mapping[str, Any]) -> None:
     """Raise ValueError unless `rl` is one of those that have a fused trainer.
 
     Args:
-        cfg: a configuration, as it was written or checked.
+        cfg: a configuration, as it was written or checked; of the first, what Axolotl's schema
+            drops is refused too.
     """
     kind = _kind(cfg)
     if kind not in TRAINERS:
         raise ValueError(
             f"rl: got {kind!r} with the plugin of fused_prefopt, wanted one of"
             f" {', '.join(TRAINERS)}"
+        )
+    if cfg.get(_DROPPED):
+        raise ValueError(
+            f"{_DROPPED}: got {cfg[_DROPPED]!r}, which Axolotl drops before it could read it, needs"
+            " to be left out: the reference is the model without its adapter"
         )
 
 
@@ -130,29 +139,39 @@ def _kind(cfg: Mapping[str, Any]) -> Any:
     return getattr(rl, "value", rl)
 
 
+def options_read(kind: str) -> set[str]:
+    """The options of Axolotl's that say what the loss of an `rl` is, each by its name.
+
+    Args:
+        kind: of `rl`.
+    """
+    return {*_HYPERPARAMETERS[kind], *_KINDS.get(kind, ()), *_HANDED.get(kind, ())}
+
+
 def _value(cfg: Any, name: str) -> Any:
     """A value, None where it is not given; "trl.beta" is `beta` below `trl`."""
     for part in name.split("."):
         cfg = None if cfg is None else cfg.get(part)
-    return cfg
+    return None if name in _SWITCHES and not cfg else cfg
 
 
 def _refuse(cfg: Any, kind: str, *, named: bool) -> None:
     """Raise ValueError for an option that would have no effect."""
-    read = {*_HYPERPARAMETERS[kind], *_KINDS.get(kind, ()), *_HANDED.get(kind, ())}
-    tables = (_HYPERPARAMETERS, _KINDS, _HANDED)
-    every = dict.fromkeys(name for table in tables for names in table.values() for name in names)
-    for name in every:
+    read = options_read(kind)
+    for name in sorted({*_OF_GRPO}.union(*map(options_read, TRAINERS))):
         value = _value(cfg, name)
         if value is not None and name not in read:
             raise ValueError(f"{name}: got {value!r} with rl: {kind}, which does not read it")
-    for name in _KINDS.get(kind, ()) if named else ():
-        value = _value(cfg, name)
-        if value is not None:
+    for name in _KTO_WEIGHTS:
+        if _value(cfg, name) == 0:
             raise ValueError(
-                f"{name}: got {value!r}, an option of Axolotl's own loss, and fused_prefopt names"
-                f" the loss {cfg.fused_prefopt['loss']!r}, needs one of them"
+                f"{name}: got 0, which Axolotl reads as 1; needs more than 0, or to be a"
+                " hyperparameter of the `loss` under fused_prefopt"
             )
+    if named:
+        kinds = {name: _value(cfg, name) for name in _KINDS.get(kind, ())}
+        given = {name: value for name, value in kinds.items() if value is not None}
+        refuse_beside_a_loss(given, "Axolotl", cfg.fused_prefopt["loss"])
     if kind in _ALONE and cfg.precompute_ref_log_probs:
         raise ValueError(
             f"precompute_ref_log_probs: got True with rl: {kind}, which has no reference"
@@ -187,11 +206,7 @@ def _with_own(options: dict[str, Any], own: Mapping[str, tuple[str, Any]]) -> di
             PreferenceLoss(options["loss"], **{name: value})
         except TypeError as error:
             raise ValueError(f"{option}: got {value!r}, but {error}") from error
-        if given.setdefault(name, value) != value:
-            raise ValueError(
-                f"{option}: got {value!r} and {given[name]!r} under fused_prefopt, needs one of"
-                " them"
-            )
+        enter(given, name, value, option)
     return {**options, "beta": None, "loss_kwargs": given}
 
 
@@ -199,12 +214,7 @@ def _own_loss(
     cfg: Any, kind: str, options: dict[str, Any], own: Mapping[str, tuple[str, Any]]
 ) -> dict[str, Any]:
     """The options with the name of Axolotl's own loss of `rl`, and its hyperparameters."""
-    for name in ("loss_kwargs", "beta"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f"fused_prefopt: got {name} without a loss, needs one, or the options of Axolotl's"
-                f" own loss: {', '.join(_HYPERPARAMETERS[kind])}"
-            )
+    refuse_without_a_loss(options, "Axolotl")
     given = {name: value for name, (_, value) in own.items()}
     loss: Any = kind
     if kind in ("dpo", "ipo"):

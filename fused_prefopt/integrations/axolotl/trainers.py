@@ -15,6 +15,7 @@ from axolotl.core.trainers.trl import AxolotlKTOTrainer
 from axolotl.core.training_args import AxolotlTrainingMixins
 from axolotl.utils.collators.dpo import AxolotlDPODataCollatorWithPadding
 from trl import DPOConfig
+from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from fused_prefopt.data.columns import INPUT_IDS, PROMPT
 from fused_prefopt.integrations.trl import (
@@ -41,8 +42,9 @@ class AxolotlFusedKTOConfig(AxolotlTrainingMixins, FusedKTOConfig):
 class AxolotlFusedDPOTrainer(AxolotlDPOTrainer, FusedDPOTrainer):
     """Axolotl's trainer of `rl: dpo`, `ipo`, `simpo` and `orpo` with the fused loss.
 
-    The last two have TRL's CPO and ORPO trainers in Axolotl, which put the beginning-of-sequence
-    token before a prompt where the tokenizer does not: so does this one, for them.
+    The last two have TRL's CPO and ORPO trainers in Axolotl, which make texts of messages, and put
+    the beginning-of-sequence token before a prompt where the tokenizer does not: so does this one,
+    for them.
 
     Args:
         *args, **kwargs: as Axolotl gives them.
@@ -70,7 +72,7 @@ class AxolotlFusedDPOTrainer(AxolotlDPOTrainer, FusedDPOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
-        if self._begins and self._tokenizer.bos_token is not None:
+        if self._begins:
             dataset = dataset.map(partial(_begun, self._tokenizer))
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
@@ -91,10 +93,12 @@ class AxolotlFusedKTOTrainer(AxolotlKTOTrainer, FusedKTOTrainer):
 
 
 def _begun(tokenizer: Any, row: Mapping[str, Any]) -> dict[str, str]:
-    """The prompt with the beginning-of-sequence token, where tokenising it puts none in front."""
-    prompt = row[PROMPT]
-    begins = tokenizer(prompt)[INPUT_IDS][:1] == [tokenizer.bos_token_id]
-    return {PROMPT: prompt if begins else tokenizer.bos_token + prompt}
+    """A row's texts, with the beginning-of-sequence token where tokenising puts none in front."""
+    texts = maybe_apply_chat_template(maybe_extract_prompt(dict(row)), tokenizer)
+    prompt, bos = texts[PROMPT], tokenizer.bos_token
+    if bos is None or tokenizer(prompt)[INPUT_IDS][:1] == [tokenizer.bos_token_id]:
+        return texts
+    return texts | {PROMPT: bos + prompt}
 
 
 def fused_config(kind: type[Any], given: Any) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 from llamafactory.hparams import FinetuningArguments
 
-from fused_prefopt.checks import closest
 from fused_prefopt.integrations.attach import OF_REFERENCE
-from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.options import (
+    FusedOptions,
+    PairOptions,
+    PointOptions,
+    enter,
+    read_mapping,
+)
 from fused_prefopt.preference import PreferenceLoss
 
 # Stages that train on preferences with a trainer of this package.
@@ -60,16 +64,6 @@ _DEFAULTS = {
         "simpo_gamma",
     )
 }
-
-
-@dataclass
-class _OfPairs(FusedOptions):
-    ld_alpha: float | None = None
-
-
-@dataclass
-class _OfPoints(FusedOptions):
-    pairwise: ClassVar[bool] = False
 
 
 def _unless_given(what: str) -> Any:
@@ -151,9 +145,10 @@ class FusedFinetuningArguments(FinetuningArguments):
             name: of the loss.
             given: those of LLaMA-Factory's that the configuration has.
         """
-        options = (_OfPairs if self.stage == "dpo" else _OfPoints)(**self._mapping())
-        kwargs = options.loss_kwargs
-        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else dict(kwargs or {})
+        options = (PairOptions if self.stage == "dpo" else PointOptions)(
+            **read_mapping(self.fused_prefopt)
+        )
+        kwargs: dict[str, Any] = dict(options.loss_kwargs or {})  # type: ignore[arg-type]
         own = _OWN.get(name) if isinstance(name, str) else None
         options.loss, hyperparameters, fixed = own or (name, _OF_OTHERS, {})
         likelihood = given.pop("pref_ftx", 0.0) if self.stage == "dpo" else 0.0
@@ -164,18 +159,15 @@ class FusedFinetuningArguments(FinetuningArguments):
                     f"{option}: got {value!r} with the loss {name!r}, needs {_DEFAULTS[option]!r}:"
                     f" {_REFUSED.get((self.stage, option), _NOT_HEEDED)}"
                 )
-            if target is not None and kwargs.setdefault(target, value) != value:
-                raise ValueError(
-                    f"{option}: got {value!r} and {target}={kwargs[target]!r} in loss_kwargs of"
-                    " fused_prefopt, needs one of them"
-                )
+            if target is not None:
+                enter(kwargs, target, value, option)
         if own is not None:
             defaults = {target: _DEFAULTS[option] for option, target in hyperparameters.items()}
             if options.beta is not None:
                 defaults.pop("beta", None)
             kwargs = {**defaults, **fixed, **kwargs}
         if self.ld_alpha is not None:
-            if not isinstance(options, _OfPairs):
+            if not isinstance(options, PairOptions):
                 raise ValueError(f"ld_alpha: got {self.ld_alpha} in stage 'kto', needs pairs")
             options.ld_alpha = self.ld_alpha
         options.loss_kwargs = kwargs
@@ -185,25 +177,9 @@ class FusedFinetuningArguments(FinetuningArguments):
             options.loss = [*(loss if isinstance(loss, list) else [loss]), chosen]
         return options
 
-    def _mapping(self) -> dict[str, Any]:
-        """`fused_prefopt` with known keys."""
-        found = self.fused_prefopt
-        if isinstance(found, str):
-            found = json.loads(found)
-        if found is not None and not isinstance(found, dict):
-            raise ValueError(f"fused_prefopt: got {found!r}, wanted a mapping")
-        known = [item.name for item in fields(FusedOptions)]
-        for key in found or {}:
-            if key not in known:
-                raise ValueError(
-                    f"fused_prefopt: got {key!r}{closest(key, known)}, wanted some of"
-                    f" {', '.join(known)}"
-                )
-        return dict(found or {})
-
     def _name(self) -> Any:
         """The loss's name, or those of a sum, from `pref_loss` or `fused_prefopt`."""
-        inside = self._mapping().get("loss")
+        inside = read_mapping(self.fused_prefopt).get("loss")
         if None not in (inside, self.pref_loss) and inside != self.pref_loss:
             raise ValueError(
                 f"pref_loss: got {self.pref_loss!r} and {inside!r} in fused_prefopt, needs one of"

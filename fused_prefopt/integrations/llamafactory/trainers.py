@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
@@ -27,7 +28,10 @@ class _Fused(FusesLabelled):
     finetuning_args: FusedFinetuningArguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # It silences all warnings from then on, for those of a reference in training mode, which
+        # this one is not; a checkpoint's statistics that are not there must be heard of.
+        with warnings.catch_warnings():
+            super().__init__(*args, **kwargs)
         given = self.finetuning_args
         layerwise = ("galore_layerwise", "apollo_layerwise")
         self.steps_in_backward = "".join(name for name in layerwise if getattr(given, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -20,11 +21,13 @@ from fused_prefopt.data.columns import (
     LAYOUT,
     SEQUENCE_KL,
     TOKEN_WEIGHTS,
+    WEIGHTS_OF_IDS,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.layouts import (
     keep_batches_whole,
+    layout_of,
     number_of_tokens,
     require_layout,
 )
@@ -44,9 +47,12 @@ from fused_prefopt.integrations.trl.images import (
     collator_fingerprint,
     images_precomputed,
 )
-from fused_prefopt.integrations.trl.layouts import layout_of
-from fused_prefopt.integrations.trl.rows import KeepsTeachingRows, require_values
-from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, WeightedTokens
+from fused_prefopt.integrations.trl.rows import (
+    Cut,
+    KeepsTeachingRows,
+    WeightedTokens,
+    require_values,
+)
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
@@ -164,10 +170,8 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
             models.append(self.ref_model)
         require_layout(self, *map(self.accelerator.unwrap_model, models))
         if not self._is_vision_dataset:
-            pairwise = self.config_type.pairwise
-            mode = self.args.truncation_mode if pairwise else "keep_start"
-            cut = pairwise, self.args.max_length, mode
-            self.data_collator = WeightedTokens(self.data_collator, *cut)
+            cut = Cut.of(self.args, self.config_type.pairwise)
+            self.data_collator = WeightedTokens(self.data_collator, cut)
 
     def _collator(self, layout: str) -> Any:
         """The collator of a layout, on TRL's rows, with the cut and the padding of TRL's own."""
@@ -235,7 +239,9 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         self._lay_out()
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
-        if any(column in (dataset.column_names or ()) for column in WEIGHT_COLUMNS):
+        # TRL's key has the rows, which its collator cuts afterwards.
+        own += astuple(Cut.of(self.args, self.config_type.pairwise))
+        if any(column in (dataset.column_names or ()) for column in WEIGHTS_OF_IDS.values()):
             own += (TOKEN_WEIGHTS,)
         collator = self.data_collator
         if self._is_vision_dataset:

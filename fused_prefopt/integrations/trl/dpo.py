@@ -22,17 +22,16 @@ from fused_prefopt.data.columns import (
     SEQUENCE_KL,
     WEIGHT,
     WEIGHTS,
+    WEIGHTS_OF_IDS,
     has_values,
     is_given,
-    row_at,
     stacked,
 )
+from fused_prefopt.integrations.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
-from fused_prefopt.integrations.trl.layouts import PADDING_FREE, SHARED_PROMPT
-from fused_prefopt.integrations.trl.rows import require_values
-from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
+from fused_prefopt.integrations.trl.rows import require_sides, require_values
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -134,7 +133,6 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
-        require_ids_of_weights(row, row_at(0))
         given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
@@ -142,11 +140,12 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
         require_values(dataset_name, dataset, self.columns)
+        require_sides(dataset_name, next(iter(dataset)), pairwise=True)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*self.columns, *WEIGHT_COLUMNS)
+        extra = (*self.columns, *WEIGHTS_OF_IDS.values())
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 

@@ -30,7 +30,9 @@ from fused_prefopt.data.columns import (
     MISMATCHED,
     PROMPT_IDS,
     REJECTED_IDS,
+    feature_at,
 )
+from fused_prefopt.data.token_weights import refuse_token_weights
 from fused_prefopt.integrations.trl.rows import Cut, StreamedRows
 from fused_prefopt.models.model_call import TOKENWISE
 from fused_prefopt.reference_cache import tokenizer_fingerprint
@@ -120,8 +122,10 @@ class ImageRows:
         """The batch, with the examples that it is of under `KEPT_ROWS` where others are left out.
 
         Raises:
-            ValueError: no example is left.
+            ValueError: no example is left, or one has weights of tokens beside its texts.
         """
+        for index, example in enumerate(examples):
+            refuse_token_weights(example, feature_at(index))
         batch = self._whole(examples)
         kept = [index for index in range(len(examples)) if self._keeps(self._row(batch, index))]
         if len(kept) == len(examples):

@@ -48,6 +48,7 @@ from fused_prefopt.data.columns import (
     TRL_REFERENCES,
     WEIGHT,
     WEIGHTS,
+    WEIGHTS_OF_IDS,
     feature_at,
     finite_number,
     has_values,
@@ -56,12 +57,12 @@ from fused_prefopt.data.columns import (
     row_at,
     stacked,
 )
+from fused_prefopt.data.truncation import cut_side
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
-from fused_prefopt.integrations.trl.rows import require_values
-from fused_prefopt.integrations.trl.weights import WEIGHT_COLUMNS, require_ids_of_weights
+from fused_prefopt.integrations.trl.rows import Cut, require_sides, require_values
 from fused_prefopt.models.model_call import IMAGES, TOKENWISE
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
@@ -194,7 +195,6 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         return super()._given_to_trl(config, loss_fn) | weights | {"loss_type": kind}
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
-        require_ids_of_weights(row, row_at(0))
         if LABEL not in row:
             raise ValueError(f"got {', '.join(row)}, needs a column 'label'")
         given = {REFERENCE, DESIRABLE, REWARDS, PROMPT, PROMPT_REFERENCE}
@@ -205,6 +205,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     ) -> Any:
         require_values(dataset_name, dataset, self.columns)
         row = next(iter(dataset))
+        require_sides(dataset_name, row, pairwise=False)
         valued = all(name in row for name in SCORES) or WEIGHT in row
         if valued and all(name in row for name in PAIR):
             if PROMPT not in row:
@@ -239,20 +240,18 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
                 "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
                 " length"
             )
-        longest = self.args.max_length
+        tokenwise = [
+            name for name in (COMPLETION_IDS, TOKEN_WEIGHTS) if name in dataset.column_names
+        ]
+        cut = Cut.of(self.args, pairwise=False)
         features = [
-            {
-                PROMPT_IDS: row[PROMPT_IDS],
-                COMPLETION_IDS: (row[PROMPT_IDS] + row[COMPLETION_IDS])[:longest][
-                    len(row[PROMPT_IDS]) :
-                ],
+            {PROMPT_IDS: row[PROMPT_IDS]}
+            | {
+                name: cut_side(row[PROMPT_IDS], row[name], cut.max_length, cut.mode)[1]
+                for name in tokenwise
             }
             for row in dataset
         ]
-        if TOKEN_WEIGHTS in dataset.column_names:
-            # A cut leaves out the last tokens.
-            for feature, weights in zip(features, dataset[TOKEN_WEIGHTS], strict=True):
-                feature[TOKEN_WEIGHTS] = weights[: len(feature[COMPLETION_IDS])]
         model = self.model if self.ref_model is None else self.ref_model
         with self._as_reference(model), self.accelerator.autocast():
             rows = add_reference_logps(
@@ -279,7 +278,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS, WEIGHT, *WEIGHT_COLUMNS)
+        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS, WEIGHT, *WEIGHTS_OF_IDS.values())
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 

@@ -1,4 +1,4 @@
-"""Rows of TRL's data sets: checked, counted as its collators cut them, dropped where they are dead.
+"""Rows of TRL's data sets: checked, cut, weighed, and dropped where they are dead.
 
 A row is dead where nothing can be learnt of it: no label is left, or its two sides are equal.
 """
@@ -6,27 +6,31 @@ A row is dead where nothing can be learnt of it: no label is left, or its two si
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset
 
 from fused_prefopt.data.columns import (
+    CHOSEN,
+    COMPLETION,
     COMPLETION_IDS,
+    COMPLETION_MASK,
     LABEL,
     MISMATCHED,
     PAIR,
     PAIR_IDS,
     PROMPT_IDS,
     TOKEN_WEIGHTS,
+    TOKENS,
     WEIGHT,
     finite_number,
     judgement,
     row_at,
     weight,
 )
-from fused_prefopt.data.token_weights import refuse_token_weights
+from fused_prefopt.data.token_weights import refuse_token_weights, spread, token_weights
 from fused_prefopt.data.tokenise import RowCounts, Side
 from fused_prefopt.data.truncation import cut_side
 
@@ -48,19 +52,41 @@ def require_values(name: str, data: Any, columns: Iterable[str]) -> None:
     """
     if not isinstance(data, Dataset):
         return
-    argument = f"{name}_dataset" if name in ("train", "eval") else f"eval_dataset[{name!r}]"
     for column in columns:
         if column not in data.column_names:
             continue
         # A slice of the column, not its rows one by one.
         for row, value in enumerate(data[column][:]):
-            where = f"{row_at(row)} of {argument}"
+            where = f"{row_at(row)} of {_argument(name)}"
             if column == LABEL:
                 judgement(column, value, where)
             elif column == WEIGHT:
                 weight(column, value, where)
             elif value is not None:
                 finite_number(column, value, where)
+
+
+def require_sides(name: str, row: Mapping[str, Any], pairwise: bool) -> None:
+    """Raise ValueError if a row of token ids, not of texts, is of the other trainer's kind.
+
+    Args:
+        name: of the data set, as TRL calls it.
+        row: its first one.
+        pairwise: whether the trainer is one on pairs.
+    """
+    wanted = (PROMPT_IDS, *_SIDES[pairwise])
+    found = [each for each in TOKENS if each in row]
+    has_texts = CHOSEN in row or COMPLETION in row
+    if found and not has_texts and not all(each in row for each in wanted):
+        other = "KTO" if pairwise else "DPO"
+        raise ValueError(
+            f"{_argument(name)}: got token ids in {', '.join(found)}, wanted {', '.join(wanted)};"
+            f" rows of the other kind are for Fused{other}Trainer"
+        )
+
+
+def _argument(name: str) -> str:
+    return f"{name}_dataset" if name in ("train", "eval") else f"eval_dataset[{name!r}]"
 
 
 class KeepsTeachingRows:
@@ -87,9 +113,7 @@ class KeepsTeachingRows:
             prepared = super()._prepare_dataset(  # type: ignore[misc]
                 dataset, processing_class, args, dataset_name
             )
-        # Single completions TRL cuts at the end, whatever the options say.
-        mode = args.truncation_mode if pairwise else "keep_start"
-        cut = Cut(args.max_length, mode, pairwise)
+        cut = Cut.of(args, pairwise)
         if not hasattr(prepared, "__len__"):
             return prepared.filter(StreamedRows(cut, dataset_name))
         # TRL makes two rows of a pair for a trainer on single completions.
@@ -122,9 +146,43 @@ class Cut:
     mode: str
     pairwise: bool
 
+    @classmethod
+    def of(cls, args: Any, pairwise: bool) -> Cut:
+        """The cut that the configuration of a trainer asks for."""
+        # Single completions TRL cuts at the end, whatever the options say.
+        mode = args.truncation_mode if pairwise else "keep_start"
+        return cls(args.max_length, mode, pairwise)
+
     def __call__(self, row: Mapping[str, Any]) -> tuple[list[Side], list[Side]]:
         whole = [(row[PROMPT_IDS], row[name]) for name in _SIDES[self.pairwise]]
         return whole, [cut_side(*side, self.max_length, self.mode) for side in whole]
+
+
+@dataclass
+class WeightedTokens:
+    """A collator of rows of token ids that also lays out the weights of the tokens, where given.
+
+    Args:
+        collator: of TRL, or of this package, which may have laid them out already.
+        cut: the collator's.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    cut: Cut
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        sides = {"": _SIDES[self.cut.pairwise]}
+        if not self.cut.pairwise:
+            sides[MISMATCHED] = (f"{MISMATCHED}{COMPLETION_IDS}",)
+        for prefix, columns in sides.items():
+            name, mask = f"{prefix}{TOKEN_WEIGHTS}", batch.get(f"{prefix}{COMPLETION_MASK}")
+            if mask is None or name in batch:
+                continue
+            weights = token_weights(examples, columns, self.cut.max_length, self.cut.mode)
+            if weights is not None:
+                batch[name] = spread(weights, mask)
+        return batch
 
 
 class StreamedRows:

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fused_prefopt.integrations.swift_options import options_of, read_entry
+pytest.importorskip("swift", reason="needs ms-swift")
+
+from fused_prefopt.integrations.ms_swift.options import options_of
 
 PAIRS = {
     "loss_type": ["sigmoid"],
@@ -25,30 +27,6 @@ GIVEN = {"dpo": PAIRS, "cpo": ALONE, "kto": POINTS, "orpo": {"beta": 0.1}}
 
 def of(kind, entry=None, **options):
     return options_of(kind, SimpleNamespace(**GIVEN[kind] | options), entry or {})
-
-
-@pytest.mark.parametrize(
-    "text",
-    ['{"loss": "dpo", "log_tokens": true, "beta": null}', str({"loss": "dpo", "log_tokens": True})],
-    ids=["JSON", "as ms-swift prints it"],
-)
-def test_an_entry_is_read(text):
-    found = read_entry(text)
-    assert (found["loss"], found["log_tokens"], found.get("beta")) == ("dpo", True, None)
-    assert read_entry(None) == read_entry("") == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("alpha-dpo", "fused_prefopt: got 'alpha-dpo', needs a mapping"),
-        ('["dpo"]', "needs a mapping"),
-        ('{"los": "dpo"}', "got 'los' .did you mean 'loss'"),
-    ],
-)
-def test_an_entry_of_another_kind_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        read_entry(text)
 
 
 def test_options_of_ms_swift_are_a_loss():

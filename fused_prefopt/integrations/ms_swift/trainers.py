@@ -1,16 +1,4 @@
-"""ms-swift 4.6: ``swift rlhf`` with a loss of this package, computed without logits.
-
-A plugin for ``--external_plugins``, which takes the path of a file: this one, as
-``python -c "import fused_prefopt.integrations.ms_swift as it; print(it.__file__)"`` prints it. Once
-it is imported, ``--rlhf_type dpo``, ``kto``, ``cpo``, ``simpo`` and ``orpo`` train with the
-trainers below.
-
-Plugins are loaded when the command line has been read, so they cannot add an option to it. What
-ms-swift hands on to what it does not know itself is ``--model_kwargs``, whose entries it puts into
-the environment. The entry ``fused_prefopt`` is ours, a mapping with the fields of `FusedOptions`,
-such as ``--model_kwargs '{"fused_prefopt": {"loss": "alpha-dpo"}}'``. Without a ``loss`` in it the
-loss is the one that ms-swift's own options describe.
-"""
+"""ms-swift's trainers of preferences, with losses of this package."""
 
 from __future__ import annotations
 
@@ -22,19 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-
-from fused_prefopt.checks import require_packages, require_version
-
-try:
-    require_version("swift")
-    from swift.rlhf_trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer
-    from swift.trainers import TrainerFactory
-except ImportError:
-    require_packages(__name__, "swift")
-    raise
-
 from accelerate.utils import is_peft_model
+from swift.rlhf_trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fused_prefopt.data.columns import (
@@ -51,15 +29,14 @@ from fused_prefopt.integrations.labelled_batches import (
     FusesLabelled,
     FusesLabelledPoints,
 )
-from fused_prefopt.integrations.swift_options import options_of, read_entry, words_of
+from fused_prefopt.integrations.ms_swift.options import options_of, words_of
+from fused_prefopt.integrations.options import KEY, read_mapping
 from fused_prefopt.models.model_call import evaluating
 from fused_prefopt.preference import PreferenceLoss
 
 logger = logging.getLogger(__name__)
 # What ms-swift's KTO puts in front of the names of a batch, and what this package does.
 _PREFIXES = {"completion_": "", "KL_completion_": MISMATCHED}
-# Where ms-swift puts the entry of its `model_kwargs`.
-ENVIRONMENT = "FUSED_PREFOPT"
 
 
 class FusesSwift(FusesLabelled):
@@ -69,7 +46,7 @@ class FusesSwift(FusesLabelled):
         *args, **kwargs: of the trainer.
 
     Raises:
-        ValueError: as `read_entry` and `options_of` do; or ms-swift is told to do what the loss
+        ValueError: as `read_mapping` and `options_of` do; or ms-swift is told to do what the loss
             does not know of.
     """
 
@@ -90,7 +67,7 @@ class FusesSwift(FusesLabelled):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         config, template, model = kwargs["args"], kwargs["template"], kwargs["model"]
         _require_known(config, template, model)
-        entry = read_entry(os.environ.get(ENVIRONMENT))
+        entry = read_mapping(os.environ.get(KEY.upper()))
         options = options_of(self.kind, config, entry)
         likelihood = getattr(config, "rpo_alpha", None) is not None or "sft" in words_of(config)
         if template.packing and likelihood:
@@ -262,14 +239,3 @@ def _require_known(config: Any, template: Any, model: nn.Module) -> None:
     about: Any = model.model_meta
     if about.is_multimodal or template.is_encoder_decoder:
         raise ValueError(f"model: got {about.model_type!r}, needs a causal language model of texts")
-
-
-def register() -> None:
-    """Put the trainers in the place of ms-swift's own."""
-    for trainer in (FusedDPOTrainer, FusedKTOTrainer, FusedCPOTrainer, FusedORPOTrainer):
-        # By the module's own name, which differs where the file is loaded by its path.
-        name = f"fused_prefopt.integrations.ms_swift.{trainer.__name__}"
-        TrainerFactory.TRAINER_MAPPING[trainer.kind] = name
-
-
-register()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
-from fused_prefopt.checks import closest, require_choice
+from fused_prefopt.checks import closest
 from fused_prefopt.integrations.loss_types import LossOptions, named_here
-from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.options import (
+    KEY,
+    WEIGHTS,
+    FusedOptions,
+    PairOptions,
+    PointOptions,
+    refuse_beside_a_loss,
+    refuse_without_a_loss,
+)
 from fused_prefopt.losses import available_losses
 
-# Name of the entry, a mapping with the fields of `FusedOptions`.
-ENTRY = "fused_prefopt"
-_EXAMPLE = f'--model_kwargs \'{{"{ENTRY}": {{"loss": "alpha-dpo"}}}}\''
+_EXAMPLE = f'--model_kwargs \'{{"{KEY}": {{"loss": "alpha-dpo"}}}}\''
 # ms-swift's losses, by the kind of their trainer, that are losses here.
 _KNOWN = {
     "dpo": (
@@ -37,7 +40,6 @@ _KNOWN = {
     "cpo": ("sigmoid", "simpo", "hinge"),
 }
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
-_WEIGHTS = ("desirable_weight", "undesirable_weight")
 # Losses of ms-swift that are none here.
 _OTHERS = {
     "bco_pair": "subtracts a running mean of the rewards, which no loss of this package does; its"
@@ -64,65 +66,13 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class PairOptions(FusedOptions):
-    """Options of a loss on pairs.
-
-    Args:
-        ld_alpha: of `PreferenceLoss`.
-    """
-
-    ld_alpha: float | None = None
-
-
-@dataclass
-class PointOptions(FusedOptions):
-    """Options of a loss on single completions.
-
-    Args:
-        desirable_weight, undesirable_weight: hyperparameters of the loss.
-    """
-
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-
-    pairwise: ClassVar[bool] = False
-    _shared: ClassVar[tuple[str, ...]] = ("beta", *_WEIGHTS)
-
-
-def read_entry(text: str | None) -> dict[str, Any]:
-    """The entry as ms-swift hands it on.
-
-    Args:
-        text: a mapping as JSON, or as Python prints it; None: there is none.
-
-    Raises:
-        ValueError: it is no mapping, or a key is none of `FusedOptions`.
-    """
-    if not text:
-        return {}
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        try:
-            found = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found = text
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{ENTRY}: got {text!r}, needs a mapping, such as {_EXAMPLE}")
-    known = [item.name for item in fields(FusedOptions)]
-    for name in found:
-        require_choice(ENTRY, name, known)
-    return dict(found)
-
-
 def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
     """The loss of a training: the entry's, or else the one that ms-swift's options describe.
 
     Args:
         kind: of the trainer: "dpo", "kto", "cpo" (SimPO too) or "orpo".
         args: of the trainer.
-        entry: of `read_entry`.
+        entry: ours, of `read_mapping`.
 
     Raises:
         ValueError: an option of ms-swift's own losses is given with a loss of the entry, or says
@@ -133,32 +83,27 @@ def options_of(kind: str, args: Any, entry: Mapping[str, Any]) -> FusedOptions:
     if kind == "dpo":
         values["ld_alpha"] = args.ld_alpha
     if "loss" not in entry:
-        for name in ("beta", "loss_kwargs"):
-            if entry.get(name) is not None:
-                raise ValueError(
-                    f"{ENTRY}: got {name}={entry[name]!r} without a loss, needs one, or ms-swift's"
-                    " own options"
-                )
+        refuse_without_a_loss(entry, "ms-swift")
         return make(**values | {"loss": _terms(kind, args)})
-    _require_defaults(kind, args, entry["loss"])
+    refuse_beside_a_loss(_changed(kind, args), "ms-swift", entry["loss"])
     default = 2.0 if words_of(args) == ["simpo"] else 0.1
     if args.beta != default:
         if values.setdefault("beta", args.beta) != args.beta:
-            raise ValueError(f"beta: got {args.beta} and {values['beta']} in {ENTRY}, needs one")
+            raise ValueError(f"beta: got {args.beta} and {values['beta']} in {KEY}, needs one")
     if kind == "kto":
-        values |= {name: getattr(args, name) for name in _WEIGHTS}
+        values |= {name: getattr(args, name) for name in WEIGHTS}
     return make(**values)
 
 
-def _require_defaults(kind: str, args: Any, loss: Any) -> None:
+def _changed(kind: str, args: Any) -> dict[str, Any]:
+    """The options of ms-swift's own losses that are not at their defaults."""
+    found = {}
     for name, default in _OWN[kind].items():
         value = words_of(args) if name == "loss_type" else getattr(args, name)
         allowed = default if isinstance(default, tuple) else (default,)
         if value not in (allowed if name != "loss_type" else [[word] for word in allowed]):
-            raise ValueError(
-                f"{name}: got {getattr(args, name)!r}, an option of ms-swift's own losses, with"
-                f" loss {loss!r}; leave it out and give the loss's hyperparameters in `loss_kwargs`"
-            )
+            found[name] = getattr(args, name)
+    return found
 
 
 def words_of(args: Any) -> list[str]:
@@ -175,7 +120,7 @@ def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
     for word in words:
         _require_word(word, _KNOWN[kind])
     if kind == "kto":
-        weights = {name: getattr(args, name) for name in _WEIGHTS}
+        weights = {name: getattr(args, name) for name in WEIGHTS}
         name, values = named_here(words[0], LossOptions(beta=args.beta, **weights))
         return [_term(name, values)]
     smoothing = args.label_smoothing
