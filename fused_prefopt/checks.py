@@ -146,7 +146,9 @@ def require_tokens(name: str, ids: Tensor, vocab_size: int | None) -> None:
 
 
 # Package → the oldest version that what needs it runs on.
-OLDEST = {"trl": "1.9"}
+OLDEST = {"trl": "1.9", "axolotl": "0.19", "llamafactory": "0.9.5", "swift": "4.6"}
+# Package → its name where it is installed from, if that is another.
+_INSTALLED_AS = {"swift": "ms-swift"}
 # Package → what installs it.
 _INSTALLS = {
     "transformers": 'pip install "fused-prefopt[trainers]"',
@@ -157,10 +159,10 @@ _INSTALLS = {
     "safetensors": 'pip install "fused-prefopt[trainers]"',
     "matplotlib": 'pip install "fused-prefopt[plots]"',
     "peft": 'pip install "peft>=0.17"',
-    "swift": 'pip install "ms-swift>=4.6"',
+    "swift": f'pip install "ms-swift>={OLDEST["swift"]}"',
     "trl": f'pip install "fused-prefopt[trainers]" "trl>={OLDEST["trl"]}"',
-    "axolotl": 'pip install "axolotl>=0.19"',
-    "llamafactory": "pip install llamafactory==0.9.5",
+    "axolotl": f'pip install "axolotl>={OLDEST["axolotl"]}"',
+    "llamafactory": f"pip install llamafactory=={OLDEST['llamafactory']}",
 }
 
 
@@ -180,7 +182,7 @@ def require_packages(who: str, *packages: str) -> None:
 def require_version(package: str) -> None:
     """Raise ImportError, with what does, if the installed version is older than `OLDEST`."""
     try:
-        found = version(package)
+        found = version(_INSTALLED_AS.get(package, package))
     except PackageNotFoundError:  # or a checkout without metadata
         return
     from packaging.version import Version  # with the packages that have such an oldest version

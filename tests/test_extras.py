@@ -19,7 +19,13 @@ CASES = (
     ("ms_swift", "swift", 'pip install "ms-swift>=4.6"'),
     ("trl", "trl", f'{TRAINERS} "trl>=1.9"'),
 )
-TOO_OLD = ("0.24.0", "1.8.0", "1.9.0.dev0")
+# (integration, as what it is installed, its version, the oldest that will do, what installs that)
+TOO_OLD = (
+    *(("trl", "trl", number, "1.9", CASES[-1][-1]) for number in ("0.24.0", "1.8.0", "1.9.0.dev0")),
+    ("axolotl", "axolotl", "0.18.1", "0.19", CASES[0][-1]),
+    ("ms_swift", "ms-swift", "3.12.0", "4.6", CASES[4][-1]),
+    ("llamafactory", "llamafactory", "0.9.4", "0.9.5", "pip install llamafactory==0.9.5"),
+)
 # Each import in a process of its own, after torch.
 _IMPORTS = f"""
 import importlib, os, sys
@@ -30,11 +36,13 @@ from fused_prefopt import checks
 def without(package):
     sys.modules[package] = None
 
-def with_trl(number):
-    checks.version = lambda name: number if name == "trl" else metadata.version(name)
+def with_version(installed):
+    there = dict([installed])
+    checks.version = lambda name: there.get(name) or metadata.version(name)
+    checks.find_spec = lambda name: name  # it is installed, and too old
 
 cases = [(module, without, missing) for module, missing, _ in {CASES!r}]
-cases += [("trl", with_trl, number) for number in {TOO_OLD!r}]
+cases += [(module, with_version, (name, number)) for module, name, number, *_ in {TOO_OLD!r}]
 for module, change, value in cases:
     child = os.fork()
     if not child:
@@ -57,8 +65,11 @@ def test_an_integration_names_the_extra_or_the_versions_that_it_lacks():
         f"fused_prefopt.integrations.{module} needs {missing}: {command}"
         for module, missing, command in CASES
     ]
-    command = CASES[-1][-1]
-    wanted += [f"trl: got {number}, wanted 1.9 or newer: {command}" for number in TOO_OLD]
+    wanted += [
+        f"{'swift' if module == 'ms_swift' else module}: got {number}, wanted {oldest} or newer:"
+        f" {command}"
+        for module, _, number, oldest, command in TOO_OLD
+    ]
     assert done.stdout.splitlines() == wanted, done.stderr
 
 

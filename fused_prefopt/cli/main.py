@@ -56,7 +56,8 @@ def _run(arguments: list[str] | None) -> int:
     options, others = _parser().parse_known_args(arguments)
     try:
         if others and not hasattr(options, "overrides"):
-            raise UserError(f"{options.command}: got {' '.join(others)}, needs nothing more")
+            hint = "; put a sum in quotes" if "+" in others else ""
+            raise UserError(f"{options.command}: got {' '.join(others)}, needs nothing more{hint}")
         if others:
             options.overrides = others
         return int(options.run(options))

@@ -41,10 +41,13 @@ from fused_prefopt.data.columns import (
     SCORES,
     SEQUENCE_KL,
     TOKENS,
+    WEIGHT,
     has_values,
+    is_given,
 )
 from fused_prefopt.data.records import adapted_records
 from fused_prefopt.data.tokenise import counted_pairs, counted_points
+from fused_prefopt.losses import TransportLoss, WeightedSum
 from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.ops.engines import choose_engine
@@ -262,6 +265,7 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
     """Raise unless every feature has what the loss needs."""
     if not features:
         raise ValueError(f"got no usable row, needs some that {loss_fn.name} can judge")
+    _check_weights(loss_fn, features)
     columns = PAIR_FIELDS if loss_fn.loss.pairwise else POINT_FIELDS
     for field in sorted(loss_fn.loss.needs - _COMPUTED):
         if field not in columns:
@@ -277,6 +281,21 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
                 f" {len(features)} rows are without: add it to them, drop them, or name another"
                 " loss"
             )
+
+
+def _check_weights(loss_fn: PreferenceLoss, features: Features) -> None:
+    """Raise where rows have weights that the loss refuses, or that leave nothing to train on."""
+    if not is_given(features, WEIGHT):
+        return
+    loss = loss_fn.loss
+    terms = [term.loss for term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
+    if any(isinstance(term, TransportLoss) for term in terms):
+        raise UserError(
+            f"loss: got {loss_fn.name}, which sorts the pairs, with a column {WEIGHT!r}, needs rows"
+            " without it, or another loss"
+        )
+    if not any(feature[WEIGHT] for feature in features):
+        raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")
 
 
 def training_records(settings: Settings, seed: int, *, points: bool, say: Say = print) -> Records:

@@ -29,6 +29,7 @@ from fused_prefopt.data.columns import (
     REJECTED,
     REWARD,
     SCORES,
+    TOKENS,
     WEIGHT,
     finite_number,
     require_columns,
@@ -55,6 +56,14 @@ FORMS = {
     "ultrafeedback_binarized": "chosen, rejected: whole chats, beside a prompt that is a text",
     "completions": f"prompt, completion and any of {', '.join((*LABELS, *RATINGS))}",
     "ultrafeedback": "instruction, completions",
+}
+# Adapter → the columns that it makes use of; others are named to the user.
+_READ = {
+    "preference": (PROMPT, *PAIR, *SCORES, WEIGHT),
+    "hh_rlhf": (*PAIR, WEIGHT),
+    "ultrafeedback_binarized": (PROMPT, *PAIR, *SCORES, WEIGHT),
+    "completions": (PROMPT, COMPLETION, *LABELS, *RATINGS, GROUP, WEIGHT),
+    "ultrafeedback": ("instruction", "completions", WEIGHT),
 }
 _NEEDED = {
     "pairs": PAIR,
@@ -124,17 +133,21 @@ def adapted_records(
     """
     if adapter is not None:
         require_choice("adapter", adapter, READERS)
-        return READERS[adapter](rows), f"{name}: read by adapter {adapter}"
-    if name in ADAPTERS:
+    elif name in ADAPTERS:
         known = ADAPTERS[name]
         return known(rows), f"{name}: read by adapter {known.__name__}, known by the name"
     rows = iter(rows)
     first = list(islice(rows, 1))
     if not first:
         return [], f"{name}: no rows"
-    fit = recognise(first[0])
-    said = f"{name}: read as {fit.what} (adapter {fit.adapter})"
-    return READERS[fit.adapter](chain(first, rows)), said
+    said = f"{name}: read by adapter {adapter}"
+    if adapter is None:
+        fit = recognise(first[0])
+        adapter, said = fit.adapter, f"{name}: read as {fit.what} (adapter {fit.adapter})"
+    unread = [repr(column) for column in first[0] if column not in _READ[adapter]]
+    if unread:
+        said += f"; columns not read: {', '.join(unread)}"
+    return READERS[adapter](chain(first, rows)), said
 
 
 def recognise(row: Row) -> Recognised:
@@ -159,6 +172,9 @@ def recognise(row: Row) -> Recognised:
         return _recognised_completions(row)
     if kinds == ["ultrafeedback"]:
         return Recognised("ultrafeedback", "completions of UltraFeedback")
+    if any(name in row for name in TOKENS):
+        problem = "of token ids, which trainers and collators take as they are and no adapter reads"
+        raise ValueError(_message(row, problem))
     missing = [name for names in _NEEDED.values() for name in names if name not in row]
     hints = [f"{name!r}{closest(name, row)}" for name in missing if closest(name, row)]
     raise ValueError(_message(row, "which no adapter reads", *hints))

@@ -93,7 +93,8 @@ def refuse_token_weights(row: Mapping[str, Any], where: str) -> None:
             columns = " and ".join(ids for ids, each in WEIGHTS_OF_IDS.items() if each == name)
             raise ValueError(
                 f"{name}: got some with texts in {where}, whose tokens they cannot belong to; give"
-                f" token ids (prompt_ids, {columns}) with them, or a weight a row in 'weight'"
+                f" a trainer or collator token ids (prompt_ids, {columns}) with them, or the row a"
+                " weight in 'weight'"
             )
 
 

@@ -76,7 +76,7 @@ class KeepsLossState:
             loss_fn.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(
-                f"{path}: got the statistics of another loss, needs those of {loss_fn}"
+                f"{path}: got the statistics of another loss, needs those of {loss_fn.extra_repr()}"
             ) from error
 
 

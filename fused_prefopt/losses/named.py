@@ -113,12 +113,14 @@ def named_loss(
 
     Raises:
         ValueError: a name is unknown (the message has the closest ones), the text or list cannot
-            be read, a weight or hyperparameter is out of range, or a shared hyperparameter is
-            every term's own already.
+            be read, a weight or hyperparameter is out of range, all weights are 0, or a shared
+            hyperparameter is every term's own already.
         TypeError: no term has such a hyperparameter.
     """
     given = _given_terms(name)
     specs = [find(each.loss) for each in given]
+    if not any(each.weight for each in given):
+        raise ValueError(f"loss: got {name!r}, in which every weight is 0, wanted one above")
     if len(given) > 1 or given[0].own:
         _require_shared(given, specs, shared)
     terms = []
@@ -181,13 +183,20 @@ def _of_text(text: str, whole: str) -> _Given:
     if term is None:
         raise ValueError(f"loss: got {whole!r}, wanted {_WANTED}")
     weight, name = term.groups()
+    if name[0] in "0123456789.":
+        raise ValueError(
+            f"loss: got {name!r} in {whole!r}, wanted a space or * between a weight and a name"
+        )
     return _named(name, 1.0 if weight is None else float(weight), {})
 
 
 def _of_mapping(given: Mapping[str, Any]) -> _Given:
     for key in given.keys() - set(TERM_KEYS):
         keys = ", ".join(TERM_KEYS)
-        raise ValueError(f"loss: got {key!r}{closest(str(key), TERM_KEYS)}, wanted {keys}")
+        raise ValueError(
+            f"loss: got the key {key!r}{closest(str(key), TERM_KEYS)} in {dict(given)!r}, wanted"
+            f" {keys}"
+        )
     name, own = given.get("name"), given.get("hyperparameters")
     if not isinstance(name, str):
         raise ValueError(f"loss: got {dict(given)!r}, wanted the name of a loss in `name`")

@@ -93,3 +93,8 @@ def test_a_sum_shows_its_terms(capsys):
     for option, value in loss.hyperparameters.items():
         assert [loss.loss, option, repr(value)] in rows
     assert "needs   reference: " in text and "spans   the batch" in text
+
+
+def test_a_sum_without_quotes_is_told_so(capsys):
+    assert main(["losses", "dpo", "+", "sft"]) == 2
+    assert capsys.readouterr().err.endswith("got + sft, needs nothing more; put a sum in quotes\n")

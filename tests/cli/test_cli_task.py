@@ -151,7 +151,7 @@ def test_the_adapter_of_the_configuration_decides(loaded, refused, tmp_path, cap
     assert "dataset: columns: got 'prompt', 'chosen', 'rejected', 'completion', 'label'" in said
     assert "which fit pairs and completions" in said and "adapter: NAME" in said
     loaded(dataset=file, loss="dpo", adapter="preference")
-    assert f"{file}: read by adapter preference\n" in capsys.readouterr().out
+    assert f"{file}: read by adapter preference; columns not read: 'com" in capsys.readouterr().out
     points = loaded(dataset=file, loss="kto", adapter="completions").train
     assert "training completions: read 8, kept 8" in capsys.readouterr().out
     assert [point["desirable"] for point in points] == [False, True] * 4

@@ -32,12 +32,18 @@ def test_a_weight_of_each_row_is_trained_and_judged_with(logged, tmp_path, loss)
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("columns", "loss", "message"),
     [
-        ({"weight": -1}, "weight: got -1 in row 0 (counted from 0), wanted a number >= 0"),
-        ({"chosen_token_weights": [1.0]}, "chosen_token_weights: got some with texts in row 0"),
+        ({"weight": -1}, "dpo", "dataset: weight: got -1 in row 0 (counted from 0), wanted a numb"),
+        ({"weight": 0}, "dpo", "dataset: got a 'weight' of 0 in every row, needs one above"),
+        ({"weight": 1}, "dpo + 0.1 aot", "loss: got dpo + 0.1 aot, which sorts the pairs, with a"),
+        (
+            {"chosen_token_weights": [1.0]},
+            "dpo",
+            "dataset: chosen_token_weights: got some with texts in row 0",
+        ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(refused, tmp_path, columns, message):
+def test_weights_that_do_not_fit_are_refused(refused, tmp_path, columns, loss, message):
     file = write_lines(tmp_path / "rows.jsonl", [row | columns for row in pairs(2)])
-    assert refused(dataset=file).startswith(f"dataset: {message}")
+    assert refused(dataset=file, loss=loss).startswith(message)

@@ -118,6 +118,7 @@ def test_ultrafeedback(caplog):
         for prompt, text, r, g in wanted
     ]
     assert said == ["ultrafeedback: dropped 3 unusable completions"]
+    assert [each["weight"] for each in ultrafeedback([rows[0] | {"weight": 2}])] == [2.0, 2.0]
     assert len(tokenise_points(records, tiny_tokenizer(), 64, 32)) == 3
 
 

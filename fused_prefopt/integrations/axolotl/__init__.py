@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fused_prefopt.checks import require_packages
+from fused_prefopt.checks import require_packages, require_version
 
 try:
+    require_version("axolotl")
     from axolotl.integrations.base import BasePlugin
 except ImportError:
     require_packages(__name__, "axolotl")

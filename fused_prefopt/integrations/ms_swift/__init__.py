@@ -13,9 +13,10 @@ loss is the one that ms-swift's own options describe.
 
 from __future__ import annotations
 
-from fused_prefopt.checks import require_packages
+from fused_prefopt.checks import require_packages, require_version
 
 try:
+    require_version("swift")
     from swift.trainers import TrainerFactory
 except ImportError:
     require_packages(__name__, "swift")
