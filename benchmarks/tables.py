@@ -32,10 +32,10 @@ inputs and the two gradients."""
 _FRAMEWORKS = """\
 ## Inside other frameworks, CPU
 
-DPO by each framework's own command, in an environment of its own (`make frameworks`): full
-fine-tuning with a reference, {pairs} pairs of {length} tokens a batch, V {vocab}, D {hidden_size},
-{dtype}. The peak is the resident memory of the whole process, the libraries among it; the same
-training with completions of a few tokens takes what stands beside it."""
+DPO by each framework's own command, in an environment of its own (`make frameworks`; compatibility.md
+has its versions): full fine-tuning with a reference, {pairs} pairs a batch, sequences of at most {length}
+tokens, V {vocab}, D {hidden_size}, {dtype}. The peak is the resident memory of the whole process, its
+libraries among it; the same training with completions of a few tokens takes what stands beside it."""
 _METHODS = """\
 ## What the loss itself takes
 
@@ -230,7 +230,7 @@ def framework_table(rows: Sequence[Row]) -> str:
 
     def figures(row: Row) -> list[str]:
         sizes = (row["peak_bytes"], row["short_peak_bytes"])
-        losses = ", ".join(f"{loss:.5f}" for loss in row["losses"])
+        losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
         return [*map(mib, (*sizes, sizes[0] - sizes[1])), losses]
 
     return _named(header, rows, about, figures)

@@ -283,9 +283,14 @@ def page_of(results: dict[str, Any]) -> str:
 
 
 def commit_of_this() -> str:
-    """The commit that is tested, marked where files differ from it."""
-    described = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit that is tested, marked where files differ from it, but for what is written here."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+
+    written = [f":(exclude){path.relative_to(ROOT)}" for path in (PAGE, RESULTS)]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return git("describe", "--always").strip() + ("-dirty" if changed else "")
 
 
 def run(environment: Environment, commit: str) -> dict[str, Any]:
