@@ -32,10 +32,11 @@ inputs and the two gradients."""
 _FRAMEWORKS = """\
 ## Inside other frameworks, CPU
 
-DPO by each framework's own command, in an environment of its own (`make frameworks`; compatibility.md
-has its versions): full fine-tuning with a reference, {pairs} pairs a batch, sequences of at most {length}
-tokens, V {vocab}, D {hidden_size}, {dtype}. The peak is the resident memory of the whole process, its
-libraries among it; the same training with completions of a few tokens takes what stands beside it."""
+DPO by each framework's own command, in an environment of its own (`make frameworks`;
+compatibility.md has its versions): full fine-tuning with a reference, {pairs} pairs a batch,
+sequences of at most {length} tokens, V {vocab}, D {hidden_size}, {dtype}. The peak is the resident
+memory of the whole process, its libraries among it; the same training with completions of a few
+tokens takes what stands beside it."""
 _METHODS = """\
 ## What the loss itself takes
 

@@ -283,7 +283,7 @@ def page_of(results: dict[str, Any]) -> str:
 
 
 def commit_of_this() -> str:
-    """The commit that is tested, marked where files differ from it, but for what is written here."""
+    """The commit that is tested, marked where files differ from it but for the results."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
