@@ -37,6 +37,7 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     require_trainer,
 )
+from fused_prefopt.integrations.trainer_mixins import TakesLossAlone
 from fused_prefopt.integrations.transformers import LogsPreferences, attach
 from fused_prefopt.losses import check_needs
 from fused_prefopt.models.batch import logps_through
@@ -46,8 +47,6 @@ from fused_prefopt.models.model_call import (
     IMAGES,
     INPUTS,
     evaluating,
-    exact_loss,
-    past_wrappers,
 )
 from fused_prefopt.preference import PreferenceLoss
 
@@ -113,7 +112,7 @@ def _mask(name: str, labels: Tensor, ids: Tensor) -> Tensor:
     return labelled.long()
 
 
-class FusesLabelled(LogsPreferences):
+class FusesLabelled(TakesLossAlone, LogsPreferences):
     """Mixin for a subclass of a trainer of TRL's before 1.0: its loss is one of this package's.
 
     `fuse` at the end of the constructor attaches the loss to the model; from then on nothing of the
@@ -182,28 +181,6 @@ class FusesLabelled(LogsPreferences):
         names = {"completion": REFERENCE, "prompt": PROMPT_REFERENCE}
         found = self.reference_logps(model, batch, prompt=PROMPT_REFERENCE in self.needs)
         return batch | {names[part]: values for part, values in found.items()}
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """The fused loss of a batch."""
-        arguments = past_wrappers(self.of_loss(model, inputs))
-        outputs = model(**arguments)
-        loss = exact_loss(outputs["loss"], arguments)
-        self.judge_before_backward(model, loss)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The loss alone: there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-            return self.compute_loss(model, inputs).detach(), None, None
 
     def logps(
         self, model: nn.Module, batch: Mapping[str, Any], *, prompt: bool = False

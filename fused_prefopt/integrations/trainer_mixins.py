@@ -1,4 +1,4 @@
-"""Batches and checkpoints of a trainer with an attached loss, as mixins: both stay exact."""
+"""Batches, steps and checkpoints of a trainer with an attached loss, as mixins: all stay exact."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fused_prefopt.data.columns import COMPLETION_MASK
 from fused_prefopt.data.labels import LabelCounts
-from fused_prefopt.models.model_call import exact_fields, unwrapped
+from fused_prefopt.models.model_call import exact_fields, exact_loss, past_wrappers, unwrapped
 from fused_prefopt.models.peft_head import require_saved_whole
 
 if TYPE_CHECKING:
@@ -97,3 +98,44 @@ class PreparesExactly:
                 if isinstance(value, LabelCounts):
                     prepared[name] = value
         return prepared
+
+
+class TakesLossAlone:
+    """Mixin for a trainer whose every batch becomes the attached loss: no logits are built.
+
+    In front of `MindsNonfinite`, which judges the loss.
+    """
+
+    judge_before_backward: Any
+    compute_loss_context_manager: Any
+
+    def of_loss(self, model: Any, inputs: Any) -> dict[str, Any]:
+        """A batch of the collator as the loss takes it, with what the reference gives.
+
+        Args:
+            model: the policy, in its wrappers.
+            inputs: of the collator, where they are to be.
+        """
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The fused loss of a batch."""
+        arguments = past_wrappers(self.of_loss(model, inputs))
+        outputs = model(**arguments)
+        loss = exact_loss(outputs["loss"], arguments)
+        self.judge_before_backward(model, loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None

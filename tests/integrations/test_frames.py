@@ -68,7 +68,7 @@ def frames_of_a_step(folder, monkeypatch) -> list[traceback.FrameSummary]:
 def test_few_frames_lie_between_a_trainer_and_the_first_tile(tmp_path, monkeypatch):
     frames = frames_of_a_step(tmp_path, monkeypatch)
     way = [f"{Path(frame.filename).stem}.{frame.name}" for frame in frames]
-    assert way[0] == "common.compute_loss"
+    assert way[0] == "trainer_mixins.compute_loss"
     assert way.index("preference.forward") <= TO_THE_LOSS, way
     assert len(way) <= TO_THE_ENGINE, way
 

@@ -136,16 +136,10 @@ class FusesSwift(FusesLabelled):
         asked = self.args.gradient_accumulation_steps
         return steps / asked if self.model_accepts_loss_kwargs else 1.0
 
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The loss alone: there are no logits to return."""
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss alone, inside what ms-swift's template puts around a call of the model."""
         with self.template.forward_context(self.model, inputs):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _fix_grad_norm_nan(self) -> AbstractContextManager[None]:
         """Nothing, where `on_nonfinite` judges: gradients must still be there by then."""

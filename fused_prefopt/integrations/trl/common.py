@@ -40,7 +40,11 @@ from fused_prefopt.integrations.trainer_checks import (
     refuse_functions_of_logits,
     require_rows,
 )
-from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.integrations.trainer_mixins import (
+    KeepsLossState,
+    PreparesExactly,
+    TakesLossAlone,
+)
 from fused_prefopt.integrations.transformers import attach
 from fused_prefopt.integrations.trl.images import (
     ImageRows,
@@ -56,7 +60,7 @@ from fused_prefopt.integrations.trl.rows import (
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
-from fused_prefopt.models.model_call import INPUTS, evaluating, exact_loss, past_wrappers
+from fused_prefopt.models.model_call import INPUTS, evaluating
 from fused_prefopt.preference import PreferenceLoss
 
 # A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
@@ -65,7 +69,7 @@ _TUNERS = "BaseTunerLayer"
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
 
 
-class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
+class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
@@ -78,7 +82,6 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
     train_dataset: Any
     eval_dataset: Any
     state: Any
-    compute_loss_context_manager: Any
     router_aux_loss_coef: float
     aux_loss_enabled: bool
     precompute_ref_logps: bool
@@ -185,34 +188,17 @@ class FusesLoss(KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRo
         """A batch of TRL's collator as the loss takes it, with what the reference gives."""
         raise NotImplementedError
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """The fused loss of a batch from TRL's collator."""
+    def of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch; its tokens are counted where it trains.
+
+        Args:
+            model: the policy, in its wrappers.
+            inputs: of TRL's collator.
+        """
         batch = self._of_loss(model, inputs)
         if self.model.training:
             self._new_tokens = self._new_tokens + number_of_tokens(batch)
-        arguments = past_wrappers(batch)
-        outputs = model(**arguments)
-        loss = exact_loss(outputs["loss"], arguments)
-        self.judge_before_backward(model, loss)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The loss alone: there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+        return batch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the metrics of a `predict` before it are not its."""
