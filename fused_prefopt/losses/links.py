@@ -96,6 +96,11 @@ class UnbiasedRobust:
         return (self.epsilon * flipped - (1 - self.epsilon) * given) / (1 - 2 * self.epsilon)
 
 
+def robust(*, epsilon: float, unbiased: bool) -> Robust | UnbiasedRobust:
+    """A link for labels of which a share ε is flipped; `unbiased` chooses which."""
+    return UnbiasedRobust(epsilon=epsilon) if unbiased else Robust(epsilon=epsilon)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hinge:
     """``max(0, δ − (m − γ))``, in units of reward.

@@ -68,6 +68,25 @@ class DynamicScale:
         return (1 + self.alpha * excess).clamp(min=self.smallest)
 
 
+def dynamic_scale(
+    *, beta: float, alpha: float, momentum: float, level: str, statistics: str
+) -> DynamicScale:
+    """A scale for rewards of this β, with the bound of ρ that belongs to the statistics.
+
+    Args:
+        beta: β > 0 of the reward.
+        alpha, momentum, level: as in `DynamicScale`.
+        statistics: its `baseline`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    require_choice("statistics", statistics, _BASELINES)
+    scale = DynamicScale(alpha=alpha, momentum=momentum, level=level, baseline=statistics)
+    # The code that "reference" follows bounds ρβ.
+    return scale if statistics == "ema" else replace(scale, smallest=scale.smallest / beta)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyWeights:
     """WPO's ``w = exp(L̄_w − C̄_w) · exp(L̄_l − C̄_l)``: pairs the policy might write count more.

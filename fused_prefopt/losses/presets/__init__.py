@@ -1,0 +1,5 @@
+"""All registered losses: one function and one registration each, in the file of its reward."""
+
+from fused_prefopt.losses.presets import anchored, log_probs, log_ratios
+
+__all__ = ["anchored", "log_probs", "log_ratios"]

@@ -1,0 +1,266 @@
+"""Losses of pairs on log-probs: r = β L/|y|, r = β L, or a curve of them."""
+
+from __future__ import annotations
+
+from fused_prefopt.checks import require_choice, require_number
+from fused_prefopt.losses import links, margins, rewards, terms
+from fused_prefopt.losses.adaptive_margin import (
+    IMPLICIT_REFERENCES,
+    AdaptiveMargin,
+    Normalisation,
+    gap_of,
+)
+from fused_prefopt.losses.dynamic_margin import DynamicMargin
+from fused_prefopt.losses.pairwise import (
+    PairwiseLoss,
+)
+from fused_prefopt.losses.registry import register
+
+# Mean log-probs, r = β L/|y|, or a curve of them
+
+
+@register("simpo", paper="Meng et al. 2024 (arXiv:2405.14734), eq. 6")
+def simpo(*, beta: float = 2.5, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairwiseLoss:
+    """``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``, ``m = β(L̄_w − L̄_l)``.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ, target margin in units of reward.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
+    """
+    return PairwiseLoss(
+        rewards.MeanLogp(beta=beta),
+        margins.ConstantMargin(gamma=gamma),
+        links.Logistic(label_smoothing=label_smoothing),
+    )
+
+
+@register(
+    "robust-simpo", aliases=("rsimpo",), paper="Chowdhury et al. 2024 on SimPO, as in γ-PO Table 4"
+)
+def robust_simpo(
+    *, beta: float = 2.5, epsilon: float = 0.1, gamma: float = 0.0, unbiased: bool = False
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m−γ) − ε log σ(−m−γ)``, or its unbiased form, ``m = β(L̄_w − L̄_l)``.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        epsilon: 0 <= ε <= 0.5, probability that a label is flipped.
+        gamma: γ, target margin in units of reward.
+        unbiased: ``[−(1−ε) log σ(m−γ) + ε log σ(−m−γ)] / (1−2ε)`` instead.
+    """
+    link = links.robust(epsilon=epsilon, unbiased=unbiased)
+    return PairwiseLoss(rewards.MeanLogp(beta=beta), margins.ConstantMargin(gamma=gamma), link)
+
+
+@register("alpha-po", aliases=("alphapo",), paper="Gupta et al. 2025 (arXiv:2501.03884)")
+def alpha_po(*, beta: float = 2.5, gamma: float = 1.0, alpha: float = 0.25) -> PairwiseLoss:
+    """``−log σ(r_w − r_l − γ)``, ``r = β (1 − p̄^−α)/α``, ``log p̄ = L̄``.
+
+    Args:
+        beta: β > 0, reward per nat per token where p̄ = 1.
+        gamma: γ, target margin in units of reward.
+        alpha: α, the bend of the reward; 0 is SimPO.
+    """
+    return PairwiseLoss(
+        rewards.MeanPower(beta=beta, alpha=alpha), margins.ConstantMargin(gamma=gamma)
+    )
+
+
+@register("beta-simpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6, on SimPO")
+def beta_simpo(
+    *,
+    beta: float = 0.1,
+    gamma: float = 0.0,
+    alpha: float = 0.1,
+    momentum: float = 0.9,
+    level: str = "pair",
+    statistics: str = "ema",
+) -> PairwiseLoss:
+    """``−log σ(ρ(m − γ))``, ``ρ = sg max(1e-3, 1 + α(M − M₀))``, ``m = β(L̄_w − L̄_l)``.
+
+    γ-PO's code of β-SimPO is ``statistics="reference", level="batch"``, as in beta-dpo: M₀ starts
+    from 0, is not corrected and is updated after use, and ρβ, not ρ, is at least 1e-3. There M is
+    the mean of pairs drawn at random, 80 % of them; the draw is not offered, M is the mean of all.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ, target margin in units of reward.
+        alpha: α >= 0; 0 is SimPO.
+        momentum: of M₀, the running mean of m.
+        level: M is m of the pair ("pair") or its mean over the batch ("batch").
+        statistics: M₀ is the bias-corrected average with the current batch ("ema"), or as in γ-PO's
+            code, with its bound of ρβ ("reference").
+    """
+    reward = rewards.MeanLogp(beta=beta)
+    scale = terms.dynamic_scale(
+        beta=beta, alpha=alpha, momentum=momentum, level=level, statistics=statistics
+    )
+    return PairwiseLoss(reward, margins.ConstantMargin(gamma=gamma), scale=scale)
+
+
+@register(
+    "gamma-simpo",
+    paper="Sun et al. 2025, γ-PO (arXiv:2506.03690), eq. 9–10, 12, 22–25, Algorithm 2",
+)
+def gamma_simpo(
+    *,
+    beta: float = 10.0,
+    gamma: float = 4.0,
+    tau: float = 10.0,
+    solver: str = "mirror",
+    steps: int = 20,
+    queue: bool = True,
+    queue_size: int = 2048,
+    sample_size: int = 256,
+    seed: int = 0,
+) -> PairwiseLoss:
+    """``−log σ(m − γ_i)``, ``m = β(L̄_w − L̄_l)``, γ_i of mean γ₀, larger for larger m.
+
+    ``γ_i = γ₀ n p_i``, where p minimises ``mean_i −log σ(m_i − γ_i) + τ Σ p_i log(n p_i)`` over
+    the simplex: n pairs, of the batch of all ranks and a sample of past ones.
+
+    The authors' code takes the γ_i before the last update (``steps=19``). Its queue is one per
+    rank and starts with eight standard normal numbers, ours starts empty and is that of all ranks.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ₀ >= 0, mean target margin in units of reward.
+        tau: τ > 0, pull towards equal margins.
+        solver: "mirror" (the paper's descent) or "exact" (the minimum, for γ₀/τ <= 10).
+        steps: mirror-descent updates.
+        queue: fill the pool with past margins (Algorithm 2), or not (Algorithm 1).
+        queue_size: past margins remembered.
+        sample_size: the pool is filled up to this size.
+        seed: of the sampling.
+    """
+    margin = DynamicMargin(
+        gamma=gamma,
+        tau=tau,
+        solver=solver,
+        steps=steps,
+        queue=queue,
+        queue_size=queue_size,
+        sample_size=sample_size,
+        seed=seed,
+    )
+    return PairwiseLoss(rewards.MeanLogp(beta=beta), margin)
+
+
+@register("alpha-dpo", paper="Wu et al. 2025, α-DPO (arXiv:2410.10148), eq. 8–12, Table 2, C.4")
+def alpha_dpo(
+    *,
+    beta: float = 10.0,
+    gamma: float = 4.0,
+    alpha: float = 0.05,
+    length_normalized: bool = True,
+    implicit_reference: str = "ratio",
+    margin_scale: str = "beta",
+    normalize: bool = True,
+    stop_gradient: bool = True,
+    statistics: str = "ema",
+    momentum: float = 0.9,
+    mean: float | None = None,
+    std: float | None = None,
+) -> PairwiseLoss:
+    """``−log σ(u − sg[γ + α s z])``, ``u = β(L̄_w − L̄_l)``, ``z = (gap − μ)/σ``.
+
+    ``gap = (L̄_w − L̄_ref,w) − (L̄_l − L̄_ref,l)``; μ and σ are its mean and standard deviation.
+
+    The authors' code, ``statistics="reference"``, makes σ NaN for good on a single pair, updates μ
+    and σ in evaluation too and does not save them; here none of that happens.
+
+    Args:
+        beta: β > 0, reward per nat (per token).
+        gamma: γ, mean target margin in units of reward.
+        alpha: α; 0 is SimPO.
+        length_normalized: log-probs are means per token; False uses sums.
+        implicit_reference: what the gap compares: "ratio" L̄ − L̄_ref (the method), "policy" L̄,
+            "reference" L̄_ref, "inverse_reference" −L̄_ref, "sequence_kl" TDPO's K_l − K_w.
+        margin_scale: "beta" for s = β (the authors' code), "unit" for s = 1 (eq. 12 as printed).
+        normalize: False uses the margin γ + αβ gap (eq. 9 with M of eq. 10).
+        stop_gradient: False lets the gap's gradient pass.
+        statistics: source of μ and σ: "ema" (bias-corrected averages over the batches of all
+            ranks), "batch" (the current one alone), "dataset" (given) or "reference" (the
+            authors' recipe, averages from zero).
+        momentum: weight of the past in "ema" and "reference".
+        mean: μ of the gap over the training set, for "dataset".
+        std: σ of the gap over the training set, for "dataset".
+    """
+    require_choice("implicit_reference", implicit_reference, IMPLICIT_REFERENCES)
+    require_choice("margin_scale", margin_scale, ("beta", "unit"))
+    # Eq. 10's M carries β itself; only its z-score loses the unit.
+    scale = 1.0 if normalize and margin_scale == "unit" else beta
+    source = Normalisation(statistics=statistics, momentum=momentum, mean=mean, std=std)
+    return PairwiseLoss(
+        rewards.MeanLogp(beta=beta) if length_normalized else rewards.SumLogp(beta=beta),
+        AdaptiveMargin(
+            gap=gap_of(implicit_reference, length_normalized=length_normalized),
+            gamma=gamma,
+            alpha=alpha,
+            scale=scale,
+            normalisation=source if normalize else None,
+            stop_gradient=stop_gradient,
+        ),
+    )
+
+
+@register("orpo", paper="Hong et al. 2024 (arXiv:2403.07691), eq. 6–7")
+def orpo(*, weight: float = 0.1, nll: str = "sequence_mean") -> PairwiseLoss:
+    """``NLL − λ log σ(o_w − o_l)``, ``o = L̄ − log(1 − e^L̄)``, NLL = −L̄_w by default.
+
+    o is the log-odds of the mean token, finite also as its probability reaches 1.
+
+    Args:
+        weight: λ >= 0.
+        nll: NLL is "sequence_mean" −L̄_w, "sum" −L_w, "token_mean", the mean of −log π over all
+            chosen tokens of the batch, of all ranks, or "whole_token_mean" (TRL's), the same with
+            the tokens of the chosen ones' prompts.
+    """
+    term = terms.ChosenNll(nll=nll)
+    return PairwiseLoss(rewards.LogOdds(), link=links.Weighted(weight=weight), regularisers=(term,))
+
+
+# Summed log-probs, r = β L
+
+
+@register("cpo", paper="Xu et al. 2024 (arXiv:2401.08417), γ-PO Table 6")
+def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") -> PairwiseLoss:
+    """``−log σ(β(L_w − L_l)) + λ·NLL``.
+
+    Args:
+        beta: β > 0, reward per nat.
+        nll_weight: λ >= 0.
+        nll: NLL is "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" (TRL's), the mean of
+            −log π over all chosen tokens of the batch, of all ranks.
+    """
+    require_number("nll_weight", nll_weight, low=0)
+    term = terms.ChosenNll(weight=nll_weight, nll=nll)
+    return PairwiseLoss(rewards.SumLogp(beta=beta), regularisers=(term,))
+
+
+@register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425)")
+def slic_hf(*, delta: float = 1.0, nll_weight: float = 0.1) -> PairwiseLoss:
+    """``max(0, δ − (L_w − L_l)) − λ L_w``.
+
+    Args:
+        delta: δ, margin in nats.
+        nll_weight: λ >= 0.
+    """
+    require_number("nll_weight", nll_weight, low=0)
+    nll = terms.ChosenNll(weight=nll_weight)
+    return PairwiseLoss(
+        rewards.SumLogp(beta=1.0), link=links.Hinge(delta=delta), regularisers=(nll,)
+    )
+
+
+@register("sft", aliases=("nll",), paper="maximum likelihood of the chosen completions")
+def sft(*, nll: str = "token_mean") -> PairwiseLoss:
+    """``NLL`` of the chosen completions, ``−Σ L_w / Σ |y_w|`` over the batch by default.
+
+    Args:
+        nll: NLL is "token_mean" (TRL's), the mean of −log π over all chosen tokens of the batch,
+            of all ranks, "sequence_mean" −L̄_w, or "sum" −L_w.
+    """
+    term = terms.ChosenNll(nll=nll)
+    return PairwiseLoss(rewards.SumLogp(beta=1.0), link=links.Indifferent(), regularisers=(term,))
