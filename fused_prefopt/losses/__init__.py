@@ -32,6 +32,7 @@ from fused_prefopt.losses.pairwise import (
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
+    ClassifierFeedbackLoss,
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
@@ -62,6 +63,7 @@ from fused_prefopt.losses.terms import (
     ChosenNll,
     DynamicScale,
     OnPolicyWeights,
+    RewardShift,
     SoftMinimum,
     length_desensitized,
     tail_labels,
@@ -77,6 +79,7 @@ __all__ = [
     "Blended",
     "Calibration",
     "ChosenNll",
+    "ClassifierFeedbackLoss",
     "ConstantMargin",
     "DirectRewardLoss",
     "DropMargin",
@@ -104,6 +107,7 @@ __all__ = [
     "PerToken",
     "PublishedSetting",
     "RejectedShare",
+    "RewardShift",
     "Robust",
     "ScoreMargin",
     "SequenceKlMargin",

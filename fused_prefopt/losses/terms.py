@@ -13,9 +13,20 @@ from fused_prefopt.checks import require_choice, require_integer, require_number
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.losses.protocol import expect, halves, needed, per_token
 from fused_prefopt.losses.weights import weights_of
-from fused_prefopt.statistics import MarginMeans, ReferenceMean, RunningMean
+from fused_prefopt.statistics import (
+    BalancedShift,
+    BatchwiseShift,
+    MarginMeans,
+    PooledShift,
+    ReferenceMean,
+    RewardLevel,
+    RunningMean,
+    ShiftStatistic,
+)
 from fused_prefopt.types import LogpBatch, divisors
 
+# What BCO's rewards are measured from.
+SHIFTS = ("none", "ema", "mean", "batch_mean")
 _WHOLE = "whole_token_mean"
 _BASELINES: dict[str, type[RunningMean] | type[ReferenceMean]] = {
     "ema": RunningMean,
@@ -85,6 +96,55 @@ def dynamic_scale(
     scale = DynamicScale(alpha=alpha, momentum=momentum, level=level, baseline=statistics)
     # The code that "reference" follows bounds ρβ.
     return scale if statistics == "ema" else replace(scale, smallest=scale.smallest / beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardShift:
+    """BCO's δ, which all rewards are measured from: a running level of them, not differentiated.
+
+    Args:
+        kind: "ema", half the sum of both classes' exponential averages (the paper); "mean", the
+            mean of all rewards so far (TRL's `BCOTrainer`); or "batch_mean", the mean of the
+            batches' means so far ("bco_pair" of earlier TRLs, of LLaMA-Factory and of ms-swift).
+        momentum: ρ of "ema", weight of the past.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: BCO (Jung et al. 2024, arXiv:2404.04656), eq. 7.
+    """
+
+    kind: str = "ema"
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_choice("reward_shift", self.kind, SHIFTS[1:])
+        require_number("momentum", self.momentum, low=0, high=1, below=True)
+
+    def statistics(self) -> ShiftStatistic:
+        """The running level."""
+        if self.kind == "ema":
+            return BalancedShift(self.momentum)
+        return PooledShift() if self.kind == "mean" else BatchwiseShift()
+
+    def __call__(self, rewards: Tensor, summary: RewardLevel | None) -> Tensor:
+        """0-d δ in the dtype of the rewards."""
+        return expect(summary, RewardLevel).level.to(rewards.dtype)
+
+
+def reward_shift(kind: str, momentum: float) -> RewardShift | None:
+    """The shift of a kind, or None for "none".
+
+    Args:
+        kind: one of `SHIFTS`.
+        momentum: as in `RewardShift`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    require_choice("reward_shift", kind, SHIFTS)
+    shift = RewardShift(kind="ema" if kind == "none" else kind, momentum=momentum)
+    return None if kind == "none" else shift
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,12 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "tdpo1": ((), ("reference", "sequence_kl"), {"beta": 0.1}),
     "tdpo2": ((), ("reference", "sequence_kl"), {"beta": 0.1, "alpha": 0.5}),
     "kto": ((), ("desirable", "reference"), KTO),
+    "bco-pair": ((), ("reference",), {"beta": 0.1, "reward_shift": "none", "momentum": 0.9}),
+    "bco": (
+        (),
+        ("desirable", "reference"),
+        {**KTO, "reward_shift": "ema", "momentum": 0.9},
+    ),
     "beta-dpo": ((), ("reference",), BETA_DPO),
     "beta-simpo": ((), (), BETA_DPO),
     "alpha-dpo": ((), ("reference",), ALPHA_DPO),
@@ -196,6 +202,8 @@ def test_unknown_hyperparameter():
         ("cpo", {"nll": "mean"}, "nll: got 'mean', wanted one of 'sum'"),
         ("tdpo2", {"alpha": math.nan}, "alpha: got nan"),
         ("kto", {"desirable_weight": -1.0}, "desirable_weight: got -1.0"),
+        ("bco", {"reward_shift": "sum"}, "reward_shift: got 'sum', wanted one of 'none', 'ema'"),
+        ("bco-pair", {"momentum": 1.0}, "momentum: got 1.0, wanted .* < 1"),
     ],
 )
 def test_hyperparameters_out_of_range(name, options, wanted):
