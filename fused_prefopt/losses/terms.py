@@ -241,22 +241,64 @@ class ChosenNll:
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(P,) terms."""
-        if self.nll == "sequence_mean":
-            return -self.weight * halves(per_token(batch.policy, batch))[0]
-        sums, lengths = batch.policy, batch.lengths
+        sums, lengths, finite = self._taken(batch)
         if self.nll == "sum":
-            return -self.weight * halves(sums)[0]
+            return -self.weight * sums
+        if self.nll == "sequence_mean":
+            return -self.weight * (sums / divisors(lengths))
+        # A NaN stays in its own pair, whose other terms carry it.
+        tokens = divisors(lengths.where(finite, 0).sum())
+        sums, weights = sums.where(finite, 0.0), weights_of(batch, pairwise=True)
+        if weights is not None:
+            sums = weights * sums
+        return (-self.weight * sums.sum() / tokens).expand_as(sums)
+
+    def _taken(self, batch: LogpBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(P,) log-probs, their tokens, and whether a mean over tokens has the pair in it."""
+        sums, lengths = batch.policy, batch.lengths
         if self.nll == _WHOLE:
             sums = sums + needed(batch, "prompt")
             lengths = lengths + needed(batch, "prompt_lengths")
         chosen = halves(sums)[0]
-        # A NaN stays in its own pair, whose other terms carry it.
-        finite = chosen.isfinite()
-        tokens = divisors(halves(lengths)[0].where(finite, 0).sum())
-        chosen, weights = chosen.where(finite, 0.0), weights_of(batch, pairwise=True)
-        if weights is not None:
-            chosen = weights * chosen
-        return (-self.weight * chosen.sum() / tokens).expand_as(chosen)
+        return chosen, halves(lengths)[0], chosen.isfinite()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldNll(ChosenNll):
+    """TPO's behaviour cloning: `ChosenNll` of a third completion, the gold one of each prompt.
+
+    Of the two halves of `gold`, which are the same, the mean is taken.
+
+    Args:
+        weight: α > 0.
+        nll: "sum" −L_g, "sequence_mean" −L_g/|y_g|, or "token_mean", the mean over all gold tokens
+            of the batch, of all ranks.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: TPO (Saeidi et al. 2024, arXiv:2405.16681); "token_mean" in the authors' and TRL's code.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gold", "gold_lengths"})  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight, low=0, above=True)
+        require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean"))
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) terms."""
+        gold, _, _ = self._taken(batch)
+        # No other term of the pair would carry what is not finite here.
+        return super().__call__(batch).where(gold.isfinite(), gold)
+
+    def _taken(self, batch: LogpBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """As above; a pair that is not finite elsewhere is left out whole."""
+        golds, policies = halves(needed(batch, "gold")), halves(batch.policy)
+        tokens = halves(needed(batch, "gold_lengths").to(batch.policy.dtype))
+        gold = (golds[0] + golds[1]) / 2
+        finite = (gold + policies[0] + policies[1]).isfinite()
+        return gold, (tokens[0] + tokens[1]) / 2, finite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,8 +53,8 @@ from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
 
-# The op computes these; a data set's `prompt` is a text.
-_COMPUTED = ("policy", "lengths", "prompt", "prompt_lengths")
+# The op computes these; a data set's `prompt` is a text. Gold completions have no place in a batch.
+_COMPUTED = ("policy", "lengths", "prompt", "prompt_lengths", "gold", "gold_lengths")
 FIELDS = tuple(item.name for item in fields(LogpBatch) if item.name not in _COMPUTED)
 # As what a model is asked for: the rows that its head would meet.
 HIDDEN = {"hidden": True}

@@ -58,6 +58,7 @@ BETA_DPO = {
     "statistics": "ema",
 }
 ROBUST = {"epsilon": 0.1, "gamma": 0.0, "unbiased": False}
+GOLD = {"nll_weight": 1.0, "nll": "token_mean"}
 KTO = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 # Aliases, needs beyond `policy` and `lengths`, hyperparameters with their defaults.
 TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
@@ -67,6 +68,16 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "robust-simpo": (("rsimpo",), (), {"beta": 2.5, **ROBUST}),
     "ipo": ((), ("reference",), {"tau": 0.1, "length_normalized": False}),
     "cpo": ((), (), {"beta": 0.1, "nll_weight": 1.0, "nll": "token_mean"}),
+    "tpo": (
+        (),
+        ("gold", "gold_lengths"),
+        {"beta": 0.01, **GOLD, "link": "logistic", "label_smoothing": 0.0},
+    ),
+    "tpo-l": (
+        (),
+        ("gold", "gold_lengths"),
+        {"beta": 0.01, "gamma": 0.5, **GOLD, "label_smoothing": 0.0},
+    ),
     "orpo": ((), (), {"weight": 0.1, "nll": "sequence_mean"}),
     "length-dpo": (("r-dpo",), ("reference",), {"beta": 0.1, "alpha": 0.05}),
     "slic-hf": ((), (), {"delta": 1.0, "nll_weight": 0.1}),
@@ -124,6 +135,7 @@ def test_needs_follow_the_hyperparameters():
     assert build().needs == {"reference"}
     assert build(implicit_reference="policy").needs == frozenset()
     assert build(implicit_reference="sequence_kl").needs == {"sequence_kl"}
+    assert find("tpo").build(nll_weight=0.0).needs == frozenset()
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -200,6 +212,10 @@ def test_unknown_hyperparameter():
         ("sft", {"nll": "mean"}, "nll: got 'mean'"),
         ("ipo", {"tau": 0.0}, "tau: got 0.0, wanted a finite number > 0"),
         ("cpo", {"nll": "mean"}, "nll: got 'mean', wanted one of 'sum'"),
+        ("tpo", {"nll_weight": -1.0}, "nll_weight: got -1.0"),
+        ("tpo", {"nll": "whole_token_mean"}, "nll: got 'whole_token_mean' .*, wanted one of 'sum'"),
+        ("tpo", {"link": "hinge", "label_smoothing": 0.1}, "label_smoothing: got 0.1 with link"),
+        ("tpo", {"link": "squared", "beta": 0.0}, "beta: got 0.0"),
         ("tdpo2", {"alpha": math.nan}, "alpha: got nan"),
         ("kto", {"desirable_weight": -1.0}, "desirable_weight: got -1.0"),
         ("bco", {"reward_shift": "sum"}, "reward_shift: got 'sum', wanted one of 'none', 'ema'"),

@@ -25,6 +25,7 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("tpo", {"link": "logistic", "label_smoothing": 0.2, "nll": "sequence_mean"}),
     ("f-dpo", {"link": "exact", "label_smoothing": 0.1, "length_normalized": True}),
     ("f-dpo", {"link": "robust", "label_smoothing": 0.1, "divergence": "forward_kl"}),
 ]
@@ -113,6 +114,8 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         groups=torch.arange(size) // 3,
         sequence_kl=draw(2).abs(),
         collision=-draw(10).abs(),
+        gold=-draw(20).abs() - 1,
+        gold_lengths=torch.arange(size) % 7 + 1,
     )
 
 
@@ -194,6 +197,8 @@ def hidden_batch() -> dict[str, torch.Tensor]:
         "groups": torch.arange(sequences) // 2,
         "sequence_kl": draw(sequences).abs(),
         "collision": -draw(sequences).abs() * 9,
+        "gold": -draw(sequences).abs() * 12,
+        "gold_lengths": torch.arange(sequences) + 1,
     }
 
 
