@@ -280,7 +280,7 @@ class GoldNll(ChosenNll):
     Source: TPO (Saeidi et al. 2024, arXiv:2405.16681); "token_mean" in the authors' and TRL's code.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gold", "gold_lengths"})  # type: ignore[misc]
+    needs: ClassVar[frozenset[str]] = frozenset({"gold", "gold_lengths"})
 
     def __post_init__(self) -> None:
         require_number("weight", self.weight, low=0, above=True)
