@@ -14,6 +14,7 @@ from fused_prefopt.losses.links import (
     UnbiasedRobust,
     Weighted,
 )
+from fused_prefopt.losses.lists import DiscountedGain, PlackettLuce, TopOne, pairs_of_lists
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -83,6 +84,7 @@ __all__ = [
     "ClassifierFeedbackLoss",
     "ConstantMargin",
     "DirectRewardLoss",
+    "DiscountedGain",
     "DropMargin",
     "DynamicMargin",
     "DynamicScale",
@@ -107,6 +109,7 @@ __all__ = [
     "OnPolicyWeights",
     "PairwiseLoss",
     "PerToken",
+    "PlackettLuce",
     "PublishedSetting",
     "RejectedShare",
     "RewardShift",
@@ -117,6 +120,7 @@ __all__ = [
     "Squared",
     "SumLogp",
     "Term",
+    "TopOne",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
@@ -130,6 +134,7 @@ __all__ = [
     "length_desensitized",
     "mirror_margins",
     "named_loss",
+    "pairs_of_lists",
     "preset",
     "presets",
     "published_in",
