@@ -281,10 +281,11 @@ def tpo(
 ) -> PairwiseLoss:
     """``−(1−ε) log σ(m) − ε log σ(−m) + α·NLL(y_g)``, ``m = β(L_w − L_l)``, g for gold.
 
-    y_g is a third completion of each prompt, the best one (TRL's column `reference`). It comes as
-    `gold` and `gold_lengths`: the sums and lengths of ``sequence_logps(hidden, head, labels)`` on
-    these completions, each ``.repeat(2)``, for both halves. Where y_g is y_w this is CPO. No
-    collator or trainer of this package lays a third completion out: it is for loops of one's own.
+    y_g is a third completion of each prompt, the best one. `PreferenceTrainer` and `attach` take it
+    of rows with `gold_ids`, which `tokenise_pairs` makes of a column `gold` (TRL's `reference`). In
+    a loop of one's own it comes as `gold` and `gold_lengths`: the sums and lengths of
+    ``sequence_logps(hidden, head, labels)`` on these completions, each ``.repeat(2)`` for both
+    halves. Where y_g is y_w this is CPO.
 
     Args:
         beta: β > 0, reward per nat; of "squared" the paper's τ.
