@@ -68,7 +68,7 @@ class PairwiseLoss:
         found = self.reward.needs | self.margin.needs
         for term in self.regularisers:
             found |= term.needs
-        return found
+        return found if self.weighting is None else found | self.weighting.needs
 
     @property
     def wants(self) -> frozenset[str]:
