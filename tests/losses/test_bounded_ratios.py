@@ -113,9 +113,7 @@ def test_bpo_stops_where_a_pair_is_won_or_lost_by_its_bounds():
     assert (margins.grad != 0).tolist() == [False, True, True, False]
 
 
-def test_bdpo_of_the_policy_alone_is_dpo_and_a_lost_completion_stops_training():
-    whole = compute(find("bdpo").build(mixture=1.0), BATCH).losses
-    assert torch.equal(whole, compute(find("dpo").build(), BATCH).losses)
+def test_a_lost_completion_stops_training_bdpo_and_the_chosen_one_goes_on():
     policy = vector(-5.0, -300.0).requires_grad_()
     batch = LogpBatch(policy, torch.tensor([3, 3]), reference=vector(-5.0, -10.0))
     result = find("bdpo").build(mixture=0.3)(batch)
