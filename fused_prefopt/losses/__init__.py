@@ -15,6 +15,7 @@ from fused_prefopt.losses.links import (
     UnbiasedRobust,
     Weighted,
 )
+from fused_prefopt.losses.lists import DiscountedGain, PlackettLuce, TopOne, pairs_of_lists
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -91,6 +92,7 @@ __all__ = [
     "ChosenNll",
     "ConstantMargin",
     "DirectRewardLoss",
+    "DiscountedGain",
     "DropMargin",
     "DynamicMargin",
     "DynamicScale",
@@ -115,6 +117,7 @@ __all__ = [
     "PairwiseLoss",
     "PerToken",
     "PerformanceWeights",
+    "PlackettLuce",
     "Product",
     "PublishedSetting",
     "QualityWeights",
@@ -127,6 +130,7 @@ __all__ = [
     "Squared",
     "SumLogp",
     "Term",
+    "TopOne",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
@@ -140,6 +144,7 @@ __all__ = [
     "length_desensitized",
     "mirror_margins",
     "named_loss",
+    "pairs_of_lists",
     "preset",
     "presets",
     "published_in",
