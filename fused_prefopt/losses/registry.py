@@ -183,6 +183,19 @@ _GAMMA_PO = {
     "gemma-2-9b-it": (10.0, 0.5, 20.0, 8e-7),
     "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
 }
+# Their authors' training configurations; batches, epoch and schedule as above.
+_REPO = {
+    "llama-3-8b-instruct": (0.6, 1e-6),
+    "llama-3-8b-instruct-v0.2": (0.6, 1e-6),
+    "mistral-7b-instruct": (0.4, 6e-7),
+    "gemma-2-9b-it": (0.4, 8e-7),
+}
+_SIMPER = {
+    "llama-3-8b-base": 6e-7,
+    "llama-3-8b-instruct": 1e-6,
+    "mistral-7b-base": 3e-7,
+    "mistral-7b-instruct": 5e-7,
+}
 
 
 def published_settings() -> dict[str, PublishedSetting]:
@@ -196,6 +209,12 @@ def published_settings() -> dict[str, PublishedSetting]:
         options = {"beta": beta, "gamma": ratio * beta, "tau": tau}
         paper = "γ-PO (arXiv:2506.03690), Table 7"
         settings[f"gamma-simpo/{model}"] = PublishedSetting("gamma-simpo", options, rate, paper)
+    for model, (gamma, rate) in _REPO.items():
+        paper = "RePO (arXiv:2503.07426), its authors' training configurations"
+        settings[f"repo/{model}"] = PublishedSetting("repo", {"gamma": gamma}, rate, paper)
+    for model, rate in _SIMPER.items():
+        paper = "SimPER (arXiv:2502.00883), its authors' training configurations"
+        settings[f"simper/{model}"] = PublishedSetting("simper", {}, rate, paper)
     return dict(sorted(settings.items()))
 
 
