@@ -25,6 +25,8 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("chi-po", {"r_max": 5.0, "power": 1.25, "kl_weight": 0.1}),
+    ("focal-po", {"focus": 1.0}),
     ("f-dpo", {"link": "exact", "label_smoothing": 0.1, "length_normalized": True}),
     ("f-dpo", {"link": "robust", "label_smoothing": 0.1, "divergence": "forward_kl"}),
 ]
