@@ -77,7 +77,7 @@ class LossSpec:
             accepted = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
             raise TypeError(
                 f"{self.name} has no hyperparameter {unknown!r}"
-                f"{closest(unknown, defaults)}; it accepts {accepted}"
+                f"{closest(unknown, defaults)}; it accepts {accepted or 'none'}"
             )
         for name, value in hyperparameters.items():
             # Any value would be taken for one of the two: YAML's `no` is a text, and true.
@@ -230,12 +230,10 @@ def published_setting(name: str) -> PublishedSetting:
     """
     settings, key = published_settings(), name.lower().replace("_", "-")
     if key not in settings:
-        losses = " and ".join(
-            f"`fused-prefopt losses {loss}`"
-            for loss in dict.fromkeys(each.loss for each in settings.values())
-        )
+        losses = ", ".join(dict.fromkeys(each.loss for each in settings.values()))
         raise ValueError(
-            f"unknown setting {name!r}{closest(key, settings)}; {losses} list all {len(settings)}"
+            f"unknown setting {name!r}{closest(key, settings)}; `fused-prefopt losses NAME` lists"
+            f" those of {losses}"
         )
     return settings[key]
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from loss_cases import compute, random_batch, vector
+from loss_cases import VARIANTS, compute, random_batch, vector
 from torch.nn.functional import logsigmoid
 
 from fused_prefopt import LogpBatch
@@ -20,7 +20,6 @@ from fused_prefopt.losses import (
     Robust,
     SoftMinimum,
     SumLogp,
-    available_losses,
     find,
     mirror_margins,
 )
@@ -234,14 +233,14 @@ def test_focal_po_gives_up_pairs_that_it_ranks_far_off(focus):
 
 # f-dpo divides the curve of the log-ratio, not the log-ratio.
 PER_TOKEN = [
-    name
-    for name, info in available_losses().items()
-    if info.defaults.get("length_normalized") is False and name != "f-dpo"
+    (name, options)
+    for name, options in VARIANTS
+    if options == {"length_normalized": True} and name != "f-dpo"
 ]
 
 
-@pytest.mark.parametrize("name", PER_TOKEN)
-def test_length_normalized_is_the_loss_of_log_ratios_per_token(name):
+@pytest.mark.parametrize(("name", "options"), PER_TOKEN, ids=str)
+def test_length_normalized_is_the_loss_of_log_ratios_per_token(name, options):
     tokens = BATCH.lengths
     means = dataclasses.replace(
         BATCH,
@@ -250,7 +249,7 @@ def test_length_normalized_is_the_loss_of_log_ratios_per_token(name):
         collision=BATCH.collision / tokens,
         lengths=torch.ones_like(tokens),
     )
-    found = compute(find(name).build(length_normalized=True), BATCH)
+    found = compute(find(name).build(**options), BATCH)
     wanted = compute(find(name).build(), means)
     for each in ("losses", "loss", "rewards", "target_margins"):
         torch.testing.assert_close(
@@ -262,7 +261,7 @@ def test_length_normalized_is_the_loss_of_log_ratios_per_token(name):
 
 
 def test_log_ratios_per_token_are_offered_where_a_margin_of_them_is_judged():
-    assert {*PER_TOKEN} >= {
+    assert {name for name, _ in PER_TOKEN} >= {
         *("dpo", "robust-dpo", "ipo", "hinge", "exo-pair", "discopop", "odpo"),
         *("beta-dpo", "gamma-dpo", "focal-po", "dpo-shift", "wpo", "dr-dpo"),
     }

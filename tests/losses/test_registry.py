@@ -178,6 +178,8 @@ def test_unknown_loss():
 def test_unknown_hyperparameter():
     with pytest.raises(TypeError, match="dpo has no hyperparameter 'betta' .did.*'beta'.*=0.1"):
         find("dpo").build(betta=1.0)
+    with pytest.raises(TypeError, match="simper has no hyperparameter 'beta'; it accepts none"):
+        find("simper").build(beta=1.0)
 
 
 @pytest.mark.parametrize(
