@@ -162,6 +162,7 @@ def test_hyperparameters_are_the_defaults_with_the_given_ones():
     assert fp.PreferenceLoss("dpo", beta=0.3).hyperparameters == {
         "beta": 0.3,
         "label_smoothing": 0.0,
+        "length_normalized": False,
     }
     assert "beta=0.3" in repr(fp.PreferenceLoss("dpo", beta=0.3))
     assert "ld_alpha=0.5" in repr(fp.PreferenceLoss("simpo", ld_alpha=0.5))
