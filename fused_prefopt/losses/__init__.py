@@ -17,6 +17,7 @@ from fused_prefopt.losses.links import (
     UnbiasedRobust,
     Weighted,
 )
+from fused_prefopt.losses.lists import DiscountedGain, PlackettLuce, TopOne, pairs_of_lists
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -86,6 +87,7 @@ __all__ = [
     "Clipped",
     "ConstantMargin",
     "DirectRewardLoss",
+    "DiscountedGain",
     "DropMargin",
     "DynamicMargin",
     "DynamicScale",
@@ -112,6 +114,7 @@ __all__ = [
     "OnPolicyWeights",
     "PairwiseLoss",
     "PerToken",
+    "PlackettLuce",
     "PublishedSetting",
     "RejectedShare",
     "Robust",
@@ -121,6 +124,7 @@ __all__ = [
     "Squared",
     "SumLogp",
     "Term",
+    "TopOne",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
@@ -134,6 +138,7 @@ __all__ = [
     "length_desensitized",
     "mirror_margins",
     "named_loss",
+    "pairs_of_lists",
     "preset",
     "presets",
     "published_in",
