@@ -120,7 +120,11 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "tdpo1": ((), ("reference", "sequence_kl"), {"beta": 0.1}),
     "tdpo2": ((), ("reference", "sequence_kl"), {"beta": 0.1, "alpha": 0.5}),
     "kto": ((), ("desirable", "reference"), KTO),
-    "bco-pair": ((), ("reference",), {"beta": 0.1, "reward_shift": "none", "momentum": 0.9}),
+    "bco-pair": (
+        (),
+        ("reference",),
+        {"beta": 0.1, "reward_shift": "none", "momentum": 0.9, **PER_TOKEN},
+    ),
     "bco": (
         (),
         ("desirable", "reference"),

@@ -39,18 +39,16 @@ _OWN: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 }
 # The term of `pref_ftx`: of each chosen completion the mean over its tokens.
 _LIKELIHOOD = {"nll": "sequence_mean"}
-# The term of `pref_bco_weight`, and the losses that LLaMA-Factory mixes with it as they stand: with
-# "ipo" it is of mean log-ratios, too, and with a loss without a reference it is left out.
-_CLASSIFIER = {"reward_shift": "batch_mean"}
-_MIXED = ("sigmoid", "hinge")
+# The losses that LLaMA-Factory mixes with BCO's: those of a reference.
+_MIXED = ("sigmoid", "hinge", "ipo")
 # Options of any other loss.
 _OF_OTHERS = {"pref_beta": "beta"}
 _NOT_HEEDED = "it does not heed the option; its own go into loss_kwargs of fused_prefopt"
 # Stage and option → why LLaMA-Factory's trainer heeds it and this package's does not.
 _REFUSED = {
     ("dpo", "pref_bco_weight"): (
-        "it goes with 'sigmoid' and 'hinge'; with others write a sum, such as pref_loss: 'alpha-dpo"
-        " + 0.5 bco-pair', with reward_shift: batch_mean in loss_kwargs of fused_prefopt"
+        "it goes with 'sigmoid', 'hinge' and 'ipo'; with others write a sum, such as pref_loss:"
+        " 'alpha-dpo + 0.5 bco-pair', with reward_shift: batch_mean in loss_kwargs of fused_prefopt"
     ),
     ("kto", "pref_ftx"): "a likelihood of desirable completions alone is not offered",
 }
@@ -71,19 +69,21 @@ _DEFAULTS = {
 }
 
 
-def _mixed_with_bco(loss: Any, weight: float) -> list[dict[str, Any]]:
+def _mixed_with_bco(loss: Any, weight: float, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     """The terms of ``(loss + w BCO) / (1 + w)``.
 
     Args:
         loss: name of a loss.
         weight: w.
+        kwargs: hyperparameters of all terms. Of IPO's BCO has the mean log-ratios, and τ as its β.
 
     Raises:
         ValueError: `weight` is negative or not finite.
     """
     require_number("pref_bco_weight", weight, low=0)
+    own = {"reward_shift": "batch_mean"} | ({"beta": kwargs["tau"]} if "tau" in kwargs else {})
     share = weight / (1 + weight)
-    bco = {"name": "bco-pair", "weight": share, "hyperparameters": _CLASSIFIER}
+    bco = {"name": "bco-pair", "weight": share, "hyperparameters": own}
     return [{"name": loss, "weight": 1 - share}, bco]
 
 
@@ -194,7 +194,7 @@ class FusedFinetuningArguments(FinetuningArguments):
             options.ld_alpha = self.ld_alpha
         options.loss_kwargs = kwargs
         if classifier:
-            options.loss = _mixed_with_bco(options.loss, classifier)
+            options.loss = _mixed_with_bco(options.loss, classifier, kwargs)
         if likelihood:
             chosen = {"name": "sft", "weight": likelihood, "hyperparameters": _LIKELIHOOD}
             loss = options.loss

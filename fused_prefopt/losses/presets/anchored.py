@@ -35,7 +35,11 @@ def nca_pair(*, beta: float = 0.1) -> AnchoredLoss:
 
 @register("bco-pair", paper="Jung et al. 2024 (arXiv:2404.04656), eq. 5–7 and Theorem 3")
 def bco_pair(
-    *, beta: float = 0.1, reward_shift: str = "none", momentum: float = 0.9
+    *,
+    beta: float = 0.1,
+    reward_shift: str = "none",
+    momentum: float = 0.9,
+    length_normalized: bool = False,
 ) -> AnchoredLoss:
     """``−log σ(βΔ_w − δ) − log σ(δ − βΔ_l)``, ``δ = sg`` of a running level of all βΔ.
 
@@ -50,9 +54,10 @@ def bco_pair(
             "batch_mean", the mean of the batches' means so far (TRL before 0.29, LLaMA-Factory
             and ms-swift, whose δ moves in evaluation, too).
         momentum: of "ema", weight of the past; the paper has none.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    shift = terms.reward_shift(reward_shift, momentum)
-    return AnchoredLoss(rewards.LogRatio(beta=beta), binary, shift=shift)
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return AnchoredLoss(reward, binary, shift=terms.reward_shift(reward_shift, momentum))
 
 
 @register("sppo-hard", paper="Wu et al. 2024 (arXiv:2405.00675), eq. 4.7 with certain preferences")
