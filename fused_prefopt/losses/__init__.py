@@ -15,6 +15,7 @@ from fused_prefopt.losses.links import (
     UnbiasedRobust,
     Weighted,
 )
+from fused_prefopt.losses.lists import DiscountedGain, PlackettLuce, TopOne, pairs_of_lists
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -81,6 +82,7 @@ __all__ = [
     "ChosenNll",
     "ConstantMargin",
     "DirectRewardLoss",
+    "DiscountedGain",
     "DropMargin",
     "DynamicMargin",
     "DynamicScale",
@@ -105,6 +107,7 @@ __all__ = [
     "OnPolicyWeights",
     "PairwiseLoss",
     "PerToken",
+    "PlackettLuce",
     "PublishedSetting",
     "RejectedShare",
     "Robust",
@@ -115,6 +118,7 @@ __all__ = [
     "SumLogp",
     "SumMargin",
     "Term",
+    "TopOne",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
@@ -128,6 +132,7 @@ __all__ = [
     "length_desensitized",
     "mirror_margins",
     "named_loss",
+    "pairs_of_lists",
     "preset",
     "presets",
     "published_in",
