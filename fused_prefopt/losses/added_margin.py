@@ -41,7 +41,9 @@ MARGIN_NAMES = (*_OF_A_REWARD, *_PARTS)
 
 def takes_margin(loss: Loss) -> TypeGuard[PairwiseLoss]:
     """Whether a loss compares the reward margins of pairs with target margins."""
-    return isinstance(loss, PairwiseLoss) and not isinstance(loss.link, Indifferent)
+    if not isinstance(loss, PairwiseLoss) or isinstance(loss.link, Indifferent):
+        return False
+    return loss.ranking is None or loss.ranking.takes_margins
 
 
 def with_margin(name: str, loss: PairwiseLoss, given: MarginName) -> PairwiseLoss:

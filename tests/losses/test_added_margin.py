@@ -30,7 +30,9 @@ BUILT = {name: find(name).build() for name in fp.available_losses()}
 TAKERS = [
     name
     for name, loss in BUILT.items()
-    if isinstance(loss, PairwiseLoss) and not isinstance(loss.link, losses.Indifferent)
+    if isinstance(loss, PairwiseLoss)
+    and not isinstance(loss.link, losses.Indifferent)
+    and (loss.ranking is None or loss.ranking.takes_margins)
 ]
 REMEMBER = [name for name in TAKERS if BUILT[name].margin.statistics() is not None]
 BATCHES = [random_batch(8, seed) for seed in range(4)]
