@@ -237,6 +237,10 @@ def adaptive_margin(
     require_choice("margin_scale", margin_scale, ("beta", "unit"))
     if length_normalized is None:
         length_normalized = reward.per_token
+    elif not isinstance(length_normalized, bool):
+        raise ValueError(
+            f"length_normalized: got {length_normalized!r}, wanted True, False or None"
+        )
     elif implicit_reference == "sequence_kl":
         raise ValueError(
             f"length_normalized: got {length_normalized} with 'sequence_kl', whose gap is always of"

@@ -95,7 +95,6 @@ def margin_of(given: MarginName, reward: Reward) -> Margin:
     part = _PARTS[name] if name in _PARTS else partial(_OF_A_REWARD[name], reward)
     options = {key: value for key, value in given.items() if key != "name"}
     known = {key: each.default for key, each in inspect.signature(part).parameters.items()}
-    known.pop("reward", None)
     accepted = ", ".join(known) or "no options"
     for key in options.keys() - known.keys():
         raise ValueError(f"{name}: got {key!r}{closest(str(key), known)}, wanted {accepted}")
