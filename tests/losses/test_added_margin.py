@@ -214,7 +214,10 @@ def test_the_terms_of_a_sum_that_have_a_margin_get_it():
             ADAPTIVE | {"implicit_reference": "sequence_kl", "length_normalized": True},
             "length_normalized: got True with 'sequence_kl', whose gap is always of whole",
         ),
-        (ADAPTIVE | {"length_normalized": "no"}, "length_normalized: got 'no', wanted True, F"),
+        (
+            ADAPTIVE | {"length_normalized": "no"},
+            "length_normalized: got 'no', wanted a bool or None",
+        ),
         ({"name": "score", "alpha": 1}, "score: got 'alpha', wanted no options"),
     ],
     ids=str,
