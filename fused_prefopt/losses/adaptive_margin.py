@@ -238,9 +238,7 @@ def adaptive_margin(
     if length_normalized is None:
         length_normalized = reward.per_token
     elif not isinstance(length_normalized, bool):
-        raise ValueError(
-            f"length_normalized: got {length_normalized!r}, wanted True, False or None"
-        )
+        raise ValueError(f"length_normalized: got {length_normalized!r}, wanted a bool or None")
     elif implicit_reference == "sequence_kl":
         raise ValueError(
             f"length_normalized: got {length_normalized} with 'sequence_kl', whose gap is always of"
