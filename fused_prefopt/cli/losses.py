@@ -85,10 +85,10 @@ Their options are the fields of the part (`losses.DynamicMargin`, …), those of
 alpha-dpo's: `gamma` (0), `alpha` (0.05), `implicit_reference`, `margin_scale`, `normalize`,
 `stop_gradient`, `statistics`, `momentum`, `mean`, `std`. Its s is the reward's β, 1 where there is
 none, and its gap is of the mean token where the reward is, else of whole completions, unless
-`length_normalized` says otherwise. Losses without a target margin refuse one (`sft`, `listnet-dpo`,
-those that judge each completion against a level, those that sort), and so does a loss whose own
-margin keeps a statistic (`alpha-dpo`, `gamma-simpo`, …) where the other does, too. Over lists the
-budget and the statistics are of the pairs of all lists, each pair once.
+`length_normalized` says otherwise. Losses to which a target margin makes no difference refuse one
+(`sft`, `simper`, `listnet-dpo`, those that judge each completion against a level, those that sort),
+and so does a loss whose own margin keeps a statistic (`alpha-dpo`, `gamma-simpo`, …) where the
+other does, too. Over lists the budget and the statistics are of the pairs of all lists, each once.
 
 ## Notation
 

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from fused_prefopt.checks import closest, require_choice, require_switches
 from fused_prefopt.losses.adaptive_margin import AdaptiveMargin, adaptive_margin
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
-from fused_prefopt.losses.links import Indifferent
+from fused_prefopt.losses.links import Indifferent, Linear
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -40,8 +40,9 @@ MARGIN_NAMES = (*_OF_A_REWARD, *_PARTS)
 
 
 def takes_margin(loss: Loss) -> TypeGuard[PairwiseLoss]:
-    """Whether a loss compares the reward margins of pairs with target margins."""
-    if not isinstance(loss, PairwiseLoss) or isinstance(loss.link, Indifferent):
+    """Whether a target margin makes a difference to what a loss trains."""
+    # A linear link's slope is the same wherever the margin lies.
+    if not isinstance(loss, PairwiseLoss) or isinstance(loss.link, Indifferent | Linear):
         return False
     return loss.ranking is None or loss.ranking.takes_margins
 

@@ -114,8 +114,8 @@ def named_loss(
         shared: hyperparameters of every term that has them. They go before a published setting's;
             a term's own go before them.
         weighting: of the `NamedLoss`.
-        margin: added to that of the loss, of a sum to those of all terms of pairs that train a
-            reward and have one; see `added_margin.with_margin`.
+        margin: added to that of the loss, of a sum to those of all terms to which it makes a
+            difference; see `added_margin.with_margin`.
 
     Raises:
         ValueError: a name is unknown (the message has the closest ones), the text or list cannot
@@ -251,9 +251,9 @@ def _with_margin(terms: Sequence[NamedTerm], margin: MarginName) -> list[NamedTe
     ]
     if all(new is old for new, old in zip(found, terms, strict=True)):
         raise ValueError(
-            f"margin: got {margin!r} for {_sum_of((each.weight, each.name) for each in terms)},"
-            " which has no target margin, wanted a loss that compares the rewards of pairs, such"
-            " as dpo"
+            f"margin: got {margin!r} for {_sum_of((each.weight, each.name) for each in terms)}, to"
+            " which a target margin makes no difference, wanted a loss that compares the rewards"
+            " of pairs, such as dpo"
         )
     return found
 

@@ -125,6 +125,8 @@ class MeanProbability:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    beta: ClassVar[float] = 1.0
+    per_token: ClassVar[bool] = True
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""

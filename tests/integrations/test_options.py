@@ -55,7 +55,7 @@ def test_a_margin_more_is_among_the_hyperparameters():
     found = PairOptions(**options, ld_alpha=0.5).build_loss()
     wanted = PreferenceLoss("ipo", **options["loss_kwargs"])
     assert found.loss == wanted.loss and found.loss.margin.added.gamma == 1
-    with pytest.raises(ValueError, match="margin: got .* for dro, which has no target margin"):
+    with pytest.raises(ValueError, match="margin: got .* for dro, to which a target margin"):
         margin = {"margin": {"name": "dynamic", "gamma": 1}}
         PointOptions(loss="dro", loss_kwargs=margin).build_loss()
 

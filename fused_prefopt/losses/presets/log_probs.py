@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fused_prefopt.checks import require_number
+from fused_prefopt.checks import require_choice, require_number
 from fused_prefopt.losses import links, margins, rewards, terms
 from fused_prefopt.losses.adaptive_margin import adaptive_margin
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
