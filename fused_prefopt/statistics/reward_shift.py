@@ -129,7 +129,7 @@ class PooledShift(ShiftStatistic):
 class BatchwiseShift(ShiftStatistic):
     """Mean over the batches so far, of all ranks, of the mean reward of each.
 
-    Source: the code of BCO's authors in TRL, in its "bco_pair" (before TRL 0.29), and after it
+    Source: the code of BCO's authors in TRL, in its "bco_pair" (TRL 0.24), and after it
     LLaMA-Factory's `pref_bco_weight` and ms-swift's "bco_pair". Theirs also moves in evaluation.
     """
 

@@ -51,7 +51,7 @@ def bco_pair(
         beta: β > 0, reward per nat.
         reward_shift: δ is "none" (0), "ema", half the sum of the exponential averages of the
             chosen and of the rejected ones' βΔ (the paper), "mean", the mean of all so far, or
-            "batch_mean", the mean of the batches' means so far (TRL before 0.29, LLaMA-Factory
+            "batch_mean", the mean of the batches' means so far (TRL 0.24, LLaMA-Factory
             and ms-swift, whose δ moves in evaluation, too).
         momentum: of "ema", weight of the past; the paper has none.
         length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
