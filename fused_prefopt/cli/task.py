@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,19 +17,25 @@ from fused_prefopt.cli.config import EMBEDDED, Config, Settings
 from fused_prefopt.cli.console import UserError, blaming, require_packages
 from fused_prefopt.cli.models import load_reference, load_start, load_tokenizer
 from fused_prefopt.data import (
+    ListCollator,
     PairCollator,
     PointCollator,
+    lists_of_points,
     load_documents,
     make_pairs,
     make_points,
     pairs_of_points,
+    points_of_lists,
     points_of_pairs,
     split_documents,
 )
 from fused_prefopt.data.columns import (
     CHOSEN,
+    COMPLETIONS,
+    COMPLETIONS_IDS,
     DESIRABLE,
     GROUP,
+    GROUPS,
     PAIR,
     PAIR_FIELDS,
     POINT_FIELDS,
@@ -38,6 +44,7 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     REFERENCE,
     REWARD,
+    REWARDS,
     SCORES,
     SEQUENCE_KL,
     TOKENS,
@@ -46,7 +53,7 @@ from fused_prefopt.data.columns import (
     is_given,
 )
 from fused_prefopt.data.records import adapted_records
-from fused_prefopt.data.tokenise import counted_pairs, counted_points
+from fused_prefopt.data.tokenise import counted_lists, counted_pairs, counted_points
 from fused_prefopt.losses import TransportLoss, WeightedSum
 from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.models.causal_lm import input_vocab
@@ -91,13 +98,22 @@ class Task:
     def is_pairwise(self) -> bool:
         return self.loss_fn.loss.pairwise
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether each feature of `train` is a list of completions."""
+        return COMPLETIONS_IDS in self.train[0]
+
     def collator(self, layout: str = "padded") -> PairCollator | PointCollator:
         """The collator of `train`, in one of the layouts of `Settings`.
 
         Raises:
-            ValueError: prompts are to be shared by single completions.
+            ValueError: prompts are to be shared by single completions or lists.
         """
         pad, packed = self.tokenizer.pad_token_id, layout == "packed"
+        if self.has_lists:
+            if layout == "shared_prompt":
+                raise ValueError("layout: got shared_prompt with lists, which takes pairs alone")
+            return ListCollator(pad, padding_free=packed)
         if self.is_pairwise:
             return PairCollator(pad, padding_free=packed, shared_prompt=layout == "shared_prompt")
         if layout == "shared_prompt":
@@ -150,7 +166,7 @@ def load_task(config: Config) -> Task:
         if judged:
             held_out = _pairs(settings, tokenizer, judged, "held-out", say)
             evaluated = held_out
-        if judged and not loss_fn.loss.pairwise:
+        if judged and (_has_lists(judged) or not loss_fn.loss.pairwise):
             evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
     _check_tokens(tokenizer, model, [*train, *held_out, *evaluated])
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
@@ -200,15 +216,19 @@ def _features(
     say: Say = print,
 ) -> Features:
     """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
+    lengths, lists = (settings.max_length, settings.prompt_length), _has_lists(records)
+    if loss_fn.loss.pairwise and lists:
+        features, of_lists = counted_lists(records, tokenizer, *lengths, f"{part} lists")
+        say(of_lists.message)
+        return features
     if loss_fn.loss.pairwise:
         return _pairs(settings, tokenizer, records, part, say)
     rated = _takes_rated(loss_fn.loss)
     tell = partial(_tell, say, part)
     points = as_points(records, say=tell) if rated else as_judged(records)
-    lengths = (settings.max_length, settings.prompt_length)
     features, counts = counted_points(points, tokenizer, *lengths, f"{part} completions")
     say(counts.message)
-    return features
+    return lists_of_points(features) if rated and lists else features
 
 
 def _pairs(
@@ -254,8 +274,8 @@ def _check_tokens(tokenizer: Any, model: nn.Module, features: Features) -> None:
         raise UserError("tokenizer: got neither a padding nor an end token, needs one of them")
     found = [tokenizer.pad_token_id]
     for feature in features:
-        for column in TOKENS:
-            ids = feature.get(column)
+        several = [feature.get(column) for column in TOKENS]
+        for ids in (*several, *feature.get(COMPLETIONS_IDS, ())):
             found += [min(ids), max(ids)] if ids else []
     with blaming("tokenizer"):
         require_tokens("data", torch.tensor(found), input_vocab(model))
@@ -266,7 +286,11 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
     if not features:
         raise ValueError(f"got no usable row, needs some that {loss_fn.name} can judge")
     _check_weights(loss_fn, features)
+    columns: Mapping[str, Sequence[str]]
     columns = PAIR_FIELDS if loss_fn.loss.pairwise else POINT_FIELDS
+    if COMPLETIONS_IDS in features[0]:
+        # Each has a reward for every completion, and is a group.
+        columns = {REWARDS: (REWARDS,), GROUPS: ()}
     for field in sorted(loss_fn.loss.needs - _COMPUTED):
         if field not in columns:
             raise UserError(
@@ -340,13 +364,15 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
 
 
 def as_pairs(records: Records) -> Records:
-    """Pairs; of rated completions the best and the worst of each prompt.
+    """Pairs; of rated completions and of lists the best and the worst of each prompt.
 
     Raises:
         ValueError: completions come without `reward` or `group`, or no prompt's rewards differ.
     """
     if _has_pairs(records):
         return records
+    if _has_lists(records):
+        records = points_of_lists(records)
     names = " and ".join(name for name in _GROUPED if not _all_have(records, name))
     if names:
         raise ValueError(
@@ -368,9 +394,11 @@ def as_points(records: Records, *, say: Say = print) -> Records:
     """Single completions; those of a pair with its scores, or rated 1 and 0.
 
     Args:
-        records: pairs or single completions.
+        records: pairs, single completions or lists.
         say: tells the user that completions were rated 1 and 0.
     """
+    if _has_lists(records):
+        return points_of_lists(records)
     if not _has_pairs(records):
         return records
     unscored = sum(not has_values(record, SCORES) for record in records)
@@ -419,6 +447,10 @@ def _read(settings: Settings, name: str, split: str, limit: int | None, say: Say
 
 def _has_pairs(records: Records) -> bool:
     return bool(records) and CHOSEN in records[0]
+
+
+def _has_lists(records: Records) -> bool:
+    return bool(records) and COMPLETIONS in records[0]
 
 
 def _all_have(records: Records, name: str) -> bool:

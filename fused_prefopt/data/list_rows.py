@@ -196,7 +196,7 @@ def lists_of_points(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """
     groups: dict[Any, list[tuple[str, Row]]] = {}
     for index, row in enumerate(rows):
-        where = row_at(index)
+        where = getattr(row, "place", row_at(index))
         texts = (PROMPT_IDS, COMPLETION_IDS) if COMPLETION_IDS in row else (PROMPT, COMPLETION)
         require_columns(row, (*texts, REWARD, GROUP), where)
         finite_number(REWARD, row[REWARD], where)
