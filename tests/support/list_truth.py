@@ -52,7 +52,9 @@ def dpo_of_lists(model: Any, reference: Any, lists: Lists, beta: float = 0.1) ->
     return (weights * losses).sum() / len(lists)
 
 
-def dro_of_lists(model: Any, reference: Any, lists: Lists, beta: float, log_z0: float) -> Tensor:
+def dro_of_lists(
+    model: Any, reference: Any, lists: Lists, beta: float = 0.1, log_z0: float = 50.0
+) -> Tensor:
     """Mean over lists of the mean over their completions of DRO's loss."""
     points = points_in(lists)
     ratio, of_prompt = (
