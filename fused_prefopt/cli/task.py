@@ -308,17 +308,22 @@ def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
 
 
 def _check_weights(loss_fn: PreferenceLoss, features: Features) -> None:
-    """Raise where rows have weights that the loss refuses, or that leave nothing to train on."""
-    if not is_given(features, WEIGHT):
+    """Raise where rows have weights that the loss refuses, or that leave nothing to train on.
+
+    Pairs of lists have such, too.
+    """
+    weighted, lists = is_given(features, WEIGHT), COMPLETIONS_IDS in features[0]
+    if not (weighted or lists):
         return
     loss = loss_fn.loss
     terms = [term.loss for term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
     if any(isinstance(term, TransportLoss) for term in terms):
         raise UserError(
-            f"loss: got {loss_fn.name}, which sorts the pairs, with a column {WEIGHT!r}, needs rows"
-            " without it, or another loss"
+            f"loss: got {loss_fn.name}, which sorts the pairs, with"
+            f" {f'a column {WEIGHT!r}' if weighted else 'lists'}, needs rows"
+            f" {'without it' if weighted else 'of pairs'}, or another loss"
         )
-    if not any(feature[WEIGHT] for feature in features):
+    if weighted and not any(feature[WEIGHT] for feature in features):
         raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")
 
 

@@ -153,7 +153,7 @@ def lists_of_rows(dataset: Any, name: str) -> Any:
     """
     _require_length(dataset, name)
     rating = _rating_of(dataset, RATINGS, REWARD)
-    require_columns(next(iter(dataset)), (GROUP, rating), f"{name} data")
+    require_columns(next(iter(dataset)), (GROUP, rating), f"{name}_dataset, for lists")
     wanted = (PROMPT_IDS, COMPLETION_IDS, GROUP, WEIGHT, TOKEN_WEIGHTS, *POINT_REFERENCES)
     names = {name: name for name in wanted if name in dataset.column_names} | {rating: REWARD}
     groups = dataset[GROUP][:]
