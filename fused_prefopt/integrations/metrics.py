@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_prefopt.data.columns import SEQUENCE_IDS
+from fused_prefopt.data.columns import DESIRABLE, GROUPS, REWARDS, SEQUENCE_IDS, WEIGHTS
 from fused_prefopt.distributed import gather_objects
 from fused_prefopt.losses.metrics import (
     LIST_PAIRS,
@@ -130,6 +130,14 @@ class Lists:
     groups: Tensor
     rewards: Tensor
 
+    @classmethod
+    def of(cls, loss_fn: PreferenceLoss, extras: Mapping[str, Tensor | None]) -> Lists | None:
+        """The lists of a batch with these fields of `LogpBatch`; None where it has others."""
+        groups, rewards = extras[GROUPS], extras[REWARDS]
+        if not loss_fn.loss.pairwise or groups is None or rewards is None:
+            return None
+        return cls(groups, rewards)
+
     @property
     def best(self) -> Tensor:
         """(S,) bool, whether no completion of the list has a higher score: the chosen ones."""
@@ -188,8 +196,7 @@ def token_metrics(
     rows: CollatedRows,
     hidden: Tensor,
     head: LMHead,
-    desirable: Tensor | None,
-    weights: Tensor | None,
+    extras: Mapping[str, Tensor | None],
 ) -> Weighed:
     """Means over the completions' tokens, by TRL's names.
 
@@ -198,9 +205,8 @@ def token_metrics(
         rows: the batch.
         hidden: its last hidden states.
         head: the head, whole.
-        desirable: (S,) bool for single completions, and in lists for the best ones; None for
-            pairs, of which the first half is chosen.
-        weights: (S,) of the pairs or completions, or None; those of the tokens count too.
+        extras: the batch's fields of `LogpBatch`. Its weights count, and those of the tokens. Chosen
+            are of pairs the first half, of a list the best, of single completions the desirable.
 
     Returns:
         Metrics and the numbers of tokens, or sums of their weights, they are means over: `entropy`
@@ -210,6 +216,10 @@ def token_metrics(
     """
     options = loss_fn.evaluation_options
     tokens = token_statistics(hidden, head, rows.labels, **rows.layout, **options)
+    lists, weights = Lists.of(loss_fn, extras), extras[WEIGHTS]
+    desirable = None if loss_fn.loss.pairwise else extras[DESIRABLE]
+    if lists is not None:
+        desirable = lists.best
     counted = _counted(rows)
     chosen = _of_tokens(rows, desirable)
     means = {
