@@ -22,7 +22,8 @@ ROLE, CONTENT = "role", "content"
 # Records and features: the judgements; of several names, the first that has values counts.
 SCORES = SCORE_CHOSEN, SCORE_REJECTED = ("score_chosen", "score_rejected")
 RATINGS = REWARD, SCORE, RATING = ("reward", "score", "rating")
-LIST_RATINGS = REWARDS, LIST_SCORES, LIST_OF_RATINGS = ("rewards", "scores", "ratings")
+REWARDS = "rewards"
+LIST_RATINGS = (REWARDS, "scores", "ratings")
 LABELS = DESIRABLE, LABEL = ("desirable", "label")
 GROUP = "group"
 # Records and features: how much a pair or a completion counts.

@@ -205,8 +205,8 @@ def token_metrics(
         rows: the batch.
         hidden: its last hidden states.
         head: the head, whole.
-        extras: the batch's fields of `LogpBatch`. Its weights count, and those of the tokens. Chosen
-            are of pairs the first half, of a list the best, of single completions the desirable.
+        extras: the batch's fields of `LogpBatch`. Its weights count, and those of the tokens. Of
+            pairs the first half is chosen, of lists the best, of single completions the desirable.
 
     Returns:
         Metrics and the numbers of tokens, or sums of their weights, they are means over: `entropy`

@@ -51,7 +51,7 @@ def test_every_layout_has_the_loss_and_gradient_of_the_logits(loss, padding_free
         torch.testing.assert_close(ours.grad, right.grad, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo", "alpha-dpo", "odpo", "dpo + 0.2 sft"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "alpha-dpo", "odpo", "dpo + 0.2 sft", "tdpo1"])
 def test_pairs_as_lists_of_two_are_pairs(loss):
     """With the weights of rows and tokens, and every metric."""
     pairs = add_reference_logps(
@@ -60,7 +60,9 @@ def test_pairs_as_lists_of_two_are_pairs(loss):
     found = []
     for kind in (PairCollator, ListCollator):
         model = tiny_llama().double()
-        attachment = attach(model, fp.PreferenceLoss(loss), log_tokens=True)
+        loss_fn = fp.PreferenceLoss(loss, use_weighting=loss == "simpo")
+        other = tiny_llama(5).double()
+        attachment = attach(model, loss_fn, reference=other, log_tokens=True)
         value = model(**kind(0)(pairs))["loss"]
         value.backward()
         found.append((value, model.lm_head.weight.grad, attachment.pop_metrics("train")))

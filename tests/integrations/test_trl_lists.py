@@ -174,6 +174,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path, caplog):
         ("dpo", "simpo", {}, {"ld_alpha": 0.5}, "ld_alpha: got 0.5 with rows of lists"),
         ("dpo", "simpo", {"scores": [1.0]}, {}, "rewards: got 1 in row 0 .* each of its 3"),
         ("dpo", "simpo", {"scores": None}, {}, "rewards: got None in row 0"),
+        ("dpo", "simpo", {"prompt": None, "promt": "a"}, {}, "missing column 'prompt' .*'promt'"),
         ("dpo", "simpo", {"image": "x"}, {}, "images: got some, with rows of lists"),
         ("kto", "kto", {}, {}, "train_dataset: got rows of lists, which have ratings and no label"),
         (
@@ -188,7 +189,8 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path, caplog):
 )
 def test_what_lists_cannot_do_is_refused(tmp_path, kind, loss, change, options, message):
     with pytest.raises(ValueError, match=message):
-        build(kind, tmp_path, dataset([TEXTS[0] | change]), loss=loss, **options)
+        row = {name: value for name, value in (TEXTS[0] | change).items() if value is not None}
+        build(kind, tmp_path, dataset([row]), loss=loss, **options)
 
 
 def test_rows_that_cannot_become_lists_are_refused(tmp_path):

@@ -104,8 +104,7 @@ def lists_by_pairs(dataset: Any, name: str, args: Any, tokenise: Tokenise) -> An
     first = next(iter(dataset))
     if COMPLETIONS_IDS in first:
         return dataset
-    refuse_token_weights(first, f"{row_at(0)} of the {name} data")
-    rating = _rating_of(dataset, LIST_RATINGS, REWARDS)
+    rating = _rating_of_texts(first, name)
     pairs = dataset.map(
         partial(_in_pairs, rating),
         batched=True,
@@ -129,9 +128,7 @@ def points_of(dataset: Any, name: str) -> Any:
     """
     _require_length(dataset, name)
     first = next(iter(dataset))
-    if COMPLETIONS_IDS not in first:
-        refuse_token_weights(first, f"{row_at(0)} of the {name} data")
-    rating = _rating_of(dataset, LIST_RATINGS, REWARDS)
+    rating = REWARDS if COMPLETIONS_IDS in first else _rating_of_texts(first, name)
     return dataset.map(
         partial(_in_points, rating),
         batched=True,
@@ -152,8 +149,9 @@ def lists_of_rows(dataset: Any, name: str) -> Any:
         ValueError: the data set is a stream, lacks a column or a value, or a group has two prompts.
     """
     _require_length(dataset, name)
-    rating = _rating_of(dataset, RATINGS, REWARD)
-    require_columns(next(iter(dataset)), (GROUP, rating), f"{name}_dataset, for lists")
+    first = next(iter(dataset))
+    rating = column_of([first], RATINGS) or REWARD
+    require_columns(first, (GROUP, rating), f"{name}_dataset, for lists")
     wanted = (PROMPT_IDS, COMPLETION_IDS, GROUP, WEIGHT, TOKEN_WEIGHTS, *POINT_REFERENCES)
     names = {name: name for name in wanted if name in dataset.column_names} | {rating: REWARD}
     groups = dataset[GROUP][:]
@@ -197,9 +195,12 @@ def kept_lists(dataset: Any, name: str, args: Any, cut: Cut) -> Any:
     return chosen.map(partial(_picked, [places[index] for index in left]), with_indices=True)
 
 
-def _rating_of(dataset: Any, names: Iterable[str], default: str) -> str:
-    """The column of ratings that has values in the first row."""
-    return column_of([next(iter(dataset))], names) or default
+def _rating_of_texts(first: Mapping[str, Any], name: str) -> str:
+    """The column of the ratings of lists of texts, of which this is the first."""
+    where = f"{row_at(0)} of the {name} data"
+    require_columns(first, (PROMPT, COMPLETIONS), where)
+    refuse_token_weights(first, where)
+    return column_of([first], LIST_RATINGS) or REWARDS
 
 
 def _uncut(args: Any) -> Any:
