@@ -67,20 +67,25 @@ def members_of(row: Row, where: str) -> list[Member]:
     """The completions of a list, or of a pair, chosen first, each as a row of its own.
 
     Args:
-        row: a record or a feature; a completion on its own is a list of one.
+        row: a record or a feature; a member of a list is one of its own.
         where: which row it is.
 
     Raises:
-        ValueError: it has no `rewards`, a column has not an entry for each completion, or a pair's
-            scores do not say that chosen is better.
+        ValueError: it is neither, has no `rewards`, a column has not an entry for each completion,
+            or a pair's scores do not say that chosen is better.
     """
     shared = {name: row[name] for name in _SHARED if name in row}
     if CHOSEN in row or CHOSEN_IDS in row:
         columns = _of_pair(row, where)
     elif COMPLETIONS in row or COMPLETIONS_IDS in row:
         columns = _of_list(row, where)
+    elif isinstance(row, Member):
+        return [row]
     else:
-        return [row if isinstance(row, Member) else Member(row, where)]
+        raise ValueError(
+            f"{COMPLETIONS}: got none in {where}, wanted a list, or a pair; of single completions"
+            " with a group `data.lists_of_points` makes lists"
+        )
     places = range(len(columns[REWARD]))
     return [
         Member(

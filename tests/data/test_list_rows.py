@@ -198,6 +198,11 @@ def test_a_bad_list_is_named_by_its_place(change, message):
         ListCollator(0)([good, good | change])
 
 
+def test_a_completion_alone_is_no_list():
+    with pytest.raises(ValueError, match="completions: got none in feature 0.*lists_of_points"):
+        ListCollator(0)([point([1], [2], 1, -1.0, [1.0], 1.0, 0)])
+
+
 def test_lists_and_points_are_each_others():
     features = add_reference_logps(tiny_llama(), list_features(3), ListCollator(0), progress=False)
     points = points_of_lists(features)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from data_tokenizer import chat
 from list_truth import dpo_of_lists, dro_of_lists
+from tiny_images import FAMILIES, image_trainer
 from tiny_models import tiny_llama
 from trainers import build, dataset, first_batch, in_order, lora, pairs
 
@@ -194,11 +195,16 @@ def test_what_lists_cannot_do_is_refused(tmp_path, kind, loss, change, options, 
 
 
 def test_rows_that_cannot_become_lists_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="train_dataset: got a stream, wanted a data set with a"):
+    with pytest.raises(ValueError, match="train_dataset: got a stream in a trainer on lists, want"):
         build("dpo", tmp_path, dataset(TEXTS).to_iterable_dataset(), loss="simpo")
     bare = [{name: row[name] for name in row if name != "group"} for row in rows_of_points()]
     with pytest.raises(ValueError, match="missing column 'group'"):
         build("kto", tmp_path, dataset(bare), loss="simpo")
+    given = {"eval_dataset": dataset(TEXTS)}
+    with pytest.raises(ValueError, match="train_dataset: got rows of single completions, beside"):
+        build("kto", tmp_path, dataset(rows_of_points()), loss="dro", given=given)
+    with pytest.raises(ValueError, match="'simpo' is pairwise, wanted one on points: of rows with"):
+        image_trainer("kto", tmp_path, FAMILIES[0], loss="simpo")
     run = build("dpo", tmp_path, pairs(), loss="simpo")
     with pytest.raises(ValueError, match="eval_dataset: got rows of lists, for a trainer that was"):
         run.evaluate(dataset(TEXTS))

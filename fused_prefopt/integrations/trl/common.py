@@ -19,6 +19,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
+    COMPLETION_IDS,
     COMPLETIONS_IDS,
     LAYOUT,
     SEQUENCE_KL,
@@ -144,6 +145,11 @@ class FusesLoss(
             self._require_image_values()
         if self._has_lists and loss_fn.ld_alpha is not None:
             raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with rows of lists, needs None")
+        if self._makes_lists and not self._has_lists:
+            raise ValueError(
+                f"loss: {loss_fn.name!r} is pairwise, wanted one on points: of rows with images no"
+                " lists are made"
+            )
         require_rows(self, loss_fn, self._fields_of, streams=True)
         self._lay_out()
         leave_out_ligers_loss(self.args)
@@ -200,7 +206,14 @@ class FusesLoss(
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         """`LogpBatch` fields that the loss can get with such rows."""
-        return FIELDS_OF_LISTS if COMPLETIONS_IDS in row else self._fields_of_row(row)
+        if COMPLETIONS_IDS in row:
+            return FIELDS_OF_LISTS
+        if self._has_lists and COMPLETION_IDS in row:
+            raise ValueError(
+                "got rows of single completions, beside rows of lists in another data set; needs"
+                " one kind in all of them"
+            )
+        return self._fields_of_row(row)
 
     def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
         """The same of a pair or a completion."""

@@ -82,8 +82,8 @@ def refuse_lists(why: str, *datasets: Any) -> None:
 def _require_length(dataset: Any, name: str) -> None:
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{name}_dataset: got a stream, wanted a data set with a length: lists are put together"
-            " of rows that TRL has tokenised"
+            f"{name}_dataset: got a stream in a trainer on lists, wanted a data set with a length:"
+            " they are put together of rows that TRL has tokenised"
         )
 
 
@@ -353,7 +353,11 @@ class TakesLists:
     _own_reference_logps: Any
 
     def _list_collator(self) -> ListCollator:
-        """The same on rows of lists, padded where no layout is asked for."""
+        """The collator of lists, with the cut of TRL's own; it pads where no layout is asked for.
+
+        Raises:
+            ValueError: the layout that is asked for is for pairs.
+        """
         if self._layout not in (None, PADDING_FREE):
             raise ValueError(
                 f"{self._layout}: got True with rows of lists, needs False: it is for pairs"
@@ -386,7 +390,7 @@ class TakesLists:
         return kept_lists(dataset, name, args, Cut.of(args, self.config_type.pairwise))
 
     def _of_lists(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The same of a `ListCollator`'s."""
+        """A batch of a `ListCollator` as the loss takes it, with what the reference gives."""
         batch = dict(inputs)
         if self.needs_reference and REFERENCE not in batch and SEQUENCE_KL not in self.needs:
             wanted = PROMPT_REFERENCE in self.needs
@@ -398,6 +402,7 @@ class TakesLists:
 
     def _with_list_references(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Lists with the reference's log-probs of each completion; pairs with their own."""
+        _require_length(dataset, name)
         if REFERENCES in dataset.column_names:
             return dataset
         rows = self._own_reference_logps(list(dataset), self._list_collator(), name, batch_size)
