@@ -1,4 +1,4 @@
-"""`losses`: what is registered, and one loss in full."""
+"""`losses`: what is registered, one loss in full, and those that a data set allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fused_prefopt.cli.console import blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.choosing import choices
+from fused_prefopt.cli.console import UserError, blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.judged_rows import DataSet
 from fused_prefopt.losses import (
     NamedLoss,
     available_losses,
@@ -25,7 +27,7 @@ from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.losses.registry import LossInfo
 
 _WIDTH = 100
-HELP = "the registered losses, or one of them with its formula"
+HELP = "the registered losses, one of them with its formula, or those that a data set allows"
 # Writes docs/losses.md, the page of all losses.
 COMMAND = "python -m fused_prefopt.cli.losses"
 _INTRODUCTION = f"""\
@@ -91,19 +93,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", help="a loss, an alias, a published setting such as alpha-dpo/… or a sum"
     )
+    parser.add_argument(
+        "--for",
+        dest="data",
+        metavar="DATA",
+        help="say which losses its rows allow and what they cost, or whether NAME is one: hub name,"
+        " folder, JSON, CSV or Parquet file, or embedded",
+    )
+    defaults = DataSet("")
+    parser.add_argument("--split", help=f"of DATA; {defaults.split} by default")
+    parser.add_argument("--adapter", help="that reads its rows; told by the name or the columns")
+    parser.add_argument("--limit", type=int, help="rows to look at; all by default")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table, or one loss.
+    """Print the table, one loss, or what a data set allows.
 
     Raises:
-        UserError: there is no such loss or setting; the message lists the closest names.
+        UserError: there is no such loss or setting (the message lists the closest names), or the
+            data cannot be read, or do not allow the loss.
     """
-    if options.name is None:
-        print(losses_table())
-        return 0
+    of_data = {name: getattr(options, name) for name in ("split", "limit", "adapter")}
+    given = {name: value for name, value in of_data.items() if value is not None}
+    if options.data is None and given:
+        name, value = next(iter(given.items()))
+        raise UserError(f"--{name}: got {value!r} alone, needs --for DATA, whose rows it is about")
     with blaming("losses"):
-        text = one_loss(options.name)
+        if options.data is not None:
+            text = choices(DataSet(options.data, **given), options.name)
+        else:
+            text = losses_table() if options.name is None else one_loss(options.name)
     print(text)
     return 0
 

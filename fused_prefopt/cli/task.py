@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from fused_prefopt.checks import require_choice, require_number, require_tokens
 from fused_prefopt.cli.config import EMBEDDED, Config, Settings
 from fused_prefopt.cli.console import UserError, blaming, require_packages
 from fused_prefopt.cli.models import load_reference, load_start, load_tokenizer
+from fused_prefopt.cli.needs import check_fields
 from fused_prefopt.data import (
     PairCollator,
     PointCollator,
@@ -31,24 +32,16 @@ from fused_prefopt.data.columns import (
     DESIRABLE,
     GROUP,
     PAIR,
-    PAIR_FIELDS,
-    POINT_FIELDS,
-    PROMPT,
-    PROMPT_LENGTHS,
-    PROMPT_REFERENCE,
     REFERENCE,
     REWARD,
     SCORES,
     SEQUENCE_KL,
     TOKENS,
-    WEIGHT,
     has_values,
-    is_given,
 )
 from fused_prefopt.data.records import adapted_records
 from fused_prefopt.data.tokenise import counted_pairs, counted_points
-from fused_prefopt.losses import TransportLoss, WeightedSum
-from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
+from fused_prefopt.losses.protocol import Loss
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.plan import PATHS
@@ -61,8 +54,8 @@ Features = list[dict[str, Any]]
 Say = Callable[[str], None]
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _GROUPED = (REWARD, GROUP)
-# The training itself computes these.
-_COMPUTED = frozenset({REFERENCE, PROMPT, PROMPT_LENGTHS, PROMPT_REFERENCE, SEQUENCE_KL})
+# What losses judge.
+PAIRS, RATED, LABELLED = "pairs", "rated completions", "labelled completions"
 
 
 @dataclass
@@ -143,7 +136,7 @@ def load_task(config: Config) -> Task:
         model = load_start(settings, tokenizer, seed)
     with blaming("dataset"):
         train = _features(settings, loss_fn, tokenizer, records, "training", say)
-        _check_fields(loss_fn, train)
+        check_fields(loss_fn, train)
     held_out: Features = []
     evaluated: Features = []
     with blaming("held_out"):
@@ -175,7 +168,7 @@ def load_loss(settings: Settings) -> PreferenceLoss:
 
 
 def _takes_rated(loss: Loss) -> bool:
-    return not loss.pairwise and DESIRABLE not in loss.needs
+    return kind_of(loss) == RATED
 
 
 def _teller(config: Config) -> Say:
@@ -200,11 +193,10 @@ def _features(
     say: Say = print,
 ) -> Features:
     """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
-    if loss_fn.loss.pairwise:
+    kind = kind_of(loss_fn.loss)
+    if kind == PAIRS:
         return _pairs(settings, tokenizer, records, part, say)
-    rated = _takes_rated(loss_fn.loss)
-    tell = partial(_tell, say, part)
-    points = as_points(records, say=tell) if rated else as_judged(records)
+    points = judged_records(records, kind, say=partial(_tell, say, part))
     lengths = (settings.max_length, settings.prompt_length)
     features, counts = counted_points(points, tokenizer, *lengths, f"{part} completions")
     say(counts.message)
@@ -261,43 +253,6 @@ def _check_tokens(tokenizer: Any, model: nn.Module, features: Features) -> None:
         require_tokens("data", torch.tensor(found), input_vocab(model))
 
 
-def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
-    """Raise unless every feature has what the loss needs."""
-    if not features:
-        raise ValueError(f"got no usable row, needs some that {loss_fn.name} can judge")
-    _check_weights(loss_fn, features)
-    columns = PAIR_FIELDS if loss_fn.loss.pairwise else POINT_FIELDS
-    for field in sorted(loss_fn.loss.needs - _COMPUTED):
-        if field not in columns:
-            raise UserError(
-                f"loss: {loss_fn.name} needs `{field}`, {WHAT_IT_IS[field]}, which this command"
-                " does not compute"
-            )
-        names = columns[field]
-        lacking = sum(any(name not in feature for name in names) for feature in features)
-        if lacking:
-            raise UserError(
-                f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}; {lacking} of"
-                f" {len(features)} rows are without: add it to them, drop them, or name another"
-                " loss"
-            )
-
-
-def _check_weights(loss_fn: PreferenceLoss, features: Features) -> None:
-    """Raise where rows have weights that the loss refuses, or that leave nothing to train on."""
-    if not is_given(features, WEIGHT):
-        return
-    loss = loss_fn.loss
-    terms = [term.loss for term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
-    if any(isinstance(term, TransportLoss) for term in terms):
-        raise UserError(
-            f"loss: got {loss_fn.name}, which sorts the pairs, with a column {WEIGHT!r}, needs rows"
-            " without it, or another loss"
-        )
-    if not any(feature[WEIGHT] for feature in features):
-        raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")
-
-
 def training_records(settings: Settings, seed: int, *, points: bool, say: Say = print) -> Records:
     """What to train on, as the data set has it.
 
@@ -337,6 +292,29 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
         documents = split_documents(load_documents(), seed=seed)[1]
         return make_pairs(documents, seed=seed, limit=settings.held_out_limit)
     return _read(settings, settings.dataset, settings.held_out, settings.held_out_limit, _silent)
+
+
+def kind_of(loss: Loss) -> str:
+    """What a loss judges: `PAIRS`, or completions that are `RATED` or `LABELLED`."""
+    if loss.pairwise:
+        return PAIRS
+    return LABELLED if DESIRABLE in loss.needs else RATED
+
+
+def judged_records(records: Records, kind: str, *, say: Say = print) -> Records:
+    """Records as losses of a kind judge them.
+
+    Args:
+        records: pairs or single completions.
+        kind: of `kind_of`.
+        say: tells the user that completions were rated 1 and 0.
+
+    Raises:
+        ValueError: as `as_pairs` and `as_judged` do.
+    """
+    if kind == PAIRS:
+        return as_pairs(records)
+    return as_points(records, say=say) if kind == RATED else as_judged(records)
 
 
 def as_pairs(records: Records) -> Records:
@@ -404,13 +382,7 @@ def as_judged(records: Records) -> Records:
 
 
 def _read(settings: Settings, name: str, split: str, limit: int | None, say: Say) -> Records:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = islice(_rows(name, split, limit), limit)
-        records, said = adapted_records(name, rows, settings.adapter)
-    except DatasetsError as error:
-        raise ValueError(f"cannot read {name}: {error.__cause__ or error}") from error
+    records, said = adapted_records(name, rows_of(name, split, limit), settings.adapter)
     if not records:
         raise ValueError(f"got no usable row in {name}, split {split}")
     say(said)
@@ -423,6 +395,29 @@ def _has_pairs(records: Records) -> bool:
 
 def _all_have(records: Records, name: str) -> bool:
     return all(name in record for record in records)
+
+
+def rows_of(name: str, split: str, limit: int | None) -> Iterator[Record]:
+    """The rows of a data set, before an adapter reads them.
+
+    Args:
+        name: on the hub, a folder, or a file of `_FILES`.
+        split: of the data set; of a file "train".
+        limit: rows at most; None is all.
+
+    Raises:
+        ValueError, OSError: there is none, or it cannot be read.
+    """
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from islice(_rows(name, split, limit), limit)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"got {name}: {error}; needs a hub name, a folder, or a JSON, CSV or Parquet file"
+        ) from error
+    except DatasetsError as error:
+        raise ValueError(f"cannot read {name}: {error.__cause__ or error}") from error
 
 
 def _rows(name: str, split: str, limit: int | None) -> Iterable[Record]:
