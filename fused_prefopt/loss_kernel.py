@@ -91,9 +91,9 @@ _OWN_MOMENTS: dict[type, Moments] = {
 def launch_loss(loss: Loss, statistics: Statistic | None, batch: LogpBatch) -> LossOutput | None:
     """The loss of a batch and the update of its statistic, in one launch.
 
-    Covered are `PairwiseLoss` of the parts that have a form here, without scale, weighting
-    and regularisers and not with the exact solver or centred margins, and `DirectRewardLoss`, on
-    fp32 log-probs of at most 4096 pairs.
+    Covered are `PairwiseLoss` of the parts that have a form here, without scale, weighting,
+    ranking and regularisers and not with the exact solver or centred margins, and
+    `DirectRewardLoss`, on fp32 log-probs of at most 4096 pairs.
 
     Args:
         loss: a composed loss.
@@ -230,7 +230,7 @@ def pair_form(loss: PairwiseLoss) -> PairForm | None:
 
 
 def _has_more_parts(loss: PairwiseLoss) -> bool:
-    scaled = loss.scale is not None or loss.weighting is not None
+    scaled = loss.scale is not None or loss.weighting is not None or loss.ranking is not None
     return scaled or bool(loss.regularisers) or loss.reduction is not mean
 
 

@@ -14,6 +14,7 @@ from fused_prefopt.losses.links import (
     UnbiasedRobust,
     Weighted,
 )
+from fused_prefopt.losses.lists import DiscountedGain, PlackettLuce, TopOne, pairs_of_lists
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -79,6 +80,7 @@ __all__ = [
     "ChosenNll",
     "ConstantMargin",
     "DirectRewardLoss",
+    "DiscountedGain",
     "DropMargin",
     "DynamicMargin",
     "DynamicScale",
@@ -102,6 +104,7 @@ __all__ = [
     "OnPolicyWeights",
     "PairwiseLoss",
     "PerToken",
+    "PlackettLuce",
     "PublishedSetting",
     "RejectedShare",
     "Robust",
@@ -111,6 +114,7 @@ __all__ = [
     "Squared",
     "SumLogp",
     "Term",
+    "TopOne",
     "TransportLoss",
     "UnbiasedRobust",
     "Weighted",
@@ -124,6 +128,7 @@ __all__ = [
     "length_desensitized",
     "mirror_margins",
     "named_loss",
+    "pairs_of_lists",
     "preset",
     "presets",
     "published_in",

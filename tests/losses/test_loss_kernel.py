@@ -14,7 +14,7 @@ import pytest
 import torch
 from loss_cases import VARIANTS, label, parts, random_batch
 
-from fused_prefopt import loss_kernel
+from fused_prefopt import PreferenceLoss, loss_kernel
 from fused_prefopt.kernels.loss_form import LARGEST, LARGEST_GROUPED, PairForm, contracts
 from fused_prefopt.loss_kernel import launch_loss, pair_form
 from fused_prefopt.losses import (
@@ -384,6 +384,30 @@ def test_direct_reward(size, groups):
     with torch.no_grad():
         batch.policy[0] = math.inf
     Pair(DirectRewardLoss(LogRatio(beta=0.1), log_z0=-3.0)).step(batch)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["dpo", "gamma-simpo", "alpha-dpo", "slic-hf"])
+def test_lists_meet_the_kernel_as_pairs(name, monkeypatch):
+    groups, launched = torch.tensor([5, 1, 5, 2, 5, 1, 2, 2, 5, 2]), []
+    monkeypatch.setattr(
+        loss_kernel,
+        "_launch_pairs",
+        lambda *a, own=loss_kernel._launch_pairs: launched.append(a) or own(*a),
+    )
+    results = []
+    for dtype, engine in ((torch.float32, "triton"), (torch.float64, "torch")):
+        batch = random_batch(10, 6, torch.float32)
+        batch = dataclasses.replace(batch, groups=groups, completions=None)
+        batch = dataclasses.replace(batch, policy=batch.policy.detach().to(dtype).requires_grad_())
+        loss_fn = PreferenceLoss(name, engine=engine)
+        loss = loss_fn.from_logps(batch).loss
+        results.append((loss, torch.autograd.grad(loss, batch.policy)[0], loss_fn.state_dict()))
+    assert len(launched) == (name != "slic-hf")
+    found, wanted = results
+    torch.testing.assert_close(
+        found, wanted, check_dtype=False, rtol=2e-5, atol=1e-6, equal_nan=True
+    )
 
 
 @pytest.mark.interpreted
