@@ -73,18 +73,22 @@ The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are tra
 | L, \\|y\\| | summed log-probability of a completion under the policy, in nats, and its tokens |
 | L̄ | L / \\|y\\| |
 | L_ref, Δ | the same sum under the reference model, and L − L_ref |
-| m | reward margin: reward of the chosen less that of the rejected completion |
+| r, m | reward of a completion, and reward margin: that of w less that of l |
+| i, j | completions of one prompt, where a loss is one of lists |
 | s | score of a completion from outside, `rewards` |
 | K | Σ over tokens of KL(reference ‖ policy), `sequence_kl` |
 | σ, sg | the sigmoid, and the stopped gradient |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
-unless said otherwise. An empty completion has L = L̄ = 0."""
+unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
+lists of the mean over their pairs: every two completions of a list whose scores differ, the better
+one first. An empty completion has L = L̄ = 0."""
 _NEEDS = """\
 ## What losses need
 
 Beyond `policy` and `lengths`, which the fused call computes; fields of `LogpBatch`, arguments of
-`PreferenceLoss`. Pairs are given chosen half first."""
+`PreferenceLoss`. Pairs are given chosen half first; a loss on pairs takes lists by their `groups`
+and `rewards`."""
 _BESIDE = "## Beside the registered losses"
 
 

@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 import fused_prefopt as fp
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
-from fused_prefopt.cli.needs import OF_POLICY, OF_REFERENCE, check_fields, cost_of
-from fused_prefopt.cli.task import load_loss
+from fused_prefopt.cli.needs import OF_POLICY, OF_REFERENCE, check_fields, cost_of, first_lack
+from fused_prefopt.cli.task import judged_records, kind_of, load_loss
 from fused_prefopt.data import tokenise_pairs
-from fused_prefopt.data.columns import KL, PAIR_FIELDS, POINT_FIELDS
+from fused_prefopt.data.columns import PAIR_FIELDS, POINT_FIELDS
 from fused_prefopt.losses import available_losses, find
 from fused_prefopt.losses.protocol import WHAT_IT_IS
 
@@ -69,13 +69,15 @@ def test_a_step_takes_the_matmuls_that_are_said(name):
     assert frozen == cost.frozen + cost.frozen_prompts + beside
 
 
-def test_it_is_known_where_every_field_comes_from():
-    known = OF_POLICY | OF_REFERENCE | PAIR_FIELDS.keys() | POINT_FIELDS.keys() | {KL}
-    assert known >= WHAT_IT_IS.keys()
-    for name in available_losses():
-        loss = find(name).build()
-        columns = PAIR_FIELDS if loss.pairwise else POINT_FIELDS
-        assert loss.needs <= OF_POLICY | OF_REFERENCE | columns.keys(), name
+@pytest.mark.parametrize("name", available_losses())
+def test_scored_pairs_lack_only_what_no_column_gives(name):
+    loss = find(name).build()
+    assert OF_POLICY | OF_REFERENCE | loss.needs <= WHAT_IT_IS.keys()
+    rows = judged_records(pairs(2, score_chosen=1.0, score_rejected=0.0), kind_of(loss))
+    lack = first_lack(loss, rows)
+    if lack is not None:
+        assert lack.columns == () and lack.field in loss.needs
+        assert lack.field not in PAIR_FIELDS | POINT_FIELDS
 
 
 def test_a_feature_that_is_missing_is_named_with_its_column():
