@@ -13,10 +13,9 @@ from fused_prefopt.cli.needs import (
     columns_of,
     cost_of,
     first_lack,
-    refuses_weights,
+    refused_weights,
     weigh_nothing,
 )
-from fused_prefopt.cli.task import kind_of
 from fused_prefopt.data.columns import (
     COLLISION,
     DESIRABLE,
@@ -66,7 +65,7 @@ def choices(data: DataSet, name: str | None = None) -> str:
         )
     parts = ["\n".join([rows.said, *(_filled(f"caution: {each}", 2) for each in rows.cautions)])]
     for kind in KINDS:
-        of_kind = {each: loss for each, loss in allowed.items() if kind_of(loss) == kind}
+        of_kind = {each: loss for each, loss in allowed.items() if rows.kind_of(loss) == kind}
         if of_kind:
             count = len(rows.judged[kind])
             parts += [f"{kind}: {count}, {rows.made_of[kind]}", _allowed_table(rows, of_kind)]
@@ -84,17 +83,18 @@ def choices(data: DataSet, name: str | None = None) -> str:
 
 def _refusal(loss: Loss, rows: JudgedRows) -> str | None:
     """The one thing that the rows lack for a loss, or None."""
-    judged = rows.judged[kind_of(loss)]
+    judged = rows.judged[rows.kind_of(loss)]
     if isinstance(judged, str):
         return judged
-    if refuses_weights(loss, judged):
-        return f"rows without a {WEIGHT!r}, as it sorts the pairs"
+    refused = refused_weights(loss, judged)
+    if refused is not None:
+        return f"pairs without weights, as it sorts them, not {refused}"
     if weigh_nothing(judged):
         return f"a {WEIGHT!r} above 0 in some row"
     lack = first_lack(loss, judged)
     if lack is None:
         return None
-    if not lack.columns:
+    if lack.columns is None:
         return f"`{lack.field}`, {WHAT_IT_IS[lack.field]}, which no column gives"
     names = [" or ".join(_NAMES.get(name, (name,))) for name in lack.columns]
     some = "" if lack.rows == len(judged) else f"; {lack.rows} of {len(judged)} rows are without"
@@ -115,16 +115,17 @@ def _allowed_table(rows: JudgedRows, allowed: Mapping[str, Loss]) -> str:
 def _needs(loss: Loss, rows: JudgedRows) -> str:
     """Fields and what gives them; of those that a loss can do without, the ones that are there."""
     found: dict[str, list[str]] = {}
-    judged = rows.judged[kind_of(loss)]
+    judged = rows.judged[rows.kind_of(loss)]
     assert not isinstance(judged, str)
     for field in sorted(loss.needs | loss.wants):
-        columns = columns_of(loss, field)
+        columns = columns_of(loss, judged, field)
         if field in OF_REFERENCE:
             origin = "both models" if field == SEQUENCE_KL else "model"
         elif field in OF_POLICY:
             origin = "computed"
-        elif columns and all(has_values(row, columns) for row in judged):
-            origin = ", ".join(dict.fromkeys(rows.origins.get(name, name) for name in columns))
+        elif columns is not None and all(has_values(row, columns) for row in judged):
+            origins = dict.fromkeys(rows.origins.get(name, name) for name in columns)
+            origin = ", ".join(origins) or "the list"
         else:
             continue
         found.setdefault(origin, []).append(field)

@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fused_prefopt.checks import require_count
 from fused_prefopt.cli.config import EMBEDDED, Settings
 from fused_prefopt.cli.console import blaming, require_packages
+from fused_prefopt.cli.data_files import rows_of
 from fused_prefopt.cli.task import (
     LABELLED,
+    LISTS,
     PAIRS,
     RATED,
     Records,
     judged_records,
-    rows_of,
+    kind_of,
     training_records,
 )
 from fused_prefopt.data.columns import (
     CHOSEN,
     COMPLETION,
+    COMPLETIONS,
     DESIRABLE,
     GROUP,
     LABELS,
+    LIST_RATINGS,
     PAIR,
     PROMPT,
     RATINGS,
     REWARD,
-    SCORE_CHOSEN,
-    SCORE_REJECTED,
+    REWARDS,
     SCORES,
     WEIGHT,
     column_of,
     has_values,
 )
 from fused_prefopt.data.records import adapted_records
+from fused_prefopt.losses.protocol import Loss
 
-KINDS = (PAIRS, RATED, LABELLED)
-_READ = (PROMPT, *PAIR, COMPLETION, *SCORES, *RATINGS, *LABELS, GROUP, WEIGHT)
+KINDS = (LISTS, PAIRS, RATED, LABELLED)
+_READ = (
+    *(PROMPT, *PAIR, COMPLETION, COMPLETIONS, *SCORES, *RATINGS, *LIST_RATINGS, *LABELS),
+    *(GROUP, WEIGHT),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class JudgedRows:
 
     Attributes:
         said: what they were read as, and how many they are.
+        records: what an adapter makes of them.
         judged: kind → records, or why there are none.
         made_of: kind → which of the rows its records are.
         origins: column of the records → where its values come from.
@@ -72,10 +81,15 @@ class JudgedRows:
     """
 
     said: str
+    records: Records
     judged: dict[str, Records | str]
     made_of: dict[str, str]
     origins: dict[str, str]
     cautions: list[str]
+
+    def kind_of(self, loss: Loss) -> str:
+        """Which of `judged` a loss judges."""
+        return kind_of(loss, self.records)
 
 
 def read_judged_rows(data: DataSet) -> JudgedRows:
@@ -119,7 +133,7 @@ def read_judged_rows(data: DataSet) -> JudgedRows:
     made_of = _made_of(records, origins)
     if data.name == EMBEDDED:
         made_of[RATED] = "texts and spoilt ones, rated by how much they are"
-    return JudgedRows(said, judged, made_of, origins, list(dict.fromkeys(cautions)))
+    return JudgedRows(said, records, judged, made_of, origins, list(dict.fromkeys(cautions)))
 
 
 @contextmanager
@@ -171,9 +185,11 @@ def _origins(rows: Records, records: Records) -> dict[str, str]:
     if CHOSEN in records[0]:
         rating = " and ".join(SCORES if has_values(records[0], SCORES) else ("1", "0"))
         return {REWARD: rating, DESIRABLE: " and ".join(PAIR), GROUP: "the pair"}
-    rating = column_of(rows, RATINGS) or REWARD
+    rating = column_of(rows, (*RATINGS, *LIST_RATINGS)) or REWARD
     label = column_of(rows, LABELS) or rating
-    return {REWARD: rating, SCORE_CHOSEN: rating, SCORE_REJECTED: rating, DESIRABLE: label}
+    group = "the list" if COMPLETIONS in records[0] else GROUP
+    scores = dict.fromkeys((REWARD, REWARDS, *SCORES), rating)
+    return scores | {DESIRABLE: label, GROUP: group}
 
 
 def _made_of(records: Records, origins: Mapping[str, str]) -> dict[str, str]:
@@ -182,6 +198,19 @@ def _made_of(records: Records, origins: Mapping[str, str]) -> dict[str, str]:
         rated, labelled = f"rated {origins[REWARD]}", "the chosen one desirable"
         return {PAIRS: "the rows", RATED: f"{both}, {rated}", LABELLED: f"{both}, {labelled}"}
     best = "the best and the worst completion of a prompt"
+    if COMPLETIONS in records[0]:
+        pairs = sum(_pairs_of(record[REWARDS]) for record in records)
+        return {
+            LISTS: f"the rows: {pairs} pairs, every two completions of a list whose scores differ",
+            RATED: "the completions of the lists",
+            LABELLED: f"{best}, the best one desirable",
+        }
     are_labelled = origins[DESIRABLE] in LABELS
     labelled = "the rows" if are_labelled else f"{best}, the best one desirable"
     return {PAIRS: best, RATED: "the rows", LABELLED: labelled}
+
+
+def _pairs_of(scores: Sequence[float]) -> int:
+    """How many two of the scores differ."""
+    alike = Counter(scores).values()
+    return (len(scores) ** 2 - sum(count**2 for count in alike)) // 2

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.data.columns import (
     COLLISION,
+    COMPLETIONS,
+    COMPLETIONS_IDS,
+    GROUPS,
     PAIR_FIELDS,
     POINT_FIELDS,
     PROMPT,
     PROMPT_LENGTHS,
     PROMPT_REFERENCE,
     REFERENCE,
+    REWARDS,
     SEQUENCE_KL,
     WEIGHT,
+    WEIGHTS,
     is_given,
 )
 from fused_prefopt.losses import TransportLoss, WeightedSum
@@ -85,10 +90,19 @@ def cost_of(loss: Loss) -> Cost:
     )
 
 
-def columns_of(loss: Loss, field: str) -> tuple[str, ...]:
-    """The columns of rows that give a loss a field; none where no column does."""
-    columns = PAIR_FIELDS if loss.pairwise else POINT_FIELDS
-    return tuple(columns.get(field, ()))
+def columns_of(loss: Loss, rows: Rows, field: str) -> tuple[str, ...] | None:
+    """The columns of rows that give a loss a field, none of a list's own number; or None.
+
+    Args:
+        loss: any.
+        rows: records or features, of the kind that the loss judges.
+        field: of `LogpBatch`.
+    """
+    columns: Mapping[str, Sequence[str]] = PAIR_FIELDS if loss.pairwise else POINT_FIELDS
+    if _are_lists(rows):
+        columns = {REWARDS: (REWARDS,), GROUPS: (), WEIGHTS: (WEIGHT,)}
+    found = columns.get(field)
+    return None if found is None else tuple(found)
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,12 @@ class Lack:
 
     Attributes:
         field: of `LogpBatch`.
-        columns: that would give it; none where no column does.
+        columns: that would give it, or None where no column does.
         rows: how many lack one of them.
     """
 
     field: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] | None
     rows: int
 
 
@@ -114,17 +128,21 @@ def first_lack(loss: Loss, rows: Rows) -> Lack | None:
         rows: records or features, of the kind that the loss judges.
     """
     for field in sorted(loss.needs - OF_POLICY - OF_REFERENCE):
-        columns = columns_of(loss, field)
-        lacking = sum(any(name not in row for name in columns) for row in rows)
-        if lacking or not columns:
+        columns = columns_of(loss, rows, field)
+        lacking = sum(any(name not in row for name in columns or ()) for row in rows)
+        if lacking or columns is None:
             return Lack(field, columns, lacking)
     return None
 
 
-def refuses_weights(loss: Loss, rows: Rows) -> bool:
-    """Whether rows have weights, and a loss that sorts the pairs, in which none stands alone."""
+def refused_weights(loss: Loss, rows: Rows) -> str | None:
+    """What gives pairs weights that a loss refuses which sorts them, or None."""
     terms = [term.loss for term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
-    return is_given(rows, WEIGHT) and any(isinstance(term, TransportLoss) for term in terms)
+    if not any(isinstance(term, TransportLoss) for term in terms):
+        return None
+    if is_given(rows, WEIGHT):
+        return f"a column {WEIGHT!r}"
+    return "lists" if _are_lists(rows) else None
 
 
 def weigh_nothing(rows: Rows) -> bool:
@@ -146,17 +164,18 @@ def check_fields(loss_fn: PreferenceLoss, rows: Rows) -> None:
     """
     if not rows:
         raise ValueError(f"got no usable row, needs some that {loss_fn.name} can judge")
-    if refuses_weights(loss_fn.loss, rows):
+    refused = refused_weights(loss_fn.loss, rows)
+    if refused is not None:
         raise UserError(
-            f"loss: got {loss_fn.name}, which sorts the pairs, with a column {WEIGHT!r}, needs rows"
-            " without it, or another loss"
+            f"loss: got {loss_fn.name}, which sorts the pairs, with {refused}, needs pairs without"
+            " weights, or another loss"
         )
     if weigh_nothing(rows):
         raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")
     lack = first_lack(loss_fn.loss, rows)
     if lack is None:
         return
-    if not lack.columns:
+    if lack.columns is None:
         raise UserError(
             f"loss: {loss_fn.name} needs `{lack.field}`, {WHAT_IT_IS[lack.field]}, which this"
             " command does not compute"
@@ -165,3 +184,7 @@ def check_fields(loss_fn: PreferenceLoss, rows: Rows) -> None:
         f"dataset: got no {' and '.join(lack.columns)}, needs it for {loss_fn.name}; {lack.rows} of"
         f" {len(rows)} rows are without: add it to them, drop them, or name another loss"
     )
+
+
+def _are_lists(rows: Rows) -> bool:
+    return bool(rows) and not rows[0].keys().isdisjoint((COMPLETIONS, COMPLETIONS_IDS))

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from fused_prefopt.data.columns import (
     COMPLETION_MASK,
     DESIRABLE,
+    GROUPS,
     INPUT_IDS,
     MADE_UP_REWARDS,
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
+    REWARDS,
     SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
 from fused_prefopt.integrations.metrics import (
+    Lists,
     StepMetrics,
     Weighed,
     metric_weights,
@@ -246,7 +249,7 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = metric_weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
+    weights = metric_weights(output, forward.chosen, extras[WEIGHTS], forward.lists) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -281,7 +284,7 @@ class _LossInHead:
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:
-            weights = self.desirable, self.extras[WEIGHTS]
+            weights = self.chosen, self.extras[WEIGHTS]
             tokens = token_metrics(self.loss_fn, rows, hidden, head, *weights)
         given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
         if self.compared is not None:
@@ -295,8 +298,18 @@ class _LossInHead:
         return output.loss
 
     @property
-    def desirable(self) -> Tensor | None:
-        """(S,) bool for single completions; None for pairs."""
+    def lists(self) -> Lists | None:
+        """The lists that the batch is for a loss on pairs, or None."""
+        groups, rewards = self.extras[GROUPS], self.extras[REWARDS]
+        if not self.loss_fn.loss.pairwise or groups is None or rewards is None:
+            return None
+        return Lists(groups, rewards)
+
+    @property
+    def chosen(self) -> Tensor | None:
+        """(S,) bool of single completions, and of those in lists; None for pairs."""
+        if self.lists is not None:
+            return self.lists.best
         return None if self.loss_fn.loss.pairwise else self.extras[DESIRABLE]
 
 

@@ -35,6 +35,7 @@ from fused_prefopt.integrations.trainer_checks import (
     let_collator_check,
     require_collated_rows,
     require_trainer,
+    require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
@@ -130,6 +131,7 @@ def attach(
         source = None
     if trainer is not None:
         require_collated_rows(trainer, loss_fn, source is not None)
+        require_whole_lists(trainer, loss_fn)
     attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
     if trainer is not None:
         leave_out_ligers_loss(trainer.args)

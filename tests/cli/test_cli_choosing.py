@@ -17,7 +17,10 @@ from fused_prefopt.losses.registry import register
 pytest.importorskip("datasets")
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses_for"
 # A few of each kind, so that new losses leave the texts in GOLDEN as they are.
-FEW = ("aot", "cpo", "dpo", "dro", "gamma-simpo", "kto", "odpo", "simpo", "tdpo2", "wpo")
+FEW = (
+    *("aot", "cpo", "dpo", "dro", "gamma-simpo", "kto", "lipo-lambda", "odpo", "simpo", "tdpo2"),
+    "wpo",
+)
 SCORES = [
     {"score_chosen": 3.0, "score_rejected": 1.0},
     {"score_chosen": 2.0, "score_rejected": 2.0},
@@ -31,12 +34,22 @@ RATED = [
     for place, score in enumerate(scores)
 ]
 LABELLED = [{"prompt": "the cat", "completion": text, "label": True} for text in "ab"]
+# Lists of 2 + 0 + 6 pairs.
+LISTS = [
+    {
+        "prompt": "the cat",
+        "completions": [f"sat on {i}" for i in range(len(scores))],
+        "scores": scores,
+    }
+    for scores in ([0.5, 0.5, 1.0], [1.0, 1.0], [1.0, 2.0, 3.0, 4.0])
+]
 FORMS = {
     "pairs": [row | {"id": 1} for row in pairs(3)],
     "scored_pairs": SCORED,
     "weighted_pairs": [row | {"weight": 0.5} for row in pairs(2)],
     "rated_completions": RATED,
     "labelled_completions": LABELLED,
+    "lists": LISTS,
 }
 
 

@@ -76,7 +76,7 @@ def test_scored_pairs_lack_only_what_no_column_gives(name):
     rows = judged_records(pairs(2, score_chosen=1.0, score_rejected=0.0), kind_of(loss))
     lack = first_lack(loss, rows)
     if lack is not None:
-        assert lack.columns == () and lack.field in loss.needs
+        assert lack.columns is None and lack.field in loss.needs
         assert lack.field not in PAIR_FIELDS | POINT_FIELDS
 
 
@@ -89,6 +89,16 @@ def test_a_feature_that_is_missing_is_named_with_its_column():
         check_fields(loss_fn, features)
     with pytest.raises(ValueError, match="no usable row"):
         check_fields(loss_fn, [])
+
+
+def test_lists_are_refused_where_they_would_end_the_first_step():
+    rows = [{"prompt": "a", "completions": ["b", "c"], "rewards": [1.0, 0.0]}]
+    loss_fn = load_loss(Settings(model="unused", loss="dpo + aot"))
+    with pytest.raises(UserError, match="loss: got dpo \\+ aot, which sorts the pairs, with lists"):
+        check_fields(loss_fn, rows)
+    check_fields(load_loss(Settings(model="unused", loss="lipo")), rows)
+    with pytest.raises(UserError, match="got no rewards, needs it for lipo-lambda; 1 of 2 rows"):
+        check_fields(load_loss(Settings(model="unused", loss="lipo")), [*rows, {"prompt": "a"}])
 
 
 def test_a_field_that_no_column_gives_is_the_losss_affair():

@@ -8,7 +8,7 @@ import pytest
 from command_line_jobs import RATED, pairs, sentences, write_lines
 from data_tokenizer import tiny_tokenizer
 
-from fused_prefopt.cli import task
+from fused_prefopt.cli import data_files
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.models import texts_of
@@ -40,7 +40,7 @@ def completions(count: int = 8, **columns: Sequence) -> list[dict]:
 
 
 def test_splits_of_one_data_set_are_named_once(monkeypatch, capsys):
-    monkeypatch.setattr(task, "_rows", lambda name, split, limit: pairs(2))
+    monkeypatch.setattr(data_files, "_rows", lambda name, split, limit: pairs(2))
     settings = Settings(model="unused", dataset="someone/pairs", held_out="test")
     assert len(training_records(settings, 0, points=False)) == 2
     assert len(held_out_records(settings, 0)) == 2
