@@ -4,6 +4,7 @@ from fused_prefopt.losses import presets
 from fused_prefopt.losses.adaptive_margin import AdaptiveMargin, Normalisation, gap_of
 from fused_prefopt.losses.dynamic_margin import DynamicMargin, exact_margins, mirror_margins
 from fused_prefopt.losses.links import (
+    BasuPower,
     Blended,
     Exact,
     Hinge,
@@ -47,6 +48,7 @@ from fused_prefopt.losses.registry import (
 )
 from fused_prefopt.losses.rewards import (
     AlphaRatio,
+    BoundedRatio,
     ForwardKlRatio,
     JensenShannonRatio,
     LogOdds,
@@ -59,23 +61,33 @@ from fused_prefopt.losses.rewards import (
     SumLogp,
 )
 from fused_prefopt.losses.terms import (
+    CalibratedNll,
     Calibration,
     ChosenNll,
     DynamicScale,
-    OnPolicyWeights,
     SoftMinimum,
     length_desensitized,
     tail_labels,
 )
 from fused_prefopt.losses.weighted_sum import Term, WeightedSum
+from fused_prefopt.losses.weightings import (
+    OnPolicyWeights,
+    PerformanceWeights,
+    Product,
+    QualityWeights,
+    ScoreMarginWeights,
+)
 
 __all__ = [
     "AdaptiveMargin",
     "AlphaRatio",
     "AnchoredFeedbackLoss",
     "AnchoredLoss",
+    "BasuPower",
     "BinaryFeedbackLoss",
     "Blended",
+    "BoundedRatio",
+    "CalibratedNll",
     "Calibration",
     "ChosenNll",
     "ConstantMargin",
@@ -104,11 +116,15 @@ __all__ = [
     "OnPolicyWeights",
     "PairwiseLoss",
     "PerToken",
+    "PerformanceWeights",
     "PlackettLuce",
+    "Product",
     "PublishedSetting",
+    "QualityWeights",
     "RejectedShare",
     "Robust",
     "ScoreMargin",
+    "ScoreMarginWeights",
     "SequenceKlMargin",
     "SoftMinimum",
     "Squared",

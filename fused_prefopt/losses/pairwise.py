@@ -84,7 +84,9 @@ class PairwiseLoss:
         found = self.reward.needs | self.margin.needs
         for term in self.regularisers:
             found |= term.needs
-        return found if self.ranking is None else found | self.ranking.needs
+        for part in (self.weighting, self.ranking):
+            found |= frozenset() if part is None else part.needs
+        return found
 
     @property
     def wants(self) -> frozenset[str]:

@@ -170,11 +170,15 @@ class Weighting(Protocol):
     """Factor on a pair's loss, before the regularisers: how much the pair counts."""
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
+
+    @property
     def wants(self) -> frozenset[str]:
         """Names of the `LogpBatch` fields used where they are given."""
 
     def __call__(self, batch: LogpBatch) -> Tensor:
-        """(P,) detached factors."""
+        """(P,) factors, detached unless the method trains through them."""
 
 
 class Regulariser(Protocol):

@@ -183,6 +183,13 @@ _GAMMA_PO = {
     "gemma-2-9b-it": (10.0, 0.5, 20.0, 8e-7),
     "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
 }
+# β, τ_ref, learning rate. Those whose configurations make batches of 128 on their eight GPUs.
+_OMNI_DPO = {
+    "gemma-2-9b-it": (10.0, 0.8, 8e-7),
+    "qwen2.5-3b": (3.5, 0.8, 2e-6),
+    "qwen2.5-7b": (3.5, 0.8, 2e-6),
+    "qwen2.5-14b": (3.5, 0.8, 2e-6),
+}
 
 
 def published_settings() -> dict[str, PublishedSetting]:
@@ -196,6 +203,10 @@ def published_settings() -> dict[str, PublishedSetting]:
         options = {"beta": beta, "gamma": ratio * beta, "tau": tau}
         paper = "γ-PO (arXiv:2506.03690), Table 7"
         settings[f"gamma-simpo/{model}"] = PublishedSetting("gamma-simpo", options, rate, paper)
+    for model, (beta, tau_ref, rate) in _OMNI_DPO.items():
+        options = {"beta": beta, "tau_ref": tau_ref}
+        paper = "Omni-DPO (arXiv:2506.10054), Table C.1 and the authors' configurations"
+        settings[f"omni-dpo/{model}"] = PublishedSetting("omni-dpo", options, rate, paper)
     return dict(sorted(settings.items()))
 
 

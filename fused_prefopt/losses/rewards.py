@@ -275,6 +275,40 @@ class RejectedShare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BoundedRatio(Scaled):
+    """BDPO's reward: ``r_w = β Δ_w``, ``r_l = β log(λ e^Δ_l + 1 − λ)``, at least ``β log(1 − λ)``.
+
+    The rejected completion's ratio is that of a mixture of policy and reference, which cannot fall
+    without end.
+
+    Args:
+        beta: β > 0, reward per nat.
+        mixture: 0 < λ <= 1, the policy's part; 1 is DPO's reward.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: BDPO (Cho et al. 2025, arXiv:2506.12725), §4.
+    """
+
+    mixture: float = 0.5
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mixture", self.mixture, low=0, high=1, above=True)
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        chosen, rejected = halves(batch.policy - needed(batch, "reference"))
+        if self.mixture < 1:
+            floor = math.log1p(-self.mixture)
+            # log(e^a + e^b) = b − log σ(b − a), for any a.
+            rejected = floor - logsigmoid(floor - math.log(self.mixture) - rejected)
+        return self.beta * torch.cat([chosen, rejected])
+
+
+@dataclass(frozen=True, kw_only=True)
 class PerToken:
     """Another reward, divided by the completion's length: ``r / |y|``.
 

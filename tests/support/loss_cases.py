@@ -25,6 +25,8 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("bpo", {"power": 0.0, "smallest_ratio": 0.0, "largest_ratio": 3.0}),
+    ("bpo", {"power": 1.2}),
     ("f-dpo", {"link": "exact", "label_smoothing": 0.1, "length_normalized": True}),
     ("f-dpo", {"link": "robust", "label_smoothing": 0.1, "divergence": "forward_kl"}),
 ]
@@ -163,8 +165,8 @@ def held(loss, batch: LogpBatch, summary=None):
         margins = GivenMargin(targets)
     if scale is not None:
         scale = GivenFactors(scale(chosen - rejected, joint[1]))
-    if weighting is not None:
-        weighting = GivenFactors(weighting(batch))
+    if weighting is not None and not (factors := weighting(batch)).requires_grad:
+        weighting = GivenFactors(factors)
     return dataclasses.replace(loss, margin=margins, scale=scale, weighting=weighting)
 
 

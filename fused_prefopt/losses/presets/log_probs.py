@@ -67,6 +67,37 @@ def alpha_po(*, beta: float = 2.5, gamma: float = 1.0, alpha: float = 0.25) -> P
     )
 
 
+@register("bpo-simpo", paper="Kim et al. 2025 (arXiv:2505.19601), eq. 10, Table 2, B.3")
+def bpo_simpo(
+    *,
+    beta: float = 2.5,
+    gamma: float = 1.0,
+    power: float = -0.5,
+    scale: float = 4.0,
+    smallest_ratio: float = 0.01,
+    largest_ratio: float | None = 30.0,
+) -> PairwiseLoss:
+    """``[e^((λ+1)(γ − m)) / (λ+1) − e^(λ(m − γ)) / λ] / s``, ``m = β(L̄_w − L̄_l)``.
+
+    `bpo` on SimPO's margins, ``R = e^(γ − m)``. The paper's results are of sums with SimPO,
+    ``"0.3 bpo-simpo + 0.7 simpo"`` for Mistral-7B-Base, 0.5 + 0.5 for Llama-3-8B-Base, and for
+    Llama-3-8B-Instruct 0.05 + 0.95 with R <= 100.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ, target margin in units of reward.
+        power: λ > −1; larger ones train on pairs far from m = γ.
+        scale: s > 0. The paper adjusts it to γ, without a number:
+            ``(1 + e^γ)(e^(λγ) + e^(−(λ+1)γ))`` gives SimPO's gradient at m = 0.
+        smallest_ratio: R >= this number, which is >= 0: pairs won by more do not train.
+        largest_ratio: R <= this number, or None: pairs lost by more do not train.
+    """
+    link = links.BasuPower(
+        power=power, scale=scale, smallest_ratio=smallest_ratio, largest_ratio=largest_ratio
+    )
+    return PairwiseLoss(rewards.MeanLogp(beta=beta), margins.ConstantMargin(gamma=gamma), link)
+
+
 @register("beta-simpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6, on SimPO")
 def beta_simpo(
     *,
