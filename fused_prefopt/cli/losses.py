@@ -143,7 +143,10 @@ def losses_table() -> str:
         )
         for name, info in available_losses().items()
     ]
-    more = "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper."
+    more = (
+        "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper.\n"
+        "`fused-prefopt losses --for DATA`: which of them its rows allow, and what they cost."
+    )
     return f"{text_table(heading, wrapped(rows, (None, None, 22, 42)))}\n\n{more}"
 
 
