@@ -33,6 +33,7 @@ from fused_prefopt.losses import (
     Logistic,
     LogRatio,
     MeanLogp,
+    MeanLogRatio,
     PairwiseLoss,
     Robust,
     Squared,
@@ -64,7 +65,8 @@ from fused_prefopt.types import LogpBatch, LossOutput
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Coefficient of L_ref beside L's, and whether the reward is per token.
-_REWARDS: dict[type, tuple[int, int]] = {LogRatio: (-1, 0), MeanLogp: (0, 1), SumLogp: (0, 0)}
+_REWARDS: dict[type, tuple[int, int]] = {LogRatio: (-1, 0), MeanLogRatio: (-1, 1)}
+_REWARDS |= {MeanLogp: (0, 1), SumLogp: (0, 0)}
 # Coefficients of L and L_ref.
 _COEFFICIENTS = {
     "ratio": (1, -1),

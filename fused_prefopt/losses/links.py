@@ -128,6 +128,18 @@ class Hinge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Linear:
+    """``γ − m``, not bounded below unless the rewards are.
+
+    Source: SimPER (Xiao et al. 2025, arXiv:2502.00883).
+    """
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        return target_margins - reward_margins
+
+
+@dataclass(frozen=True, kw_only=True)
 class Squared:
     """``(m − γ)²``.
 
@@ -165,6 +177,33 @@ class Exact:
         kept, flipped = logsigmoid(excess), logsigmoid(-excess)
         kept_part = kept.exp() * (kept - math.log1p(-self.label_smoothing))
         return kept_part + flipped.exp() * (flipped - math.log(self.label_smoothing))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Focal:
+    """``−σ(x)^κ log σ(x)``, in nats: pairs that the policy ranks wrongly count less.
+
+    ``x = m − γ``. The loss rises with x where ``log σ(x) < −1/κ``: such a pair is given up, and
+    from κ = 1/log 2 on even one at x = 0.
+
+    Args:
+        focus: κ >= 0, the paper's γ; 0 is `Logistic`.
+
+    Raises:
+        ValueError: `focus` is out of range.
+
+    Source: FocalPO (Liu et al. 2025, arXiv:2501.06645).
+    """
+
+    focus: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_number("focus", self.focus, low=0)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        log_probs = logsigmoid(reward_margins - target_margins)
+        return -(self.focus * log_probs).exp() * log_probs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,3 +316,28 @@ class Weighted:
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
         return self.weight * self.link(reward_margins, target_margins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped:
+    """A link of the reward margin clipped to ±c: a pair beyond it has no gradient.
+
+    Args:
+        limit: c > 0, in units of reward.
+        link: of the clipped margin.
+
+    Raises:
+        ValueError: `limit` is out of range.
+
+    Source: χPO (Huang et al. 2024, arXiv:2407.13399), Algorithm 1, c its 2R_max.
+    """
+
+    limit: float
+    link: Link = Logistic()
+
+    def __post_init__(self) -> None:
+        require_number("limit", self.limit, low=0, above=True)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        return self.link(reward_margins.clamp(-self.limit, self.limit), target_margins)

@@ -26,6 +26,7 @@ from fused_prefopt.losses import (
     Logistic,
     LogRatio,
     MeanLogp,
+    MeanLogRatio,
     Normalisation,
     PairwiseLoss,
     Robust,
@@ -128,7 +129,7 @@ def test_published_settings_contract_and_far_ones_do_not():
     assert not contracts(20.0, 10.0) and not contracts(1e6, 1e-6)
 
 
-REWARDS = [LogRatio(beta=0.3), MeanLogp(beta=2.5), SumLogp(beta=0.1)]
+REWARDS = [LogRatio(beta=0.3), MeanLogRatio(beta=2.0), MeanLogp(beta=2.5), SumLogp(beta=0.1)]
 LINKS = [
     Logistic(),
     Logistic(label_smoothing=0.2),
@@ -550,7 +551,9 @@ def built(cases):
 
 
 def test_the_losses_that_the_package_is_about_have_a_form():
-    assert {name for name, _, _ in FORMS} >= {"dpo", "simpo", "alpha-dpo", "gamma-simpo", "dro"}
+    names = {name for name, _, _ in FORMS}
+    assert names >= {"dpo", "simpo", "alpha-dpo", "gamma-simpo", "dro", "repo", "sigmoid-norm"}
+    assert {str(options) for name, options, _ in FORMS if name == "simpo"} >= {"{'link': 'hinge'}"}
 
 
 @built([each for each in BUILT if each not in FORMS])

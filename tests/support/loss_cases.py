@@ -27,6 +27,8 @@ TOGETHER: list[tuple[str, dict]] = [
     ("alpha-po", {"alpha": -0.5}),
     ("bpo", {"power": 0.0, "smallest_ratio": 0.0, "largest_ratio": 3.0}),
     ("bpo", {"power": 1.2}),
+    ("chi-po", {"r_max": 5.0, "power": 1.25, "kl_weight": 0.1}),
+    ("focal-po", {"focus": 1.0}),
     ("f-dpo", {"link": "exact", "label_smoothing": 0.1, "length_normalized": True}),
     ("f-dpo", {"link": "robust", "label_smoothing": 0.1, "divergence": "forward_kl"}),
 ]

@@ -20,19 +20,46 @@ from fused_prefopt.losses.registry import register
 
 
 @register("simpo", paper="Meng et al. 2024 (arXiv:2405.14734), eq. 6")
-def simpo(*, beta: float = 2.5, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairwiseLoss:
-    """``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``, ``m = β(L̄_w − L̄_l)``.
+def simpo(
+    *,
+    beta: float = 2.5,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+    link: str = "logistic",
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``, or a hinge, ``m = β(L̄_w − L̄_l)``.
 
     Args:
         beta: β > 0, reward per nat per token.
         gamma: γ, target margin in units of reward.
-        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped, of "logistic".
+        link: "logistic", or "hinge", ``max(0, 1 − (m − γ))``, the authors' `loss_type`.
     """
+    require_choice("link", link, ("logistic", "hinge"))
+    if label_smoothing and link == "hinge":
+        raise ValueError(f"label_smoothing: got {label_smoothing} with 'hinge', wanted 0")
     return PairwiseLoss(
         rewards.MeanLogp(beta=beta),
         margins.ConstantMargin(gamma=gamma),
-        links.Logistic(label_smoothing=label_smoothing),
+        links.Hinge() if link == "hinge" else links.Logistic(label_smoothing=label_smoothing),
     )
+
+
+@register("simper", paper="Xiao et al. 2025 (arXiv:2502.00883)")
+def simper() -> PairwiseLoss:
+    """``e^L̄_l − e^L̄_w``, the inverse perplexities: no hyperparameters."""
+    return PairwiseLoss(rewards.MeanProbability(), link=links.Linear())
+
+
+@register("repo", paper="Wu et al. 2025, RePO (arXiv:2503.07426)")
+def repo(*, gamma: float = 0.4) -> PairwiseLoss:
+    """``max(0, γ − (L̄_w − L̄_l))``: SimPO's, as its β grows.
+
+    Args:
+        gamma: γ, target margin in nats per token, SimPO's γ/β.
+    """
+    margin = margins.ConstantMargin(gamma=gamma)
+    return PairwiseLoss(rewards.MeanLogp(beta=1.0), margin, links.Hinge(delta=0.0))
 
 
 @register(
@@ -256,18 +283,26 @@ def orpo(*, weight: float = 0.1, nll: str = "sequence_mean") -> PairwiseLoss:
 
 
 @register("cpo", paper="Xu et al. 2024 (arXiv:2401.08417), γ-PO Table 6")
-def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") -> PairwiseLoss:
-    """``−log σ(β(L_w − L_l)) + λ·NLL``.
+def cpo(
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 1.0,
+    nll: str = "token_mean",
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m) − ε log σ(−m) + λ·NLL``, ``m = β(L_w − L_l)``.
 
     Args:
         beta: β > 0, reward per nat.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped, as in TRL.
         nll_weight: λ >= 0.
         nll: NLL is "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" (TRL's), the mean of
             −log π over all chosen tokens of the batch, of all ranks.
     """
     require_number("nll_weight", nll_weight, low=0)
     term = terms.ChosenNll(weight=nll_weight, nll=nll)
-    return PairwiseLoss(rewards.SumLogp(beta=beta), regularisers=(term,))
+    link = links.Logistic(label_smoothing=label_smoothing)
+    return PairwiseLoss(rewards.SumLogp(beta=beta), link=link, regularisers=(term,))
 
 
 @register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425)")

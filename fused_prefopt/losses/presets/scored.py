@@ -11,17 +11,23 @@ from fused_prefopt.losses.registry import register
 
 
 @register("odpo", paper="Amini et al. 2024 (arXiv:2402.10571)")
-def odpo(*, beta: float = 0.1, alpha: float = 1.0, offset: str = "log") -> PairwiseLoss:
+def odpo(
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    offset: str = "log",
+    length_normalized: bool = False,
+) -> PairwiseLoss:
     """``−log σ(m − α f(s_w − s_l))``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
 
     Args:
         beta: β > 0, reward per nat.
         alpha: α, strength of the offset.
         offset: f, "log" or "identity" of the difference, which is taken as at least 1e-6.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(
-        rewards.LogRatio(beta=beta), margins.OffsetMargin(alpha=alpha, offset=offset)
-    )
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, margins.OffsetMargin(alpha=alpha, offset=offset))
 
 
 @register("reward-distillation", aliases=("rpo",), paper="Fisch et al. 2024 (arXiv:2405.19316)")
