@@ -17,6 +17,7 @@ from fused_prefopt.distributed import world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
+    MarginName,
     OnPolicyWeights,
     WeightedSum,
     check_needs,
@@ -65,6 +66,11 @@ class PreferenceLoss(nn.Module):
             is; see `shared_and_tail_logps`. None weighs all alike.
         use_weighting: WPO's weights, for any loss that is a mean over pairs: how likely the policy
             is to write both completions; see `losses.OnPolicyWeights`.
+        margin: a target margin more, for any loss that compares the rewards of a pair, of a sum in
+            every such term: γ-PO's ``{"name": "dynamic", "gamma": 0.5}``, α-DPO's
+            ``{"name": "adaptive", "alpha": 0.05}``, another of `losses.added_margin`, or a part
+            such as `losses.DynamicMargin`. The loss keeps its own; only one of both may keep a
+            statistic.
         **hyperparameters: of the loss, of a sum of every term that has them: one β for all. They
             go before those of a published setting, and a term's own in the list before them.
 
@@ -90,10 +96,12 @@ class PreferenceLoss(nn.Module):
         drop_mass: float = 0.0,
         ld_alpha: float | None = None,
         use_weighting: bool = False,
+        margin: MarginName | None = None,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        named = named_loss(name, hyperparameters, OnPolicyWeights() if use_weighting else None)
+        weighting = OnPolicyWeights() if use_weighting else None
+        named = named_loss(name, hyperparameters, weighting, margin)
         self.name = named.name
         self.loss = named.loss
         self.hyperparameters = named.hyperparameters
@@ -105,6 +113,7 @@ class PreferenceLoss(nn.Module):
                 raise ValueError(f"ld_alpha: got {ld_alpha} for {self.name}, needs a loss on pairs")
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
+        self.margin = margin
         self._process_group: dist.ProcessGroup | None = None
         if self.statistics is not None:
             # Of a loss that spans the batch `from_logps` has gathered it already.
@@ -282,7 +291,11 @@ class PreferenceLoss(nn.Module):
         return replace(result, metrics={**result.metrics, **exact})
 
     def extra_repr(self) -> str:
-        options = {"ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting or None}
+        options = {
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting or None,
+            "margin": self.margin,
+        }
         given = (f"{key}={value!r}" for key, value in options.items() if value is not None)
         return ", ".join([self._described, *given])
 

@@ -95,7 +95,7 @@ def _refusal(loss: Loss, rows: JudgedRows) -> str | None:
     if lack is None:
         return None
     if lack.columns is None:
-        return f"`{lack.field}`, {WHAT_IT_IS[lack.field]}, which no column gives"
+        return f"`{lack.field}`, {WHAT_IT_IS[lack.field]}, which `train` does not compute"
     names = [" or ".join(_NAMES.get(name, (name,))) for name in lack.columns]
     some = "" if lack.rows == len(judged) else f"; {lack.rows} of {len(judged)} rows are without"
     return f"column{'s' if len(names) > 1 else ''} {' and '.join(names)}{some}"

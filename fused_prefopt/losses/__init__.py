@@ -2,6 +2,7 @@
 
 from fused_prefopt.losses import presets
 from fused_prefopt.losses.adaptive_margin import AdaptiveMargin, Normalisation, gap_of
+from fused_prefopt.losses.added_margin import MarginName
 from fused_prefopt.losses.dynamic_margin import DynamicMargin, exact_margins, mirror_margins
 from fused_prefopt.losses.links import (
     BasuPower,
@@ -26,6 +27,7 @@ from fused_prefopt.losses.margins import (
     OffsetMargin,
     ScoreMargin,
     SequenceKlMargin,
+    SumMargin,
 )
 from fused_prefopt.losses.named import LossName, NamedLoss, named_loss, published_in
 from fused_prefopt.losses.pairwise import (
@@ -116,6 +118,7 @@ __all__ = [
     "Logistic",
     "LossInfo",
     "LossName",
+    "MarginName",
     "MeanLogRatio",
     "MeanLogp",
     "MeanPower",
@@ -139,6 +142,7 @@ __all__ = [
     "SoftMinimum",
     "Squared",
     "SumLogp",
+    "SumMargin",
     "Term",
     "TopOne",
     "TransportLoss",

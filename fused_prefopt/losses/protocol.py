@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -103,10 +103,19 @@ class Reward(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
 
+    @property
+    def beta(self) -> float:
+        """Factor β: reward per nat, or per nat per token; 1 for a reward without one."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it is one of the mean token instead of the whole completion."""
+
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards, differentiable with respect to `batch.policy`."""
 
 
+@runtime_checkable
 class Margin(Protocol):
     """Target margin of every pair."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fused_prefopt.checks import closest
+from fused_prefopt.checks import closest, require_switches
 from fused_prefopt.losses.protocol import Loss
 
 Factory = TypeVar("Factory", bound=Callable[..., Loss])
@@ -79,10 +79,7 @@ class LossSpec:
                 f"{self.name} has no hyperparameter {unknown!r}"
                 f"{closest(unknown, defaults)}; it accepts {accepted or 'none'}"
             )
-        for name, value in hyperparameters.items():
-            # Any value would be taken for one of the two: YAML's `no` is a text, and true.
-            if isinstance(defaults[name], bool) and not isinstance(value, bool):
-                raise ValueError(f"{name}: got {value!r}, wanted True or False")
+        require_switches(hyperparameters, defaults)
         return self.factory(**hyperparameters)
 
     def info(self) -> LossInfo:

@@ -40,6 +40,11 @@ MET += [
     ("0.8 dpo + 0.2 bco-pair + sft + 0.5 gamma-dpo + alpha-dpo", SMALL),
     ("gamma-simpo + 0.3 alpha-dpo + 0.1 dpo", SMALL),
 ]
+# A margin more beside one that remembers nothing, and in a loss that spans the batch.
+MET += [
+    ("length-dpo", {"margin": {"name": "dynamic", "gamma": 0.5, **SMALL}}),
+    ("sft + 0.5 tdpo1", {"margin": {"name": "adaptive", "alpha": 0.3}}),
+]
 # What pairs can remember of each other at once, and every way in which they can meet.
 JOINT = PairwiseLoss(
     MeanLogp(beta=2.5),

@@ -16,10 +16,12 @@ from fused_prefopt.losses import (
     ConstantMargin,
     DynamicMargin,
     DynamicScale,
+    LengthMargin,
     LogRatio,
     PairwiseLoss,
     Robust,
     SumLogp,
+    SumMargin,
     UnbiasedRobust,
     Weighted,
     bradley_terry_loss,
@@ -29,7 +31,9 @@ from fused_prefopt.losses import (
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.types import LogpBatch
 
-REWARDS, MARGINS, SCALES = parts("reward"), parts("margin"), parts("scale")
+REWARDS, SCALES = parts("reward"), parts("scale")
+ADDED = SumMargin(own=LengthMargin(alpha=0.1), added=DynamicMargin(gamma=0.5))
+MARGINS = [*parts("margin"), ADDED]
 LINKS, WEIGHTINGS = parts("link"), parts("weighting")
 REDUCTIONS, TERMS = parts("reduction"), tuple(parts("regularisers"))
 SMALL = random_batch(8, seed=3)

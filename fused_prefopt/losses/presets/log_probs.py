@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from fused_prefopt.checks import require_choice, require_number
 from fused_prefopt.losses import links, margins, rewards, terms
-from fused_prefopt.losses.adaptive_margin import (
-    IMPLICIT_REFERENCES,
-    AdaptiveMargin,
-    Normalisation,
-    gap_of,
-)
+from fused_prefopt.losses.adaptive_margin import adaptive_margin
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
 from fused_prefopt.losses.pairwise import (
     PairwiseLoss,
@@ -245,22 +240,21 @@ def alpha_dpo(
         mean: μ of the gap over the training set, for "dataset".
         std: σ of the gap over the training set, for "dataset".
     """
-    require_choice("implicit_reference", implicit_reference, IMPLICIT_REFERENCES)
-    require_choice("margin_scale", margin_scale, ("beta", "unit"))
-    # Eq. 10's M carries β itself; only its z-score loses the unit.
-    scale = 1.0 if normalize and margin_scale == "unit" else beta
-    source = Normalisation(statistics=statistics, momentum=momentum, mean=mean, std=std)
-    return PairwiseLoss(
-        rewards.MeanLogp(beta=beta) if length_normalized else rewards.SumLogp(beta=beta),
-        AdaptiveMargin(
-            gap=gap_of(implicit_reference, length_normalized=length_normalized),
-            gamma=gamma,
-            alpha=alpha,
-            scale=scale,
-            normalisation=source if normalize else None,
-            stop_gradient=stop_gradient,
-        ),
+    reward = rewards.MeanLogp(beta=beta) if length_normalized else rewards.SumLogp(beta=beta)
+    margin = adaptive_margin(
+        reward,
+        gamma=gamma,
+        alpha=alpha,
+        implicit_reference=implicit_reference,
+        margin_scale=margin_scale,
+        normalize=normalize,
+        stop_gradient=stop_gradient,
+        statistics=statistics,
+        momentum=momentum,
+        mean=mean,
+        std=std,
     )
+    return PairwiseLoss(reward, margin)
 
 
 @register("orpo", paper="Hong et al. 2024 (arXiv:2403.07691), eq. 6–7")
