@@ -243,9 +243,8 @@ def _statistics(s: Setting) -> RowStatistics:
 
 def _fold_kl_rows(s: Setting, *, bent: bool = False, mixtures: bool = False) -> None:
     logits = _kl_logits(s, bent), _kl_logits(s, bent)
-    running = _statistics(s), _statistics(s), s.floats(N)
     mixed = MixtureStatistics(0.01, _statistics(s), _statistics(s)) if mixtures else None
-    fold_kl_rows(*logits, s.indices(N), *running, mixtures=mixed)
+    fold_kl_rows(*logits, s.indices(N), _statistics(s), _statistics(s), s.floats(N), mixtures=mixed)
 
 
 def _kl_gradient(s: Setting, *, bent: bool = False) -> None:

@@ -296,6 +296,9 @@ class LogpBatch:
         prompt_lengths: (S,) tokens of the prompt that `prompt` sums.
         groups: (S,) integer, equal for the completions of one prompt.
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
+        extrapolated: (S,) summed log-probs of the completions, in nats, under the softmax of
+            ``(1+ε) z − ε z_ref``: logits of the policy and of the reference, and ε of the loss.
+        interpolated: (S,) the same of ``(1−ε) z + ε z_ref``.
         collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
             optional.
         weights: (S,) numbers >= 0, how much each pair (the same in both halves) or completion
@@ -317,6 +320,8 @@ class LogpBatch:
     prompt_lengths: Tensor | None = None
     groups: Tensor | None = None
     sequence_kl: Tensor | None = None
+    extrapolated: Tensor | None = None
+    interpolated: Tensor | None = None
     collision: Tensor | None = None
     weights: Tensor | None = None
 

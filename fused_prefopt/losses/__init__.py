@@ -29,6 +29,7 @@ from fused_prefopt.losses.pairwise import (
     TransportLoss,
     bradley_terry_loss,
 )
+from fused_prefopt.losses.perturbed_scale import PerturbedScale, perturbation_of
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
@@ -102,6 +103,7 @@ __all__ = [
     "OnPolicyWeights",
     "PairwiseLoss",
     "PerToken",
+    "PerturbedScale",
     "PublishedSetting",
     "RejectedShare",
     "Robust",
@@ -124,6 +126,7 @@ __all__ = [
     "length_desensitized",
     "mirror_margins",
     "named_loss",
+    "perturbation_of",
     "preset",
     "presets",
     "published_in",

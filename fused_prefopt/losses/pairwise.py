@@ -68,7 +68,7 @@ class PairwiseLoss:
         found = self.reward.needs | self.margin.needs
         for term in self.regularisers:
             found |= term.needs
-        return found
+        return found if self.scale is None else found | self.scale.needs
 
     @property
     def wants(self) -> frozenset[str]:
@@ -84,7 +84,9 @@ class PairwiseLoss:
         """(P,) detached values that the statistic sees; with a scale (2, P), its own second."""
         reward_margins = self._reward_margins(self.reward(batch)).detach()
         observed = self.margin.observe(batch, reward_margins)
-        return observed if self.scale is None else torch.stack([observed, reward_margins])
+        if self.scale is None:
+            return observed
+        return torch.stack([observed, self.scale.observe(batch, reward_margins)])
 
     def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
         """The loss of a batch of pairs.
@@ -104,7 +106,7 @@ class PairwiseLoss:
         reward_margins = self._reward_margins(rewards)
         of_margin, of_scale = summary if isinstance(summary, tuple) else (summary, None)
         target_margins = self.margin(batch, reward_margins, of_margin)
-        losses = self._judged(reward_margins, target_margins, of_scale)
+        losses = self._judged(batch, reward_margins, target_margins, of_scale)
         if self.weighting is not None:
             losses = self.weighting(batch) * losses
         loss, losses = self._reduced(batch, losses)
@@ -134,10 +136,12 @@ class PairwiseLoss:
             weighted = weighted + (term if regulariser.coupled else weights * term)
         return mean(weighted), losses
 
-    def _judged(self, reward_margins: Tensor, target_margins: Tensor, summary: Any) -> Tensor:
+    def _judged(
+        self, batch: LogpBatch, reward_margins: Tensor, target_margins: Tensor, summary: Any
+    ) -> Tensor:
         if self.scale is None:
             return self.link(reward_margins, target_margins)
-        scale = self.scale(reward_margins, summary)
+        scale = self.scale(batch, reward_margins, summary)
         return self.link(scale * reward_margins, scale * target_margins)
 
     @staticmethod

@@ -183,6 +183,7 @@ _GAMMA_PO = {
     "gemma-2-9b-it": (10.0, 0.5, 20.0, 8e-7),
     "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
 }
+_EPSILON_DPO = {"mistral-7b-instruct": 3e-7, "llama-3-8b-instruct": 7e-7}
 
 
 def published_settings() -> dict[str, PublishedSetting]:
@@ -196,6 +197,10 @@ def published_settings() -> dict[str, PublishedSetting]:
         options = {"beta": beta, "gamma": ratio * beta, "tau": tau}
         paper = "γ-PO (arXiv:2506.03690), Table 7"
         settings[f"gamma-simpo/{model}"] = PublishedSetting("gamma-simpo", options, rate, paper)
+    for model, rate in _EPSILON_DPO.items():
+        options = {"beta": 0.01, "epsilon": 0.01}
+        paper = "ε-DPO (arXiv:2502.13177), the authors' code"
+        settings[f"epsilon-dpo/{model}"] = PublishedSetting("epsilon-dpo", options, rate, paper)
     return dict(sorted(settings.items()))
 
 

@@ -13,6 +13,7 @@ from fused_prefopt.statistics.moments import (
     RunningMoments,
 )
 from fused_prefopt.statistics.of_terms import TermStatistics
+from fused_prefopt.statistics.stepped_penalty import Penalty, SteppedPenalty
 
 __all__ = [
     "BatchMoments",
@@ -22,10 +23,12 @@ __all__ = [
     "MarginPool",
     "MarginQueue",
     "Moments",
+    "Penalty",
     "ReferenceMean",
     "ReferenceMoments",
     "RunningMean",
     "RunningMoments",
     "Statistic",
+    "SteppedPenalty",
     "TermStatistics",
 ]

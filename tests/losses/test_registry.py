@@ -78,6 +78,11 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "kto": ((), ("desirable", "reference"), KTO),
     "beta-dpo": ((), ("reference",), BETA_DPO),
     "beta-simpo": ((), (), BETA_DPO),
+    "epsilon-dpo": (
+        ("eps-dpo", "e-dpo"),
+        ("extrapolated", "interpolated", "reference"),
+        {"beta": 0.1, "epsilon": 0.01, "update_every": 1},
+    ),
     "alpha-dpo": ((), ("reference",), ALPHA_DPO),
     "gamma-dpo": ((), ("reference",), {"beta": 0.1, "gamma": 0.5, **GAMMA_PO, **CENTERED}),
     "gamma-simpo": ((), (), {"beta": 10.0, "gamma": 4.0, **GAMMA_PO}),
@@ -239,7 +244,7 @@ def test_published_settings_are_those_of_the_papers():
         {"beta": 2.5, "gamma": 0.375, "alpha": 0.05}
     )
     settings = published_settings()
-    assert len(settings) == 8
+    assert len(settings) == 10
     assert settings["gamma-simpo/qwen2.5-7b-instruct"].hyperparameters["tau"] == 3.0
     assert settings["alpha-dpo/gemma-2-9b-it"].learning_rate == 8e-7
     for name, setting in settings.items():

@@ -112,6 +112,8 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         prompt_lengths=torch.arange(size) % 5,
         groups=torch.arange(size) // 3,
         sequence_kl=draw(2).abs(),
+        extrapolated=policy.detach() + draw(1),
+        interpolated=policy.detach() - draw(1),
         collision=-draw(10).abs(),
     )
 
@@ -145,6 +147,7 @@ class GivenFactors:
     """Scales or weights from outside, as `GivenMargin`."""
 
     values: torch.Tensor
+    needs: frozenset[str] = frozenset()
 
     def __call__(self, *_):
         return self.values
@@ -161,7 +164,7 @@ def held(loss, batch: LogpBatch, summary=None):
     if not targets.requires_grad:
         margins = GivenMargin(targets)
     if scale is not None:
-        scale = GivenFactors(scale(chosen - rejected, joint[1]))
+        scale = GivenFactors(scale(batch, chosen - rejected, joint[1]))
     if weighting is not None:
         weighting = GivenFactors(weighting(batch))
     return dataclasses.replace(loss, margin=margins, scale=scale, weighting=weighting)
@@ -193,6 +196,8 @@ def hidden_batch() -> dict[str, torch.Tensor]:
         "prompt_reference": -draw(sequences).abs() * 9,
         "groups": torch.arange(sequences) // 2,
         "sequence_kl": draw(sequences).abs(),
+        "extrapolated": -draw(sequences).abs() * 15,
+        "interpolated": -draw(sequences).abs() * 15,
         "collision": -draw(sequences).abs() * 9,
     }
 
