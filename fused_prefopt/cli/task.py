@@ -39,7 +39,6 @@ from fused_prefopt.data.columns import (
     REFERENCE,
     REWARD,
     SCORES,
-    SEQUENCE_KL,
     TOKENS,
     WEIGHT,
     has_values,
@@ -48,7 +47,7 @@ from fused_prefopt.data.columns import (
 from fused_prefopt.data.records import adapted_records
 from fused_prefopt.data.tokenise import counted_pairs, counted_points
 from fused_prefopt.losses import TransportLoss, WeightedSum
-from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS, Loss
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.plan import PATHS
@@ -62,7 +61,7 @@ Say = Callable[[str], None]
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _GROUPED = (REWARD, GROUP)
 # The training itself computes these.
-_COMPUTED = frozenset({REFERENCE, PROMPT, PROMPT_LENGTHS, PROMPT_REFERENCE, SEQUENCE_KL})
+_COMPUTED = OF_BOTH_HEADS | {REFERENCE, PROMPT, PROMPT_LENGTHS, PROMPT_REFERENCE}
 
 
 @dataclass
@@ -241,7 +240,7 @@ def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
     """Raise where log-probs of whole completions, computed before training, are not enough."""
     needs = loss_fn.loss.needs
     shortened = loss_fn.ld_alpha is not None and REFERENCE in needs
-    if settings.reference == "precomputed" and (SEQUENCE_KL in needs or shortened):
+    if settings.reference == "precomputed" and (needs & OF_BOTH_HEADS or shortened):
         raise UserError(
             f"reference: got precomputed, needs model or adapter: {loss_fn.name} wants more of the"
             " reference than the log-probs of whole completions"

@@ -19,7 +19,6 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
     LAYOUT,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS_OF_IDS,
 )
@@ -57,6 +56,7 @@ from fused_prefopt.integrations.trl.rows import (
     WeightedTokens,
     require_values,
 )
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
@@ -268,7 +268,7 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
-        if SEQUENCE_KL not in self.needs:
+        if not self.needs & OF_BOTH_HEADS:
             return "precomputed"
         adapted = is_peft_model(self.model)
         if self.precompute_ref_logps or (adapted and "ref" in self.model.peft_config):
