@@ -251,7 +251,8 @@ def fold_kl_rows(
             HAS_OTHER_BIAS=reference.bias is not None,
             HAS_OTHER_CAP=reference.ceiling is not None,
             HAS_MIXTURES=mixtures is not None,
-            BLOCK=min(2048, triton.next_power_of_2(width)),
+            # Mixtures double what a lane keeps: with fewer, several programs still fit beside.
+            BLOCK=min(2048 if mixtures is None else 1024, triton.next_power_of_2(width)),
             num_warps=8,
             # logit − maximum must be exactly 0 at the maximum: no log-prob may be positive.
             enable_fp_fusion=False,

@@ -94,7 +94,7 @@ def test_a_penalty_that_was_saved_goes_on():
 
 
 def test_only_finite_pairs_move_the_penalty():
-    batch = random_batch(8)
+    batch = random_batch(8, 3)
     broken = batch.extrapolated.clone()
     broken[2] = math.nan
     loss_fn = PreferenceLoss("eps-dpo", epsilon=EPSILON)

@@ -195,7 +195,7 @@ def test_every_published_setting_builds_its_loss(name):
         (
             "gamma-simpo/llama3-8b-instruct",
             "unknown setting 'gamma-simpo/llama3-8b-instruct' .did you mean"
-            " 'gamma-simpo/llama-3-8b-instruct'.*losses alpha-dpo` and .*list all 8",
+            " 'gamma-simpo/llama-3-8b-instruct'.*losses alpha-dpo` and .*list all 10",
         ),
         ("simp", "unknown loss 'simp' .did you mean 'simpo'.*`fused-prefopt losses` lists all"),
     ],
