@@ -214,8 +214,8 @@ def fold_kl_rows(
     Raises:
         ValueError: the slabs differ in shape, or their rows are not contiguous.
     """
-    outward = None if mixtures is None else mixtures.extrapolated
-    inward = None if mixtures is None else mixtures.interpolated
+    two = () if mixtures is None else (mixtures.extrapolated, mixtures.interpolated)
+    of_mixtures = [part for one in two for part in (one.maximum, one.sum, one.target)]
     rows, width = common_shape(policy, reference)
     if rows:
         _fold_kl_rows_kernel[(rows,)](
@@ -231,12 +231,7 @@ def fold_kl_rows(
             reference_statistics.sum,
             reference_statistics.target,
             weighted,
-            None if outward is None else outward.maximum,
-            None if outward is None else outward.sum,
-            None if outward is None else outward.target,
-            None if inward is None else inward.maximum,
-            None if inward is None else inward.sum,
-            None if inward is None else inward.target,
+            *(of_mixtures or (None,) * 6),
             policy.products.stride(0),
             reference.products.stride(0),
             first,
