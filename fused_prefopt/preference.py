@@ -17,14 +17,16 @@ from fused_prefopt.distributed import world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
+    MarginName,
     OnPolicyWeights,
     WeightedSum,
     check_needs,
     length_desensitized,
     named_loss,
+    pairs_of_lists,
     perturbation_of,
 )
-from fused_prefopt.losses.metrics import divergence_metrics
+from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
@@ -66,6 +68,11 @@ class PreferenceLoss(nn.Module):
             is; see `shared_and_tail_logps`. None weighs all alike.
         use_weighting: WPO's weights, for any loss that is a mean over pairs: how likely the policy
             is to write both completions; see `losses.OnPolicyWeights`.
+        margin: a target margin more, for any loss that compares the rewards of a pair, of a sum in
+            every such term: γ-PO's ``{"name": "dynamic", "gamma": 0.5}``, α-DPO's
+            ``{"name": "adaptive", "alpha": 0.05}``, another of `losses.added_margin`, or a part
+            such as `losses.DynamicMargin`. The loss keeps its own; only one of both may keep a
+            statistic.
         **hyperparameters: of the loss, of a sum of every term that has them: one β for all. They
             go before those of a published setting, and a term's own in the list before them.
 
@@ -91,10 +98,12 @@ class PreferenceLoss(nn.Module):
         drop_mass: float = 0.0,
         ld_alpha: float | None = None,
         use_weighting: bool = False,
+        margin: MarginName | None = None,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        named = named_loss(name, hyperparameters, OnPolicyWeights() if use_weighting else None)
+        weighting = OnPolicyWeights() if use_weighting else None
+        named = named_loss(name, hyperparameters, weighting, margin)
         self.name = named.name
         self.loss = named.loss
         self.hyperparameters = named.hyperparameters
@@ -107,6 +116,7 @@ class PreferenceLoss(nn.Module):
                 raise ValueError(f"ld_alpha: got {ld_alpha} for {self.name}, needs a loss on pairs")
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
+        self.margin = margin
         self._process_group: dist.ProcessGroup | None = None
         if self.statistics is not None:
             # Of a loss that spans the batch `from_logps` has gathered it already.
@@ -158,7 +168,8 @@ class PreferenceLoss(nn.Module):
 
         Args:
             hidden: (S, T, D) last hidden states, or packed (N, D). Pairwise losses: the first half
-                of the sequences is chosen, the second half rejected.
+                of the sequences is chosen, the second half rejected; or, with `groups` and
+                `rewards`, S completions of prompts, any number of each.
             head: the LM head, or its bare weight (V, D).
             labels: (S, T) or (N,), `ignore_index` everywhere but on completion tokens.
             prompt_labels: like `labels`, but on the prompt's tokens: their log-probs become
@@ -193,6 +204,11 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
+        if self.ld_alpha is not None and "groups" in given:
+            raise ValueError(
+                f"ld_alpha: got {self.ld_alpha} with `groups`, needs pairs: in a list a completion"
+                " has several partners, which it exceeds by different lengths"
+            )
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
         options = dict(
@@ -248,13 +264,28 @@ class PreferenceLoss(nn.Module):
 
         Args:
             batch: per-sequence log-probs and what comes with them; `ld_alpha` does not reach them
-                (see `losses.length_desensitized`).
+                (see `losses.length_desensitized`). With `groups` a loss on pairs takes lists: its
+                pairs, P of them, are those of `losses.pairs_of_lists`, which needs `rewards`.
 
         Raises:
             ValueError: the loss needs a field that is missing, or the batch does not fit it.
         """
         check_needs(self.name, self.loss.needs, batch.given)
-        if not (self.training and self.loss.coupled and world_size(self.process_group) > 1):
+        if not self.loss.pairwise or batch.groups is None or batch.completions is not None:
+            return self._of_pairs(batch)
+        pairs = pairs_of_lists(batch, self.process_group, all_ranks=self._spans_ranks)
+        result = self._of_pairs(pairs.batch)
+        metrics = {**result.metrics, LIST_PAIRS: pairs.mean}
+        if batch.weights is None:
+            del metrics[WEIGHTS_MEAN]
+        return replace(result, metrics=metrics)
+
+    @property
+    def _spans_ranks(self) -> bool:
+        return self.training and self.loss.coupled and world_size(self.process_group) > 1
+
+    def _of_pairs(self, batch: LogpBatch) -> LossOutput:
+        if not self._spans_ranks:
             return self._of(batch)
         whole = whole_batch(batch, self.process_group)
         return whole.own(self._of(whole.batch))
@@ -266,7 +297,11 @@ class PreferenceLoss(nn.Module):
         return replace(result, metrics={**result.metrics, **exact})
 
     def extra_repr(self) -> str:
-        options = {"ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting or None}
+        options = {
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting or None,
+            "margin": self.margin,
+        }
         given = (f"{key}={value!r}" for key, value in options.items() if value is not None)
         return ", ".join([self._described, *given])
 

@@ -21,6 +21,7 @@ from fused_prefopt.losses import (
     preset,
     published_settings,
 )
+from fused_prefopt.losses.added_margin import MARGIN_NAMES
 from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.losses.registry import LossInfo
 
@@ -28,6 +29,7 @@ _WIDTH = 100
 HELP = "the registered losses, or one of them with its formula"
 # Writes docs/losses.md, the page of all losses.
 COMMAND = "python -m fused_prefopt.cli.losses"
+_MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
 _INTRODUCTION = f"""\
 # Losses
 
@@ -38,6 +40,7 @@ loss_fn = fp.PreferenceLoss("simpo", beta=2.5)
 loss_fn = fp.PreferenceLoss("gamma-simpo/llama-3-8b-instruct", tau=3.0)  # published, but for τ
 loss_fn = fp.PreferenceLoss("dpo", ld_alpha=0.5)  # LD-DPO: any loss on pairs, with weighted tails
 loss_fn = fp.PreferenceLoss("simpo", use_weighting=True)  # any loss on pairs, with WPO's weights
+loss_fn = fp.PreferenceLoss("ipo", margin={{"name": "dynamic", "gamma": 0.5}})  # γ-PO on any reward
 loss_fn = fp.PreferenceLoss("0.8 dpo + 0.2 bco-pair + sft", beta=0.1)  # MPO: a sum, one β for all
 ```
 
@@ -62,6 +65,30 @@ a reward (all but `sft` and those of weight 0); the loss of a term, before its w
 
 The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are translated in
 `fused_prefopt/integrations/loss_types.py`.
+
+## Another target margin
+
+`margin` adds a target margin to that of any loss that compares the rewards of a pair, and of lists
+of completions, whose pairs it then judges; of a sum to that of every such term. γ-PO's shares a
+budget of mean γ₀ over the pairs, α-DPO's follows the gap between policy and reference; a loss keeps
+a margin of its own (simpo's γ, ipo's 1/(2τ), odpo's offset), which neither of them sees.
+
+```python
+fp.PreferenceLoss("cpo", margin={{"name": "dynamic", "gamma": 0.5, "tau": 10.0}})
+fp.PreferenceLoss("0.8 dpo + 0.2 sft", margin={{"name": "adaptive", "alpha": 0.05}})
+fp.PreferenceLoss("f-dpo", margin=fp.losses.DynamicMargin(gamma=0.5, solver="exact"))
+```
+
+In a file: `loss_kwargs: {{margin: {{name: dynamic, gamma: 0.5}}}}`. Margins by name:
+{_MARGIN_NAMES}.
+Their options are the fields of the part (`losses.DynamicMargin`, …), those of `adaptive` are
+alpha-dpo's: `gamma` (0), `alpha` (0.05), `implicit_reference`, `margin_scale`, `normalize`,
+`stop_gradient`, `statistics`, `momentum`, `mean`, `std`. Its s is the reward's β, 1 where there is
+none, and its gap is of the mean token where the reward is, else of whole completions, unless
+`length_normalized` says otherwise. Losses to which a target margin makes no difference refuse one
+(`sft`, `simper`, `listnet-dpo`, those that judge each completion against a level, those that sort),
+and so does a loss whose own margin keeps a statistic (`alpha-dpo`, `gamma-simpo`, …) where the
+other does, too. Over lists the budget and the statistics are of the pairs of all lists, each once.
 
 ## Notation
 
@@ -276,7 +303,8 @@ def _section(name: str, info: LossInfo) -> str:
             " mean of their gradients is that of one process with all pairs."
         )
     parts = [f"### {name}", formula(spec.factory), "\n".join(facts)]
-    parts.append(markdown_table(("hyperparameter", "default", "meaning"), options))
+    if info.defaults:
+        parts.append(markdown_table(("hyperparameter", "default", "meaning"), options))
     presets = [
         (
             f"`{key}`",

@@ -26,7 +26,8 @@ class FusedOptions:
         loss: name of a loss, or a sum of several, such as "dpo + 0.2 bco-pair + sft" or a list of
             names and of mappings with `name`, `weight` and `hyperparameters`; see
             `PreferenceLoss` and `fused_prefopt.available_losses()`.
-        loss_kwargs: its hyperparameters.
+        loss_kwargs: its hyperparameters, and options of `PreferenceLoss` that have no field here,
+            such as ``{"margin": {"name": "dynamic", "gamma": 0.5}}``.
         beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
         workspace_mb: budget of the op in MiB; None: the device's default (`sequence_logps`).
         engine: of the op; `auto`, `torch`, `cublas` or `triton`.

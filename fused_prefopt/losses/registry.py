@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fused_prefopt.checks import closest
+from fused_prefopt.checks import closest, require_switches
 from fused_prefopt.losses.protocol import Loss
 
 Factory = TypeVar("Factory", bound=Callable[..., Loss])
@@ -77,12 +77,9 @@ class LossSpec:
             accepted = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
             raise TypeError(
                 f"{self.name} has no hyperparameter {unknown!r}"
-                f"{closest(unknown, defaults)}; it accepts {accepted}"
+                f"{closest(unknown, defaults)}; it accepts {accepted or 'none'}"
             )
-        for name, value in hyperparameters.items():
-            # Any value would be taken for one of the two: YAML's `no` is a text, and true.
-            if isinstance(defaults[name], bool) and not isinstance(value, bool):
-                raise ValueError(f"{name}: got {value!r}, wanted True or False")
+        require_switches(hyperparameters, defaults)
         return self.factory(**hyperparameters)
 
     def info(self) -> LossInfo:
@@ -184,6 +181,26 @@ _GAMMA_PO = {
     "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
 }
 _EPSILON_DPO = {"mistral-7b-instruct": 3e-7, "llama-3-8b-instruct": 7e-7}
+# β, τ_ref, learning rate. Those whose configurations make batches of 128 on their eight GPUs.
+_OMNI_DPO = {
+    "gemma-2-9b-it": (10.0, 0.8, 8e-7),
+    "qwen2.5-3b": (3.5, 0.8, 2e-6),
+    "qwen2.5-7b": (3.5, 0.8, 2e-6),
+    "qwen2.5-14b": (3.5, 0.8, 2e-6),
+}
+# Their authors' training configurations; batches, epoch and schedule as above.
+_REPO = {
+    "llama-3-8b-instruct": (0.6, 1e-6),
+    "llama-3-8b-instruct-v0.2": (0.6, 1e-6),
+    "mistral-7b-instruct": (0.4, 6e-7),
+    "gemma-2-9b-it": (0.4, 8e-7),
+}
+_SIMPER = {
+    "llama-3-8b-base": 6e-7,
+    "llama-3-8b-instruct": 1e-6,
+    "mistral-7b-base": 3e-7,
+    "mistral-7b-instruct": 5e-7,
+}
 
 
 def published_settings() -> dict[str, PublishedSetting]:
@@ -201,6 +218,16 @@ def published_settings() -> dict[str, PublishedSetting]:
         options = {"beta": 0.01, "epsilon": 0.01}
         paper = "ε-DPO (arXiv:2502.13177), the authors' code"
         settings[f"epsilon-dpo/{model}"] = PublishedSetting("epsilon-dpo", options, rate, paper)
+    for model, (beta, tau_ref, rate) in _OMNI_DPO.items():
+        options = {"beta": beta, "tau_ref": tau_ref}
+        paper = "Omni-DPO (arXiv:2506.10054), Table C.1 and the authors' configurations"
+        settings[f"omni-dpo/{model}"] = PublishedSetting("omni-dpo", options, rate, paper)
+    for model, (gamma, rate) in _REPO.items():
+        paper = "RePO (arXiv:2503.07426), its authors' training configurations"
+        settings[f"repo/{model}"] = PublishedSetting("repo", {"gamma": gamma}, rate, paper)
+    for model, rate in _SIMPER.items():
+        paper = "SimPER (arXiv:2502.00883), its authors' training configurations"
+        settings[f"simper/{model}"] = PublishedSetting("simper", {}, rate, paper)
     return dict(sorted(settings.items()))
 
 
@@ -216,12 +243,10 @@ def published_setting(name: str) -> PublishedSetting:
     """
     settings, key = published_settings(), name.lower().replace("_", "-")
     if key not in settings:
-        losses = " and ".join(
-            f"`fused-prefopt losses {loss}`"
-            for loss in dict.fromkeys(each.loss for each in settings.values())
-        )
+        losses = ", ".join(dict.fromkeys(each.loss for each in settings.values()))
         raise ValueError(
-            f"unknown setting {name!r}{closest(key, settings)}; {losses} list all {len(settings)}"
+            f"unknown setting {name!r}{closest(key, settings)}; `fused-prefopt losses NAME` lists"
+            f" those of {losses}"
         )
     return settings[key]
 

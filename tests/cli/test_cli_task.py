@@ -210,6 +210,15 @@ def test_a_sum_is_a_text_or_a_list_and_needs_what_its_terms_need():
         load_loss(Settings(model="unused", loss="dpo + sftt"))
 
 
+def test_a_margin_more_brings_its_needs():
+    kwargs = {"beta": 0.5, "margin": {"name": "adaptive", "statistics": "batch"}}
+    loss_fn = load_loss(Settings(model="unused", loss="simpo + sft", loss_kwargs=kwargs))
+    assert loss_fn.loss.needs == {"reference"} and loss_fn.loss.terms[0].loss.margin.scale == 0.5
+    kwargs["margin"] = {"name": "adaptive", "tau": 1.0}
+    with pytest.raises(UserError, match="loss: margin of simpo: adaptive: got 'tau', wanted gamma"):
+        load_loss(Settings(model="unused", loss="simpo", loss_kwargs=kwargs))
+
+
 def test_a_feature_that_is_missing_is_named_with_its_column():
     loss_fn = load_loss(Settings(model="unused", loss="odpo"))
     features = tokenise_pairs(pairs(1), tiny_tokenizer(), 32, 16)

@@ -16,11 +16,13 @@ from fused_prefopt.losses import (
     ConstantMargin,
     DynamicMargin,
     DynamicScale,
+    LengthMargin,
     LogRatio,
     PairwiseLoss,
     PerturbedScale,
     Robust,
     SumLogp,
+    SumMargin,
     UnbiasedRobust,
     Weighted,
     bradley_terry_loss,
@@ -30,7 +32,9 @@ from fused_prefopt.losses import (
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.types import LogpBatch
 
-REWARDS, MARGINS, SCALES = parts("reward"), parts("margin"), parts("scale")
+REWARDS, SCALES = parts("reward"), parts("scale")
+ADDED = SumMargin(own=LengthMargin(alpha=0.1), added=DynamicMargin(gamma=0.5))
+MARGINS = [*parts("margin"), ADDED]
 LINKS, WEIGHTINGS = parts("link"), parts("weighting")
 REDUCTIONS, TERMS = parts("reduction"), tuple(parts("regularisers"))
 SMALL = random_batch(8, seed=3)
@@ -97,9 +101,8 @@ def test_the_whole_space_is_finite_and_follows_its_formula(reward):
             torch.testing.assert_close(result.losses, wanted, rtol=1e-12, atol=1e-12)
             found, true = slopes(loss, gradient, summary)
             assert found == pytest.approx(true, rel=1e-5, abs=1e-7), loss
-            further_parts = terms if scale is None else (*terms, scale)
-            wanted_needs = reward.needs.union(margin.needs, *(part.needs for part in further_parts))
-            assert loss.needs == wanted_needs
+            others = (margin, *terms, *(each for each in (scale, weighting) if each is not None))
+            assert loss.needs == reward.needs.union(*(part.needs for part in others))
 
 
 @pytest.mark.parametrize("reduction", [each for each in REDUCTIONS if each is not mean], ids=label)
@@ -154,6 +157,7 @@ def test_limits_with_every_reward(reward):
         ("odpo", {"alpha": 0.0}, "dpo", {}),
         ("tdpo2", {"alpha": 0.0}, "dpo", {}),
         ("dpo-shift", {"share": 1.0}, "dpo", {}),
+        ("bdpo", {"mixture": 1.0}, "dpo", {}),
         ("dpo-positive", {"penalty": 0.0, "beta": 0.1}, "dpo", {}),
         ("alpha-po", {"alpha": 0.0}, "simpo", {}),
         ("f-dpo", {"divergence": "alpha_divergence", "alpha": 1.0}, "dpo", {}),
