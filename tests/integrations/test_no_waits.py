@@ -151,6 +151,7 @@ STEPS = [
     ("dpo", {}, "model"),
     ("dpo", {}, "adapter"),
     ("tdpo2", {}, "model"),
+    ("epsilon-dpo", {}, "model"),
     ("wpo", {}, "model"),
     ("dpo", {"ld_alpha": 0.3}, "model"),
 ]
