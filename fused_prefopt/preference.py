@@ -187,8 +187,8 @@ class PreferenceLoss(nn.Module):
                 as must `extrapolated` and `interpolated`.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
-                weights. A loss that wants
-                `collision` (WPO) and is not given it computes it: an evaluation more.
+                weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
+                computes it: an evaluation more.
 
         Raises:
             ValueError: the loss needs a field that is missing, an argument does not fit, or tokens

@@ -40,6 +40,7 @@ from fused_prefopt.losses.perturbed_scale import PerturbedScale, perturbation_of
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
+    ClassifierFeedbackLoss,
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
@@ -73,6 +74,8 @@ from fused_prefopt.losses.terms import (
     Calibration,
     ChosenNll,
     DynamicScale,
+    GoldNll,
+    RewardShift,
     SoftMinimum,
     length_desensitized,
     tail_labels,
@@ -99,6 +102,7 @@ __all__ = [
     "Calibration",
     "ChiSquaredRatio",
     "ChosenNll",
+    "ClassifierFeedbackLoss",
     "Clipped",
     "ConstantMargin",
     "DirectRewardLoss",
@@ -109,6 +113,7 @@ __all__ = [
     "Exact",
     "Focal",
     "ForwardKlRatio",
+    "GoldNll",
     "Hinge",
     "Indifferent",
     "JensenShannonRatio",
@@ -137,6 +142,7 @@ __all__ = [
     "PublishedSetting",
     "QualityWeights",
     "RejectedShare",
+    "RewardShift",
     "Robust",
     "ScoreMargin",
     "ScoreMarginWeights",

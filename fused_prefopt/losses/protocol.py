@@ -25,6 +25,8 @@ WHAT_IT_IS = {
     "interpolated": "(S,) summed log-probs under softmax((1−ε) z + ε z_ref), z the logits",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
+    "gold": "(S,) summed log-probs of a third completion, the best one of each pair's prompt",
+    "gold_lengths": "(S,) integers, tokens of those completions",
 }
 
 # Those that are made of both models' logits, so of the reference at every step.

@@ -25,6 +25,7 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("tpo", {"link": "logistic", "label_smoothing": 0.2, "nll": "sequence_mean"}),
     ("bpo", {"power": 0.0, "smallest_ratio": 0.0, "largest_ratio": 3.0}),
     ("bpo", {"power": 1.2}),
     ("chi-po", {"r_max": 5.0, "power": 1.25, "kl_weight": 0.1}),
@@ -120,6 +121,8 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         extrapolated=policy.detach() + draw(1),
         interpolated=policy.detach() - draw(1),
         collision=-draw(10).abs(),
+        gold=-draw(20).abs() - 1,
+        gold_lengths=torch.arange(size) % 7 + 1,
     )
 
 
@@ -205,6 +208,8 @@ def hidden_batch() -> dict[str, torch.Tensor]:
         "extrapolated": -draw(sequences).abs() * 15,
         "interpolated": -draw(sequences).abs() * 15,
         "collision": -draw(sequences).abs() * 9,
+        "gold": -draw(sequences).abs() * 12,
+        "gold_lengths": torch.arange(sequences) + 1,
     }
 
 
