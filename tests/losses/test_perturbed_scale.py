@@ -9,7 +9,7 @@ import pytest
 import torch
 from divergences import Two, make_two
 from loss_cases import random_batch
-from truth import leaves_of, picked, relative, true_logits
+from truth import leaves_of, on_engines, picked, relative, true_logits
 
 from fused_prefopt import PreferenceLoss
 from fused_prefopt.statistics import SteppedPenalty
@@ -145,10 +145,12 @@ def arguments(two: Two, packed: bool) -> tuple[tuple, dict]:
     return (policy.hidden.flatten(0, 1), policy.head, policy.labels.flatten()), given | layout
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_fused_loss_equals_eager_logits(packed):
+@pytest.mark.parametrize(
+    ("engine", "packed"), on_engines([("torch", False), ("torch", True), ("cublas", True)])
+)
+def test_the_fused_loss_equals_eager_logits(engine, packed):
     two = make_two(10, 9, 13, 43, transform="all", other="bias", largest=3.0, seed=1)
-    loss_fn, beta = PreferenceLoss("epsilon-dpo", epsilon=EPSILON), 0.1
+    loss_fn, beta = PreferenceLoss("epsilon-dpo", epsilon=EPSILON, engine=engine), 0.1
     for _ in range(2):  # The second time with another β.
         case = leaves_of(two.policy, (True, True, True))
         positional, given = arguments(two._replace(policy=case), packed)
