@@ -33,6 +33,7 @@ from fused_prefopt.losses import (
     Logistic,
     LogRatio,
     MeanLogp,
+    MeanLogRatio,
     PairwiseLoss,
     Robust,
     Squared,
@@ -64,7 +65,8 @@ from fused_prefopt.types import LogpBatch, LossOutput
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Coefficient of L_ref beside L's, and whether the reward is per token.
-_REWARDS: dict[type, tuple[int, int]] = {LogRatio: (-1, 0), MeanLogp: (0, 1), SumLogp: (0, 0)}
+_REWARDS: dict[type, tuple[int, int]] = {LogRatio: (-1, 0), MeanLogRatio: (-1, 1)}
+_REWARDS |= {MeanLogp: (0, 1), SumLogp: (0, 0)}
 # Coefficients of L and L_ref.
 _COEFFICIENTS = {
     "ratio": (1, -1),
@@ -91,9 +93,9 @@ _OWN_MOMENTS: dict[type, Moments] = {
 def launch_loss(loss: Loss, statistics: Statistic | None, batch: LogpBatch) -> LossOutput | None:
     """The loss of a batch and the update of its statistic, in one launch.
 
-    Covered are `PairwiseLoss` of the parts that have a form here, without scale, weighting
-    and regularisers and not with the exact solver or centred margins, and `DirectRewardLoss`, on
-    fp32 log-probs of at most 4096 pairs.
+    Covered are `PairwiseLoss` of the parts that have a form here, without scale, weighting,
+    ranking and regularisers and not with the exact solver or centred margins, and
+    `DirectRewardLoss`, on fp32 log-probs of at most 4096 pairs.
 
     Args:
         loss: a composed loss.
@@ -230,7 +232,7 @@ def pair_form(loss: PairwiseLoss) -> PairForm | None:
 
 
 def _has_more_parts(loss: PairwiseLoss) -> bool:
-    scaled = loss.scale is not None or loss.weighting is not None
+    scaled = loss.scale is not None or loss.weighting is not None or loss.ranking is not None
     return scaled or bool(loss.regularisers) or loss.reduction is not mean
 
 

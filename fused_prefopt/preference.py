@@ -22,8 +22,9 @@ from fused_prefopt.losses import (
     check_needs,
     length_desensitized,
     named_loss,
+    pairs_of_lists,
 )
-from fused_prefopt.losses.metrics import divergence_metrics
+from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
 from fused_prefopt.ops.inputs import LogpOptions
@@ -155,7 +156,8 @@ class PreferenceLoss(nn.Module):
 
         Args:
             hidden: (S, T, D) last hidden states, or packed (N, D). Pairwise losses: the first half
-                of the sequences is chosen, the second half rejected.
+                of the sequences is chosen, the second half rejected; or, with `groups` and
+                `rewards`, S completions of prompts, any number of each.
             head: the LM head, or its bare weight (V, D).
             labels: (S, T) or (N,), `ignore_index` everywhere but on completion tokens.
             prompt_labels: like `labels`, but on the prompt's tokens: their log-probs become
@@ -187,6 +189,11 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
+        if self.ld_alpha is not None and "groups" in given:
+            raise ValueError(
+                f"ld_alpha: got {self.ld_alpha} with `groups`, needs pairs: in a list a completion"
+                " has several partners, which it exceeds by different lengths"
+            )
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
         options = dict(
@@ -242,13 +249,28 @@ class PreferenceLoss(nn.Module):
 
         Args:
             batch: per-sequence log-probs and what comes with them; `ld_alpha` does not reach them
-                (see `losses.length_desensitized`).
+                (see `losses.length_desensitized`). With `groups` a loss on pairs takes lists: its
+                pairs, P of them, are those of `losses.pairs_of_lists`, which needs `rewards`.
 
         Raises:
             ValueError: the loss needs a field that is missing, or the batch does not fit it.
         """
         check_needs(self.name, self.loss.needs, batch.given)
-        if not (self.training and self.loss.coupled and world_size(self.process_group) > 1):
+        if not self.loss.pairwise or batch.groups is None or batch.completions is not None:
+            return self._of_pairs(batch)
+        pairs = pairs_of_lists(batch, self.process_group, all_ranks=self._spans_ranks)
+        result = self._of_pairs(pairs.batch)
+        metrics = {**result.metrics, LIST_PAIRS: pairs.mean}
+        if batch.weights is None:
+            del metrics[WEIGHTS_MEAN]
+        return replace(result, metrics=metrics)
+
+    @property
+    def _spans_ranks(self) -> bool:
+        return self.training and self.loss.coupled and world_size(self.process_group) > 1
+
+    def _of_pairs(self, batch: LogpBatch) -> LossOutput:
+        if not self._spans_ranks:
             return self._of(batch)
         whole = whole_batch(batch, self.process_group)
         return whole.own(self._of(whole.batch))

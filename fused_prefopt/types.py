@@ -294,7 +294,9 @@ class LogpBatch:
         prompt: (S,) summed log-probs of the prompt (all tokens but the first) under the policy.
         prompt_reference: (S,) the same under the reference model.
         prompt_lengths: (S,) tokens of the prompt that `prompt` sums.
-        groups: (S,) integer, equal for the completions of one prompt.
+        groups: (S,) integer, equal for the completions of one prompt. A loss on pairs takes such a
+            batch, with `rewards`, as lists; see `losses.pairs_of_lists`.
+        completions: (S,) integer, of the pairs of lists: equal where it is one completion.
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
         collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
             optional.
@@ -316,6 +318,7 @@ class LogpBatch:
     prompt_reference: Tensor | None = None
     prompt_lengths: Tensor | None = None
     groups: Tensor | None = None
+    completions: Tensor | None = None
     sequence_kl: Tensor | None = None
     collision: Tensor | None = None
     weights: Tensor | None = None
@@ -325,7 +328,7 @@ class LogpBatch:
         require_floating("policy", self.policy)
         if not self.lengths.is_floating_point():
             require_integer("lengths", self.lengths)
-        for name in ("groups", "prompt_lengths"):
+        for name in ("groups", "completions", "prompt_lengths"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name))
         for item in fields(self):

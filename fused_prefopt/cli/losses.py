@@ -276,7 +276,8 @@ def _section(name: str, info: LossInfo) -> str:
             " mean of their gradients is that of one process with all pairs."
         )
     parts = [f"### {name}", formula(spec.factory), "\n".join(facts)]
-    parts.append(markdown_table(("hyperparameter", "default", "meaning"), options))
+    if info.defaults:
+        parts.append(markdown_table(("hyperparameter", "default", "meaning"), options))
     presets = [
         (
             f"`{key}`",

@@ -12,6 +12,9 @@ from torch.nn.functional import logsigmoid, relu
 from fused_prefopt.checks import require_number
 from fused_prefopt.losses.protocol import Link
 
+# Where float32 holds the exponential and a multiple of it.
+_LARGEST_EXPONENT = 60.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Logistic:
@@ -125,6 +128,18 @@ class Hinge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Linear:
+    """``γ − m``, not bounded below unless the rewards are.
+
+    Source: SimPER (Xiao et al. 2025, arXiv:2502.00883).
+    """
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        return target_margins - reward_margins
+
+
+@dataclass(frozen=True, kw_only=True)
 class Squared:
     """``(m − γ)²``.
 
@@ -165,6 +180,33 @@ class Exact:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Focal:
+    """``−σ(x)^κ log σ(x)``, in nats: pairs that the policy ranks wrongly count less.
+
+    ``x = m − γ``. The loss rises with x where ``log σ(x) < −1/κ``: such a pair is given up, and
+    from κ = 1/log 2 on even one at x = 0.
+
+    Args:
+        focus: κ >= 0, the paper's γ; 0 is `Logistic`.
+
+    Raises:
+        ValueError: `focus` is out of range.
+
+    Source: FocalPO (Liu et al. 2025, arXiv:2501.06645).
+    """
+
+    focus: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_number("focus", self.focus, low=0)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        log_probs = logsigmoid(reward_margins - target_margins)
+        return -(self.focus * log_probs).exp() * log_probs
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blended:
     """``−(1−s) log σ(x) + s e^−x`` with ``s = σ(x/T)``: exponential where the pair is right.
 
@@ -191,6 +233,57 @@ class Blended:
         # s·e^−x as one exponential: apart they are 0·∞ for a pair that is far off.
         exponential = (logsigmoid(share) - excess).exp()
         return exponential - torch.sigmoid(-share) * logsigmoid(excess)
+
+
+def _exponential(values: Tensor) -> Tensor:
+    """``e^x``, from `_LARGEST_EXPONENT` on its tangent, which keeps a gradient and is finite."""
+    bounded = values.clamp(max=_LARGEST_EXPONENT)
+    return bounded.exp() * (1 + (values - bounded))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasuPower:
+    """Bregman divergence of preference odds: ``R^(λ+1) / (s(λ+1)) − R^−λ / (sλ)``, ``R = e^(γ−m)``.
+
+    ``(R + log R) / s`` for λ = 0. The slope is ``−(R^(λ+1) + R^−λ) / s``: large λ trains on pairs
+    far from m = γ, on either side, and s = 4 makes it the logistic link's at m = γ. With
+    ``s = 1/(λ+1)`` it is the unscaled divergence: KLIEP for λ = 0, LSIF for λ = 1. Values may be
+    negative. Where R is out of its bounds, a pair does not train.
+
+    Args:
+        power: λ > −1.
+        scale: s > 0.
+        smallest_ratio: R >= this number, which is >= 0; it stops pairs won by ``m − γ = −log R``.
+        largest_ratio: R <= this number, or None.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: BPO (Kim et al. 2025, arXiv:2505.19601), eq. 10, Table 2; the bounds from C.2.
+    """
+
+    power: float = -0.5
+    scale: float = 4.0
+    smallest_ratio: float = 0.01
+    largest_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        require_number("power", self.power, low=-1, above=True)
+        require_number("scale", self.scale, low=0, above=True)
+        require_number("smallest_ratio", self.smallest_ratio, low=0)
+        if self.largest_ratio is not None:
+            low = self.smallest_ratio
+            require_number("largest_ratio", self.largest_ratio, low=low, above=True)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        low = math.log(self.smallest_ratio) if self.smallest_ratio > 0 else -math.inf
+        high = math.inf if self.largest_ratio is None else math.log(self.largest_ratio)
+        log_ratios = (target_margins - reward_margins).clamp(min=low, max=high)
+        power = self.power
+        raised = _exponential((power + 1) * log_ratios) / (power + 1)
+        lowered = _exponential(-power * log_ratios) / power if power else -log_ratios
+        return (raised - lowered) / self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,3 +316,28 @@ class Weighted:
     def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
         """(P,) losses."""
         return self.weight * self.link(reward_margins, target_margins)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipped:
+    """A link of the reward margin clipped to ±c: a pair beyond it has no gradient.
+
+    Args:
+        limit: c > 0, in units of reward.
+        link: of the clipped margin.
+
+    Raises:
+        ValueError: `limit` is out of range.
+
+    Source: χPO (Huang et al. 2024, arXiv:2407.13399), Algorithm 1, c its 2R_max.
+    """
+
+    limit: float
+    link: Link = Logistic()
+
+    def __post_init__(self) -> None:
+        require_number("limit", self.limit, low=0, above=True)
+
+    def __call__(self, reward_margins: Tensor, target_margins: Tensor) -> Tensor:
+        """(P,) losses."""
+        return self.link(reward_margins.clamp(-self.limit, self.limit), target_margins)

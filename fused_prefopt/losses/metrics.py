@@ -23,6 +23,8 @@ LOG_Z_MEAN = "log_z/mean"
 LOGITS_CHOSEN, LOGITS_REJECTED = "logits/chosen", "logits/rejected"
 NONFINITE = "nonfinite"
 WEIGHTS_MEAN = "weights/mean"
+# Pairs of a list that are compared.
+LIST_PAIRS = "lists/pairs"
 # Of a sum, followed by a term's name: its own loss, before its weight.
 TERM_LOSS = "loss/"
 

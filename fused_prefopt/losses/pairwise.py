@@ -17,6 +17,7 @@ from fused_prefopt.losses.metrics import mean, pairwise_metrics
 from fused_prefopt.losses.protocol import (
     Link,
     Margin,
+    Ranking,
     Regulariser,
     Reward,
     Scale,
@@ -34,7 +35,8 @@ from fused_prefopt.types import LogpBatch, LossOutput
 class PairwiseLoss:
     """``reduction over pairs of w · link(ρ (r_w − r_l), ρ γ_i) + Σ regularisers``.
 
-    Any parts go together. Without a scale ρ = 1, without a weighting w = 1.
+    Any parts go together, but for a ranking that takes no margins. Without a scale ρ = 1, without a
+    weighting w = 1.
 
     Args:
         reward: implicit reward of a sequence.
@@ -45,6 +47,10 @@ class PairwiseLoss:
         weighting: w, how much a pair counts.
         reduction: (P,) losses → the batch loss. Where a batch has weights, it is called with them
             as a second argument.
+        ranking: what joins the pairs of a list; None judges each on its own.
+
+    Raises:
+        ValueError: there is a margin, and the ranking takes none.
     """
 
     reward: Reward
@@ -54,7 +60,17 @@ class PairwiseLoss:
     scale: Scale | None = None
     weighting: Weighting | None = None
     reduction: Callable[..., Tensor] = mean
+    ranking: Ranking | None = None
     pairwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.ranking is None or self.ranking.takes_margins:
+            return
+        if self.margin != ConstantMargin():
+            raise ValueError(
+                f"margin: got {self.margin} with {type(self.ranking).__name__}, in which target"
+                " margins have no place; needs the default one"
+            )
 
     @property
     def coupled(self) -> bool:
@@ -68,6 +84,8 @@ class PairwiseLoss:
         found = self.reward.needs | self.margin.needs
         for term in self.regularisers:
             found |= term.needs
+        for part in (self.weighting, self.ranking):
+            found |= frozenset() if part is None else part.needs
         return found
 
     @property
@@ -104,7 +122,7 @@ class PairwiseLoss:
         reward_margins = self._reward_margins(rewards)
         of_margin, of_scale = summary if isinstance(summary, tuple) else (summary, None)
         target_margins = self.margin(batch, reward_margins, of_margin)
-        losses = self._judged(reward_margins, target_margins, of_scale)
+        losses = self._judged(batch, rewards, reward_margins, target_margins, of_scale)
         if self.weighting is not None:
             losses = self.weighting(batch) * losses
         loss, losses = self._reduced(batch, losses)
@@ -134,11 +152,20 @@ class PairwiseLoss:
             weighted = weighted + (term if regulariser.coupled else weights * term)
         return mean(weighted), losses
 
-    def _judged(self, reward_margins: Tensor, target_margins: Tensor, summary: Any) -> Tensor:
-        if self.scale is None:
+    def _judged(
+        self,
+        batch: LogpBatch,
+        rewards: Tensor,
+        reward_margins: Tensor,
+        target_margins: Tensor,
+        summary: Any,
+    ) -> Tensor:
+        if self.scale is not None:
+            scale = self.scale(reward_margins, summary)
+            reward_margins, target_margins = scale * reward_margins, scale * target_margins
+        if self.ranking is None:
             return self.link(reward_margins, target_margins)
-        scale = self.scale(reward_margins, summary)
-        return self.link(scale * reward_margins, scale * target_margins)
+        return self.ranking(batch, rewards, self.link, reward_margins, target_margins)
 
     @staticmethod
     def _reward_margins(rewards: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ WHAT_IT_IS = {
     "prompt_reference": "(S,) the prompts' summed log-probs under the reference model",
     "prompt_lengths": "(S,) integers, tokens of the prompts, first ones excluded",
     "groups": "(S,) integers, equal for the completions of one prompt",
+    "completions": "(S,) integers, equal where two pairs have one completion; made of `groups`",
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
@@ -130,6 +131,31 @@ class Link(Protocol):
         """(P,) losses of the pairs; robust links need the two margins apart."""
 
 
+class Ranking(Protocol):
+    """Losses of whole lists, of which the pairs are all ordered pairs of their completions."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
+
+    @property
+    def takes_margins(self) -> bool:
+        """Whether target margins have a place in it."""
+
+    def __call__(
+        self,
+        batch: LogpBatch,
+        rewards: Tensor,
+        link: Link,
+        reward_margins: Tensor,
+        target_margins: Tensor,
+    ) -> Tensor:
+        """(P,) for each pair the loss of its list, or parts whose mean over the list's pairs it is.
+
+        Without `completions` in the batch each pair is a list of its own.
+        """
+
+
 class Scale(Protocol):
     """Factor on a pair's reward and target margin: how sharply the pair is judged."""
 
@@ -144,11 +170,15 @@ class Weighting(Protocol):
     """Factor on a pair's loss, before the regularisers: how much the pair counts."""
 
     @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
+
+    @property
     def wants(self) -> frozenset[str]:
         """Names of the `LogpBatch` fields used where they are given."""
 
     def __call__(self, batch: LogpBatch) -> Tensor:
-        """(P,) detached factors."""
+        """(P,) factors, detached unless the method trains through them."""
 
 
 class Regulariser(Protocol):

@@ -77,7 +77,7 @@ class LossSpec:
             accepted = ", ".join(f"{name}={value!r}" for name, value in defaults.items())
             raise TypeError(
                 f"{self.name} has no hyperparameter {unknown!r}"
-                f"{closest(unknown, defaults)}; it accepts {accepted}"
+                f"{closest(unknown, defaults)}; it accepts {accepted or 'none'}"
             )
         for name, value in hyperparameters.items():
             # Any value would be taken for one of the two: YAML's `no` is a text, and true.
@@ -183,6 +183,26 @@ _GAMMA_PO = {
     "gemma-2-9b-it": (10.0, 0.5, 20.0, 8e-7),
     "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
 }
+# β, τ_ref, learning rate. Those whose configurations make batches of 128 on their eight GPUs.
+_OMNI_DPO = {
+    "gemma-2-9b-it": (10.0, 0.8, 8e-7),
+    "qwen2.5-3b": (3.5, 0.8, 2e-6),
+    "qwen2.5-7b": (3.5, 0.8, 2e-6),
+    "qwen2.5-14b": (3.5, 0.8, 2e-6),
+}
+# Their authors' training configurations; batches, epoch and schedule as above.
+_REPO = {
+    "llama-3-8b-instruct": (0.6, 1e-6),
+    "llama-3-8b-instruct-v0.2": (0.6, 1e-6),
+    "mistral-7b-instruct": (0.4, 6e-7),
+    "gemma-2-9b-it": (0.4, 8e-7),
+}
+_SIMPER = {
+    "llama-3-8b-base": 6e-7,
+    "llama-3-8b-instruct": 1e-6,
+    "mistral-7b-base": 3e-7,
+    "mistral-7b-instruct": 5e-7,
+}
 
 
 def published_settings() -> dict[str, PublishedSetting]:
@@ -196,6 +216,16 @@ def published_settings() -> dict[str, PublishedSetting]:
         options = {"beta": beta, "gamma": ratio * beta, "tau": tau}
         paper = "γ-PO (arXiv:2506.03690), Table 7"
         settings[f"gamma-simpo/{model}"] = PublishedSetting("gamma-simpo", options, rate, paper)
+    for model, (beta, tau_ref, rate) in _OMNI_DPO.items():
+        options = {"beta": beta, "tau_ref": tau_ref}
+        paper = "Omni-DPO (arXiv:2506.10054), Table C.1 and the authors' configurations"
+        settings[f"omni-dpo/{model}"] = PublishedSetting("omni-dpo", options, rate, paper)
+    for model, (gamma, rate) in _REPO.items():
+        paper = "RePO (arXiv:2503.07426), its authors' training configurations"
+        settings[f"repo/{model}"] = PublishedSetting("repo", {"gamma": gamma}, rate, paper)
+    for model, rate in _SIMPER.items():
+        paper = "SimPER (arXiv:2502.00883), its authors' training configurations"
+        settings[f"simper/{model}"] = PublishedSetting("simper", {}, rate, paper)
     return dict(sorted(settings.items()))
 
 
@@ -211,12 +241,10 @@ def published_setting(name: str) -> PublishedSetting:
     """
     settings, key = published_settings(), name.lower().replace("_", "-")
     if key not in settings:
-        losses = " and ".join(
-            f"`fused-prefopt losses {loss}`"
-            for loss in dict.fromkeys(each.loss for each in settings.values())
-        )
+        losses = ", ".join(dict.fromkeys(each.loss for each in settings.values()))
         raise ValueError(
-            f"unknown setting {name!r}{closest(key, settings)}; {losses} list all {len(settings)}"
+            f"unknown setting {name!r}{closest(key, settings)}; `fused-prefopt losses NAME` lists"
+            f" those of {losses}"
         )
     return settings[key]
 

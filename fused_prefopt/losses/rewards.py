@@ -108,6 +108,25 @@ class MeanLogRatio(Scaled):
         return self.beta * per_token(batch.policy - needed(batch, "reference"), batch)
 
 
+def log_ratio(*, beta: float, length_normalized: bool) -> LogRatio | MeanLogRatio:
+    """The log-ratio as reward, per token if `length_normalized`."""
+    return MeanLogRatio(beta=beta) if length_normalized else LogRatio(beta=beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanProbability:
+    """SimPER's reward: the inverse perplexity ``r = e^L̄``, 1 for an empty completion.
+
+    Source: SimPER (Xiao et al. 2025, arXiv:2502.00883).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        return per_token(batch.policy, batch).exp()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogOdds:
     """ORPO's reward: the log-odds of the mean token, ``L̄ − log(1 − e^L̄)``, finite as L̄ → 0.
@@ -219,6 +238,42 @@ class AlphaRatio(_RatioCurve):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChiSquaredRatio(_RatioCurve):
+    """``r = β (exp clip(αΔ) + κΔ)``: f'(t) = t + log t, of the χ² and the KL divergence, α = κ = 1.
+
+    Args:
+        beta: β > 0.
+        power: α > 0, of the ratio.
+        kl_weight: κ > 0, of the log-ratio.
+        smallest, largest: αΔ is clipped to this range in the exponent; a completion beyond it has
+            the gradient of κΔ alone. `largest` is at most 80, where float32 ends.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: χPO (Huang et al. 2024, arXiv:2407.13399), Algorithm 1, and φ̃ of its experiments, where
+    κ is γ.
+    """
+
+    power: float = 1.0
+    kl_weight: float = 1.0
+    smallest: float = -88.0
+    largest: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("power", self.power, low=0, above=True)
+        require_number("kl_weight", self.kl_weight, low=0, above=True)
+        require_number("largest", self.largest, high=_LARGEST_EXPONENT)
+        require_number("smallest", self.smallest, high=self.largest, below=True)
+
+    def curve(self, log_ratios: Tensor) -> Tensor:
+        """(S,) f'(e^Δ) of (S,) Δ."""
+        exponents = (self.power * log_ratios).clamp(self.smallest, self.largest)
+        return exponents.exp() + self.kl_weight * log_ratios
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeanPower(Scaled):
     """AlphaPO's reward: ``r = β (1 − p̄^−α)/α`` with ``log p̄ = L̄``; α → 0 is SimPO's.
 
@@ -272,6 +327,40 @@ class RejectedShare:
         """(S,) rewards."""
         chosen, rejected = halves(self.reward(batch))
         return torch.cat([chosen, self.share * rejected])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedRatio(Scaled):
+    """BDPO's reward: ``r_w = β Δ_w``, ``r_l = β log(λ e^Δ_l + 1 − λ)``, at least ``β log(1 − λ)``.
+
+    The rejected completion's ratio is that of a mixture of policy and reference, which cannot fall
+    without end.
+
+    Args:
+        beta: β > 0, reward per nat.
+        mixture: 0 < λ <= 1, the policy's part; 1 is DPO's reward.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: BDPO (Cho et al. 2025, arXiv:2506.12725), §4.
+    """
+
+    mixture: float = 0.5
+    needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mixture", self.mixture, low=0, high=1, above=True)
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(S,) rewards."""
+        chosen, rejected = halves(batch.policy - needed(batch, "reference"))
+        if self.mixture < 1:
+            floor = math.log1p(-self.mixture)
+            # log(e^a + e^b) = b − log σ(b − a), for any a.
+            rejected = floor - logsigmoid(floor - math.log(self.mixture) - rejected)
+        return self.beta * torch.cat([chosen, rejected])
 
 
 @dataclass(frozen=True, kw_only=True)

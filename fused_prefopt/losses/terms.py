@@ -1,4 +1,4 @@
-"""Terms beside reward, margin and link: scales, weights, reductions, regularisers, lengths."""
+"""Terms beside reward, margin and link: scales, reductions, regularisers, lengths."""
 
 from __future__ import annotations
 
@@ -85,26 +85,6 @@ def dynamic_scale(
     scale = DynamicScale(alpha=alpha, momentum=momentum, level=level, baseline=statistics)
     # The code that "reference" follows bounds ρβ.
     return scale if statistics == "ema" else replace(scale, smallest=scale.smallest / beta)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnPolicyWeights:
-    """WPO's ``w = exp(L̄_w − C̄_w) · exp(L̄_l − C̄_l)``: pairs the policy might write count more.
-
-    C is `collision`, the sum over tokens of ``log Σ_v π_θ(v)²``, which makes a token sampled from
-    the policy count 1; without it C = 0 and all weights are likelihoods.
-
-    Source: WPO (Zhou et al. 2024, arXiv:2406.11827), eq. 2, with sampled alignment.
-    """
-
-    wants: ClassVar[frozenset[str]] = frozenset({"collision"})
-
-    @torch.no_grad()
-    def __call__(self, batch: LogpBatch) -> Tensor:
-        """(P,) weights, detached."""
-        logps = batch.policy if batch.collision is None else batch.policy - batch.collision
-        chosen, rejected = halves(per_token(logps, batch))
-        return (chosen + rejected).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +177,37 @@ class ChosenNll:
         if weights is not None:
             chosen = weights * chosen
         return (-self.weight * chosen.sum() / tokens).expand_as(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedNll:
+    """``−λ L̄_w`` of good chosen completions that became rarer: ``s_w >= τ`` and ``L_w < L_ref,w``.
+
+    Args:
+        weight: λ >= 0.
+        tau_good: τ, in units of score, which `rewards` are.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: Omni-DPO (Peng et al. 2025, arXiv:2506.10054), eq. 11.
+    """
+
+    weight: float
+    tau_good: float
+    coupled: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"reference", "rewards"})
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight, low=0)
+        require_number("tau_good", self.tau_good)
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) terms."""
+        rarer, _ = halves(batch.policy < needed(batch, "reference"))
+        good, _ = halves(needed(batch, "rewards") >= self.tau_good)
+        chosen, _ = halves(per_token(batch.policy, batch))
+        return -self.weight * chosen.where(rarer & good, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

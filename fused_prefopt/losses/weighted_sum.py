@@ -94,8 +94,9 @@ class WeightedSum:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Union of the terms' needs."""
-        return frozenset(field for term in self.terms for field in term.loss.needs)
+        """Union of the terms' needs and the weighting's."""
+        found = frozenset(field for term in self.terms for field in term.loss.needs)
+        return found if self.weighting is None else found | self.weighting.needs
 
     @property
     def wants(self) -> frozenset[str]:

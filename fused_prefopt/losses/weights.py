@@ -53,5 +53,5 @@ def refuse_weights(batch: LogpBatch, what: str) -> None:
     if batch.weights is not None:
         raise ValueError(
             f"weights: got some with a loss that {what}, in which no pair stands alone to be"
-            " weighted; needs a batch without"
+            " weighted; needs a batch without, nor lists, which give their pairs weights"
         )

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_prefopt.distributed import gather_over_ranks, world_size
+from fused_prefopt.distributed import gather_over_ranks, rank, world_size
 from fused_prefopt.losses.protocol import halves
 from fused_prefopt.types import LogpBatch, LossOutput
 
+_NUMBERED = ("groups", "completions")
 # `kl` is one number, each rank's own.
 _FIELDS = tuple(item.name for item in dataclasses.fields(LogpBatch) if item.name != "kl")
 
@@ -75,7 +76,7 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
     """
     pairs = halves(batch.policy)[0].shape[0]
     numbers = 2 * len(_FIELDS)
-    own = torch.stack([_column(batch, name) for name in _FIELDS]).reshape(numbers, pairs)
+    own = torch.stack([_column(batch, name, group) for name in _FIELDS]).reshape(numbers, pairs)
     gathered, start = gather_over_ranks(own.t().flatten(), group)
     every, start = gathered.shape[0] // numbers, start // numbers
     # One row a pair → one a field, chosen first.
@@ -96,9 +97,12 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
     return WholeBatch(joined, start, pairs, world_size(group))
 
 
-def _column(batch: LogpBatch, name: str) -> Tensor:
+def _column(batch: LogpBatch, name: str, group: dist.ProcessGroup | None) -> Tensor:
     """(S,) float64, which holds every dtype's values exactly; NaN for a field not given."""
     value: Tensor | None = getattr(batch, name)
     if value is None:
         return batch.policy.new_full(batch.policy.shape, torch.nan, dtype=torch.float64)
+    if name in _NUMBERED:
+        # Each rank numbers its own lists and completions.
+        value = value * world_size(group) + rank(group)
     return value.detach().to(torch.float64)

@@ -153,6 +153,7 @@ OF_DPO = {
 }
 OF_OTHERS = {
     "cpo": ("cpo",),
+    "smoothed cpo": ("cpo", "--label_smoothing", "0.1"),
     "hinge": ("cpo", "--loss_type", "hinge", "--beta", "0.05"),
     "simpo with likelihood": ("simpo", "--simpo_gamma", "0.5"),
     "simpo": ("simpo", "--cpo_alpha", "0", "--label_smoothing", "0.1"),

@@ -37,7 +37,10 @@ def test_options_of_ms_swift_are_a_loss():
     assert loss.op_options["workspace_mb"] == 8
     assert of("dpo", ld_alpha=0.5).build_loss().ld_alpha == 0.5
     smoothed = of("cpo", label_smoothing=0.1, cpo_alpha=0.0).build_loss().hyperparameters
-    assert smoothed == {"beta": 2.0, "gamma": 1, "label_smoothing": 0.1}
+    assert smoothed == {"beta": 2.0, "gamma": 1, "label_smoothing": 0.1, "link": "logistic"}
+    contrastive = of("cpo", loss_type="sigmoid", label_smoothing=0.1, cpo_alpha=0.5).build_loss()
+    assert (contrastive.name, contrastive.hyperparameters["label_smoothing"]) == ("cpo", 0.1)
+    assert contrastive.hyperparameters["nll_weight"] == 0.5
     assert of("kto", desirable_weight=2).build_loss().hyperparameters["desirable_weight"] == 2
 
 
@@ -59,7 +62,7 @@ def test_the_loss_of_an_entry_has_its_own_defaults():
         ("dpo", {"loss": "dpo"}, {"loss_type": ["ipo"]}, "loss_type: got .'ipo'., an option of ms"),
         ("cpo", {"loss": "simpo"}, {"simpo_gamma": 2}, "simpo_gamma: got 2, an option of ms-swift"),
         ("cpo", {}, {"loss_type": "ipo"}, "loss_type: got 'ipo', which squares"),
-        ("cpo", {}, {"loss_type": "sigmoid", "label_smoothing": 0.1}, "label_smoothing: got 0.1"),
+        ("cpo", {}, {"loss_type": "hinge", "label_smoothing": 0.1}, "0.1 with hinge, needs 0"),
         ("dpo", {}, {"rpo_alpha": 0.1, "ld_alpha": 0.5}, "ld_alpha: got 0.5 with 'sft'"),
         ("dpo", {}, {"loss_type": ["hinge"], "label_smoothing": 0.1}, "0.1 with hinge, needs 0"),
         ("kto", {}, {"loss_type": "dpo"}, "wanted one of 'kto', 'apo_zero_unpaired'"),

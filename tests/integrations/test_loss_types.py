@@ -130,7 +130,7 @@ def test_an_unchanged_configuration_is_that_of_the_loss(tmp_path):
     assert (plain.name, plain.hyperparameters["label_smoothing"]) == ("dpo", 0.1)
     weighed = config("dpo", tmp_path, loss="dpo + 0.2 sft", loss_kwargs={"nll": "sum"}, beta=0.3)
     assert weighed.build_loss().hyperparameters == {
-        "dpo": {"beta": 0.3, "label_smoothing": 0.0},
+        "dpo": {"beta": 0.3, "label_smoothing": 0.0, "length_normalized": False},
         "sft": {"nll": "sum"},
     }
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from loss_cases import VARIANTS, label, parts, random_batch
 
-from fused_prefopt import loss_kernel
+from fused_prefopt import PreferenceLoss, loss_kernel
 from fused_prefopt.kernels.loss_form import LARGEST, LARGEST_GROUPED, PairForm, contracts
 from fused_prefopt.loss_kernel import launch_loss, pair_form
 from fused_prefopt.losses import (
@@ -26,6 +26,7 @@ from fused_prefopt.losses import (
     Logistic,
     LogRatio,
     MeanLogp,
+    MeanLogRatio,
     Normalisation,
     PairwiseLoss,
     Robust,
@@ -128,7 +129,7 @@ def test_published_settings_contract_and_far_ones_do_not():
     assert not contracts(20.0, 10.0) and not contracts(1e6, 1e-6)
 
 
-REWARDS = [LogRatio(beta=0.3), MeanLogp(beta=2.5), SumLogp(beta=0.1)]
+REWARDS = [LogRatio(beta=0.3), MeanLogRatio(beta=2.0), MeanLogp(beta=2.5), SumLogp(beta=0.1)]
 LINKS = [
     Logistic(),
     Logistic(label_smoothing=0.2),
@@ -387,6 +388,30 @@ def test_direct_reward(size, groups):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["dpo", "gamma-simpo", "alpha-dpo", "slic-hf"])
+def test_lists_meet_the_kernel_as_pairs(name, monkeypatch):
+    groups, launched = torch.tensor([5, 1, 5, 2, 5, 1, 2, 2, 5, 2]), []
+    monkeypatch.setattr(
+        loss_kernel,
+        "_launch_pairs",
+        lambda *a, own=loss_kernel._launch_pairs: launched.append(a) or own(*a),
+    )
+    results = []
+    for dtype, engine in ((torch.float32, "triton"), (torch.float64, "torch")):
+        batch = random_batch(10, 6, torch.float32)
+        batch = dataclasses.replace(batch, groups=groups, completions=None)
+        batch = dataclasses.replace(batch, policy=batch.policy.detach().to(dtype).requires_grad_())
+        loss_fn = PreferenceLoss(name, engine=engine)
+        loss = loss_fn.from_logps(batch).loss
+        results.append((loss, torch.autograd.grad(loss, batch.policy)[0], loss_fn.state_dict()))
+    assert len(launched) == (name != "slic-hf")
+    found, wanted = results
+    torch.testing.assert_close(
+        found, wanted, check_dtype=False, rtol=2e-5, atol=1e-6, equal_nan=True
+    )
+
+
+@pytest.mark.interpreted
 def test_half_precision_data_beside_fp32_log_probs():
     batch = random_batch(10, 0, torch.float32)
     batch = dataclasses.replace(
@@ -526,7 +551,9 @@ def built(cases):
 
 
 def test_the_losses_that_the_package_is_about_have_a_form():
-    assert {name for name, _, _ in FORMS} >= {"dpo", "simpo", "alpha-dpo", "gamma-simpo", "dro"}
+    names = {name for name, _, _ in FORMS}
+    assert names >= {"dpo", "simpo", "alpha-dpo", "gamma-simpo", "dro", "repo", "sigmoid-norm"}
+    assert {str(options) for name, options, _ in FORMS if name == "simpo"} >= {"{'link': 'hinge'}"}
 
 
 @built([each for each in BUILT if each not in FORMS])

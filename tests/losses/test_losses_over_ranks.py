@@ -77,8 +77,7 @@ def batches(world: int) -> list[LogpBatch]:
         policy = batch.policy.detach().clone()
         if step == 1:
             policy[4] = math.nan
-        groups = torch.arange(batch.size)
-        found.append(dataclasses.replace(batch, policy=policy, kl=None, groups=groups))
+        found.append(dataclasses.replace(batch, policy=policy, kl=None))
     return found
 
 
@@ -137,6 +136,26 @@ def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[
     return found
 
 
+def of_lists(rank: int | None, world: int) -> dict[str, torch.Tensor]:
+    """Gradients of losses that span the batch, of five lists; of one rank, or of all."""
+    batch, found = random_batch(12, seed=8), {}
+    batch = dataclasses.replace(
+        batch, groups=torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [3] + [4] * 2), completions=None
+    )
+    whole, rows = batch.policy, slice(None)
+    if rank is not None:
+        # Two lists on the first rank, none on the third; each numbers its own.
+        rows = [slice(0, 7), slice(7, 12), slice(12, 12)][rank]
+        fields = {name: getattr(batch, name)[rows] for name in batch.given - {"kl"}}
+        batch = LogpBatch(**fields | {"groups": fields["groups"] - 2 * rank})
+    for name in ("cpo", "dr-dpo", "plackett-luce-dpo + 0.2 sft"):
+        loss_fn = PreferenceLoss(name)
+        assert loss_fn.loss.coupled
+        loss = loss_fn.from_logps(batch).loss
+        found[name] = torch.autograd.grad(loss, whole)[0] / (1 if rank is None else world)
+    return found
+
+
 def _work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init{world}", rank=rank, world_size=world
@@ -144,6 +163,7 @@ def _work(rank: int, world: int, folder: str) -> None:
     losses = loss_fns()
     torch.save(results(losses, rank, world), f"{folder}/{world}-{rank}.pt")
     torch.save([each.state_dict() for each in losses], f"{folder}/states-{world}-{rank}.pt")
+    torch.save(of_lists(rank, world), f"{folder}/lists-{world}-{rank}.pt")
     if world == 3:
         restored = loss_fns(torch.load(f"{folder}/states-2-0.pt"))
         torch.save(results(restored, rank, world), f"{folder}/restored-{rank}.pt")
@@ -189,6 +209,15 @@ def test_several_processes_equal_one(world, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_lists_on_several_processes_are_those_of_one(world, folder):
+    parts = [torch.load(folder / f"lists-{world}-{rank}.pt") for rank in range(world)]
+    for name, wanted in of_lists(None, world).items():
+        assert wanted.any()
+        close(sum(part[name] for part in parts), wanted)
+
+
+@pytest.mark.slow
 def test_what_two_processes_save_one_and_three_restore(folder):
     first, second = (torch.load(folder / f"states-2-{rank}.pt") for rank in range(2))
     alone = loss_fns()
@@ -219,7 +248,8 @@ CUT = [
 def test_whether_a_loss_is_the_mean_of_its_parts(name, options):
     loss, batch = PreferenceLoss(name, **options).loss, random_batch(24, seed=5)
     # References of other sequences, so that sorting them is not sorting the policy.
-    batch = dataclasses.replace(batch, groups=None, reference=batch.reference.roll(5))
+    reference = batch.reference.roll(5)
+    batch = dataclasses.replace(batch, groups=None, completions=None, reference=reference)
     statistics = loss.statistics()
     summary = None if statistics is None else statistics(loss.observe(batch))
     total = 0.0

@@ -50,7 +50,8 @@ def test_hyperparameters_reach_the_terms_that_have_them():
     alone = named_loss(SETTING, {"tau": 3.0})
     assert alone.hyperparameters["tau"] == 3.0 and alone.hyperparameters["beta"] == 10.0
     loss_fn = fp.PreferenceLoss("0.8 dpo + sft", beta=0.3, ld_alpha=0.5)
-    said = "0.8 dpo(beta=0.3, label_smoothing=0.0) + sft(nll='token_mean'), ld_alpha=0.5"
+    said = "0.8 dpo(beta=0.3, label_smoothing=0.0, length_normalized=False)"
+    said += " + sft(nll='token_mean'), ld_alpha=0.5"
     assert repr(loss_fn) == f"PreferenceLoss({said})"
 
 

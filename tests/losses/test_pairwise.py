@@ -89,7 +89,8 @@ def test_the_whole_space_is_finite_and_follows_its_formula(reward):
             torch.testing.assert_close(result.losses, wanted, rtol=1e-12, atol=1e-12)
             found, true = slopes(loss, gradient, summary)
             assert found == pytest.approx(true, rel=1e-5, abs=1e-7), loss
-            assert loss.needs == reward.needs.union(margin.needs, *(term.needs for term in terms))
+            others = (margin, *terms, *([] if weighting is None else [weighting]))
+            assert loss.needs == reward.needs.union(*(part.needs for part in others))
 
 
 @pytest.mark.parametrize("reduction", [each for each in REDUCTIONS if each is not mean], ids=label)
@@ -144,6 +145,7 @@ def test_limits_with_every_reward(reward):
         ("odpo", {"alpha": 0.0}, "dpo", {}),
         ("tdpo2", {"alpha": 0.0}, "dpo", {}),
         ("dpo-shift", {"share": 1.0}, "dpo", {}),
+        ("bdpo", {"mixture": 1.0}, "dpo", {}),
         ("dpo-positive", {"penalty": 0.0, "beta": 0.1}, "dpo", {}),
         ("alpha-po", {"alpha": 0.0}, "simpo", {}),
         ("f-dpo", {"divergence": "alpha_divergence", "alpha": 1.0}, "dpo", {}),

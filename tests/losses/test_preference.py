@@ -162,6 +162,7 @@ def test_hyperparameters_are_the_defaults_with_the_given_ones():
     assert fp.PreferenceLoss("dpo", beta=0.3).hyperparameters == {
         "beta": 0.3,
         "label_smoothing": 0.0,
+        "length_normalized": False,
     }
     assert "beta=0.3" in repr(fp.PreferenceLoss("dpo", beta=0.3))
     assert "ld_alpha=0.5" in repr(fp.PreferenceLoss("simpo", ld_alpha=0.5))
@@ -195,7 +196,7 @@ def test_every_published_setting_builds_its_loss(name):
         (
             "gamma-simpo/llama3-8b-instruct",
             "unknown setting 'gamma-simpo/llama3-8b-instruct' .did you mean"
-            " 'gamma-simpo/llama-3-8b-instruct'.*losses alpha-dpo` and .*list all 8",
+            " 'gamma-simpo/llama-3-8b-instruct'.*losses NAME` lists those of alpha-dpo, gamma-",
         ),
         ("simp", "unknown loss 'simp' .did you mean 'simpo'.*`fused-prefopt losses` lists all"),
     ],

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from loss_cases import compute, random_batch, vector
+from loss_cases import VARIANTS, compute, random_batch, vector
 from torch.nn.functional import logsigmoid
 
 from fused_prefopt import LogpBatch
@@ -56,6 +56,20 @@ ROWS = [
         "robust-simpo",
         {"gamma": 0.4, "epsilon": 0.2, "unbiased": True},
         unbiased(2.5 * apart(MEAN), 0.2, 0.4),
+    ),
+    ("simper", {}, -apart(MEAN.exp())),
+    ("repo", {"gamma": 0.6}, (0.6 - apart(MEAN)).relu()),
+    ("simpo", {"link": "hinge", "gamma": 0.6}, (1 - (2.5 * apart(MEAN) - 0.6)).relu()),
+    ("cpo", {"label_smoothing": 0.2, "nll_weight": 0.0}, smoothed(0.1 * apart(BATCH.policy), 0.2)),
+    ("focal-po", {}, -(MARGINS.sigmoid() ** 0.05) * logsigmoid(MARGINS)),
+    ("focal-po", {"focus": 2.0}, -(MARGINS.sigmoid() ** 2) * logsigmoid(MARGINS)),
+    ("chi-po", {}, -logsigmoid(0.1 * apart(RATIO.exp() + RATIO))),
+    (
+        "chi-po",
+        {"power": 1.25, "kl_weight": 0.1, "largest": 2.0, "smallest": -1.0, "r_max": 0.3},
+        -logsigmoid(
+            (0.1 * apart((1.25 * RATIO).clamp(-1, 2).exp() + 0.1 * RATIO)).clamp(-0.6, 0.6)
+        ),
     ),
     (
         "alpha-dpo",
@@ -176,6 +190,84 @@ def test_a_moved_margin_is_a_flip_rate_to_first_order(margin, gamma):
 def test_a_larger_reward_margin_means_a_smaller_flip_rate():
     rates = [flip_rate(margin, 0.4, 0.05) for margin in (0.5, 1.0, 2.0, 4.0)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_repo_is_simpo_as_its_beta_grows():
+    # −log σ(β(x − γ))/β → max(0, γ − x).
+    repo = find("repo").build(gamma=0.3)(BATCH).losses
+    simpo = find("simpo").build(beta=1e4, gamma=3e3)(BATCH).losses / 1e4
+    torch.testing.assert_close(simpo, repo, rtol=0, atol=1e-4)
+
+
+def test_chi_po_stays_finite_beyond_its_clips_and_keeps_its_log_ratio_there():
+    policy = torch.tensor([5e3, -5e3], requires_grad=True)  # exp(5000) is none in any dtype
+    batch = LogpBatch(policy, torch.tensor([3, 3]), reference=torch.zeros(2))
+    loss = find("chi-po").build(largest=80.0)
+    rewards = loss.reward(batch)
+    assert rewards[0].item() == pytest.approx(0.1 * math.exp(80.0), rel=1e-6)
+    assert rewards[1].item() == pytest.approx(-500.0, rel=1e-6)
+    (gradient,) = torch.autograd.grad(rewards.sum(), policy)
+    assert gradient.tolist() == pytest.approx([0.1, 0.1])
+    worst = dataclasses.replace(batch, policy=policy.flip(0))
+    (gradient,) = torch.autograd.grad(loss(worst).loss, policy)
+    assert gradient.isfinite().all() and loss(worst).loss.isfinite()
+
+
+def test_chi_po_clips_margins_to_twice_its_bound():
+    found = compute(find("chi-po").build(beta=1.0, r_max=0.5), BATCH)
+    assert found.losses.max().item() == pytest.approx(math.log1p(math.e), rel=1e-9)
+    assert found.losses.min().item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-9)
+
+
+@pytest.mark.parametrize("focus", [0.05, 1.0])
+def test_focal_po_gives_up_pairs_that_it_ranks_far_off(focus):
+    # d/dm −p^κ log p = −p^κ (1 + κ log p) (1 − p)
+    turn = -math.log(math.expm1(1 / focus))
+    margins = vector(turn - 0.5, turn + 0.5, 0.0, 9.0).requires_grad_()
+    find("focal-po").build(focus=focus).link(margins, vector(0, 0, 0, 0)).sum().backward()
+    p = margins.detach().sigmoid()
+    wanted = -(p**focus) * (1 + focus * p.log()) * (1 - p)
+    torch.testing.assert_close(margins.grad, wanted, rtol=1e-9, atol=1e-15)
+    assert margins.grad[0] > 0 > margins.grad[1]
+
+
+# f-dpo divides the curve of the log-ratio, not the log-ratio.
+PER_TOKEN = [
+    (name, options)
+    for name, options in VARIANTS
+    if options == {"length_normalized": True} and name != "f-dpo"
+]
+
+
+@pytest.mark.parametrize(("name", "options"), PER_TOKEN, ids=str)
+def test_length_normalized_is_the_loss_of_log_ratios_per_token(name, options):
+    tokens = BATCH.lengths
+    means = dataclasses.replace(
+        BATCH,
+        policy=(BATCH.policy / tokens).detach().requires_grad_(),
+        reference=BATCH.reference / tokens,
+        collision=BATCH.collision / tokens,
+        lengths=torch.ones_like(tokens),
+    )
+    found = compute(find(name).build(**options), BATCH)
+    wanted = compute(find(name).build(), means)
+    for each in ("losses", "loss", "rewards", "target_margins"):
+        torch.testing.assert_close(
+            getattr(found, each), getattr(wanted, each), rtol=1e-10, atol=1e-12
+        )
+    (gradient,) = torch.autograd.grad(found.loss, BATCH.policy)
+    (of_means,) = torch.autograd.grad(wanted.loss, means.policy)
+    torch.testing.assert_close(gradient, of_means / tokens, rtol=1e-9, atol=1e-14)
+
+
+def test_log_ratios_per_token_are_offered_where_a_margin_of_them_is_judged():
+    assert {name for name, _ in PER_TOKEN} >= {
+        *("dpo", "robust-dpo", "ipo", "hinge", "exo-pair", "discopop", "odpo"),
+        *("beta-dpo", "gamma-dpo", "focal-po", "dpo-shift", "wpo", "dr-dpo"),
+    }
+    options = {"beta": 2.0, "label_smoothing": 0.1}
+    alike = find("dpo").build(length_normalized=True, **options)
+    assert find("sigmoid-norm").build(**options) == alike
 
 
 def test_orpo_of_a_certain_completion_is_the_same_in_every_dtype():

@@ -49,6 +49,7 @@ GAMMA_PO = {
     "seed": 0,
 }
 CENTERED = {"centered": False, "label_smoothing": 0.0}
+PER_TOKEN = {"length_normalized": False}
 BETA_DPO = {
     "beta": 0.1,
     "gamma": 0.0,
@@ -57,29 +58,65 @@ BETA_DPO = {
     "level": "pair",
     "statistics": "ema",
 }
+CHI_PO = {
+    "beta": 0.1,
+    "power": 1.0,
+    "kl_weight": 1.0,
+    "smallest": -88.0,
+    "largest": 20.0,
+    "r_max": None,
+}
 ROBUST = {"epsilon": 0.1, "gamma": 0.0, "unbiased": False}
 KTO = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+BASU = {"power": -0.5, "scale": 4.0, "smallest_ratio": 0.01}
+CALIBRATED = {"nll_weight": 0.001, "tau_good": 3.2}
 # Aliases, needs beyond `policy` and `lengths`, hyperparameters with their defaults.
 TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
-    "dpo": (("sigmoid",), ("reference",), {"beta": 0.1, "label_smoothing": 0.0}),
-    "simpo": ((), (), {"beta": 2.5, "gamma": 1.0, "label_smoothing": 0.0}),
-    "robust-dpo": (("rdpo",), ("reference",), {"beta": 0.1, **ROBUST}),
+    "dpo": (("sigmoid",), ("reference",), {"beta": 0.1, "label_smoothing": 0.0, **PER_TOKEN}),
+    "simpo": ((), (), {"beta": 2.5, "gamma": 1.0, "label_smoothing": 0.0, "link": "logistic"}),
+    "simper": ((), (), {}),
+    "repo": ((), (), {"gamma": 0.4}),
+    "focal-po": (("focalpo",), ("reference",), {"beta": 0.1, "focus": 0.05, **PER_TOKEN}),
+    "chi-po": (("chipo",), ("reference",), CHI_PO),
+    "robust-dpo": (("rdpo",), ("reference",), {"beta": 0.1, **ROBUST, **PER_TOKEN}),
     "robust-simpo": (("rsimpo",), (), {"beta": 2.5, **ROBUST}),
     "ipo": ((), ("reference",), {"tau": 0.1, "length_normalized": False}),
-    "cpo": ((), (), {"beta": 0.1, "nll_weight": 1.0, "nll": "token_mean"}),
+    "cpo": (
+        (),
+        (),
+        {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 1.0, "nll": "token_mean"},
+    ),
     "orpo": ((), (), {"weight": 0.1, "nll": "sequence_mean"}),
     "length-dpo": (("r-dpo",), ("reference",), {"beta": 0.1, "alpha": 0.05}),
     "slic-hf": ((), (), {"delta": 1.0, "nll_weight": 0.1}),
-    "odpo": ((), ("reference", "rewards"), {"beta": 0.1, "alpha": 1.0, "offset": "log"}),
+    "odpo": (
+        (),
+        ("reference", "rewards"),
+        {"beta": 0.1, "alpha": 1.0, "offset": "log", **PER_TOKEN},
+    ),
+    "madpo": (
+        (),
+        ("reference", "rewards"),
+        {"beta": 0.1, "largest": 2.0, "smallest": 0.5, "slope": 1.0, "tau": math.log(999)},
+    ),
+    "omni-dpo": (
+        ("uni-dpo",),
+        ("reference", "rewards"),
+        {"beta": 2.0, "eta": 0.7, "tau_ref": 0.8, "focus": 3.0, **CALIBRATED},
+    ),
     "reward-distillation": (("rpo",), ("reference", "rewards"), {"beta": 0.1}),
     "cal-dpo": ((), ("reference",), {"beta": 0.1}),
     "tdpo1": ((), ("reference", "sequence_kl"), {"beta": 0.1}),
     "tdpo2": ((), ("reference", "sequence_kl"), {"beta": 0.1, "alpha": 0.5}),
     "kto": ((), ("desirable", "reference"), KTO),
-    "beta-dpo": ((), ("reference",), BETA_DPO),
+    "beta-dpo": ((), ("reference",), {**BETA_DPO, **PER_TOKEN}),
     "beta-simpo": ((), (), BETA_DPO),
     "alpha-dpo": ((), ("reference",), ALPHA_DPO),
-    "gamma-dpo": ((), ("reference",), {"beta": 0.1, "gamma": 0.5, **GAMMA_PO, **CENTERED}),
+    "gamma-dpo": (
+        (),
+        ("reference",),
+        {"beta": 0.1, "gamma": 0.5, **GAMMA_PO, **CENTERED, **PER_TOKEN},
+    ),
     "gamma-simpo": ((), (), {"beta": 10.0, "gamma": 4.0, **GAMMA_PO}),
     "dro": (
         (),
@@ -87,6 +124,9 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
         {"beta": 0.1, "log_z0": 50.0},
     ),
     "dpo-positive": (("dpop",), ("reference",), {"beta": 0.3, "penalty": 50.0}),
+    "bpo": (("sba",), ("reference",), {"beta": 0.1, **BASU, "largest_ratio": None}),
+    "bpo-simpo": ((), (), {"beta": 2.5, "gamma": 1.0, **BASU, "largest_ratio": 30.0}),
+    "bdpo": ((), ("reference",), {"beta": 0.1, "mixture": 0.5}),
     "alpha-po": (("alphapo",), (), {"beta": 2.5, "gamma": 1.0, "alpha": 0.25}),
 }
 # What TRL calls its losses of pairs and points that the table names no other way.
@@ -153,6 +193,8 @@ def test_unknown_loss():
 def test_unknown_hyperparameter():
     with pytest.raises(TypeError, match="dpo has no hyperparameter 'betta' .did.*'beta'.*=0.1"):
         find("dpo").build(betta=1.0)
+    with pytest.raises(TypeError, match="simper has no hyperparameter 'beta'; it accepts none"):
+        find("simper").build(beta=1.0)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +234,24 @@ def test_unknown_hyperparameter():
         ("gamma-dpo", {"label_smoothing": 0.6}, "label_smoothing: got 0.6"),
         ("sppo-hard", {"beta": 0.0}, "beta: got 0.0"),
         ("sft", {"nll": "mean"}, "nll: got 'mean'"),
+        ("bpo", {"power": -1.0}, "power: got -1.0, wanted .* > -1"),
+        ("bpo", {"largest_ratio": 0.01}, "largest_ratio: got 0.01, wanted .* > 0.01"),
+        ("bpo-simpo", {"smallest_ratio": -1.0}, "smallest_ratio: got -1.0, wanted .* >= 0"),
+        ("bdpo", {"mixture": 0.0}, "mixture: got 0.0, wanted .* > 0"),
+        ("madpo", {"largest": 1.0}, "largest: got 1.0, wanted .* > 1"),
+        ("madpo", {"smallest": 1.0}, "smallest: got 1.0, wanted .* < 1"),
+        ("madpo", {"slope": 0.0}, "slope: got 0.0"),
+        ("omni-dpo", {"focus": -1.0}, "focus: got -1.0"),
+        ("omni-dpo", {"tau_good": math.nan}, "tau_good: got nan"),
         ("ipo", {"tau": 0.0}, "tau: got 0.0, wanted a finite number > 0"),
+        ("simpo", {"link": "hinge", "label_smoothing": 0.1}, "label_smoothing: got 0.1 with 'hing"),
+        ("repo", {"gamma": math.inf}, "gamma: got inf"),
+        ("focal-po", {"focus": -0.1}, "focus: got -0.1, wanted a finite number >= 0"),
+        ("chi-po", {"power": 0.0}, "power: got 0.0, wanted a finite number > 0"),
+        ("chi-po", {"kl_weight": 0.0}, "kl_weight: got 0.0"),
+        ("chi-po", {"largest": 100.0}, "largest: got 100.0, wanted .* <= 80"),
+        ("chi-po", {"smallest": 20.0}, "smallest: got 20.0, wanted .* < 20"),
+        ("chi-po", {"r_max": 0.0}, "r_max: got 0.0, wanted a finite number > 0"),
         ("cpo", {"nll": "mean"}, "nll: got 'mean', wanted one of 'sum'"),
         ("tdpo2", {"alpha": math.nan}, "alpha: got nan"),
         ("kto", {"desirable_weight": -1.0}, "desirable_weight: got -1.0"),
@@ -239,7 +298,12 @@ def test_published_settings_are_those_of_the_papers():
         {"beta": 2.5, "gamma": 0.375, "alpha": 0.05}
     )
     settings = published_settings()
-    assert len(settings) == 8
+    assert preset("omni-dpo/qwen2.5-7b")[1] == {"beta": 3.5, "tau_ref": 0.8}
+    assert len(settings) == 20
+    assert preset("repo/llama-3-8b-instruct-v0.2") == ("repo", {"gamma": 0.6})
+    assert settings["repo/mistral-7b-instruct"].learning_rate == 6e-7
+    assert preset("simper/mistral-7b-base") == ("simper", {})
+    assert settings["simper/mistral-7b-base"].learning_rate == 3e-7
     assert settings["gamma-simpo/qwen2.5-7b-instruct"].hyperparameters["tau"] == 3.0
     assert settings["alpha-dpo/gemma-2-9b-it"].learning_rate == 8e-7
     for name, setting in settings.items():

@@ -322,11 +322,13 @@ def test_simpo_equals_trl(label_smoothing):
     assert_equal(data, ours.loss, theirs)
 
 
-def test_cpo_equals_trl_with_its_token_mean():
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_cpo_equals_trl_with_its_token_mean(label_smoothing):
     data = Sequences()
     nll, _ = trl_pairs(data, "sft")
-    theirs = cpo_losses("sigmoid", data) + 0.7 * nll
-    assert_equal(data, find("cpo").build(nll_weight=0.7)(data.batch).loss, theirs)
+    theirs = cpo_losses("sigmoid", data, label_smoothing=label_smoothing) + 0.7 * nll
+    ours = find("cpo").build(nll_weight=0.7, label_smoothing=label_smoothing)(data.batch)
+    assert_equal(data, ours.loss, theirs)
 
 
 def test_slic_equals_trls_hinge_with_the_likelihood_of_the_chosen():

@@ -39,6 +39,9 @@ def repeated(loss, batch: LogpBatch) -> LogpBatch:
     if loss.pairwise:
         rows = torch.cat([rows, rows + len(counts)])
     fields = {name: getattr(batch, name) for name in batch.given}
+    if loss.pairwise:
+        # The same pair again is a list of its own.
+        del fields["groups"], fields["completions"]
     return LogpBatch(**{name: x[rows] if x.dim() else x for name, x in fields.items()})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_prefopt.losses import PairwiseLoss, available_losses, find
+from fused_prefopt.losses import ConstantMargin, PairwiseLoss, available_losses, find
 from fused_prefopt.types import LogpBatch, LossOutput
 
 # Options that only mean something, or differ, with one another.
@@ -25,6 +25,10 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("bpo", {"power": 0.0, "smallest_ratio": 0.0, "largest_ratio": 3.0}),
+    ("bpo", {"power": 1.2}),
+    ("chi-po", {"r_max": 5.0, "power": 1.25, "kl_weight": 0.1}),
+    ("focal-po", {"focus": 1.0}),
     ("f-dpo", {"link": "exact", "label_smoothing": 0.1, "length_normalized": True}),
     ("f-dpo", {"link": "robust", "label_smoothing": 0.1, "divergence": "forward_kl"}),
 ]
@@ -93,7 +97,7 @@ def vector(*values: float) -> torch.Tensor:
 
 
 def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64) -> LogpBatch:
-    """A batch with every field."""
+    """A batch with every field; pairs that are lists of two, chosen half first."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(scale: float) -> torch.Tensor:
@@ -110,7 +114,8 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         prompt=-draw(10).abs(),
         prompt_reference=-draw(10).abs(),
         prompt_lengths=torch.arange(size) % 5,
-        groups=torch.arange(size) // 3,
+        groups=torch.arange(size) % max(1, size // 2),
+        completions=torch.arange(size),
         sequence_kl=draw(2).abs(),
         collision=-draw(10).abs(),
     )
@@ -158,12 +163,12 @@ def held(loss, batch: LogpBatch, summary=None):
     joint = summary if isinstance(summary, tuple) else (summary, None)
     chosen, rejected = loss.reward(batch).detach().chunk(2)
     targets = margins(batch, chosen - rejected, joint[0])
-    if not targets.requires_grad:
+    if not targets.requires_grad and not isinstance(margins, ConstantMargin):
         margins = GivenMargin(targets)
     if scale is not None:
         scale = GivenFactors(scale(chosen - rejected, joint[1]))
-    if weighting is not None:
-        weighting = GivenFactors(weighting(batch))
+    if weighting is not None and not (factors := weighting(batch)).requires_grad:
+        weighting = GivenFactors(factors)
     return dataclasses.replace(loss, margin=margins, scale=scale, weighting=weighting)
 
 
@@ -191,7 +196,8 @@ def hidden_batch() -> dict[str, torch.Tensor]:
         "rewards": draw(sequences),
         "desirable": torch.tensor([True, True, False, True, False, False]),
         "prompt_reference": -draw(sequences).abs() * 9,
-        "groups": torch.arange(sequences) // 2,
+        "groups": torch.arange(sequences) % (sequences // 2),
+        "completions": torch.arange(sequences),
         "sequence_kl": draw(sequences).abs(),
         "collision": -draw(sequences).abs() * 9,
     }

@@ -124,9 +124,7 @@ def _terms(kind: str, args: Any) -> list[dict[str, Any]]:
         name, values = named_here(words[0], LossOptions(beta=args.beta, **weights))
         return [_term(name, values)]
     smoothing = args.label_smoothing
-    # ms-swift smooths CPO's loss too, which is a loss here without.
-    smoothed = ("simpo",) if kind == "cpo" else _SMOOTHED
-    if smoothing and not set(words) & set(smoothed):
+    if smoothing and not set(words) & set(_SMOOTHED):
         raise ValueError(f"label_smoothing: got {smoothing} with {', '.join(words)}, needs 0")
     if kind == "cpo":
         return _without_reference(words[0], args)
@@ -174,13 +172,14 @@ def _of_pairs(word: str, args: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _without_reference(word: str, args: Any) -> list[dict[str, Any]]:
+    smoothing = args.label_smoothing
     if word == "sigmoid":
-        return [_term("cpo", {"beta": args.beta, "nll_weight": args.cpo_alpha})]
+        values = {"beta": args.beta, "label_smoothing": smoothing, "nll_weight": args.cpo_alpha}
+        return [_term("cpo", values)]
     if word == "hinge":
         # max(0, 1 − βm) = β max(0, 1/β − m)
         terms = [_term("slic-hf", {"delta": 1 / args.beta, "nll_weight": 0.0}, args.beta)]
     else:
-        smoothing = args.label_smoothing
         values = {"beta": args.beta, "gamma": args.simpo_gamma, "label_smoothing": smoothing}
         terms = [_term("simpo", values)]
     return terms + [_term("sft", {}, args.cpo_alpha)] if args.cpo_alpha else terms

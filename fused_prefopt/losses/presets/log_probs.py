@@ -20,19 +20,46 @@ from fused_prefopt.losses.registry import register
 
 
 @register("simpo", paper="Meng et al. 2024 (arXiv:2405.14734), eq. 6")
-def simpo(*, beta: float = 2.5, gamma: float = 1.0, label_smoothing: float = 0.0) -> PairwiseLoss:
-    """``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``, ``m = β(L̄_w − L̄_l)``.
+def simpo(
+    *,
+    beta: float = 2.5,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+    link: str = "logistic",
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m − γ) − ε log σ(γ − m)``, or a hinge, ``m = β(L̄_w − L̄_l)``.
 
     Args:
         beta: β > 0, reward per nat per token.
         gamma: γ, target margin in units of reward.
-        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped, of "logistic".
+        link: "logistic", or "hinge", ``max(0, 1 − (m − γ))``, the authors' `loss_type`.
     """
+    require_choice("link", link, ("logistic", "hinge"))
+    if label_smoothing and link == "hinge":
+        raise ValueError(f"label_smoothing: got {label_smoothing} with 'hinge', wanted 0")
     return PairwiseLoss(
         rewards.MeanLogp(beta=beta),
         margins.ConstantMargin(gamma=gamma),
-        links.Logistic(label_smoothing=label_smoothing),
+        links.Hinge() if link == "hinge" else links.Logistic(label_smoothing=label_smoothing),
     )
+
+
+@register("simper", paper="Xiao et al. 2025 (arXiv:2502.00883)")
+def simper() -> PairwiseLoss:
+    """``e^L̄_l − e^L̄_w``, the inverse perplexities: no hyperparameters."""
+    return PairwiseLoss(rewards.MeanProbability(), link=links.Linear())
+
+
+@register("repo", paper="Wu et al. 2025, RePO (arXiv:2503.07426)")
+def repo(*, gamma: float = 0.4) -> PairwiseLoss:
+    """``max(0, γ − (L̄_w − L̄_l))``: SimPO's, as its β grows.
+
+    Args:
+        gamma: γ, target margin in nats per token, SimPO's γ/β.
+    """
+    margin = margins.ConstantMargin(gamma=gamma)
+    return PairwiseLoss(rewards.MeanLogp(beta=1.0), margin, links.Hinge(delta=0.0))
 
 
 @register(
@@ -65,6 +92,37 @@ def alpha_po(*, beta: float = 2.5, gamma: float = 1.0, alpha: float = 0.25) -> P
     return PairwiseLoss(
         rewards.MeanPower(beta=beta, alpha=alpha), margins.ConstantMargin(gamma=gamma)
     )
+
+
+@register("bpo-simpo", paper="Kim et al. 2025 (arXiv:2505.19601), eq. 10, Table 2, B.3")
+def bpo_simpo(
+    *,
+    beta: float = 2.5,
+    gamma: float = 1.0,
+    power: float = -0.5,
+    scale: float = 4.0,
+    smallest_ratio: float = 0.01,
+    largest_ratio: float | None = 30.0,
+) -> PairwiseLoss:
+    """``[e^((λ+1)(γ − m)) / (λ+1) − e^(λ(m − γ)) / λ] / s``, ``m = β(L̄_w − L̄_l)``.
+
+    `bpo` on SimPO's margins, ``R = e^(γ − m)``. The paper's results are of sums with SimPO,
+    ``"0.3 bpo-simpo + 0.7 simpo"`` for Mistral-7B-Base, 0.5 + 0.5 for Llama-3-8B-Base, and for
+    Llama-3-8B-Instruct 0.05 + 0.95 with R <= 100.
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ, target margin in units of reward.
+        power: λ > −1; larger ones train on pairs far from m = γ.
+        scale: s > 0. The paper adjusts it to γ, without a number:
+            ``(1 + e^γ)(e^(λγ) + e^(−(λ+1)γ))`` gives SimPO's gradient at m = 0.
+        smallest_ratio: R >= this number, which is >= 0: pairs won by more do not train.
+        largest_ratio: R <= this number, or None: pairs lost by more do not train.
+    """
+    link = links.BasuPower(
+        power=power, scale=scale, smallest_ratio=smallest_ratio, largest_ratio=largest_ratio
+    )
+    return PairwiseLoss(rewards.MeanLogp(beta=beta), margins.ConstantMargin(gamma=gamma), link)
 
 
 @register("beta-simpo", paper="Wu et al. 2024, β-DPO (arXiv:2407.08639), γ-PO Table 6, on SimPO")
@@ -225,18 +283,26 @@ def orpo(*, weight: float = 0.1, nll: str = "sequence_mean") -> PairwiseLoss:
 
 
 @register("cpo", paper="Xu et al. 2024 (arXiv:2401.08417), γ-PO Table 6")
-def cpo(*, beta: float = 0.1, nll_weight: float = 1.0, nll: str = "token_mean") -> PairwiseLoss:
-    """``−log σ(β(L_w − L_l)) + λ·NLL``.
+def cpo(
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 1.0,
+    nll: str = "token_mean",
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m) − ε log σ(−m) + λ·NLL``, ``m = β(L_w − L_l)``.
 
     Args:
         beta: β > 0, reward per nat.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped, as in TRL.
         nll_weight: λ >= 0.
         nll: NLL is "sum" −L_w, "sequence_mean" −L̄_w, or "token_mean" (TRL's), the mean of
             −log π over all chosen tokens of the batch, of all ranks.
     """
     require_number("nll_weight", nll_weight, low=0)
     term = terms.ChosenNll(weight=nll_weight, nll=nll)
-    return PairwiseLoss(rewards.SumLogp(beta=beta), regularisers=(term,))
+    link = links.Logistic(label_smoothing=label_smoothing)
+    return PairwiseLoss(rewards.SumLogp(beta=beta), link=link, regularisers=(term,))
 
 
 @register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425)")

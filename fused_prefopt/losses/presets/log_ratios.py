@@ -1,11 +1,14 @@
-"""Losses of pairs on log-ratios to a reference, r = β(L − L_ref), or a curve of them."""
+"""Losses of pairs on log-ratios to a reference, r = β(L − L_ref), or a curve of them.
+
+One file of more than 450 lines, as all that are built on one reward are found in one place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from fused_prefopt.checks import require_choice, require_number
-from fused_prefopt.losses import links, margins, rewards, terms
+from fused_prefopt.losses import links, margins, rewards, terms, weightings
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
 from fused_prefopt.losses.pairwise import (
     PairwiseLoss,
@@ -15,16 +18,69 @@ from fused_prefopt.losses.registry import register
 
 
 @register("dpo", aliases=("sigmoid",), paper="Rafailov et al. 2023 (arXiv:2305.18290), eq. 7")
-def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> PairwiseLoss:
+def dpo(
+    *, beta: float = 0.1, label_smoothing: float = 0.0, length_normalized: bool = False
+) -> PairwiseLoss:
     """``−(1−ε) log σ(m) − ε log σ(−m)``, ``m = β(Δ_w − Δ_l)``.
 
     Args:
         beta: β > 0, reward per nat.
         label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(
-        rewards.LogRatio(beta=beta), link=links.Logistic(label_smoothing=label_smoothing)
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, link=links.Logistic(label_smoothing=label_smoothing))
+
+
+@register("focal-po", aliases=("focalpo",), paper="Liu et al. 2025 (arXiv:2501.06645)")
+def focal_po(
+    *, beta: float = 0.1, focus: float = 0.05, length_normalized: bool = False
+) -> PairwiseLoss:
+    """``−σ(m)^κ log σ(m)``, ``m = β(Δ_w − Δ_l)``: pairs that are ranked wrongly count less.
+
+    The factor has its gradient. A pair with ``log σ(m) < −1/κ`` is given up: its loss rises with m.
+
+    Args:
+        beta: β > 0, reward per nat.
+        focus: κ >= 0, the paper's γ; 0 is DPO.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
+    """
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, link=links.Focal(focus=focus))
+
+
+@register(
+    "chi-po", aliases=("chipo",), paper="Huang et al. 2024, χPO (arXiv:2407.13399), Algorithm 1"
+)
+def chi_po(
+    *,
+    beta: float = 0.1,
+    power: float = 1.0,
+    kl_weight: float = 1.0,
+    smallest: float = -88.0,
+    largest: float = 20.0,
+    r_max: float | None = None,
+) -> PairwiseLoss:
+    """``−log σ(clip(β φ_w − β φ_l))``, ``φ = exp clip(αΔ) + κΔ``: φ(z) = z + log z of the ratio z.
+
+    The outer clip, to ±2R_max, is the algorithm's; the inner one, of the paper's experiments, keeps
+    the exponential finite. Beyond a clip there is no gradient.
+
+    Args:
+        beta: β > 0, reward per unit of φ.
+        power: α > 0, power of the ratio in the paper's φ̃.
+        kl_weight: κ > 0, weight of the log-ratio in it, the paper's γ.
+        smallest: lower end of the inner clip, in nats.
+        largest: upper end of the inner clip, at most 80.
+        r_max: R_max > 0, bound of the rewards; None leaves the outer clip out.
+    """
+    reward = rewards.ChiSquaredRatio(
+        beta=beta, power=power, kl_weight=kl_weight, smallest=smallest, largest=largest
     )
+    if r_max is None:
+        return PairwiseLoss(reward)
+    require_number("r_max", r_max, low=0, above=True)
+    return PairwiseLoss(reward, link=links.Clipped(limit=2 * r_max))
 
 
 @register(
@@ -33,7 +89,12 @@ def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> PairwiseLoss:
     paper="Chowdhury et al. 2024 (arXiv:2403.00409), γ-PO Table 6",
 )
 def robust_dpo(
-    *, beta: float = 0.1, epsilon: float = 0.1, gamma: float = 0.0, unbiased: bool = False
+    *,
+    beta: float = 0.1,
+    epsilon: float = 0.1,
+    gamma: float = 0.0,
+    unbiased: bool = False,
+    length_normalized: bool = False,
 ) -> PairwiseLoss:
     """``−(1−ε) log σ(m−γ) − ε log σ(−m−γ)``, or its unbiased form, ``m = β(Δ_w − Δ_l)``.
 
@@ -42,9 +103,11 @@ def robust_dpo(
         epsilon: 0 <= ε <= 0.5, probability that a label is flipped.
         gamma: γ, target margin in units of reward.
         unbiased: ``[−(1−ε) log σ(m−γ) + ε log σ(−m−γ)] / (1−2ε)`` instead.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
     link = links.robust(epsilon=epsilon, unbiased=unbiased)
-    return PairwiseLoss(rewards.LogRatio(beta=beta), margins.ConstantMargin(gamma=gamma), link)
+    return PairwiseLoss(reward, margins.ConstantMargin(gamma=gamma), link)
 
 
 @register("ipo", paper="Azar et al. 2023 (arXiv:2310.12036), eq. 17")
@@ -56,7 +119,7 @@ def ipo(*, tau: float = 0.1, length_normalized: bool = False) -> PairwiseLoss:
         length_normalized: log-ratios per token, as TRL reads it.
     """
     require_number("tau", tau, low=0, above=True)
-    reward = rewards.MeanLogRatio(beta=1.0) if length_normalized else rewards.LogRatio(beta=1.0)
+    reward = rewards.log_ratio(beta=1.0, length_normalized=length_normalized)
     return PairwiseLoss(reward, margins.ConstantMargin(gamma=1 / (2 * tau)), links.Squared())
 
 
@@ -68,9 +131,7 @@ def sigmoid_norm(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Pairwise
         beta: β > 0, reward per nat per token.
         label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
     """
-    return PairwiseLoss(
-        rewards.MeanLogRatio(beta=beta), link=links.Logistic(label_smoothing=label_smoothing)
-    )
+    return dpo(beta=beta, label_smoothing=label_smoothing, length_normalized=True)
 
 
 @register("f-dpo", paper="Wang et al. 2023 (arXiv:2309.16240), Table 1")
@@ -146,30 +207,6 @@ def length_dpo(*, beta: float = 0.1, alpha: float = 0.05) -> PairwiseLoss:
     return PairwiseLoss(rewards.LogRatio(beta=beta), margins.LengthMargin(alpha=alpha))
 
 
-@register("odpo", paper="Amini et al. 2024 (arXiv:2402.10571)")
-def odpo(*, beta: float = 0.1, alpha: float = 1.0, offset: str = "log") -> PairwiseLoss:
-    """``−log σ(m − α f(s_w − s_l))``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
-
-    Args:
-        beta: β > 0, reward per nat.
-        alpha: α, strength of the offset.
-        offset: f, "log" or "identity" of the difference, which is taken as at least 1e-6.
-    """
-    return PairwiseLoss(
-        rewards.LogRatio(beta=beta), margins.OffsetMargin(alpha=alpha, offset=offset)
-    )
-
-
-@register("reward-distillation", aliases=("rpo",), paper="Fisch et al. 2024 (arXiv:2405.19316)")
-def reward_distillation(*, beta: float = 0.1) -> PairwiseLoss:
-    """``((s_w − s_l) − m)²``, ``m = β(Δ_w − Δ_l)``, s the `rewards`.
-
-    Args:
-        beta: β > 0, reward per nat.
-    """
-    return PairwiseLoss(rewards.LogRatio(beta=beta), margins.ScoreMargin(), links.Squared())
-
-
 @register("cal-dpo", paper="Xiao et al. 2024 (arXiv:2412.14516)")
 def cal_dpo(*, beta: float = 0.1) -> PairwiseLoss:
     """``−log σ(Δ_w − Δ_l) + (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))²``.
@@ -212,6 +249,7 @@ def beta_dpo(
     momentum: float = 0.9,
     level: str = "pair",
     statistics: str = "ema",
+    length_normalized: bool = False,
 ) -> PairwiseLoss:
     """``−log σ(ρ(m − γ))``, ``ρ = sg max(1e-3, 1 + α(M − M₀))``, ``m = β(Δ_w − Δ_l)``.
 
@@ -229,8 +267,9 @@ def beta_dpo(
         level: M is m of the pair ("pair") or its mean over the batch ("batch").
         statistics: M₀ is the bias-corrected average with the current batch ("ema"), or as in γ-PO's
             code, with its bound of ρβ ("reference").
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    reward = rewards.LogRatio(beta=beta)
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
     scale = terms.dynamic_scale(
         beta=beta, alpha=alpha, momentum=momentum, level=level, statistics=statistics
     )
@@ -253,6 +292,7 @@ def gamma_dpo(
     seed: int = 0,
     centered: bool = False,
     label_smoothing: float = 0.0,
+    length_normalized: bool = False,
 ) -> PairwiseLoss:
     """``−(1−ε) log σ(m − γ_i) − ε log σ(γ_i − m)``, ``m = β(Δ_w − Δ_l)``, γ_i of mean γ₀.
 
@@ -276,7 +316,9 @@ def gamma_dpo(
         seed: of the sampling.
         centered: subtract γ_i − γ₀, of mean 0, as the authors' code does, instead of γ_i.
         label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
     margin = DynamicMargin(
         gamma=gamma,
         tau=tau,
@@ -288,43 +330,78 @@ def gamma_dpo(
         seed=seed,
         centered=centered,
     )
-    return PairwiseLoss(
-        rewards.LogRatio(beta=beta), margin, links.Logistic(label_smoothing=label_smoothing)
-    )
+    return PairwiseLoss(reward, margin, links.Logistic(label_smoothing=label_smoothing))
 
 
 @register("hinge", paper="Liu et al. 2024, RSO (arXiv:2309.06657), the SLiC loss on log-ratios")
-def hinge(*, beta: float = 0.1) -> PairwiseLoss:
+def hinge(*, beta: float = 0.1, length_normalized: bool = False) -> PairwiseLoss:
     """``max(0, 1 − m)``, ``m = β(Δ_w − Δ_l)``.
 
     Args:
         beta: β > 0, reward per nat.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(rewards.LogRatio(beta=beta), link=links.Hinge())
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, link=links.Hinge())
 
 
 @register("exo-pair", paper="Ji et al. 2024 (arXiv:2402.00856), eq. 16")
-def exo_pair(*, beta: float = 0.1, label_smoothing: float = 1e-3) -> PairwiseLoss:
+def exo_pair(
+    *, beta: float = 0.1, label_smoothing: float = 1e-3, length_normalized: bool = False
+) -> PairwiseLoss:
     """``σ(m) (log σ(m) − log(1−ε)) + σ(−m) (log σ(−m) − log ε)``, ``m = β(Δ_w − Δ_l)``.
 
     Args:
         beta: β > 0, reward per nat.
         label_smoothing: 0 < ε <= 0.5, probability that a label is flipped.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(
-        rewards.LogRatio(beta=beta), link=links.Exact(label_smoothing=label_smoothing)
-    )
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, link=links.Exact(label_smoothing=label_smoothing))
 
 
 @register("discopop", paper="Lu et al. 2024 (arXiv:2406.08414), eq. 5")
-def discopop(*, beta: float = 0.1, temperature: float = 0.05) -> PairwiseLoss:
+def discopop(
+    *, beta: float = 0.1, temperature: float = 0.05, length_normalized: bool = False
+) -> PairwiseLoss:
     """``−(1−s) log σ(m) + s e^−m``, ``s = σ(m/T)``, ``m = β(Δ_w − Δ_l)``.
 
     Args:
         beta: β > 0, reward per nat.
         temperature: 0 < T <= 1, TRL's `discopop_tau`.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(rewards.LogRatio(beta=beta), link=links.Blended(temperature=temperature))
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, link=links.Blended(temperature=temperature))
+
+
+@register("bpo", aliases=("sba",), paper="Kim et al. 2025 (arXiv:2505.19601), eq. 10, Table 2")
+def bpo(
+    *,
+    beta: float = 0.1,
+    power: float = -0.5,
+    scale: float = 4.0,
+    smallest_ratio: float = 0.01,
+    largest_ratio: float | None = None,
+) -> PairwiseLoss:
+    """``[e^(−(λ+1)m) / (λ+1) − e^(λm) / λ] / s``, ``m = β(Δ_w − Δ_l)``; ``R = e^−m`` is bounded.
+
+    What the paper calls SBA; its logistic divergence is `dpo`. For λ = 0 it is ``(e^−m − m)/s``.
+    λ = −½ is the paper's but for dialogue (HH), where λ = 1.2 won most, with β 0.1 and R >= 0.01;
+    TL;DR had β 0.5 and R >= 0.025, Mistral-7B-Base R >= 0.003.
+
+    Args:
+        beta: β > 0, reward per nat.
+        power: λ > −1; larger ones train on pairs far from m = 0.
+        scale: s > 0; 4 gives DPO's gradient at m = 0, 1/(λ+1) the paper's BA (λ = 0: KLIEP, 1:
+            LSIF).
+        smallest_ratio: R >= this number, which is >= 0: pairs won by more do not train.
+        largest_ratio: R <= this number, or None: pairs lost by more do not train.
+    """
+    link = links.BasuPower(
+        power=power, scale=scale, smallest_ratio=smallest_ratio, largest_ratio=largest_ratio
+    )
+    return PairwiseLoss(rewards.LogRatio(beta=beta), link=link)
 
 
 @register("dpo-positive", aliases=("dpop",), paper="Pal et al. 2024 (arXiv:2402.13228)")
@@ -340,18 +417,33 @@ def dpo_positive(*, beta: float = 0.3, penalty: float = 50.0) -> PairwiseLoss:
 
 
 @register("dpo-shift", paper="Yang et al. 2025 (arXiv:2502.07599)")
-def dpo_shift(*, beta: float = 0.1, share: float = 0.95) -> PairwiseLoss:
+def dpo_shift(
+    *, beta: float = 0.1, share: float = 0.95, length_normalized: bool = False
+) -> PairwiseLoss:
     """``−log σ(βΔ_w − λβΔ_l)``.
 
     Args:
         beta: β > 0, reward per nat.
         share: 0 < λ <= 1, weight of the rejected completion; 1 is DPO.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(rewards.RejectedShare(reward=rewards.LogRatio(beta=beta), share=share))
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(rewards.RejectedShare(reward=reward, share=share))
+
+
+@register("bdpo", paper="Cho et al. 2025 (arXiv:2506.12725), §4")
+def bdpo(*, beta: float = 0.1, mixture: float = 0.5) -> PairwiseLoss:
+    """``−log σ(βΔ_w − β log(λ e^Δ_l + 1 − λ))``: the rejected completion's reward is bounded below.
+
+    Args:
+        beta: β > 0, reward per nat.
+        mixture: 0 < λ <= 1, the policy's part in the mixture with the reference; 1 is DPO.
+    """
+    return PairwiseLoss(rewards.BoundedRatio(beta=beta, mixture=mixture))
 
 
 @register("wpo", paper="Zhou et al. 2024 (arXiv:2406.11827), eq. 2")
-def wpo(*, beta: float = 0.1) -> PairwiseLoss:
+def wpo(*, beta: float = 0.1, length_normalized: bool = False) -> PairwiseLoss:
     """``−w log σ(m)``, ``w = sg exp(L̄_w − C̄_w) exp(L̄_l − C̄_l)``, ``m = β(Δ_w − Δ_l)``.
 
     C is the `collision`, Σ over tokens of ``log Σ_v π(v)²``, which makes a token drawn from the
@@ -362,12 +454,16 @@ def wpo(*, beta: float = 0.1) -> PairwiseLoss:
 
     Args:
         beta: β > 0, reward per nat.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(rewards.LogRatio(beta=beta), weighting=terms.OnPolicyWeights())
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, weighting=weightings.OnPolicyWeights())
 
 
 @register("dr-dpo", paper="Wu et al. 2024, Dr. DPO (arXiv:2407.07880)")
-def dr_dpo(*, beta: float = 0.1, temperature: float = 1.0) -> PairwiseLoss:
+def dr_dpo(
+    *, beta: float = 0.1, temperature: float = 1.0, length_normalized: bool = False
+) -> PairwiseLoss:
     """``−T log mean over pairs of σ(m)^(1/T)``, ``m = β(Δ_w − Δ_l)``.
 
     The mean is over the batch, of all ranks.
@@ -375,7 +471,7 @@ def dr_dpo(*, beta: float = 0.1, temperature: float = 1.0) -> PairwiseLoss:
     Args:
         beta: β > 0, reward per nat.
         temperature: T > 0, the paper's β′; the mean of the pairs' losses as T → ∞.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return PairwiseLoss(
-        rewards.LogRatio(beta=beta), reduction=terms.SoftMinimum(temperature=temperature)
-    )
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return PairwiseLoss(reward, reduction=terms.SoftMinimum(temperature=temperature))
