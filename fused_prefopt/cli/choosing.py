@@ -58,8 +58,11 @@ def choices(data: DataSet, name: str | None = None) -> str:
     allowed = {each: loss for each, loss in losses.items() if refused[each] is None}
     if name is not None and not allowed:
         ((name, reason),) = refused.items()
+        # Why there are no rows of its kind is a sentence of its own.
+        unjudged = isinstance(rows.judged[rows.kind_of(losses[name])], str)
         raise UserError(
-            f"--for: got {', '.join(rows.said.splitlines())}, but {name} needs {reason};"
+            f"--for: got {', '.join(rows.said.splitlines())}, but {name}"
+            f"{':' if unjudged else ' needs'} {reason};"
             f" `fused-prefopt losses --for {data.name}` lists the losses that it allows"
         )
     parts = ["\n".join([rows.said, *(_filled(f"caution: {each}", 2) for each in rows.cautions)])]

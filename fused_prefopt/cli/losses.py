@@ -15,6 +15,8 @@ from fused_prefopt.cli.console import UserError, blaming, markdown_table, text_t
 from fused_prefopt.cli.judged_rows import DataSet
 from fused_prefopt.losses import (
     NamedLoss,
+    PairwiseLoss,
+    WeightedSum,
     available_losses,
     bradley_terry_loss,
     find,
@@ -46,7 +48,8 @@ loss_fn = fp.PreferenceLoss("ipo", margin={{"name": "dynamic", "gamma": 0.5}})  
 loss_fn = fp.PreferenceLoss("0.8 dpo + 0.2 bco-pair + sft", beta=0.1)  # MPO: a sum, one β for all
 ```
 
-Names may be written with `_` for `-` and in any case.
+Names may be written with `_` for `-` and in any case. `fused-prefopt losses --for data.jsonl` says
+which of them the rows of a data set allow, and what each costs.
 
 ## Sums of losses
 
@@ -67,6 +70,15 @@ a reward (all but `sft` and those of weight 0); the loss of a term, before its w
 
 The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are translated in
 `fused_prefopt/integrations/loss_types.py`.
+
+## Lists of completions
+
+Losses on pairs take lists, two or more rated completions of a prompt, as all their pairs, but for
+those that sort the pairs (`aot`) and those of a gold completion (`tpo`); some judge a list as a whole
+(in the index "lists, pairs"). A row is a list (`prompt`, `completions`, `scores`), or rows are rated completions
+(`prompt`, `completion`, `score`), of which those of one `group` are a list. `data.ListCollator` and
+the trainers take them; `fused-prefopt train` puts the latter together by itself. Losses that need
+`desirable` (`kto`) are then given the best and the worst of each prompt, as are held-out pairs.
 
 ## Another target margin
 
@@ -99,13 +111,16 @@ other does, too. Over lists the budget and the statistics are of the pairs of al
 | w, l | the chosen and the rejected completion of a pair |
 | g | the gold completion of a prompt, a third one beside w and l: `gold` |
 | L, \\|y\\| | summed log-probability of a completion under the policy, in nats, and its tokens |
-| L̄ | L / \\|y\\| |
+| L̄ | L / \\|y\\|, as any letter with a bar |
 | L_ref, Δ | the same sum under the reference model, and L − L_ref |
 | r, m | reward of a completion, and reward margin: that of w less that of l |
-| i, j | completions of one prompt, where a loss is one of lists |
+| i, j, k | completions of one prompt, where a loss is one of lists; else i is one of the pairs |
 | s | score of a completion from outside, `rewards` |
 | K | Σ over tokens of KL(reference ‖ policy), `sequence_kl` |
 | σ, sg | the sigmoid, and the stopped gradient |
+| NLL | negative log-likelihood, of the chosen completions if of no others |
+| 1[…] | 1 where it holds, else 0 |
+| P | cost of one matmul of the completions' tokens with the head |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
 unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
@@ -117,6 +132,11 @@ _NEEDS = """\
 Beyond `policy` and `lengths`, which the fused call computes; fields of `LogpBatch`, arguments of
 `PreferenceLoss`. Pairs are given chosen half first; a loss on pairs takes lists by their `groups`
 and `rewards`."""
+_JUDGED = {
+    "lists, pairs": "lists, rated completions of a prompt, as a whole; a pair is a list of two",
+    "pairs": "pairs, chosen and rejected",
+    "completions": "single completions",
+}
 _BESIDE = "## Beside the registered losses"
 
 
@@ -165,7 +185,7 @@ def losses_table() -> str:
     rows = [
         (
             name,
-            "pairs" if info.pairwise else "completions",
+            _judges(find(name).build()),
             ", ".join(info.needs) or "-",
             textwrap.shorten(_values(info.defaults) or "-", 80, placeholder=" …"),
         )
@@ -175,7 +195,7 @@ def losses_table() -> str:
         "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper.\n"
         "`fused-prefopt losses --for DATA`: which of them its rows allow, and what they cost."
     )
-    return f"{text_table(heading, wrapped(rows, (None, None, 22, 42)))}\n\n{more}"
+    return f"{text_table(heading, wrapped(rows, (None, None, 22, 41)))}\n\n{more}"
 
 
 def one_loss(name: str) -> str:
@@ -242,8 +262,7 @@ def _one_sum(named: NamedLoss) -> str:
 
 def _facts(loss: Loss) -> str:
     """What a loss judges, needs and keeps, a line each."""
-    judged = "pairs, chosen and rejected" if loss.pairwise else "single completions"
-    facts = [f"judges  {judged}"]
+    facts = [f"judges  {_JUDGED[_judges(loss)]}"]
     facts += [f"needs   {field}: {WHAT_IT_IS[field]}" for field in sorted(loss.needs)]
     facts += [f"uses    {field}, where given: {WHAT_IT_IS[field]}" for field in sorted(loss.wants)]
     if loss.statistics() is not None:
@@ -251,6 +270,14 @@ def _facts(loss: Loss) -> str:
     if loss.coupled:
         facts.append("spans   the batch of all ranks")
     return "\n".join(textwrap.fill(fact, _WIDTH, subsequent_indent=" " * 8) for fact in facts)
+
+
+def _judges(loss: Loss) -> str:
+    """What a loss judges, a key of `_JUDGED`."""
+    terms = [term.loss for term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
+    if any(isinstance(term, PairwiseLoss) and term.ranking is not None for term in terms):
+        return "lists, pairs"
+    return "pairs" if loss.pairwise else "completions"
 
 
 def losses_page() -> str:
@@ -293,7 +320,7 @@ def _index(losses: dict[str, LossInfo]) -> str:
         (
             f"[{name}](#{name})",
             ", ".join(info.aliases),
-            "pairs" if info.pairwise else "completions",
+            _judges(find(name).build()),
             ", ".join(f"`{field}`" for field in info.needs),
             "yes" if info.stateful else "",
             info.paper,

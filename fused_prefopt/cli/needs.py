@@ -11,6 +11,7 @@ from fused_prefopt.data.columns import (
     COMPLETIONS,
     COMPLETIONS_IDS,
     GROUPS,
+    PAIR,
     PAIR_FIELDS,
     POINT_FIELDS,
     PROMPT,
@@ -168,8 +169,8 @@ def check_fields(loss_fn: PreferenceLoss, rows: Rows) -> None:
     refused = refused_weights(loss_fn.loss, rows)
     if refused is not None:
         raise UserError(
-            f"loss: got {loss_fn.name}, which sorts the pairs, with {refused}, needs pairs without"
-            " weights, or another loss"
+            f"loss: got {loss_fn.name}, which sorts the pairs, with {refused}, needs rows with"
+            f" {' and '.join(PAIR)}, without weights, or another loss"
         )
     if weigh_nothing(rows):
         raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")

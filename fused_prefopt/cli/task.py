@@ -32,6 +32,7 @@ from fused_prefopt.data import (
 )
 from fused_prefopt.data.columns import (
     CHOSEN,
+    CHOSEN_IDS,
     COMPLETIONS,
     COMPLETIONS_IDS,
     DESIRABLE,
@@ -39,6 +40,7 @@ from fused_prefopt.data.columns import (
     PAIR,
     REFERENCE,
     REWARD,
+    REWARDS,
     SCORES,
     TOKENS,
     has_values,
@@ -57,6 +59,10 @@ Records = list[dict[str, Any]]
 Features = list[dict[str, Any]]
 Say = Callable[[str], None]
 _GROUPED = (REWARD, GROUP)
+_ALIKE = (
+    "rows: got no prompt with two completions of different reward, needs one to make a pair; give"
+    " completions of one prompt one list, or the same number in `group`"
+)
 # What losses judge.
 LISTS, PAIRS, RATED, LABELLED = "lists", "pairs", "rated completions", "labelled completions"
 
@@ -101,7 +107,10 @@ class Task:
         pad, packed = self.tokenizer.pad_token_id, layout == "packed"
         if self.has_lists:
             if layout == "shared_prompt":
-                raise ValueError("layout: got shared_prompt with lists, which takes pairs alone")
+                raise ValueError(
+                    f"layout: got shared_prompt with lists, needs rows with {' and '.join(PAIR)}, or"
+                    " padded or packed"
+                )
             return ListCollator(pad, padding_free=packed)
         if self.is_pairwise:
             return PairCollator(pad, padding_free=packed, shared_prompt=layout == "shared_prompt")
@@ -155,8 +164,10 @@ def load_task(config: Config) -> Task:
         if judged:
             held_out = _pairs(settings, tokenizer, judged, "held-out", say)
             evaluated = held_out
-        if judged and (_has_lists(judged) or not loss_fn.loss.pairwise):
+        # A trainer on pairs takes the best and the worst of lists; one on lists takes pairs, too.
+        if judged and CHOSEN_IDS not in train[0] and kind_of(loss_fn.loss, judged) != PAIRS:
             evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
+            evaluated = _as_trained(evaluated, train)
     _check_tokens(tokenizer, model, [*train, *held_out, *evaluated])
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
 
@@ -202,16 +213,24 @@ def _features(
 ) -> Features:
     """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
     kind, lengths = kind_of(loss_fn.loss, records), (settings.max_length, settings.prompt_length)
-    if kind == LISTS:
-        features, of_lists = counted_lists(records, tokenizer, *lengths, f"{part} lists")
-        say(of_lists.message)
-        return features
     if kind == PAIRS:
         return _pairs(settings, tokenizer, records, part, say)
-    points = judged_records(records, kind, say=partial(_tell, say, part))
-    features, counts = counted_points(points, tokenizer, *lengths, f"{part} completions")
+    judged = judged_records(records, kind, say=partial(_tell, say, part))
+    if kind == LISTS:
+        features, of_lists = counted_lists(judged, tokenizer, *lengths, f"{part} lists")
+        say(of_lists.message)
+        return features
+    features, counts = counted_points(judged, tokenizer, *lengths, f"{part} completions")
     say(counts.message)
     return lists_of_points(features) if kind == RATED and _has_lists(records) else features
+
+
+def _as_trained(features: Features, train: Features) -> Features:
+    """Completions as those of `train` are: whole lists, or a row each."""
+    are_lists, are_wanted = (COMPLETIONS_IDS in rows[0] for rows in (features, train))
+    if are_lists and not are_wanted:
+        return points_of_lists(features)
+    return lists_of_points(features) if are_wanted and not are_lists else features
 
 
 def _pairs(
@@ -306,9 +325,13 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
 
 
 def kind_of(loss: Loss, records: Sequence[Record] = ()) -> str:
-    """What a loss judges of records: `LISTS`, `PAIRS`, or completions, `RATED` or `LABELLED`."""
+    """What a loss judges of records: `LISTS`, `PAIRS`, or completions, `RATED` or `LABELLED`.
+
+    Rated completions that all have a `group` are lists to a loss on pairs: a ranking wants all of
+    a prompt, and any other loss learns of every two.
+    """
     if loss.pairwise:
-        return LISTS if _has_lists(records) else PAIRS
+        return LISTS if _has_lists(records) or _are_grouped(records) else PAIRS
     return LABELLED if DESIRABLE in loss.needs else RATED
 
 
@@ -318,16 +341,39 @@ def judged_records(records: Records, kind: str, *, say: Say = print) -> Records:
     Args:
         records: pairs, single completions or lists.
         kind: of `kind_of`.
-        say: tells the user that completions were rated 1 and 0.
+        say: tells the user that completions were rated 1 and 0, or put together to lists.
 
     Raises:
-        ValueError: as `as_pairs` and `as_judged` do.
+        ValueError: as `as_lists`, `as_pairs` and `as_judged` do.
     """
     if kind == LISTS:
-        return records
+        return as_lists(records, say=say)
     if kind == PAIRS:
         return as_pairs(records)
     return as_points(records, say=say) if kind == RATED else as_judged(records)
+
+
+def as_lists(records: Records, *, say: Say = print) -> Records:
+    """Lists; rated completions of one `group` are one.
+
+    Args:
+        records: lists, or single completions.
+        say: tells the user that completions were put together.
+
+    Raises:
+        ValueError: completions come without `reward` or `group`, those of a group have two prompts
+            or weights, or no prompt's rewards differ.
+    """
+    lists = records
+    if not _has_lists(records):
+        lists = lists_of_points(records)
+        say(
+            f"{len(records)} completions put together by `group` to {len(lists)} lists, in which"
+            " every two of different rating are a pair"
+        )
+    if not any(len(set(row[REWARDS])) > 1 for row in lists):
+        raise ValueError(_ALIKE)
+    return lists
 
 
 def as_pairs(records: Records) -> Records:
@@ -350,10 +396,7 @@ def as_pairs(records: Records) -> Records:
         )
     pairs = pairs_of_points(records)
     if not pairs:
-        raise ValueError(
-            "rows: got no prompt with two completions of different reward, needs one to make a"
-            " pair; give completions of one prompt the same number in `group`"
-        )
+        raise ValueError(_ALIKE)
     return pairs
 
 
@@ -414,5 +457,10 @@ def _has_lists(records: Sequence[Record]) -> bool:
     return bool(records) and COMPLETIONS in records[0]
 
 
-def _all_have(records: Records, name: str) -> bool:
+def _are_grouped(records: Sequence[Record]) -> bool:
+    """Whether they are single completions whose prompts and ratings are known."""
+    return bool(records) and all(_all_have(records, name) for name in _GROUPED)
+
+
+def _all_have(records: Sequence[Record], name: str) -> bool:
     return all(name in record for record in records)

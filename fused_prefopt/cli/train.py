@@ -41,6 +41,8 @@ _COLUMNS = {
 }
 _LEARNING_RATE, _BAD = "learning_rate", NONFINITE
 _EVALUATED = "eval_"
+# The trainer's name of data → the key.
+_DATA = {"train_dataset": "dataset", "eval_dataset": "held_out"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,8 +252,9 @@ def _trainer(task: Task) -> Any:
             processing_class=task.tokenizer,
         )
     except (ValueError, ImportError) as error:
-        # Of any key: the message itself says which.
-        raise UserError(str(error)) from error
+        # Of any key: the message itself says which, of data by the trainer's name of it.
+        subject, colon, said = str(error).partition(": ")
+        raise UserError(f"{_DATA.get(subject, subject)}{colon}{said}") from error
     with blaming("optim"):
         trainer.get_optimizer_cls_and_kwargs(training, trainer.model)
     if sys.stdout.isatty():

@@ -179,7 +179,8 @@ def recognise(row: Row) -> Recognised:
         return _recognised_completions(row)
     if kinds == ["lists"]:
         if not any(name in row for name in LIST_RATINGS):
-            raise ValueError(_message(row, "lists of completions that nothing rates"))
+            problem = "lists of completions that nothing rates"
+            raise ValueError(_message(row, problem, LIST_RATINGS))
         return Recognised("lists", "lists of rated completions")
     if kinds == ["ultrafeedback"]:
         return Recognised("ultrafeedback", "completions of UltraFeedback")
@@ -187,8 +188,7 @@ def recognise(row: Row) -> Recognised:
         problem = "of token ids, which trainers and collators take as they are and no adapter reads"
         raise ValueError(_message(row, problem))
     missing = [name for names in _NEEDED.values() for name in names if name not in row]
-    hints = [f"{name!r}{closest(name, row)}" for name in missing if closest(name, row)]
-    raise ValueError(_message(row, "which no adapter reads", *hints))
+    raise ValueError(_message(row, "which no adapter reads", missing))
 
 
 def points_of_pairs(records: Iterable[Row]) -> list[Record]:
@@ -289,11 +289,13 @@ def _recognised_completions(row: Row) -> Recognised:
     }
     found = [kind for kind, there in kinds.items() if there]
     if not found:
-        raise ValueError(_message(row, "completions that nothing judges"))
+        raise ValueError(_message(row, "completions that nothing judges", (*LABELS, *RATINGS)))
     return Recognised("completions", f"{' and '.join(found)} completions")
 
 
-def _message(row: Row, problem: str, *hints: str) -> str:
+def _message(row: Row, problem: str, missing: Iterable[str] = ()) -> str:
+    """What is wrong with a row's columns, and those of the `missing` that are misspelt there."""
+    hints = [f"{name!r}{closest(name, row)}" for name in missing if closest(name, row)]
     forms = "; ".join(f"{name} ({columns})" for name, columns in FORMS.items())
     near = f" (missing {', '.join(hints)})" if hints else ""
     return (

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 from command_line_jobs import pairs, write_lines
+from data_tokenizer import tiny_tokenizer
 
 from fused_prefopt.cli import choosing, task
+from fused_prefopt.cli.config import Settings
+from fused_prefopt.cli.console import UserError
+from fused_prefopt.cli.judged_rows import DataSet, read_judged_rows
 from fused_prefopt.cli.main import main
+from fused_prefopt.cli.needs import check_fields, first_lack, refused_weights, weigh_nothing
 from fused_prefopt.losses import available_losses, find, registry, rewards
 from fused_prefopt.losses.pairwise import PairwiseLoss
 from fused_prefopt.losses.registry import register
@@ -83,6 +88,62 @@ def test_every_loss_is_allowed_or_not(said, form):
     assert [name for name in available_losses() if words.count(name) != 1] == []
 
 
+SIDES = (("chosen", "cat"), ("rejected", "mat"))
+# Forms that no loss, or not every one, can train on, beside those of the golden texts.
+ODD = {
+    "ungrouped": [{k: v for k, v in row.items() if k != "group"} for row in RATED],
+    "half_grouped": [*RATED[:2], RATED[2] | {"group": None}],
+    "half_rated": [*RATED[:2], RATED[2] | {"score": None}],
+    "half_labelled": [*LABELLED, LABELLED[0] | {"label": None}],
+    "half_scored": [SCORED[0], pairs(2)[1]],
+    "alike": [row | {"score": 1.0} for row in RATED],
+    "alike_lists": [row | {"scores": [1.0] * len(row["scores"])} for row in LISTS],
+    "two_prompts": [row | {"prompt": f"the {i}"} for i, row in enumerate(RATED)],
+    "two_weights": [row | {"weight": 1.0 + i} for i, row in enumerate(RATED)],
+    "weighed_0": [row | {"weight": 0.0} for row in LISTS],
+    "rated_and_labelled": [row | {"label": i % 2} for i, row in enumerate(RATED)],
+    "ultrafeedback": [
+        {
+            "instruction": "the cat",
+            "completions": [{"response": f"sat {i}", "overall_score": i} for i in range(3)],
+        }
+    ],
+    "hh": [
+        {side: f"\n\nHuman: the\n\nAssistant: {word}" for side, word in SIDES},
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FORMS | ODD)
+def test_what_is_allowed_trains_and_the_rest_is_refused_for_the_same_reason(
+    material, tmp_path, form
+):
+    file = write_lines(tmp_path / "rows.jsonl", (FORMS | ODD)[form])
+    rows = read_judged_rows(DataSet(file))
+    settings = Settings(model="unused", dataset=file, max_length=64)
+    records = task.training_records(settings, 0, points=False)
+    for name in available_losses():
+        loss_fn = task.load_loss(Settings(model="unused", loss=name))
+        reason = choosing._refusal(loss_fn.loss, rows)
+        judged = rows.judged[rows.kind_of(loss_fn.loss)]
+        try:
+            features = task._features(settings, loss_fn, tiny_tokenizer(), records)
+        except ValueError as error:
+            assert judged == str(error).removeprefix("rows: ") == reason, name
+            continue
+        try:
+            check_fields(loss_fn, features)
+        except UserError:
+            assert reason is not None, name
+        else:
+            assert reason is None, name
+        assert not isinstance(judged, str)
+        for why in (refused_weights, lambda _, rows: weigh_nothing(rows)):
+            assert why(loss_fn.loss, judged) == why(loss_fn.loss, features), name
+        lacks = [first_lack(loss_fn.loss, each) for each in (judged, features)]
+        assert [lack and lack.field for lack in lacks] == [lacks[0] and lacks[0].field] * 2, name
+
+
 def test_a_loss_that_is_registered_shows_up(said, monkeypatch):
     for names in ("_SPECS", "_NAMES"):
         monkeypatch.setattr(registry, names, dict(getattr(registry, names)))
@@ -106,6 +167,8 @@ def test_one_loss_or_sum_fits_or_is_refused(said):
         " odpo needs columns score_chosen and score_rejected; `fused-prefopt losses --for FILE`"
         " lists the losses that it allows\n"
     )
+    text = said(LABELLED, "dpo", status=2)
+    assert "2 rows, but dpo: got single completions, not all with reward and group, needs" in text
     assert "unknown loss 'simpoo' (did you mean 'simpo'" in said(pairs(2), "simpoo", status=2)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from command_line_jobs import sentences, write_lines
+from command_line_jobs import pairs, sentences, write_lines
 
 pytest.importorskip("safetensors")
 pytest.importorskip("datasets")
@@ -67,12 +67,17 @@ def test_every_kind_of_loss_has_its_rows(loaded, files, capsys):
 
 def test_what_lists_cannot_do_is_refused(refused, files, tmp_path):
     said = refused(loss="simpo", layout="shared_prompt", **files)
-    assert said == "layout: got shared_prompt with lists, which takes pairs alone"
+    wanted = "needs rows with chosen and rejected, or padded or packed"
+    assert said == f"layout: got shared_prompt with lists, {wanted}"
     rows = [row | {"scores": row["scores"][1:]} for row in lists(2)]
     said = refused(loss="simpo", dataset=write_lines(tmp_path / "bad.jsonl", rows))
     assert said.startswith("dataset: scores: got 2 in row 0 (counted from 0), wanted one for each")
     said = refused(loss="dpo + 0.1 aot", **files)
     assert said.startswith("loss: got dpo + 0.1 aot, which sorts the pairs, with lists")
+    reversed_ = write_lines(tmp_path / "pairs.jsonl", pairs(1, score_chosen=1, score_rejected=2))
+    evaluated = {"held_out": reversed_, "eval_strategy": "steps", "eval_steps": 1}
+    said = refused(loss="simpo", **files | evaluated)
+    assert said.startswith("held_out: score_chosen: got 1 beside score_rejected 2 in feature 0")
 
 
 @pytest.mark.slow

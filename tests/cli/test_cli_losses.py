@@ -26,7 +26,9 @@ def test_the_table_has_every_loss_and_fits_100_columns(capsys):
             rows[-1] = [" ".join(filter(None, both)) for both in zip(rows[-1], cells, strict=True)]
     assert [row[0] for row in rows] == list(available_losses())
     for row, (name, info) in zip(rows, available_losses().items(), strict=True):
-        assert row[1] == ("pairs" if info.pairwise else "completions"), name
+        ranks = getattr(find(name).build(), "ranking", None) is not None
+        judged = "lists, pairs" if ranks else "pairs" if info.pairwise else "completions"
+        assert row[1] == judged, name
         assert row[2] == (", ".join(info.needs) or "-"), name
         options = ", ".join(f"{k}={v!r}" for k, v in info.defaults.items()) or "-"
         begun = row[3].removesuffix(" …")
@@ -48,6 +50,12 @@ def test_one_loss_has_its_formula_needs_and_every_hyperparameter(name):
         assert any(
             line.split()[:1] == [option] and repr(default) in line for line in text.splitlines()
         )
+
+
+def test_what_a_loss_judges_is_said_of_lists_and_sums():
+    for name in ("lipo", "0.5 dpo + plackett-luce-dpo"):
+        assert "\njudges  lists, rated completions of a prompt, as a whole; " in one_loss(name)
+    assert "\njudges  pairs, chosen and rejected\n" in one_loss("dpo + sft")
 
 
 @pytest.mark.parametrize("name", published_settings())

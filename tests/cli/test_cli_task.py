@@ -16,6 +16,7 @@ from fused_prefopt.cli.needs import check_fields
 from fused_prefopt.cli.task import (
     _features,
     as_judged,
+    as_lists,
     as_pairs,
     as_points,
     held_out_records,
@@ -24,7 +25,7 @@ from fused_prefopt.cli.task import (
 )
 from fused_prefopt.data import completions as as_completions
 from fused_prefopt.data import tokenise_pairs
-from fused_prefopt.losses import available_losses
+from fused_prefopt.losses import TransportLoss, available_losses
 
 pytest.importorskip("datasets")
 SCORES = {"score_chosen": 3.0, "score_rejected": 1.0}
@@ -97,8 +98,10 @@ def test_completions_that_make_no_pairs_are_an_error_with_a_remedy(refused, tmp_
     assert said.startswith("held_out: rows: got single completions") and "such as kto" in said
     with pytest.raises(ValueError, match="not all with group, needs pairs"):
         as_judged([row | {"reward": 1.0} for row in completions()])
-    with pytest.raises(ValueError, match="got no prompt with two completions of different reward"):
-        as_pairs([row | {"reward": 1.0, "group": 0} for row in completions()])
+    alike = [row | {"reward": 1.0, "group": 0, "prompt": "the"} for row in completions()]
+    for convert in (as_pairs, as_lists):
+        with pytest.raises(ValueError, match="got no prompt with two completions of different rew"):
+            convert(alike)
     with pytest.raises(ValueError, match="label: got some rows without, needs one in each"):
         as_judged([row | more for row in completions(1) for more in ({"desirable": True}, {})])
 
@@ -126,6 +129,46 @@ def test_best_and_worst_of_rated_completions_are_a_pair():
     assert [point["completion"] for point in as_points(pairs(1))] == [
         pairs(1)[0][side] for side in ("chosen", "rejected")
     ]
+
+
+def test_rated_completions_of_a_group_are_a_list_to_losses_on_pairs(loaded, tmp_path, capsys):
+    rows = [row | {"prompt": f"the {g}", "group": g} for g in (1, 2) for row in RATED]
+    file = write_lines(tmp_path / "rated.jsonl", rows)
+    task = loaded(dataset=file, held_out=file, loss="plackett-luce-dpo")
+    assert [row["rewards"] for row in task.train] == [[0.5, 0.25, 1.0]] * 2
+    assert [row["rewards"] for row in task.evaluated] == [[0.5, 0.25, 1.0]] * 2
+    # They are the pairs of a row of the whole list, not the best and the worst one alone.
+    batch = task.collator()(task.train)
+    assert batch["groups"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert [row["score_rejected"] for row in task.held_out] == [0.25] * 2
+    said = "6 completions put together by `group` to 2 lists, in which every two of different"
+    assert f"training data: {said}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="prompt: got 'the 2' in row 3 .* both of group 1, wanted"):
+        as_lists([row | {"group": 1} for row in rows])
+
+
+def test_held_out_rows_take_the_form_that_the_loss_trains_on(loaded, tmp_path):
+    forms = {
+        "lists": [{"prompt": "the", "completions": ["1", "2", "cat"], "scores": [1, 2, 3]}],
+        "rated": RATED,
+        "pairs": pairs(2, score_chosen=1.0, score_rejected=0.0),
+    }
+    files = {name: write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in forms.items()}
+    pair, whole, point = {"chosen_ids"}, {"completions_ids"}, {"completion_ids"}
+    # A collator of lists takes pairs as lists of two.
+    expected = {
+        ("dpo", "pairs"): {"lists": pair, "rated": pair, "pairs": pair},
+        ("dpo", "lists"): {"lists": whole, "rated": whole, "pairs": pair},
+        ("dpo", "rated"): {"lists": whole, "rated": whole, "pairs": pair},
+        ("dro", "pairs"): {"lists": point, "rated": point, "pairs": point},
+        ("dro", "lists"): {"lists": whole, "rated": whole, "pairs": whole},
+        ("dro", "rated"): {"lists": point, "rated": point, "pairs": point},
+    }
+    for (loss, form), found in expected.items():
+        for other, columns in found.items():
+            task = loaded(dataset=files[form], held_out=files[other], loss=loss)
+            assert columns <= task.evaluated[0].keys(), (loss, form, other)
+            task.collator()(task.evaluated)
 
 
 def test_rows_of_completions_keep_their_judgement_under_either_name():
@@ -190,8 +233,14 @@ def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records)
         with pytest.raises(UserError, match=f"{name} needs `gold`, .* does not compute"):
             check_fields(loss_fn, features)
         return
+    if records is RATED and isinstance(loss_fn.loss, TransportLoss):
+        with pytest.raises(UserError, match="sorts the pairs, with lists, needs rows with chosen"):
+            check_fields(loss_fn, features)
+        return
     check_fields(loss_fn, features)
-    if loss_fn.loss.pairwise:
+    if loss_fn.loss.pairwise and records is RATED:
+        assert [row["rewards"] for row in features] == [[0.5, 0.25, 1.0]]
+    elif loss_fn.loss.pairwise:
         assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
     elif "desirable" in loss_fn.loss.needs:
         assert [feature["desirable"] for feature in features[:2]] == [True, False]

@@ -70,6 +70,11 @@ def test_columns_that_nobody_reads_are_named(adapter):
         (COMPLETION | TEXTS | {"label": 1}, "'rejected', 'label', which fit pairs and completions"),
         ({"completion": "a", "label": 1} | TEXTS, "which fit pairs and completions"),
         (COMPLETION, "'prompt', 'completion', completions that nothing judges"),
+        (COMPLETION | {"scroe": 1}, "nothing judges (missing 'score' (did you mean 'scroe'?))"),
+        (
+            {"prompt": "a", "completions": ["b"], "rating": [1]},
+            "nothing rates (missing 'ratings' (did you mean 'rating'?))",
+        ),
         ({"prompt": "a", "text": "b"}, "'prompt', 'text', which no adapter reads"),
         ({"prompt_ids": [1], "chosen_ids": [2]}, "'chosen_ids', of token ids, which trainers and"),
         (
