@@ -12,7 +12,7 @@ from fused_prefopt.checks import require_count
 from fused_prefopt.cli.config import EMBEDDED, Settings
 from fused_prefopt.cli.console import blaming, require_packages
 from fused_prefopt.cli.data_files import rows_of
-from fused_prefopt.cli.task import (
+from fused_prefopt.cli.records import (
     LABELLED,
     LISTS,
     PAIRS,

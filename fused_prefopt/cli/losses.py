@@ -74,11 +74,12 @@ The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are tra
 ## Lists of completions
 
 Losses on pairs take lists, two or more rated completions of a prompt, as all their pairs, but for
-those that sort the pairs (`aot`) and those of a gold completion (`tpo`); some judge a list as a whole
-(in the index "lists, pairs"). A row is a list (`prompt`, `completions`, `scores`), or rows are rated completions
-(`prompt`, `completion`, `score`), of which those of one `group` are a list. `data.ListCollator` and
-the trainers take them; `fused-prefopt train` puts the latter together by itself. Losses that need
-`desirable` (`kto`) are then given the best and the worst of each prompt, as are held-out pairs.
+those that sort the pairs (`aot`) and those of a gold completion (`tpo`). Some judge a list as a
+whole, in the index "lists, pairs". A row is a list (`prompt`, `completions`, `scores`), or rows are
+rated completions (`prompt`, `completion`, `score`), of which those of one `group` are a list.
+`data.ListCollator` and the trainers take lists; `data.lists_of_points` makes them of rated
+completions, which `fused-prefopt train` does by itself. There losses that need `desirable` (`kto`)
+are given the best and the worst completion of each list, as held-out pairs are.
 
 ## Another target margin
 

@@ -9,7 +9,7 @@ import pytest
 from command_line_jobs import pairs, write_lines
 from data_tokenizer import tiny_tokenizer
 
-from fused_prefopt.cli import choosing, task
+from fused_prefopt.cli import choosing, records, task
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.judged_rows import DataSet, read_judged_rows
@@ -121,13 +121,13 @@ def test_what_is_allowed_trains_and_the_rest_is_refused_for_the_same_reason(
     file = write_lines(tmp_path / "rows.jsonl", (FORMS | ODD)[form])
     rows = read_judged_rows(DataSet(file))
     settings = Settings(model="unused", dataset=file, max_length=64)
-    records = task.training_records(settings, 0, points=False)
+    read = records.training_records(settings, 0, points=False)
     for name in available_losses():
         loss_fn = task.load_loss(Settings(model="unused", loss=name))
         reason = choosing._refusal(loss_fn.loss, rows)
         judged = rows.judged[rows.kind_of(loss_fn.loss)]
         try:
-            features = task._features(settings, loss_fn, tiny_tokenizer(), records)
+            features = task._features(settings, loss_fn, tiny_tokenizer(), read)
         except ValueError as error:
             assert judged == str(error).removeprefix("rows: ") == reason, name
             continue
@@ -211,7 +211,7 @@ def test_embedded_text_is_pairs_and_rated_completions(monkeypatch, capsys):
     rated = [row | {"reward": row["score"]} for row in RATED]
     made |= {"make_pairs": SCORED[:1], "make_points": rated}
     for name, value in made.items():
-        monkeypatch.setattr(task, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(records, name, lambda *_, value=value, **__: value)
     assert main(["losses", "--for", "embedded"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("embedded: text of the package, as pairs or as rated completions\n")

@@ -14,7 +14,8 @@ import fused_prefopt as fp
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.needs import OF_POLICY, OF_REFERENCE, check_fields, cost_of, first_lack
-from fused_prefopt.cli.task import judged_records, kind_of, load_loss
+from fused_prefopt.cli.records import judged_records, kind_of
+from fused_prefopt.cli.task import load_loss
 from fused_prefopt.data import tokenise_pairs
 from fused_prefopt.data.columns import PAIR_FIELDS, POINT_FIELDS
 from fused_prefopt.losses import available_losses, find

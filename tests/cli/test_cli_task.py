@@ -13,16 +13,15 @@ from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.models import texts_of
 from fused_prefopt.cli.needs import check_fields
-from fused_prefopt.cli.task import (
-    _features,
+from fused_prefopt.cli.records import (
     as_judged,
     as_lists,
     as_pairs,
     as_points,
     held_out_records,
-    load_loss,
     training_records,
 )
+from fused_prefopt.cli.task import _features, load_loss
 from fused_prefopt.data import completions as as_completions
 from fused_prefopt.data import tokenise_pairs
 from fused_prefopt.losses import TransportLoss, available_losses
