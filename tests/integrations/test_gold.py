@@ -145,7 +145,8 @@ def chats() -> list[dict[str, Any]]:
 
 def whole() -> list[dict[str, Any]]:
     """Without a prompt of their own: all three begin with it."""
-    return [{name: row["prompt"] + row[name] for name in row if name != "prompt"} for row in chats()]
+    sides = ("chosen", "rejected", "reference")
+    return [{name: row["prompt"] + row[name] for name in sides} for row in chats()]
 
 
 def trls_own(folder: Any, data: Any, model: Any, **options: Any) -> Any:

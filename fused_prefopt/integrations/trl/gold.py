@@ -79,7 +79,8 @@ def _with_its_gold(gold: str, rows: Rows, indices: list[int]) -> dict[str, list[
     sides = dict.fromkeys((CHOSEN, REJECTED), gold)
     return {
         name: [
-            value for pair in zip(rows[name], rows[sides.get(name, name)], strict=True)
+            value
+            for pair in zip(rows[name], rows[sides.get(name, name)], strict=True)
             for value in pair
         ]
         for name in rows
