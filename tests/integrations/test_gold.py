@@ -128,7 +128,7 @@ def test_what_would_be_wrong_is_refused(tmp_path):
         model(**PairCollator(0)(triples()))
 
 
-def texts(count: int = 12, **more: Any) -> list[dict[str, Any]]:
+def texts(count: int = 8, **more: Any) -> list[dict[str, Any]]:
     """Pairs with TRL's name of the gold completion, which is longer than some and shorter."""
     rows = [dict(row) for row in pairs(count)]
     golds = [row["chosen"] + " the" for row in pairs(2 * count)][count:]
@@ -213,3 +213,16 @@ def test_trls_trainer_on_pairs_trains_as_its_own_of_triples(tmp_path, make, loss
     weights = dict(runs[0].model.named_parameters())
     for each, value in runs[1].model.named_parameters():
         torch.testing.assert_close(value, weights[each], rtol=1e-6, atol=1e-8, msg=each)
+
+
+def test_what_trls_trainer_cannot_make_triples_of_is_refused(tmp_path):
+    pytest.importorskip("trl")
+    lacking = [{**row, "reference": None} if i == 3 else row for i, row in enumerate(texts())]
+    for data, message in (
+        (None, "train_dataset: tpo needs `gold`"),
+        (dataset(lacking), "reference: got None in row 3 .* wanted a completion; drop"),
+        (dataset(texts(gold_token_weights=[1.0])), "gold_token_weights: got some with texts"),
+        (dataset([whole()[0] | {"reference": chat(user="a")}]), "wanted it to begin with .*'role'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("dpo", tmp_path, data, loss="tpo")
