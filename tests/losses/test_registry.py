@@ -97,7 +97,8 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "madpo": (
         (),
         ("reference", "rewards"),
-        {"beta": 0.1, "largest": 2.0, "smallest": 0.5, "slope": 1.0, "tau": math.log(999)},
+        {"beta": 0.1, "largest": 2.0, "smallest": 0.5, "slope": 1.0, "tau": math.log(999)}
+        | PER_TOKEN,
     ),
     "omni-dpo": (
         ("uni-dpo",),
@@ -124,7 +125,7 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
         {"beta": 0.1, "log_z0": 50.0},
     ),
     "dpo-positive": (("dpop",), ("reference",), {"beta": 0.3, "penalty": 50.0}),
-    "bpo": (("sba",), ("reference",), {"beta": 0.1, **BASU, "largest_ratio": None}),
+    "bpo": (("sba",), ("reference",), {"beta": 0.1, **BASU, "largest_ratio": None, **PER_TOKEN}),
     "bpo-simpo": ((), (), {"beta": 2.5, "gamma": 1.0, **BASU, "largest_ratio": 30.0}),
     "bdpo": ((), ("reference",), {"beta": 0.1, "mixture": 0.5}),
     "alpha-po": (("alphapo",), (), {"beta": 2.5, "gamma": 1.0, "alpha": 0.25}),
