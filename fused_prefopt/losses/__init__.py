@@ -39,6 +39,7 @@ from fused_prefopt.losses.pairwise import (
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
+    ClassifierFeedbackLoss,
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
@@ -65,6 +66,8 @@ from fused_prefopt.losses.terms import (
     Calibration,
     ChosenNll,
     DynamicScale,
+    GoldNll,
+    RewardShift,
     SoftMinimum,
     length_desensitized,
     tail_labels,
@@ -91,6 +94,7 @@ __all__ = [
     "Calibration",
     "ChiSquaredRatio",
     "ChosenNll",
+    "ClassifierFeedbackLoss",
     "Clipped",
     "ConstantMargin",
     "DirectRewardLoss",
@@ -101,6 +105,7 @@ __all__ = [
     "Exact",
     "Focal",
     "ForwardKlRatio",
+    "GoldNll",
     "Hinge",
     "Indifferent",
     "JensenShannonRatio",
@@ -128,6 +133,7 @@ __all__ = [
     "PublishedSetting",
     "QualityWeights",
     "RejectedShare",
+    "RewardShift",
     "Robust",
     "ScoreMargin",
     "ScoreMarginWeights",
