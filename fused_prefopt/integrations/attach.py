@@ -19,18 +19,18 @@ from fused_prefopt.data.columns import (
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
 from fused_prefopt.integrations.metrics import (
+    Lists,
     StepMetrics,
     Weighed,
     metric_weights,
     token_metrics,
 )
 from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
-from fused_prefopt.losses.protocol import WHAT_IT_IS
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS
 from fused_prefopt.models.batch import (
     HIDDEN,
     CollatedRows,
@@ -60,7 +60,7 @@ from fused_prefopt.reference import Collator, Feature, add_reference_logps
 from fused_prefopt.types import LMHead, LossOutput
 
 # Fields that a reference gives.
-_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL)
+_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, *sorted(OF_BOTH_HEADS))
 OF_REFERENCE = frozenset(_REFERENCE_FIELDS)
 
 
@@ -90,7 +90,7 @@ def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
     """
     name = min(missing)
     ways = ["reference=<model>", "reference='adapter' (the model without its PEFT adapter)"]
-    if SEQUENCE_KL not in missing:
+    if not OF_BOTH_HEADS & set(missing):
         ways += [
             "reference_cache=<folder> with one of them",
             "rows with the columns of `add_reference_logps`",
@@ -215,7 +215,7 @@ class Attachment:
             return extras, None
         if self.reference is None:
             raise ValueError(lacks_reference(self.loss_fn, missing))
-        if SEQUENCE_KL in missing:
+        if OF_BOTH_HEADS & missing:
             return extras, (self.reference, self.reference.hidden(batch))
         return extras | self.reference.logps(batch, prompt=PROMPT_REFERENCE in missing), None
 
@@ -251,7 +251,9 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = metric_weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
+    lists = Lists.of(loss_fn, extras)
+    desirable = None if loss_fn.loss.pairwise else extras[DESIRABLE]
+    weights = metric_weights(output, desirable, extras[WEIGHTS], lists) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -288,8 +290,7 @@ class _LossInHead:
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:
-            weights = self.desirable, self.extras[WEIGHTS]
-            tokens = token_metrics(self.loss_fn, rows, hidden, head, *weights)
+            tokens = token_metrics(self.loss_fn, rows, hidden, head, self.extras)
         given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
         if self.compared is not None:
             source, given["ref_hidden"] = self.compared
@@ -302,11 +303,6 @@ class _LossInHead:
         output = self.loss_fn(hidden, head, rows.labels, **given)
         self.found = output, tokens
         return output.loss
-
-    @property
-    def desirable(self) -> Tensor | None:
-        """(S,) bool for single completions; None for pairs."""
-        return None if self.loss_fn.loss.pairwise else self.extras[DESIRABLE]
 
 
 def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:
