@@ -44,7 +44,7 @@ def pairs_of_lists(
 
     Each list counts alike: the mean over the pairs, with their weights, is the mean over the lists
     of the mean over their pairs. A list without two different scores counts 0. On CUDA it waits for
-    the number of pairs.
+    the number of pairs. It compares all S completions with each other: S² bytes, three times.
 
     Args:
         batch: S completions with `groups`, in any order, and `rewards`; its weights, where there
@@ -147,10 +147,11 @@ class PlackettLuce:
     """The likelihood of a ranking: each completion is chosen from those that it beats and itself.
 
     ``Σ_i −log [e^r_i / (e^r_i + Σ_j e^(r_j + γ_ij))]``, j the completions of lower score, which is
-    the link of the soft minimum over j of ``r_i − r_j − γ_ij``. Of a list of two it is the link of
-    their pair, exactly.
+    the link of the soft minimum over j of ``r_i − r_j − γ_ij`` and of target 0. Of a list of two it
+    is that of their pair, exactly. With the `Logistic` link it is this likelihood.
 
-    Source: DPO (Rafailov et al. 2023, arXiv:2305.18290), appendix A.3, eq. 20, for all γ_ij = 0.
+    Source: DPO (Rafailov et al. 2023, arXiv:2305.18290), appendix A.3, eq. 20, for all γ_ij = 0; of
+    a best one among others of one score S-DPO (Chen et al. 2024, arXiv:2406.09215).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -191,7 +192,8 @@ class TopOne:
     Raises:
         ValueError: `temperature` is out of range.
 
-    Source: ListNet (Cao et al. 2007), the top-one model of its cross-entropy.
+    Source: ListNet (Cao et al. 2007), the top-one model of its cross-entropy; λ-DPO (Sun et al.
+    2025, arXiv:2506.19780), its loss of one objective, for given p.
     """
 
     temperature: float = 1.0

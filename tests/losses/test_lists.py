@@ -9,20 +9,28 @@ from collections.abc import Callable
 import pytest
 import torch
 from loss_cases import compute, random_batch, vector
+from waits import Inside, watched
 
-from fused_prefopt import LogpBatch, PreferenceLoss
+from fused_prefopt import LogpBatch, PreferenceLoss, sequence_logps, token_statistics
 from fused_prefopt.losses import (
     ConstantMargin,
+    DiscountedGain,
+    Hinge,
     LogRatio,
     MeanLogp,
+    OnPolicyWeights,
     PairwiseLoss,
     PlackettLuce,
+    Robust,
     TopOne,
     available_losses,
     find,
     pairs_of_lists,
 )
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN
+from fused_prefopt.losses.rewards import BoundedRatio, PerToken, RejectedShare
+from fused_prefopt.losses.terms import DynamicScale
+from fused_prefopt.losses.whole_batch import whole_batch
 
 PAIRWISE = [name for name, info in available_losses().items() if info.pairwise]
 SORTING = ("aot", "aot-unpaired")
@@ -134,8 +142,57 @@ def test_a_ranking_heeds_margins_and_its_link():
             for i in range(12)
         ]
         torch.testing.assert_close(compute(loss, batch).loss.item(), sum(terms) / 5)
-    with pytest.raises(ValueError, match=r"margin: got .*0.7.* with TopOne"):
-        PairwiseLoss(LogRatio(beta=1.0), ConstantMargin(gamma=0.7), ranking=TopOne())
+    # Of links that need the two margins apart, too, a pair is a list of two.
+    loss = PairwiseLoss(LogRatio(beta=0.3), ConstantMargin(gamma=0.7), Robust(epsilon=0.2))
+    loss, pairs = dataclasses.replace(loss, ranking=PlackettLuce()), random_batch(8)
+    alone = dataclasses.replace(pairs, groups=None, completions=None)
+    assert torch.equal(compute(loss, pairs).losses, compute(loss, alone).losses)
+
+
+@pytest.mark.parametrize("ranking", [TopOne(), DiscountedGain(), PlackettLuce()])
+def test_what_has_no_place_in_a_ranking_is_refused(ranking):
+    reward = LogRatio(beta=1.0)
+    for given in (
+        {"margin": ConstantMargin(gamma=0.7)},
+        {"link": Hinge()},
+        {"scale": DynamicScale(alpha=0.3)},
+    ):
+        if not isinstance(ranking, TopOne):
+            assert PairwiseLoss(reward, ranking=ranking, **given).ranking is ranking
+            continue
+        with pytest.raises(ValueError, match=rf"{next(iter(given))}: got .* with TopOne.*default"):
+            PairwiseLoss(reward, ranking=ranking, **given)
+    for sided in (RejectedShare(reward=reward, share=0.5), BoundedRatio(beta=1.0)):
+        for each in (sided, PerToken(reward=sided)):
+            if isinstance(ranking, PlackettLuce):
+                assert PairwiseLoss(each, ranking=ranking).ranking is ranking
+                continue
+            kind = type(ranking).__name__
+            with pytest.raises(ValueError, match=f"reward: got .* with {kind}.*both sides"):
+                PairwiseLoss(each, ranking=ranking)
+    assert PairwiseLoss(PerToken(reward=reward), ranking=ranking).ranking is ranking
+
+
+def test_a_reward_of_sides_is_that_of_each_pair():
+    loss = PairwiseLoss(RejectedShare(reward=LogRatio(beta=0.3), share=0.5), ranking=PlackettLuce())
+    rewards = 0.3 * (lists().policy - lists().reference).detach()
+    terms = [
+        math.log1p(sum(math.exp(0.5 * rewards[j] - rewards[i]) for j in beaten(i)))
+        for i in range(12)
+    ]
+    found = compute(loss, pairs_of_lists(lists()).batch)
+    torch.testing.assert_close(found.loss.item(), sum(terms) / 5)
+
+
+def test_one_best_completion_among_others_of_one_score_is_softmax_dpo():
+    batch = dataclasses.replace(
+        lists(), groups=torch.zeros(12, dtype=torch.int64), rewards=torch.arange(12) == 4
+    )
+    rewards = 0.3 * (batch.policy - batch.reference).detach()
+    others = [rewards[j] for j in range(12) if j != 4]
+    wanted = math.log1p(sum(math.exp(other - rewards[4]) for other in others))
+    found = PreferenceLoss("s-dpo", beta=0.3).from_logps(batch).loss.item()
+    torch.testing.assert_close(found, wanted)
 
 
 def lists_of_two(pairs: LogpBatch, order: torch.Tensor) -> LogpBatch:
@@ -191,7 +248,115 @@ def test_a_completion_that_is_nan_spoils_its_list_alone_and_none_is_no_loss(name
         assert result.loss == 0 and not slopes.any() and result.metrics[LIST_PAIRS] == 0
 
 
-def part(batch: LogpBatch, rows: slice) -> LogpBatch:
+RANKINGS = ["pl-dpo", "lipo-lambda", "listnet-dpo"]
+
+
+def test_a_reward_that_is_infinite_counts_as_in_pairs():
+    # A completion that cannot be written any more is beaten for good.
+    batch = LogpBatch(
+        policy=vector(-3.0, -math.inf, -5.0).requires_grad_(),
+        lengths=torch.ones(3, dtype=torch.int64),
+        reference=vector(-4.0, -4.0, -4.0),
+        groups=torch.zeros(3, dtype=torch.int64),
+        rewards=vector(2.0, 0.0, 1.0),
+    )
+    for rows in ([0, 1], [0, 1, 2]):
+        given = part(batch, rows)
+        found, wanted = (
+            PreferenceLoss(name).from_logps(part(given, kept)).loss
+            for name, kept in (("pl-dpo", slice(None)), ("dpo", [row for row in rows if row != 1]))
+        )
+        assert torch.equal(found, wanted)
+        assert torch.autograd.grad(found, batch.policy)[0].isfinite().all()
+    for name in ("pl-dpo", "dpo"):
+        lost = dataclasses.replace(part(batch, [0, 1]), rewards=vector(0.0, 1.0))
+        assert PreferenceLoss(name).from_logps(lost).loss == math.inf
+
+
+@pytest.mark.parametrize("name", ["dpo", *RANKINGS])
+def test_far_apart_in_float32_and_scores_and_numbers_of_any_kind(name):
+    ratios = vector(
+        1000.0, -1000.0, 500.0, -999.0, 0.5, -0.5, 1000.0, 999.0, 3.0, -1000.0, 7.0, 0.0
+    )
+    plain = {"reference": vector(*[0.0] * 12), "rewards": SCORES.round()}
+    wanted = lists(policy=ratios.requires_grad_(), **plain)
+    loss = PreferenceLoss(name, beta=1.0).from_logps(wanted).loss
+    (slopes,) = torch.autograd.grad(loss, ratios)
+    single = ratios.detach().float().requires_grad_()
+    for scores in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8):
+        batch = LogpBatch(
+            single,
+            wanted.lengths,
+            reference=wanted.reference.float(),
+            rewards=plain["rewards"].to(scores),
+            groups=-GROUPS.to(torch.int8) if scores.is_floating_point else GROUPS * 2**58,
+        )
+        found = PreferenceLoss(name, beta=1.0).from_logps(batch).loss
+        (gradient,) = torch.autograd.grad(found, single)
+        torch.testing.assert_close(found.double(), loss.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), slopes, rtol=1e-5, atol=1e-6)
+
+
+def test_the_numbers_of_lists_may_be_any_integers():
+    for groups in (GROUPS + 2**60, GROUPS.to(torch.int8) + 118):
+        pairs = pairs_of_lists(lists(groups=groups)).batch
+        found, wanted = whole_batch(pairs).batch, pairs_of_lists(lists()).batch
+        for name in ("groups", "completions"):
+            ours, theirs = getattr(found, name), getattr(wanted, name)
+            assert torch.equal(ours[:, None] == ours, theirs[:, None] == theirs)
+
+
+def test_a_score_that_is_nan_is_refused():
+    scores = SCORES.clone()
+    scores[5] = math.nan
+    with pytest.raises(ValueError, match=r"rewards: wanted a score .* got NaN in row 5"):
+        PreferenceLoss("dpo").from_logps(lists(rewards=scores))
+
+
+@pytest.mark.parametrize("name", ["dpo", "gamma-dpo", "cpo", *RANKINGS])
+def test_a_list_waits_once_and_adds_in_one_order(monkeypatch, name):
+    class Added(Inside):
+        """Sums of floating numbers in whatever order threads come."""
+
+        found: set[str] = set()
+
+        def seen(self, func, args, kwargs):
+            if "scatter_add" in func._schema.name and args[0].is_floating_point():
+                self.found.add(str(func))
+            return func(*args, **kwargs)
+
+    batch, loss_fn = lists(), PreferenceLoss(name)
+    waits, added = watched(monkeypatch), Added()
+    for each in (waits, added):
+        with each:
+            loss_fn.from_logps(batch).loss.backward()
+    # The number of pairs is the shape of all that follows.
+    assert waits.found == ["aten.nonzero.default in lists:pairs_of_lists"]
+    assert added.found == set()
+
+
+@pytest.mark.slow
+def test_compiled_lists_are_compiled_again_for_their_second_number_of_pairs_alone():
+    torch.compiler.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    loss_fn = PreferenceLoss("pl-dpo")
+    compiled, seen = torch.compile(loss_fn.from_logps, backend=count), []
+    for different in (2, 4, 7, 11):
+        batch = lists(rewards=torch.arange(12.0).clamp(max=different))
+        found, wanted = (each(batch) for each in (compiled, loss_fn.from_logps))
+        torch.testing.assert_close(found.losses, wanted.losses)
+        slopes = [torch.autograd.grad(each.loss, batch.policy)[0] for each in (found, wanted)]
+        torch.testing.assert_close(*slopes)
+        seen.append(len(graphs))
+    assert 0 < seen[0] < seen[1] == seen[-1]
+
+
+def part(batch: LogpBatch, rows: slice | list[int] | torch.Tensor) -> LogpBatch:
     fields = {name: getattr(batch, name) for name in batch.given}
     return LogpBatch(**{name: x[rows] if x.dim() else x for name, x in fields.items()})
 
@@ -219,6 +384,38 @@ def test_statistics_and_sums_see_the_pairs(name):
     assert torch.equal(found.loss, wanted.loss)
     states = loss_fn.state_dict(), other.state_dict()
     torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_of_pairs_and_of_tokens_in_lists():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 11, (12, 6), generator=generator)
+    tokens = torch.rand(12, 6, generator=generator, dtype=torch.float64)
+    given = {"groups": GROUPS, "rewards": SCORES, "reference": lists().reference}
+    out = sequence_logps(hidden, head, labels, token_weights=tokens)
+    collision = token_statistics(hidden, head, labels).collisions * tokens
+    batch = LogpBatch(out.sums, out.lengths, collision=collision.sum(1), **given)
+    factors = OnPolicyWeights()(pairs_of_lists(batch).batch)
+    own = pairs_of_lists(batch).batch.groups[:9]
+    for name in ("dpo", *RANKINGS):
+        loss_fn = PreferenceLoss(name, use_weighting=True)
+        found = loss_fn(hidden, head, labels, token_weights=tokens, **given)
+        losses = factors * PreferenceLoss(name).from_logps(batch).losses
+        wanted = sum(losses[own == group].mean() for group, pairs in PAIRS.items() if pairs) / 5
+        torch.testing.assert_close(found.loss, wanted)
+        slopes = [
+            torch.autograd.grad(each, hidden, retain_graph=True)[0] for each in (found.loss, wanted)
+        ]
+        torch.testing.assert_close(*slopes)
+    summed = PreferenceLoss("pl-dpo + 0.5 dpo", use_weighting=True).from_logps(batch)
+    alone = [
+        PreferenceLoss(name, use_weighting=True).from_logps(batch) for name in ("pl-dpo", "dpo")
+    ]
+    torch.testing.assert_close(summed.loss, alone[0].loss + 0.5 * alone[1].loss)
+    over_tokens = [{"name": "sft", "hyperparameters": {"nll": "token_mean"}}, "dpo"]
+    with pytest.raises(ValueError, match=r"weights: .*use_weighting and sft.* lists give theirs"):
+        PreferenceLoss(over_tokens, use_weighting=True).from_logps(batch)
 
 
 def test_hidden_states_of_lists_and_what_is_refused():
