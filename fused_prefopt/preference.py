@@ -25,6 +25,7 @@ from fused_prefopt.losses import (
     named_loss,
     pairs_of_lists,
 )
+from fused_prefopt.losses.lists import require_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
@@ -205,6 +206,8 @@ class PreferenceLoss(nn.Module):
             )
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
+        if self._takes_as_lists(given):
+            require_lists(given)
         options = dict(
             self.op_options,
             shift=shift,
@@ -265,14 +268,17 @@ class PreferenceLoss(nn.Module):
             ValueError: the loss needs a field that is missing, or the batch does not fit it.
         """
         check_needs(self.name, self.loss.needs, batch.given)
-        if not self.loss.pairwise or batch.groups is None or batch.completions is not None:
+        if not self._takes_as_lists(batch.given):
             return self._of_pairs(batch)
         pairs = pairs_of_lists(batch, self.process_group, all_ranks=self._spans_ranks)
         result = self._of_pairs(pairs.batch)
         metrics = {**result.metrics, LIST_PAIRS: pairs.mean}
         if batch.weights is None:
-            del metrics[WEIGHTS_MEAN]
+            metrics.pop(WEIGHTS_MEAN, None)
         return replace(result, metrics=metrics)
+
+    def _takes_as_lists(self, given: Collection[str]) -> bool:
+        return self.loss.pairwise and "groups" in given and "completions" not in given
 
     @property
     def _spans_ranks(self) -> bool:

@@ -7,6 +7,7 @@ the model once, in however many pairs it stands. Completions of equal score are 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -55,7 +56,7 @@ def pairs_of_lists(
     Raises:
         ValueError: there are no `rewards`, or one is NaN (a device-side assert on CUDA).
     """
-    check_needs("a batch of lists (with `groups`)", ("groups", "rewards"), batch.given)
+    require_lists(batch.given)
     groups, scores = needed(batch, "groups"), needed(batch, "rewards")
     _require_scores(scores)
     together = groups[:, None] == groups
@@ -77,6 +78,11 @@ def pairs_of_lists(
     weights = weights * (mean / counts[own]).to(batch.policy.dtype)
     found = LogpBatch(**gathered, kl=batch.kl, completions=members, weights=weights)
     return ListPairs(found, mean.to(batch.policy.dtype))
+
+
+def require_lists(given: Collection[str]) -> None:
+    """Raise ValueError unless the `LogpBatch` fields that make lists are all `given`."""
+    check_needs("a batch of lists (with `groups`)", ("groups", "rewards"), given)
 
 
 def _require_scores(scores: Tensor) -> None:

@@ -435,6 +435,10 @@ def test_hidden_states_of_lists_and_what_is_refused():
         PreferenceLoss("dpo", ld_alpha=0.5)(hidden, head, labels, **given)
     with pytest.raises(ValueError, match=r"lists .* needs `rewards`"):
         PreferenceLoss("dpo").from_logps(dataclasses.replace(batch, rewards=None))
+    # Before anything is computed.
+    unscored = {name: given[name] for name in ("groups", "reference")}
+    with pytest.raises(ValueError, match=r"lists .* needs `rewards`"):
+        PreferenceLoss("dpo")(None, None, None, **unscored)
     for name in SORTING:
         with pytest.raises(ValueError, match="sorts the pairs, .* nor lists"):
             PreferenceLoss(name).from_logps(batch)
