@@ -182,8 +182,9 @@ class PreferenceLoss(nn.Module):
             token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
                 A `reference`, `sequence_kl` or `collision` that is given must be weighted alike.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
-                prompt_reference, groups, sequence_kl, collision, weights. A loss that wants
-                `collision` (WPO) and is not given it computes it: an evaluation more.
+                prompt_reference, groups, sequence_kl, collision, weights, gold, gold_lengths. A
+                loss that wants `collision` (WPO) and is not given it computes it: an evaluation
+                more.
 
         Raises:
             ValueError: the loss needs a field that is missing, an argument does not fit, or tokens

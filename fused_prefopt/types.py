@@ -302,6 +302,9 @@ class LogpBatch:
             optional.
         weights: (S,) numbers >= 0, how much each pair (the same in both halves) or completion
             counts in the loss and in the metrics; always optional.
+        gold: (S,) summed log-probs under the policy, in nats, differentiable, of a third completion
+            of each pair's prompt (the same in both halves): the best one.
+        gold_lengths: (S,) labelled tokens of that, as `lengths`.
 
     Raises:
         ValueError: a field's shape, dtype or device does not fit `policy`, or a weight is negative
@@ -322,12 +325,16 @@ class LogpBatch:
     sequence_kl: Tensor | None = None
     collision: Tensor | None = None
     weights: Tensor | None = None
+    gold: Tensor | None = None
+    gold_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         require_shape("policy", self.policy, ("S",))
         require_floating("policy", self.policy)
-        if not self.lengths.is_floating_point():
-            require_integer("lengths", self.lengths)
+        for name in ("lengths", "gold_lengths"):
+            lengths = getattr(self, name)
+            if lengths is not None and not lengths.is_floating_point():
+                require_integer(name, lengths)
         for name in ("groups", "completions", "prompt_lengths"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name))

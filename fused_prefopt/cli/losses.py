@@ -124,6 +124,7 @@ pair; `lists/pairs` is the number of pairs of a list.
 | symbol | meaning |
 | --- | --- |
 | w, l | the chosen and the rejected completion of a pair |
+| g | the gold completion of a prompt, a third one beside w and l: `gold` |
 | L, \\|y\\| | summed log-probability of a completion under the policy, in nats, and its tokens |
 | L̄ | L / \\|y\\| |
 | L_ref, Δ | the same sum under the reference model, and L − L_ref |

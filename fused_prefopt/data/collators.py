@@ -15,9 +15,11 @@ from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     COMPLETION_IDS,
     COMPLETION_MASK,
+    GOLD_IDS,
     INPUT_IDS,
     LABEL_COUNTS,
     NUM_SEQUENCES,
+    OF_GOLD,
     PAIR_FIELDS,
     PAIR_IDS,
     PAIR_REFERENCES,
@@ -188,8 +190,9 @@ class PairCollator(_Collator):
         Args:
             features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
                 `score_chosen` with `score_rejected`, `collision_chosen` with
-                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`, and
-                `chosen_token_weights` with `rejected_token_weights`, lists as long as the ids.
+                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`,
+                `gold_ids`, and `chosen_token_weights` with `rejected_token_weights`, lists as long
+                as the ids.
 
         Returns:
             Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
@@ -202,7 +205,8 @@ class PairCollator(_Collator):
             Shared prompts: what `shared_layout` returns.
             If the features have them: `rewards` (where none lacks a score), `collision`, `weights`
             (2B,), `ref_chosen_logps`, `ref_rejected_logps` (B,), and `token_weights`, laid out as
-            `completion_mask` or as `targets`, all float32. Never `labels`: transformers'
+            `completion_mask` or as `targets`, all float32; and the layout of B gold completions
+            behind their prompts, its names after `gold_`. Never `labels`: transformers'
             Trainer would rescale the loss by them; see `data.labels_of`.
 
         Raises:
@@ -212,8 +216,18 @@ class PairCollator(_Collator):
         """
         _require_features(features, (PROMPT_IDS, *PAIR_IDS))
         batch = self._layout(features, PAIR_IDS)
+        if is_given(features, GOLD_IDS):
+            batch |= self._gold(features)
         sources = PAIR_FIELDS | {name: (name,) for name in PAIR_REFERENCES}
         return batch | _fields(features, sources)
+
+    def _gold(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """The gold completions' own layout, in which each has its prompt."""
+        _require_features(features, (GOLD_IDS,))
+        sequences = self._sequences(features, (GOLD_IDS,))
+        part = self._packed(sequences) if self.padding_free else self._padded(sequences)
+        part[LABEL_COUNTS] = count_labels(part)
+        return {OF_GOLD + name: value for name, value in part.items()}
 
 
 @dataclass

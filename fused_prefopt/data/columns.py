@@ -18,6 +18,8 @@ from fused_prefopt.checks import closest
 # Records: texts, or chats, which are lists of messages.
 PROMPT, COMPLETION = "prompt", "completion"
 PAIR = CHOSEN, REJECTED = ("chosen", "rejected")
+# A third completion of a pair's prompt, the best one.
+GOLD = "gold"
 ROLE, CONTENT = "role", "content"
 # Records and features: the judgements; of several names, the first that has values counts.
 SCORES = SCORE_CHOSEN, SCORE_REJECTED = ("score_chosen", "score_rejected")
@@ -37,6 +39,7 @@ TOKENS = PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS, COMPLETION_IDS = (
     "completion_ids",
 )
 PAIR_IDS = (CHOSEN_IDS, REJECTED_IDS)
+GOLD_IDS = "gold_ids"
 # Features: how much each token of a completion counts; the last one in batches too, laid out as
 # their `completion_mask`, or where prompts are shared as their `targets`.
 TOKEN_WEIGHT_COLUMNS = CHOSEN_TOKEN_WEIGHTS, REJECTED_TOKEN_WEIGHTS, TOKEN_WEIGHTS = (
@@ -71,6 +74,8 @@ LAYOUT = (
 KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
+# The prefix of the layout of gold completions.
+OF_GOLD = "gold_"
 # Of TRL's rows, as of ours: ids of completions, and the weights that belong to them.
 WEIGHTS_OF_IDS = {
     CHOSEN_IDS: CHOSEN_TOKEN_WEIGHTS,
@@ -82,6 +87,7 @@ WEIGHTS_OF_IDS = {
 # Batches: fields of `LogpBatch`, and the columns of features that they are made of.
 REWARDS, GROUPS, KL = "rewards", "groups", "kl"
 PROMPT_LENGTHS = "prompt_lengths"
+GOLD_LENGTHS = "gold_lengths"
 SEQUENCE_KL, COLLISION, WEIGHTS = "sequence_kl", "collision", "weights"
 # A pair's weight is that of both its completions.
 PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS, WEIGHTS: (WEIGHT, WEIGHT)}

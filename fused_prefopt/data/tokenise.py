@@ -11,6 +11,8 @@ from fused_prefopt.data.columns import (
     COMPLETION,
     COMPLETION_IDS,
     DESIRABLE,
+    GOLD,
+    GOLD_IDS,
     GROUP,
     LABELS,
     PAIR,
@@ -57,7 +59,7 @@ def tokenise_pairs(
     Args:
         records: with `prompt`, `chosen`, `rejected`: three strings, or three lists of
             ``{"role", "content"}`` messages; `score_chosen` and `score_rejected` are kept if
-            both are there, and `weight`.
+            both are there, and `weight`; and `gold`, a third completion of the prompt.
         tokenizer: has `encode(text, add_special_tokens=...)` and `eos_token_id`; for chats
             `apply_chat_template`. Hugging Face tokenizers do.
         max_length: tokens of prompt and completion together.
@@ -65,8 +67,8 @@ def tokenise_pairs(
             always keeps one.
 
     Returns:
-        One dict a pair that is kept: `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int),
-        and the scores and the weight as floats.
+        One dict a pair that is kept: `prompt_ids`, `chosen_ids`, `rejected_ids`, and `gold_ids` of
+        a `gold` (lists of int), and the scores and the weight as floats.
 
     Raises:
         ValueError: a length does not fit, a column is missing, a score or weight is no finite
@@ -126,6 +128,9 @@ def counted_pairs(
         if counts.keeps(whole, cut):
             (prompt, chosen), (_, rejected) = cut
             ids = {PROMPT_IDS: prompt, CHOSEN_IDS: chosen, REJECTED_IDS: rejected}
+            if record.get(GOLD) is not None:
+                best = encoder.encode(record[PROMPT], record[GOLD], where)
+                ids[GOLD_IDS] = encoder.fit(*best)[1]
             features.append({**ids, **scores})
     counts.require_some("records")
     return features, counts

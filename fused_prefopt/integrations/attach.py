@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fused_prefopt.data.columns import (
     COMPLETION_MASK,
     DESIRABLE,
+    GOLD,
     INPUT_IDS,
     MADE_UP_REWARDS,
     PROMPT,
@@ -37,6 +38,8 @@ from fused_prefopt.models.batch import (
     batch_behind,
     collated_rows,
     given_fields,
+    gold_fields,
+    gold_part,
     logps_through,
 )
 from fused_prefopt.models.causal_lm import head_running, wants_router_loss
@@ -230,10 +233,12 @@ def _outputs(
     """The loss of a batch, and its metrics with what each is a mean over."""
     router = wants_router_loss(model) if router_coefficient is None else router_coefficient != 0
     rows = collated_rows(model, batch, prompt=PROMPT in loss_fn.loss.needs, router=router)
+    part = gold_part(batch) if GOLD in loss_fn.loss.needs else None
+    gold = None if part is None else collated_rows(model, part, prompt=False)
     device = rows.hidden.device
     _move(loss_fn, device)
     extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
-    forward = _LossInHead(model, loss_fn, rows, extras, compared, of_tokens)
+    forward = _LossInHead(model, loss_fn, rows, gold, extras, compared, of_tokens)
     with head_running(model, forward) as head:
         loss: Tensor = head(rows.hidden)
     output, tokens = forward.found
@@ -261,6 +266,7 @@ class _LossInHead:
         model: causal language model.
         loss_fn: which loss.
         rows: the batch.
+        gold: the gold completions of its pairs, or None.
         extras: its fields of `LogpBatch`.
         compared: a reference with its rows of the batch, or None.
         of_tokens: also `token_metrics`.
@@ -272,6 +278,7 @@ class _LossInHead:
     model: nn.Module
     loss_fn: PreferenceLoss
     rows: CollatedRows
+    gold: CollatedRows | None
     extras: Mapping[str, Tensor | None]
     compared: Compared | None
     of_tokens: bool
@@ -290,6 +297,8 @@ class _LossInHead:
         if rows.prompt_labels is not None:
             given["prompt_labels"] = rows.prompt_labels
             given["num_prompt_labels"] = rows.num_prompt_labels
+        if self.gold is not None:
+            given |= gold_fields(self.gold, head, **self.loss_fn.op_options)
         output = self.loss_fn(hidden, head, rows.labels, **given)
         self.found = output, tokens
         return output.loss

@@ -12,6 +12,8 @@ from fused_prefopt.data.columns import (
     CHOSEN_IDS,
     COMPLETION_IDS,
     COMPLETION_MASK,
+    GOLD,
+    GOLD_LENGTHS,
     INPUT_IDS,
     LABEL_COUNTS,
     PROMPT,
@@ -21,7 +23,7 @@ from fused_prefopt.data.columns import (
 from fused_prefopt.data.labels import count_labels
 from fused_prefopt.integrations.attach import OF_REFERENCE, lacks_reference
 from fused_prefopt.losses import check_needs
-from fused_prefopt.models.batch import given_fields
+from fused_prefopt.models.batch import given_fields, gold_part
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.preference import PreferenceLoss
 
@@ -101,8 +103,11 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
     always = {PROMPT, PROMPT_LENGTHS} | (OF_REFERENCE if has_reference else set())
 
     def fields_of(row: Any) -> set[str]:
-        given = given_fields(collator([row]))
+        batch = collator([row])
+        given = given_fields(batch)
         found = {name for name, value in given.items() if value is not None} | always
+        if gold_part(batch) is not None:
+            found |= {GOLD, GOLD_LENGTHS}
         missing = loss_fn.loss.needs & OF_REFERENCE - found
         if missing:
             raise ValueError(lacks_reference(loss_fn, missing))

@@ -39,6 +39,7 @@ from fused_prefopt.losses.pairwise import (
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
+    ClassifierFeedbackLoss,
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
@@ -72,6 +73,8 @@ from fused_prefopt.losses.terms import (
     Calibration,
     ChosenNll,
     DynamicScale,
+    GoldNll,
+    RewardShift,
     SoftMinimum,
     length_desensitized,
     tail_labels,
@@ -98,6 +101,7 @@ __all__ = [
     "Calibration",
     "ChiSquaredRatio",
     "ChosenNll",
+    "ClassifierFeedbackLoss",
     "Clipped",
     "ConstantMargin",
     "DirectRewardLoss",
@@ -108,6 +112,7 @@ __all__ = [
     "Exact",
     "Focal",
     "ForwardKlRatio",
+    "GoldNll",
     "Hinge",
     "Indifferent",
     "JensenShannonRatio",
@@ -135,6 +140,7 @@ __all__ = [
     "PublishedSetting",
     "QualityWeights",
     "RejectedShare",
+    "RewardShift",
     "Robust",
     "ScoreMargin",
     "ScoreMarginWeights",

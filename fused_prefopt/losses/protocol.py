@@ -23,6 +23,8 @@ WHAT_IT_IS = {
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
+    "gold": "(S,) summed log-probs of a third completion, the best one of each pair's prompt",
+    "gold_lengths": "(S,) integers, tokens of those completions",
 }
 
 

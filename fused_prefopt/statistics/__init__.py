@@ -13,19 +13,31 @@ from fused_prefopt.statistics.moments import (
     RunningMoments,
 )
 from fused_prefopt.statistics.of_terms import TermStatistics
+from fused_prefopt.statistics.reward_shift import (
+    BalancedShift,
+    BatchwiseShift,
+    PooledShift,
+    RewardLevel,
+    ShiftStatistic,
+)
 
 __all__ = [
+    "BalancedShift",
     "BatchMoments",
+    "BatchwiseShift",
     "DatasetMoments",
     "JointStatistic",
     "MarginMeans",
     "MarginPool",
     "MarginQueue",
     "Moments",
+    "PooledShift",
     "ReferenceMean",
     "ReferenceMoments",
+    "RewardLevel",
     "RunningMean",
     "RunningMoments",
+    "ShiftStatistic",
     "Statistic",
     "TermStatistics",
 ]

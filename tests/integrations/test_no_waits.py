@@ -117,6 +117,8 @@ def test_every_loss(waits, name, options):
         "groups": torch.tensor([0, 0, 1, 1]),
         "sequence_kl": torch.ones(4),
         "kl": torch.ones(()),
+        "gold": torch.full((4,), -3.0),
+        "gold_lengths": torch.tensor([2, 3, 2, 3]),
     }
     extras = {key: value for key, value in extras.items() if key in loss_fn.loss.needs}
     if "prompt_lengths" in loss_fn.loss.needs:

@@ -25,6 +25,7 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("tpo", {"link": "logistic", "label_smoothing": 0.2, "nll": "sequence_mean"}),
     ("bpo", {"power": 0.0, "smallest_ratio": 0.0, "largest_ratio": 3.0}),
     ("bpo", {"power": 1.2}),
     ("chi-po", {"r_max": 5.0, "power": 1.25, "kl_weight": 0.1}),
@@ -118,6 +119,8 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         completions=torch.arange(size),
         sequence_kl=draw(2).abs(),
         collision=-draw(10).abs(),
+        gold=-draw(20).abs() - 1,
+        gold_lengths=torch.arange(size) % 7 + 1,
     )
 
 
@@ -200,6 +203,8 @@ def hidden_batch() -> dict[str, torch.Tensor]:
         "completions": torch.arange(sequences),
         "sequence_kl": draw(sequences).abs(),
         "collision": -draw(sequences).abs() * 9,
+        "gold": -draw(sequences).abs() * 12,
+        "gold_lengths": torch.arange(sequences) + 1,
     }
 
 
