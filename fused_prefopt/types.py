@@ -18,6 +18,8 @@ from fused_prefopt.checks import (
 
 # Matmuls of forward and backward together, by the op's path; P is the time of one.
 COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
+# The same of `sequence_kl`: the policy's as by `recompute`, the reference's built as often.
+KL_COST_IN_P = COST_IN_P["recompute"] + 2 * COST_IN_P["evaluate"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`losses`: what is registered, and one loss in full."""
+"""`losses`: what is registered, one loss in full, and those that a data set allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fused_prefopt.cli.console import blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.choosing import choices
+from fused_prefopt.cli.console import UserError, blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.judged_rows import DataSet
 from fused_prefopt.losses import (
     NamedLoss,
     available_losses,
@@ -26,7 +28,7 @@ from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.losses.registry import LossInfo
 
 _WIDTH = 100
-HELP = "the registered losses, or one of them with its formula"
+HELP = "the registered losses, one of them with its formula, or those that a data set allows"
 # Writes docs/losses.md, the page of all losses.
 COMMAND = "python -m fused_prefopt.cli.losses"
 _MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
@@ -128,18 +130,22 @@ pair; `lists/pairs` is the number of pairs of a list.
 | L, \\|y\\| | summed log-probability of a completion under the policy, in nats, and its tokens |
 | L̄ | L / \\|y\\| |
 | L_ref, Δ | the same sum under the reference model, and L − L_ref |
-| m | reward margin: reward of the chosen less that of the rejected completion |
+| r, m | reward of a completion, and reward margin: that of w less that of l |
+| i, j | completions of one prompt, where a loss is one of lists |
 | s | score of a completion from outside, `rewards` |
 | K | Σ over tokens of KL(reference ‖ policy), `sequence_kl` |
 | σ, sg | the sigmoid, and the stopped gradient |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
-unless said otherwise. An empty completion has L = L̄ = 0."""
+unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
+lists of the mean over their pairs: every two completions of a list whose scores differ, the better
+one first. An empty completion has L = L̄ = 0."""
 _NEEDS = """\
 ## What losses need
 
 Beyond `policy` and `lengths`, which the fused call computes; fields of `LogpBatch`, arguments of
-`PreferenceLoss`. Pairs are given chosen half first."""
+`PreferenceLoss`. Pairs are given chosen half first; a loss on pairs takes lists by their `groups`
+and `rewards`."""
 _BESIDE = "## Beside the registered losses"
 
 
@@ -148,19 +154,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", help="a loss, an alias, a published setting such as alpha-dpo/… or a sum"
     )
+    parser.add_argument(
+        "--for",
+        dest="data",
+        metavar="DATA",
+        help="say which losses its rows allow and what they cost, or whether NAME is one: hub name,"
+        " folder, JSON, CSV or Parquet file, or embedded",
+    )
+    defaults = DataSet("")
+    parser.add_argument("--split", help=f"of DATA; {defaults.split} by default")
+    parser.add_argument("--adapter", help="that reads its rows; told by the name or the columns")
+    parser.add_argument("--limit", type=int, help="rows to look at; all by default")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table, or one loss.
+    """Print the table, one loss, or what a data set allows.
 
     Raises:
-        UserError: there is no such loss or setting; the message lists the closest names.
+        UserError: there is no such loss or setting (the message lists the closest names), or the
+            data cannot be read, or do not allow the loss.
     """
-    if options.name is None:
-        print(losses_table())
-        return 0
+    of_data = {name: getattr(options, name) for name in ("split", "limit", "adapter")}
+    given = {name: value for name, value in of_data.items() if value is not None}
+    if options.data is None and given:
+        name, value = next(iter(given.items()))
+        raise UserError(f"--{name}: got {value!r} alone, needs --for DATA, whose rows it is about")
     with blaming("losses"):
-        text = one_loss(options.name)
+        if options.data is not None:
+            text = choices(DataSet(options.data, **given), options.name)
+        else:
+            text = losses_table() if options.name is None else one_loss(options.name)
     print(text)
     return 0
 
@@ -177,7 +200,10 @@ def losses_table() -> str:
         )
         for name, info in available_losses().items()
     ]
-    more = "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper."
+    more = (
+        "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper.\n"
+        "`fused-prefopt losses --for DATA`: which of them its rows allow, and what they cost."
+    )
     return f"{text_table(heading, wrapped(rows, (None, None, 22, 42)))}\n\n{more}"
 
 

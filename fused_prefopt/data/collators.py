@@ -1,4 +1,4 @@
-"""Collators: token ids of pairs or completions as a batch, padded, packed or sharing prompts."""
+"""Collators: token ids of pairs, completions or lists of them as a batch, padded or packed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     COMPLETION_MASK,
     GOLD_IDS,
+    GROUP,
     INPUT_IDS,
     LABEL_COUNTS,
     NUM_SEQUENCES,
@@ -35,6 +36,7 @@ from fused_prefopt.data.columns import (
     stacked,
 )
 from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.list_rows import Member, members_of
 from fused_prefopt.data.shared_prompts import shared_layout
 from fused_prefopt.data.token_weights import of_targets, spread, token_weights
 from fused_prefopt.data.truncation import TRUNCATION_MODES, cut_side
@@ -88,7 +90,7 @@ class _Collator:
         sequences = []
         for column in completions:
             for index, feature in enumerate(features):
-                where = feature_at(index)
+                where = feature_at(index, feature)
                 prompt, completion = (
                     _tokens(feature[name], name, where, self.vocab_size)
                     for name in (PROMPT_IDS, column)
@@ -274,6 +276,48 @@ class PointCollator(_Collator):
         return batch | _fields(features, POINT_FIELDS)
 
 
+@dataclass
+class ListCollator(PointCollator):
+    """Collate lists of scored completions, a row of the data set each, so that none is torn apart.
+
+    The batch is that of `PointCollator` on the completions of one list after another, whose place
+    among the lists is their group: losses on pairs take every two completions of a list that their
+    scores tell apart as a pair (see `LogpBatch`), those on single completions take them as they
+    are.
+
+    Args:
+        pad_token_id, padding_free, pad_to_multiple_of, vocab_size, max_length, truncation_mode: of
+            `PointCollator`.
+    """
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Make a batch of B lists with S completions in all, list after list.
+
+        Args:
+            features: B dicts with `prompt_ids`, `completions_ids` (K lists of token ids), `rewards`
+                (K numbers) and optionally `references`, `prompt_references` (K numbers),
+                `completions_token_weights` (K lists, as long as the ids) and `weight`, the list's.
+                Pairs, as `PairCollator` takes them, are lists of two: rated by their scores, of
+                which the chosen one must be higher, or without them 1 and 0.
+
+        Returns:
+            That of `PointCollator`, with `groups` 0..B−1 and `rewards` always.
+
+        Raises:
+            ValueError: as `PointCollator` does; a column has not an entry for each completion, or a
+                pair's scores do not say that chosen is better.
+        """
+        if not features:
+            raise ValueError("features: got an empty list, wanted at least one feature")
+        return super().__call__(
+            [
+                Member({**member, GROUP: group}, member.place)
+                for group, feature in enumerate(features)
+                for member in members_of(feature, feature_at(group, feature))
+            ]
+        )
+
+
 def _fields(features: Sequence[Feature], sources: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Fields of a batch, each of the columns that it is made of, if the features have them."""
     return {
@@ -298,7 +342,7 @@ def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> Non
     if not features:
         raise ValueError("features: got an empty list, wanted at least one feature")
     for index, feature in enumerate(features):
-        require_columns(feature, wanted, feature_at(index))
+        require_columns(feature, wanted, feature_at(index, feature))
 
 
 class GroupBatchSampler:

@@ -10,6 +10,7 @@ from fused_prefopt.data.columns import (
     CHOSEN_IDS,
     COMPLETION,
     COMPLETION_IDS,
+    COMPLETIONS_IDS,
     DESIRABLE,
     GOLD,
     GOLD_IDS,
@@ -21,6 +22,7 @@ from fused_prefopt.data.columns import (
     RATINGS,
     REJECTED_IDS,
     REWARD,
+    REWARDS,
     SCORES,
     column_of,
     has_values,
@@ -28,7 +30,8 @@ from fused_prefopt.data.columns import (
     require_columns,
     row_at,
 )
-from fused_prefopt.data.truncation import RowCounts
+from fused_prefopt.data.list_rows import members_of
+from fused_prefopt.data.truncation import ListCounts, RowCounts
 
 Ids = list[int]
 Record = Mapping[str, Any]
@@ -106,6 +109,34 @@ def tokenise_points(
     return features
 
 
+def tokenise_lists(
+    records: Iterable[Record], tokenizer: Any, max_length: int, max_prompt_length: int
+) -> Features:
+    """Token ids of lists, the rated completions of a prompt, made as `tokenise_pairs` does.
+
+    Completions without any label are dropped, as are those that end as the same tokens as one
+    before them in their list, and lists that have no two completions of different reward left.
+
+    Args:
+        records: with `prompt`, `completions` and `rewards`, as the adapter `lists` makes them, or
+            `chosen` and `rejected`, a list of two, with their scores or rated 1 and 0; `weight` is
+            kept.
+        tokenizer: as for `tokenise_pairs`.
+        max_length: tokens of prompt and completion together.
+        max_prompt_length: tokens of the prompt, fewer than `max_length`.
+
+    Returns:
+        One dict a list that is kept: `prompt_ids` (list of int), `completions_ids` (K lists of
+        int), `rewards` (K floats) and `weight` (float).
+
+    Raises:
+        ValueError: as for `tokenise_pairs`; a list has not a reward for each completion.
+    """
+    features, counts = counted_lists(records, tokenizer, max_length, max_prompt_length)
+    counts.log()
+    return features
+
+
 def counted_pairs(
     records: Iterable[Record],
     tokenizer: Any,
@@ -165,6 +196,33 @@ def counted_points(
         } | weight_of(record, where)
         if counts.keeps([whole], [(prompt, completion)]):
             features.append({PROMPT_IDS: prompt, COMPLETION_IDS: completion, **extras})
+    counts.require_some("records")
+    return features, counts
+
+
+def counted_lists(
+    records: Iterable[Record],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    what: str = "lists",
+) -> tuple[Features, ListCounts]:
+    """`tokenise_lists`, with the counts instead of a log message, which `what` begins."""
+    encoder = _Encoder(tokenizer, max_length, max_prompt_length)
+    counts = ListCounts(what, max_length, max_prompt_length)
+    features = []
+    for index, record in enumerate(records):
+        where = row_at(index)
+        require_columns(record, (PROMPT,), where)
+        members = members_of(record, where)
+        rewards = [read_value(REWARD, each[REWARD], each.place) for each in members]
+        whole = [encoder.encode(each[PROMPT], each[COMPLETION], each.place) for each in members]
+        cut = [encoder.fit(*side) for side in whole]
+        kept = counts.kept_of(whole, cut, rewards)
+        if kept:
+            ids = {PROMPT_IDS: cut[0][0], COMPLETIONS_IDS: [cut[place][1] for place in kept]}
+            rated = {REWARDS: [rewards[place] for place in kept]}
+            features.append({**ids, **rated, **weight_of(record, where)})
     counts.require_some("records")
     return features, counts
 

@@ -24,6 +24,7 @@ from fused_prefopt.data.columns import (
     WEIGHTS,
 )
 from fused_prefopt.integrations.metrics import (
+    Lists,
     StepMetrics,
     Weighed,
     metric_weights,
@@ -251,7 +252,9 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = metric_weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
+    lists = Lists.of(loss_fn, extras)
+    desirable = None if loss_fn.loss.pairwise else extras[DESIRABLE]
+    weights = metric_weights(output, desirable, extras[WEIGHTS], lists) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -288,8 +291,7 @@ class _LossInHead:
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:
-            weights = self.desirable, self.extras[WEIGHTS]
-            tokens = token_metrics(self.loss_fn, rows, hidden, head, *weights)
+            tokens = token_metrics(self.loss_fn, rows, hidden, head, self.extras)
         given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
         if self.compared is not None:
             source, given["ref_hidden"] = self.compared
@@ -302,11 +304,6 @@ class _LossInHead:
         output = self.loss_fn(hidden, head, rows.labels, **given)
         self.found = output, tokens
         return output.loss
-
-    @property
-    def desirable(self) -> Tensor | None:
-        """(S,) bool for single completions; None for pairs."""
-        return None if self.loss_fn.loss.pairwise else self.extras[DESIRABLE]
 
 
 def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:

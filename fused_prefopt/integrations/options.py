@@ -58,6 +58,8 @@ class FusedOptions:
     )
 
     pairwise: ClassVar[bool] = True
+    # Whether single completions may be put together to lists, for a loss on pairs.
+    makes_lists: ClassVar[bool] = False
     # TRL's options that choose or shape its own loss, and those that are hyperparameters here too.
     _trls_own: ClassVar[tuple[str, ...]] = ()
     _shared: ClassVar[tuple[str, ...]] = ("beta",)
@@ -79,7 +81,7 @@ class FusedOptions:
             use_weighting=getattr(self, "use_weighting", False),
             **hyperparameters,
         )
-        if loss_fn.loss.pairwise != self.pairwise:
+        if loss_fn.loss.pairwise != self.pairwise and not self.makes_lists:
             kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
             raise ValueError(f"loss: {loss_fn.name!r} is {kind}, wanted one on {wanted}")
         return loss_fn

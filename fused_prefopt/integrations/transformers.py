@@ -35,6 +35,7 @@ from fused_prefopt.integrations.trainer_checks import (
     let_collator_check,
     require_collated_rows,
     require_trainer,
+    require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
@@ -88,7 +89,8 @@ def attach(
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
             GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
-            first row of a data set lacks what the loss needs, or the reference does not fit.
+            first row of a data set lacks what the loss needs, batches would tear apart the single
+            completions of a prompt for a loss on pairs, or the reference does not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
     if trainer is not None:
@@ -130,6 +132,7 @@ def attach(
         source = None
     if trainer is not None:
         require_collated_rows(trainer, loss_fn, source is not None)
+        require_whole_lists(trainer, loss_fn)
     attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
     if trainer is not None:
         leave_out_ligers_loss(trainer.args)
@@ -184,7 +187,8 @@ class PreferenceTrainer(LogsPreferences, Trainer):
     """`transformers.Trainer` with a preference loss attached to its model.
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
-    optimizer's state.
+    optimizer's state. Rows are pairs, single completions, or lists of completions (see
+    `data.ListCollator`), of which a batch counts the lists.
 
     Args:
         model, train_dataset, eval_dataset, processing_class, *more, **kwargs: of
