@@ -137,9 +137,8 @@ pair; `lists/pairs` is the number of pairs of a list.
 | σ, sg | the sigmoid, and the stopped gradient |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
-unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
-lists of the mean over their pairs: every two completions of a list whose scores differ, the better
-one first. An empty completion has L = L̄ = 0."""
+unless said otherwise; of lists the mean over the lists of the mean over their pairs. An empty
+completion has L = L̄ = 0."""
 _NEEDS = """\
 ## What losses need
 
