@@ -48,8 +48,8 @@ class PreferenceLoss(nn.Module):
     update them and in `eval()` mode to leave them alone.
 
     Under torch.distributed the mean over ranks of the loss's gradient, which data parallelism
-    takes, is that of one process with all pairs where the ranks hold equally many, and for a
-    loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it exchanges
+    takes, is that of one process with all pairs, or lists, where the ranks hold equally many, and
+    for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it exchanges
     the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
 
     Args:

@@ -297,6 +297,19 @@ def test_far_apart_in_float32_and_scores_and_numbers_of_any_kind(name):
         torch.testing.assert_close(gradient.double(), slopes, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in PAIRWISE if "rewards" in find(name).build().needs]
+)
+def test_scores_of_any_kind_are_their_numbers(name):
+    for kind, low, high in ((torch.int8, -100, 100), (torch.uint8, 0, 200), (torch.bool, 0, 1)):
+        scores = torch.where(SCORES > 0.7, high, low)
+        found, wanted = (
+            PreferenceLoss(name).from_logps(lists(rewards=scores.to(each)))
+            for each in (kind, torch.float64)
+        )
+        assert torch.equal(found.losses, wanted.losses) and wanted.losses.any()
+
+
 def test_the_numbers_of_lists_may_be_any_integers():
     for groups in (GROUPS + 2**60, GROUPS.to(torch.int8) + 118):
         pairs = pairs_of_lists(lists(groups=groups)).batch
