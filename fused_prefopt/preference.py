@@ -49,8 +49,8 @@ class PreferenceLoss(nn.Module):
 
     Under torch.distributed the mean over ranks of the loss's gradient, which data parallelism
     takes, is that of one process with all pairs, or lists, where the ranks hold equally many, and
-    for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it exchanges
-    the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
+    for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it
+    exchanges the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
 
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as

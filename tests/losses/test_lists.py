@@ -1,63 +1,24 @@
-"""Lists of rated completions: pairs of them, rankings, and what they have in common with pairs."""
+"""Lists of rated completions as pairs of them, and what they have in common with pairs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from loss_cases import compute, random_batch, vector
+from rated_lists import GROUPS, PAIRS, SCORES, beaten, lists, mean_over_lists, members, part
 from waits import Inside, watched
 
 from fused_prefopt import LogpBatch, PreferenceLoss, sequence_logps, token_statistics
-from fused_prefopt.losses import (
-    ConstantMargin,
-    DiscountedGain,
-    Hinge,
-    LogRatio,
-    MeanLogp,
-    OnPolicyWeights,
-    PairwiseLoss,
-    PlackettLuce,
-    Robust,
-    TopOne,
-    available_losses,
-    find,
-    pairs_of_lists,
-)
+from fused_prefopt.losses import OnPolicyWeights, available_losses, find, pairs_of_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN
-from fused_prefopt.losses.rewards import BoundedRatio, PerToken, RejectedShare
-from fused_prefopt.losses.terms import DynamicScale
 from fused_prefopt.losses.whole_batch import whole_batch
 
 PAIRWISE = [name for name, info in available_losses().items() if info.pairwise]
 SORTING = ("aot", "aot-unpaired")
-# Lists of 4, 1, 3, 2 and 2 completions, mixed; the fourth list is all one score, the first has a
-# tie.
-GROUPS = torch.tensor([7, 3, 7, 5, 9, 5, 7, 2, 9, 5, 7, 2])
-SCORES = vector(2.0, 1.0, 0.5, 3.0, 1.0, -1.0, 2.0, 0.0, 1.0, 0.0, -1.0, 4.0)
-# 4 completions with one tie: 5 pairs; none; 3; none; 1.
-PAIRS = {7: 5, 3: 0, 5: 3, 9: 0, 2: 1}
-
-
-def lists(**fields) -> LogpBatch:
-    batch = random_batch(12, seed=4)
-    fields = {"groups": GROUPS, "rewards": SCORES, "completions": None} | fields
-    return dataclasses.replace(batch, **fields)
-
-
-def beaten(winner: int) -> list[int]:
-    return [j for j in range(12) if GROUPS[j] == GROUPS[winner] and SCORES[j] < SCORES[winner]]
-
-
-def members(group: int) -> list[int]:
-    return [i for i in range(12) if GROUPS[i] == group]
-
-
-def mean_over_lists(of_list: Callable[[int], torch.Tensor | float]) -> torch.Tensor:
-    return sum(of_list(group) for group in PAIRS) / len(PAIRS)
+RANKINGS = ["pl-dpo", "lipo-lambda", "listnet-dpo"]
 
 
 def test_every_two_completions_of_different_score_are_a_pair_and_lists_count_alike():
@@ -82,117 +43,6 @@ def test_every_two_completions_of_different_score_are_a_pair_and_lists_count_ali
     torch.testing.assert_close(result.loss.item(), mean_over_lists(of_list))
     assert result.losses.shape == (9,) and result.rewards.shape == (18,)
     assert result.metrics[LIST_PAIRS] == 9 / 5 and WEIGHTS_MEAN not in result.metrics
-
-
-def plackett_luce(ratios: torch.Tensor, group: int):
-    return sum(
-        torch.logsumexp(0.3 * ratios[[i, *beaten(i)]], 0) - 0.3 * ratios[i] for i in members(group)
-    )
-
-
-def lipo_lambda(ratios: torch.Tensor, group: int):
-    own, total = members(group), 0.0
-    ranking = sorted(own, key=lambda i: -ratios[i].item())
-    for i in own:
-        for j in beaten(i):
-            gain = 2 ** SCORES[i] - 2 ** SCORES[j]
-            places = [1 / math.log(2 + ranking.index(k)) for k in (i, j)]
-            loss = torch.nn.functional.softplus(0.3 * (ratios[j] - ratios[i]))
-            total = total + gain * abs(places[0] - places[1]) * loss
-    return total
-
-
-def listnet(ratios: torch.Tensor, group: int):
-    own = members(group)
-    if not PAIRS[group]:
-        return 0.0
-    return -(SCORES[own].softmax(0) * (0.3 * ratios[own]).log_softmax(0)).sum()
-
-
-@pytest.mark.parametrize(
-    ("name", "formula"),
-    [("plackett-luce-dpo", plackett_luce), ("lipo-lambda", lipo_lambda), ("listnet-dpo", listnet)],
-)
-def test_rankings_and_their_gradients_are_their_formulas(name, formula):
-    batch = lists()
-    result = PreferenceLoss(name, beta=0.3).from_logps(batch)
-    (gradient,) = torch.autograd.grad(result.loss, batch.policy)
-    policy = batch.policy.detach().requires_grad_()
-    wanted = mean_over_lists(lambda group: formula(policy - batch.reference, group))
-    (slopes,) = torch.autograd.grad(wanted, policy)
-    torch.testing.assert_close(result.loss, wanted, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, slopes, rtol=1e-10, atol=1e-14)
-
-
-def test_at_the_reference_lambda_still_tells_the_pairs_apart():
-    batch = lists(reference=lists().policy.detach())
-    (slopes,) = torch.autograd.grad(
-        PreferenceLoss("lipo-lambda").from_logps(batch).loss, batch.policy
-    )
-    assert slopes[[0, 2, 6, 10, 3, 5, 9, 7, 11]].abs().min() > 0
-
-
-def test_a_ranking_heeds_margins_and_its_link():
-    batch = pairs_of_lists(lists()).batch
-    for reward in (LogRatio(beta=0.3), MeanLogp(beta=2.0)):
-        loss = PairwiseLoss(reward, ConstantMargin(gamma=0.7), ranking=PlackettLuce())
-        rewards = reward(lists()).detach()
-        terms = [
-            math.log1p(sum(math.exp(rewards[j] + 0.7 - rewards[i]) for j in beaten(i)))
-            for i in range(12)
-        ]
-        torch.testing.assert_close(compute(loss, batch).loss.item(), sum(terms) / 5)
-    # Of links that need the two margins apart, too, a pair is a list of two.
-    loss = PairwiseLoss(LogRatio(beta=0.3), ConstantMargin(gamma=0.7), Robust(epsilon=0.2))
-    loss, pairs = dataclasses.replace(loss, ranking=PlackettLuce()), random_batch(8)
-    alone = dataclasses.replace(pairs, groups=None, completions=None)
-    assert torch.equal(compute(loss, pairs).losses, compute(loss, alone).losses)
-
-
-@pytest.mark.parametrize("ranking", [TopOne(), DiscountedGain(), PlackettLuce()])
-def test_what_has_no_place_in_a_ranking_is_refused(ranking):
-    reward = LogRatio(beta=1.0)
-    for given in (
-        {"margin": ConstantMargin(gamma=0.7)},
-        {"link": Hinge()},
-        {"scale": DynamicScale(alpha=0.3)},
-    ):
-        if not isinstance(ranking, TopOne):
-            assert PairwiseLoss(reward, ranking=ranking, **given).ranking is ranking
-            continue
-        with pytest.raises(ValueError, match=rf"{next(iter(given))}: got .* with TopOne.*default"):
-            PairwiseLoss(reward, ranking=ranking, **given)
-    for sided in (RejectedShare(reward=reward, share=0.5), BoundedRatio(beta=1.0)):
-        for each in (sided, PerToken(reward=sided)):
-            if isinstance(ranking, PlackettLuce):
-                assert PairwiseLoss(each, ranking=ranking).ranking is ranking
-                continue
-            kind = type(ranking).__name__
-            with pytest.raises(ValueError, match=f"reward: got .* with {kind}.*both sides"):
-                PairwiseLoss(each, ranking=ranking)
-    assert PairwiseLoss(PerToken(reward=reward), ranking=ranking).ranking is ranking
-
-
-def test_a_reward_of_sides_is_that_of_each_pair():
-    loss = PairwiseLoss(RejectedShare(reward=LogRatio(beta=0.3), share=0.5), ranking=PlackettLuce())
-    rewards = 0.3 * (lists().policy - lists().reference).detach()
-    terms = [
-        math.log1p(sum(math.exp(0.5 * rewards[j] - rewards[i]) for j in beaten(i)))
-        for i in range(12)
-    ]
-    found = compute(loss, pairs_of_lists(lists()).batch)
-    torch.testing.assert_close(found.loss.item(), sum(terms) / 5)
-
-
-def test_one_best_completion_among_others_of_one_score_is_softmax_dpo():
-    batch = dataclasses.replace(
-        lists(), groups=torch.zeros(12, dtype=torch.int64), rewards=torch.arange(12) == 4
-    )
-    rewards = 0.3 * (batch.policy - batch.reference).detach()
-    others = [rewards[j] for j in range(12) if j != 4]
-    wanted = math.log1p(sum(math.exp(other - rewards[4]) for other in others))
-    found = PreferenceLoss("s-dpo", beta=0.3).from_logps(batch).loss.item()
-    torch.testing.assert_close(found, wanted)
 
 
 def lists_of_two(pairs: LogpBatch, order: torch.Tensor) -> LogpBatch:
@@ -223,15 +73,6 @@ def test_lists_of_two_are_their_pairs(name):
         torch.testing.assert_close(found.metrics, wanted.metrics, rtol=1e-14, atol=1e-14)
 
 
-def test_on_pairs_plackett_luce_is_dpo():
-    pairs = random_batch(8)
-    for batch in (pairs, dataclasses.replace(pairs, groups=None, completions=None)):
-        found, wanted = (
-            PreferenceLoss(name, beta=0.4).from_logps(batch) for name in ("pl-dpo", "dpo")
-        )
-        assert torch.equal(found.losses, wanted.losses)
-
-
 @pytest.mark.parametrize("name", ["dpo", "gamma-simpo", "pl-dpo", "lipo-lambda", "listnet-dpo"])
 def test_a_completion_that_is_nan_spoils_its_list_alone_and_none_is_no_loss(name):
     batch = lists()
@@ -246,31 +87,6 @@ def test_a_completion_that_is_nan_spoils_its_list_alone_and_none_is_no_loss(name
         result = PreferenceLoss(name).from_logps(alike)
         (slopes,) = torch.autograd.grad(result.loss, alike.policy)
         assert result.loss == 0 and not slopes.any() and result.metrics[LIST_PAIRS] == 0
-
-
-RANKINGS = ["pl-dpo", "lipo-lambda", "listnet-dpo"]
-
-
-def test_a_reward_that_is_infinite_counts_as_in_pairs():
-    # A completion that cannot be written any more is beaten for good.
-    batch = LogpBatch(
-        policy=vector(-3.0, -math.inf, -5.0).requires_grad_(),
-        lengths=torch.ones(3, dtype=torch.int64),
-        reference=vector(-4.0, -4.0, -4.0),
-        groups=torch.zeros(3, dtype=torch.int64),
-        rewards=vector(2.0, 0.0, 1.0),
-    )
-    for rows in ([0, 1], [0, 1, 2]):
-        given = part(batch, rows)
-        found, wanted = (
-            PreferenceLoss(name).from_logps(part(given, kept)).loss
-            for name, kept in (("pl-dpo", slice(None)), ("dpo", [row for row in rows if row != 1]))
-        )
-        assert torch.equal(found, wanted)
-        assert torch.autograd.grad(found, batch.policy)[0].isfinite().all()
-    for name in ("pl-dpo", "dpo"):
-        lost = dataclasses.replace(part(batch, [0, 1]), rewards=vector(0.0, 1.0))
-        assert PreferenceLoss(name).from_logps(lost).loss == math.inf
 
 
 @pytest.mark.parametrize("name", ["dpo", *RANKINGS])
@@ -367,11 +183,6 @@ def test_compiled_lists_are_compiled_again_for_their_second_number_of_pairs_alon
         torch.testing.assert_close(*slopes)
         seen.append(len(graphs))
     assert 0 < seen[0] < seen[1] == seen[-1]
-
-
-def part(batch: LogpBatch, rows: slice | list[int] | torch.Tensor) -> LogpBatch:
-    fields = {name: getattr(batch, name) for name in batch.given}
-    return LogpBatch(**{name: x[rows] if x.dim() else x for name, x in fields.items()})
 
 
 def test_weights_are_those_of_lists():
