@@ -175,7 +175,7 @@ def test_compiled_lists_are_compiled_again_for_their_second_number_of_pairs_alon
 
     loss_fn = PreferenceLoss("pl-dpo")
     compiled, seen = torch.compile(loss_fn.from_logps, backend=count), []
-    for different in (2, 4, 7, 11):
+    for different in (2, 6, 11):
         batch = lists(rewards=torch.arange(12.0).clamp(max=different))
         found, wanted = (each(batch) for each in (compiled, loss_fn.from_logps))
         torch.testing.assert_close(found.losses, wanted.losses)
