@@ -36,6 +36,7 @@ from fused_prefopt.losses.pairwise import (
     TransportLoss,
     bradley_terry_loss,
 )
+from fused_prefopt.losses.perturbed_scale import PerturbedScale, perturbation_of
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
@@ -135,6 +136,7 @@ __all__ = [
     "PairwiseLoss",
     "PerToken",
     "PerformanceWeights",
+    "PerturbedScale",
     "PlackettLuce",
     "Product",
     "PublishedSetting",
@@ -165,6 +167,7 @@ __all__ = [
     "mirror_margins",
     "named_loss",
     "pairs_of_lists",
+    "perturbation_of",
     "preset",
     "presets",
     "published_in",

@@ -95,7 +95,7 @@ class PairwiseLoss:
         found = self.reward.needs | self.margin.needs
         for term in self.regularisers:
             found |= term.needs
-        for part in (self.weighting, self.ranking):
+        for part in (self.scale, self.weighting, self.ranking):
             found |= frozenset() if part is None else part.needs
         return found
 
@@ -113,7 +113,9 @@ class PairwiseLoss:
         """(P,) detached values that the statistic sees; with a scale (2, P), its own second."""
         reward_margins = self._reward_margins(self.reward(batch)).detach()
         observed = self.margin.observe(batch, reward_margins)
-        return observed if self.scale is None else torch.stack([observed, reward_margins])
+        if self.scale is None:
+            return observed
+        return torch.stack([observed, self.scale.observe(batch, reward_margins)])
 
     def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
         """The loss of a batch of pairs.
@@ -172,7 +174,7 @@ class PairwiseLoss:
         summary: Any,
     ) -> Tensor:
         if self.scale is not None:
-            scale = self.scale(reward_margins, summary)
+            scale = self.scale(batch, reward_margins, summary)
             reward_margins, target_margins = scale * reward_margins, scale * target_margins
         if self.ranking is None:
             return self.link(reward_margins, target_margins)

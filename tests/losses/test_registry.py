@@ -132,6 +132,11 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     ),
     "beta-dpo": ((), ("reference",), {**BETA_DPO, **PER_TOKEN}),
     "beta-simpo": ((), (), BETA_DPO),
+    "epsilon-dpo": (
+        ("eps-dpo", "e-dpo"),
+        ("extrapolated", "interpolated", "reference"),
+        {"beta": 0.1, "epsilon": 0.01, "update_every": 1},
+    ),
     "alpha-dpo": ((), ("reference",), ALPHA_DPO),
     "gamma-dpo": (
         (),
@@ -327,7 +332,8 @@ def test_published_settings_are_those_of_the_papers():
     )
     settings = published_settings()
     assert preset("omni-dpo/qwen2.5-7b")[1] == {"beta": 3.5, "tau_ref": 0.8}
-    assert len(settings) == 20
+    assert preset("epsilon-dpo/llama-3-8b-instruct")[1] == {"beta": 0.01, "epsilon": 0.01}
+    assert len(settings) == 22
     assert preset("repo/llama-3-8b-instruct-v0.2") == ("repo", {"gamma": 0.6})
     assert settings["repo/mistral-7b-instruct"].learning_rate == 6e-7
     assert preset("simper/mistral-7b-base") == ("simper", {})

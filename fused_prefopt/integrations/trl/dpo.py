@@ -19,7 +19,6 @@ from fused_prefopt.data.columns import (
     REFERENCE,
     REWARDS,
     SCORES,
-    SEQUENCE_KL,
     WEIGHT,
     WEIGHTS,
     WEIGHTS_OF_IDS,
@@ -33,6 +32,7 @@ from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.lists import OF_LISTS, has_lists, lists_by_pairs
 from fused_prefopt.integrations.trl.rows import require_sides, require_values
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -124,7 +124,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = dict(inputs)
-        separate = REFERENCE in self.needs and SEQUENCE_KL not in self.needs
+        separate = REFERENCE in self.needs and not self.needs & OF_BOTH_HEADS
         if separate and REF_CHOSEN_LOGPS not in batch:
             logps = self.compute_ref_log_probs(self._reference_of(model), inputs)
             batch |= dict(zip(PAIR_REFERENCES, logps, strict=True))
@@ -135,7 +135,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
     def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
-        given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
+        given = {REFERENCE, *OF_BOTH_HEADS, PROMPT, PROMPT_LENGTHS}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
     def _prepare_dataset(
