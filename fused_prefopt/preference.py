@@ -24,8 +24,11 @@ from fused_prefopt.losses import (
     length_desensitized,
     named_loss,
     pairs_of_lists,
+    perturbation_of,
 )
+from fused_prefopt.losses.lists import require_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
 from fused_prefopt.ops.inputs import LogpOptions
@@ -37,7 +40,7 @@ _EXTRAS = tuple(
     item.name for item in fields(LogpBatch) if item.name not in ("policy", "lengths", "prompt")
 )
 # `LogpBatch` fields that a reference's hidden states stand for.
-_MEASURED = frozenset({"reference", "sequence_kl"})
+_MEASURED = OF_BOTH_HEADS | {"reference"}
 
 
 class PreferenceLoss(nn.Module):
@@ -47,9 +50,9 @@ class PreferenceLoss(nn.Module):
     update them and in `eval()` mode to leave them alone.
 
     Under torch.distributed the mean over ranks of the loss's gradient, which data parallelism
-    takes, is that of one process with all pairs where the ranks hold equally many, and for a
-    loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it exchanges
-    the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
+    takes, is that of one process with all pairs, or lists, where the ranks hold equally many, and
+    for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it
+    exchanges the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
 
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as
@@ -107,6 +110,7 @@ class PreferenceLoss(nn.Module):
         self.hyperparameters = named.hyperparameters
         self._described = named.described()
         self.statistics = self.loss.statistics()
+        self._perturbation = perturbation_of(self.loss)
         if ld_alpha is not None:
             require_number("ld_alpha", ld_alpha, low=0, high=1)
             if not self.loss.pairwise:
@@ -174,16 +178,18 @@ class PreferenceLoss(nn.Module):
                 those that need `prompt_lengths`, too (ORPO of whole sequences).
             prompt: (S,) the same log-probs where they are known.
             ref_hidden, ref_head: last hidden states and head of the reference, constants: they
-                stand for `reference` and `sequence_kl` where the loss needs these and they are not
-                given (see `ops.sequence_kl`: a loss of both has them from one pass).
+                stand for `reference`, `sequence_kl`, `extrapolated` and `interpolated` where the
+                loss needs these and they are not given (see `ops.sequence_kl`: a loss of several
+                has them from one pass).
             shift, sequence_ids, num_sequences, num_labels, ignore_index: as in `sequence_logps`.
             num_prompt_labels: what `num_labels` is, of `prompt_labels`.
             token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
-                A `reference`, `sequence_kl` or `collision` that is given must be weighted alike.
+                A `reference`, `sequence_kl` or `collision` that is given must be weighted alike,
+                as must `extrapolated` and `interpolated`.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
-                prompt_reference, groups, sequence_kl, collision, weights, gold, gold_lengths. A
-                loss that wants `collision` (WPO) and is not given it computes it: an evaluation
-                more.
+                prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
+                weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
+                computes it: an evaluation more.
 
         Raises:
             ValueError: the loss needs a field that is missing, an argument does not fit, or tokens
@@ -206,6 +212,8 @@ class PreferenceLoss(nn.Module):
             )
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
+        if self._takes_as_lists(given):
+            require_lists(given)
         options = dict(
             self.op_options,
             shift=shift,
@@ -226,7 +234,7 @@ class PreferenceLoss(nn.Module):
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given
             sums, lengths, found = _policy_beside_reference(
-                hidden, head, *reference, labels, missing, weighted
+                hidden, head, *reference, labels, missing, self._perturbation, weighted
             )
             extras |= found
         elif self.ld_alpha is None:
@@ -266,14 +274,17 @@ class PreferenceLoss(nn.Module):
             ValueError: the loss needs a field that is missing, or the batch does not fit it.
         """
         check_needs(self.name, self.loss.needs, batch.given)
-        if not self.loss.pairwise or batch.groups is None or batch.completions is not None:
+        if not self._takes_as_lists(batch.given):
             return self._of_pairs(batch)
         pairs = pairs_of_lists(batch, self.process_group, all_ranks=self._spans_ranks)
         result = self._of_pairs(pairs.batch)
         metrics = {**result.metrics, LIST_PAIRS: pairs.mean}
         if batch.weights is None:
-            del metrics[WEIGHTS_MEAN]
+            metrics.pop(WEIGHTS_MEAN, None)
         return replace(result, metrics=metrics)
+
+    def _takes_as_lists(self, given: Collection[str]) -> bool:
+        return self.loss.pairwise and "groups" in given and "completions" not in given
 
     @property
     def _spans_ranks(self) -> bool:
@@ -323,16 +334,18 @@ def _policy_beside_reference(
     ref_head: AnyHead,
     labels: Tensor,
     missing: Collection[str],
+    perturbation: float | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probs of the policy, and of the `missing` fields those that the reference stands for.
 
-    A loss that needs `sequence_kl` gets everything from one pass over both heads.
+    A loss that needs a field of both heads' logits gets everything from one pass over them.
 
     Args:
         hidden, head, labels: of the policy.
         ref_hidden, ref_head: of the reference, on the same labels; constants.
         missing: fields that the loss needs and nobody has given.
+        perturbation: ε of the mixtures of logits that it needs, or None.
         options: of `sequence_logps`.
 
     Returns:
@@ -340,19 +353,27 @@ def _policy_beside_reference(
         differentiable.
 
     Raises:
-        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs `sequence_kl`,
-            and the options ask for another path than `recompute` or drop mass.
+        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs a field of both
+            heads, and the options ask for another path than `recompute` or drop mass.
     """
-    if "sequence_kl" in missing:
+    if OF_BOTH_HEADS & set(missing):
         if options["path"] not in ("auto", "recompute") or options["drop_mass"]:
             raise ValueError(
-                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but the KL"
-                " divergence from a reference needs 'recompute' and all mass"
+                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but a loss"
+                " of the policy's logits beside the reference's needs 'recompute' and all mass"
             )
         kept = {key: value for key, value in options.items() if key not in ("path", "drop_mass")}
-        out = sequence_kl(hidden, head, ref_hidden, ref_head, labels, **kept)
-        fields = {"sequence_kl": out.kl, "reference": out.reference}
-        return out.policy, out.lengths, {key: fields[key] for key in fields if key in missing}
+        out = sequence_kl(
+            hidden, head, ref_hidden, ref_head, labels, perturbation=perturbation, **kept
+        )
+        fields = {
+            "sequence_kl": out.kl,
+            "reference": out.reference,
+            "extrapolated": out.extrapolated,
+            "interpolated": out.interpolated,
+        }
+        found = {key: each for key, each in fields.items() if key in missing and each is not None}
+        return out.policy, out.lengths, found
     policy = sequence_logps(hidden, head, labels, **options)
     if "reference" not in missing:
         return policy.sums, policy.lengths, {}

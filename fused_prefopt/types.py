@@ -18,8 +18,10 @@ from fused_prefopt.checks import (
 
 # Matmuls of forward and backward together, by the op's path; P is the time of one.
 COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
-# The same of `sequence_kl`: the policy's as by `recompute`, the reference's built as often.
+# The same of `sequence_kl`: the policy's as by `recompute`, the reference's built as often; and of
+# the log-probs beside it, where the divergence has no gradient.
 KL_COST_IN_P = COST_IN_P["recompute"] + 2 * COST_IN_P["evaluate"]
+BESIDE_KL_COST_IN_P = KL_COST_IN_P - COST_IN_P["evaluate"]
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,9 @@ class LogpBatch:
             batch, with `rewards`, as lists; see `losses.pairs_of_lists`.
         completions: (S,) integer, of the pairs of lists: equal where it is one completion.
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
+        extrapolated: (S,) summed log-probs of the completions, in nats, under the softmax of
+            ``(1+ε) z − ε z_ref``: logits of the policy and of the reference, and ε of the loss.
+        interpolated: (S,) the same of ``(1−ε) z + ε z_ref``.
         collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
             optional.
         weights: (S,) numbers >= 0, how much each pair (the same in both halves) or completion
@@ -325,6 +330,8 @@ class LogpBatch:
     groups: Tensor | None = None
     completions: Tensor | None = None
     sequence_kl: Tensor | None = None
+    extrapolated: Tensor | None = None
+    interpolated: Tensor | None = None
     collision: Tensor | None = None
     weights: Tensor | None = None
     gold: Tensor | None = None
@@ -369,7 +376,7 @@ class LossOutput:
         losses: (P,) per pair, or (S,) per sequence for point-wise losses, before their weights and
             the reduction.
         metrics: name → detached scalar tensor, with TRL's names.
-        rewards: (S,) detached implicit rewards of the sequences.
+        rewards: (S,) detached implicit rewards of the sequences, of lists (2P,) of their pairs'.
         target_margins: (P,) detached margins γ_i subtracted from the reward margins, or None for
             point-wise losses.
     """

@@ -26,13 +26,12 @@ from fused_prefopt.data.columns import (
     PROMPT_LENGTHS,
     RATINGS,
     REWARD,
-    SEQUENCE_KL,
     WEIGHT,
     has_values,
 )
 from fused_prefopt.losses import available_losses, find, named_loss
-from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
-from fused_prefopt.types import COST_IN_P, KL_COST_IN_P
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS, Loss
+from fused_prefopt.types import COST_IN_P
 
 _WIDTH = 100
 # What a column of an adapter may be called in a data set.
@@ -121,7 +120,7 @@ def _needs(loss: Loss, rows: JudgedRows) -> str:
     for field in sorted(loss.needs | loss.wants):
         columns = columns_of(loss, judged, field)
         if field in OF_REFERENCE:
-            origin = "both models" if field == SEQUENCE_KL else "model"
+            origin = "both models" if field in OF_BOTH_HEADS else "model"
         elif field in OF_POLICY:
             origin = "computed"
         elif columns is not None and all(has_values(row, columns) for row in judged):
@@ -167,16 +166,16 @@ def _legend(allowed: Mapping[str, Loss]) -> str:
         f" workspace holds all probabilities, up to {COST_IN_P['recompute']:g} P else; a frozen"
         f" one (LoRA) {COST_IN_P['stash']:g} P."
     ]
-    if fields & OF_REFERENCE - {SEQUENCE_KL}:
+    if fields & OF_REFERENCE - OF_BOTH_HEADS:
         said.append(
             "reference: a forward pass of it and its P in each step with `reference: model` or"
             " `adapter`; 0 with `precomputed`, which has both done once, before training, and"
             " cached."
         )
-    if SEQUENCE_KL in fields:
+    if fields & OF_BOTH_HEADS:
         said.append(
-            f"sequence_kl: {KL_COST_IN_P:g} P for both models in one pass of the two heads, each"
-            " step; `reference: model` or `adapter`, not `precomputed`."
+            "both models: one pass of the two heads in each step, in the P shown; needs `reference:"
+            " model` or `adapter`, not `precomputed`."
         )
     if PROMPT in fields:
         trains = ", with a gradient" if PROMPT_LENGTHS in fields else ""

@@ -27,14 +27,14 @@ from fused_prefopt.data.columns import (
     is_given,
 )
 from fused_prefopt.losses import TransportLoss, WeightedSum
-from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS, Loss
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.types import COST_IN_P, KL_COST_IN_P
+from fused_prefopt.types import BESIDE_KL_COST_IN_P, COST_IN_P, KL_COST_IN_P
 
 Rows = Sequence[dict[str, object]]
 # Fields of `LogpBatch` that a training computes itself, of the policy and of the reference model.
 OF_POLICY = frozenset({PROMPT, PROMPT_LENGTHS, COLLISION})
-OF_REFERENCE = frozenset({REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL})
+OF_REFERENCE = OF_BOTH_HEADS | {REFERENCE, PROMPT_REFERENCE}
 _EVALUATION = COST_IN_P["evaluate"]
 
 
@@ -86,10 +86,11 @@ def cost_of(loss: Loss) -> Cost:
     if GOLD in needs:
         # What is kept of them gives way, too.
         gold, frozen_gold = (trained[1], trained[1]), frozen
-    both = SEQUENCE_KL in needs
+    both = bool(needs & OF_BOTH_HEADS)
     if both:
         # A frozen head spares the product that is its gradient.
-        trained, frozen = (KL_COST_IN_P, KL_COST_IN_P), KL_COST_IN_P - _EVALUATION
+        whole = KL_COST_IN_P if SEQUENCE_KL in needs else BESIDE_KL_COST_IN_P
+        trained, frozen = (whole, whole), whole - _EVALUATION
     more = _EVALUATION if COLLISION in loss.wants else 0.0
     return Cost(
         trained=(trained[0] + more, trained[1] + more),

@@ -66,37 +66,45 @@ def plot_margins(before: Tensor, after: Mapping[str, Tensor], path: Path) -> Non
 
 
 def plot_target_margins(
-    reward_margins: Tensor, target_margins: Tensor, mean: float, path: Path
+    target_margins: Mapping[str, Tensor],
+    gaps: Mapping[str, Mapping[str, Tensor]],
+    path: Path,
 ) -> None:
-    """γ-PO's target margin of each pair against its reward margin (the paper's Figure 5).
+    """Each method's target margins against what they may follow, an axis for each of it.
+
+    γ-PO's are a curve over the reward margin (its Figure 5), α-DPO's a line over the gap between
+    policy and reference (its eq. 10); against the other one each is a cloud.
 
     Args:
-        reward_margins: (P,) r_w − r_l.
-        target_margins: (P,) γ_i.
-        mean: γ₀.
+        target_margins: method → (P,) γ_i.
+        gaps: name of a quantity → method → (P,) its values.
         path: PNG to write.
     """
-    figure, (axis,) = _figure(1)
-    axis.scatter(reward_margins.tolist(), target_margins.tolist(), s=12, alpha=0.6)
-    axis.axhline(mean, color="black", linewidth=0.8, linestyle="--", label="γ₀")
-    axis.set_xlabel("reward margin r_w − r_l")
-    axis.set_ylabel("target margin γ_i")
+    figure, axes = _figure(len(gaps))
+    for axis, (quantity, values) in zip(axes, gaps.items(), strict=True):
+        for name, margins in target_margins.items():
+            axis.scatter(values[name].tolist(), margins.tolist(), s=12, alpha=0.6, label=name)
+        axis.set_xlabel(quantity)
+    axes[0].set_ylabel("target margin γ_i")
     _save(figure, path)
 
 
 def plot_rewards(histories: Mapping[str, History], path: Path) -> None:
-    """Implicit rewards over training steps.
+    """Implicit rewards over training steps; methods that log the same of them share their scale.
 
     Args:
         histories: method → `Trainer.state.log_history`.
         path: PNG to write.
     """
     figure, axes = _figure(len(histories))
+    alike: dict[tuple[str, ...], Any] = {}
     for axis, (name, history) in zip(axes, histories.items(), strict=True):
-        for metric in (REWARDS_CHOSEN, REWARDS_REJECTED, REWARDS_MEAN):
-            points = _points(history, metric)
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=metric)
+        curves = {m: _points(history, m) for m in (REWARDS_CHOSEN, REWARDS_REJECTED, REWARDS_MEAN)}
+        logged = tuple(metric for metric, points in curves.items() if points)
+        for metric in logged:
+            axis.plot(*zip(*curves[metric], strict=True), marker=".", label=metric)
+        if alike.setdefault(logged, axis) is not axis:
+            axis.sharey(alike[logged])
         axis.set_title(name)
         axis.set_xlabel("optimizer step")
     axes[0].set_ylabel("implicit reward")

@@ -41,13 +41,12 @@ from fused_prefopt.data.columns import (
     REFERENCE,
     REWARD,
     SCORES,
-    SEQUENCE_KL,
     TOKENS,
     has_values,
 )
 from fused_prefopt.data.records import adapted_records
 from fused_prefopt.data.tokenise import counted_lists, counted_pairs, counted_points
-from fused_prefopt.losses.protocol import Loss
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, Loss
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.plan import PATHS
@@ -246,7 +245,7 @@ def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
     """Raise where log-probs of whole completions, computed before training, are not enough."""
     needs = loss_fn.loss.needs
     shortened = loss_fn.ld_alpha is not None and REFERENCE in needs
-    if settings.reference == "precomputed" and (SEQUENCE_KL in needs or shortened):
+    if settings.reference == "precomputed" and (needs & OF_BOTH_HEADS or shortened):
         raise UserError(
             f"reference: got precomputed, needs model or adapter: {loss_fn.name} wants more of the"
             " reference than the log-probs of whole completions"

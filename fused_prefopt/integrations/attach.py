@@ -19,7 +19,6 @@ from fused_prefopt.data.columns import (
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
@@ -31,7 +30,7 @@ from fused_prefopt.integrations.metrics import (
     token_metrics,
 )
 from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
-from fused_prefopt.losses.protocol import WHAT_IT_IS
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS
 from fused_prefopt.models.batch import (
     HIDDEN,
     CollatedRows,
@@ -61,7 +60,7 @@ from fused_prefopt.reference import Collator, Feature, add_reference_logps
 from fused_prefopt.types import LMHead, LossOutput
 
 # Fields that a reference gives.
-_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL)
+_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, *sorted(OF_BOTH_HEADS))
 OF_REFERENCE = frozenset(_REFERENCE_FIELDS)
 
 
@@ -91,7 +90,7 @@ def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
     """
     name = min(missing)
     ways = ["reference=<model>", "reference='adapter' (the model without its PEFT adapter)"]
-    if SEQUENCE_KL not in missing:
+    if not OF_BOTH_HEADS & set(missing):
         ways += [
             "reference_cache=<folder> with one of them",
             "rows with the columns of `add_reference_logps`",
@@ -216,7 +215,7 @@ class Attachment:
             return extras, None
         if self.reference is None:
             raise ValueError(lacks_reference(self.loss_fn, missing))
-        if SEQUENCE_KL in missing:
+        if OF_BOTH_HEADS & missing:
             return extras, (self.reference, self.reference.hidden(batch))
         return extras | self.reference.logps(batch, prompt=PROMPT_REFERENCE in missing), None
 

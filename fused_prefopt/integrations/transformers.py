@@ -20,7 +20,7 @@ except (ImportError, RuntimeError):  # of a lazy module, which tells less than w
     require_packages(__name__, "transformers", "accelerate")
     raise
 
-from fused_prefopt.data.columns import COMPLETION_MASK, SEQUENCE_KL
+from fused_prefopt.data.columns import COMPLETION_MASK
 from fused_prefopt.integrations.attach import (
     OF_REFERENCE,
     Attachment,
@@ -38,6 +38,7 @@ from fused_prefopt.integrations.trainer_checks import (
     require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
 from fused_prefopt.models.head_check import require_trained_head
 from fused_prefopt.models.model_call import exact_loss, past_wrappers
@@ -109,7 +110,7 @@ def attach(
         require_trained_head(reference, "reference")
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
-    if loss_fn.ld_alpha is not None and SEQUENCE_KL in needs:
+    if loss_fn.ld_alpha is not None and needs & OF_BOTH_HEADS:
         raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with {loss_fn.name}, needs None")
     if reference != "precomputed" and needs:
         options = loss_fn.evaluation_options
@@ -122,7 +123,7 @@ def attach(
                 "reference_cache: got one with reference='precomputed', needs 'adapter' or a model"
                 " to compute what it keeps"
             )
-        if loss_fn.ld_alpha is not None or SEQUENCE_KL in needs:
+        if loss_fn.ld_alpha is not None or needs & OF_BOTH_HEADS:
             raise ValueError(
                 f"reference_cache: got one with {loss_fn}, which wants more of the reference than"
                 " the log-probs of whole completions; needs a reference without a cache"

@@ -36,6 +36,7 @@ from fused_prefopt.losses.pairwise import (
     TransportLoss,
     bradley_terry_loss,
 )
+from fused_prefopt.losses.perturbed_scale import PerturbedScale, perturbation_of
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
@@ -43,15 +44,8 @@ from fused_prefopt.losses.pointwise import (
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
-from fused_prefopt.losses.registry import (
-    LossInfo,
-    PublishedSetting,
-    available_losses,
-    find,
-    preset,
-    published_settings,
-    register,
-)
+from fused_prefopt.losses.published import PublishedSetting, preset, published_settings
+from fused_prefopt.losses.registry import LossInfo, available_losses, find, register
 from fused_prefopt.losses.rewards import (
     AlphaRatio,
     BoundedRatio,
@@ -135,6 +129,7 @@ __all__ = [
     "PairwiseLoss",
     "PerToken",
     "PerformanceWeights",
+    "PerturbedScale",
     "PlackettLuce",
     "Product",
     "PublishedSetting",
@@ -165,6 +160,7 @@ __all__ = [
     "mirror_margins",
     "named_loss",
     "pairs_of_lists",
+    "perturbation_of",
     "preset",
     "presets",
     "published_in",

@@ -21,11 +21,16 @@ WHAT_IT_IS = {
     "groups": "(S,) integers, equal for the completions of one prompt",
     "completions": "(S,) integers, equal where two pairs have one completion; made of `groups`",
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
+    "extrapolated": "(S,) summed log-probs under softmax((1+ε) z − ε z_ref), z the logits",
+    "interpolated": "(S,) summed log-probs under softmax((1−ε) z + ε z_ref), z the logits",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
     "gold": "(S,) summed log-probs of a third, best completion of each prompt, a row's `gold_ids`",
     "gold_lengths": "(S,) integers, tokens of those completions",
 }
+
+# Those that are made of both models' logits, so of the reference at every step.
+OF_BOTH_HEADS = frozenset({"sequence_kl", "extrapolated", "interpolated"})
 
 
 def check_needs(name: str, needs: Iterable[str], given: Collection[str]) -> None:
@@ -151,7 +156,11 @@ class Ranking(Protocol):
 
     @property
     def takes_margins(self) -> bool:
-        """Whether target margins have a place in it."""
+        """Whether it judges pairs, so that target margins, links and scales have a place in it."""
+
+    @property
+    def takes_sides(self) -> bool:
+        """Whether a completion's reward may depend on which of a pair it is."""
 
     def __call__(
         self,
@@ -170,10 +179,17 @@ class Ranking(Protocol):
 class Scale(Protocol):
     """Factor on a pair's reward and target margin: how sharply the pair is judged."""
 
-    def statistics(self) -> Statistic:
-        """A fresh statistic of the reward margins."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
 
-    def __call__(self, reward_margins: Tensor, summary: Any) -> Tensor:
+    def statistics(self) -> Statistic:
+        """A fresh statistic of the observed values."""
+
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) detached values that the statistic sees."""
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: Any) -> Tensor:
         """(P,) detached positive factors; `summary` is what the statistic returned."""
 
 

@@ -57,6 +57,7 @@ class DynamicScale:
     level: str = "pair"
     baseline: str = "ema"
     smallest: float = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         require_number("alpha", self.alpha, low=0)
@@ -69,7 +70,13 @@ class DynamicScale:
         """The running mean of the reward margins."""
         return _BASELINES[self.baseline](self.momentum)
 
-    def __call__(self, reward_margins: Tensor, summary: MarginMeans | None) -> Tensor:
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) the reward margins."""
+        return reward_margins
+
+    def __call__(
+        self, batch: LogpBatch, reward_margins: Tensor, summary: MarginMeans | None
+    ) -> Tensor:
         """(P,) ρ, detached."""
         means = expect(summary, MarginMeans)
         margins = reward_margins.detach()

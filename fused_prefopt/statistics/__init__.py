@@ -20,6 +20,7 @@ from fused_prefopt.statistics.reward_shift import (
     RewardLevel,
     ShiftStatistic,
 )
+from fused_prefopt.statistics.stepped_penalty import Penalty, SteppedPenalty
 
 __all__ = [
     "BalancedShift",
@@ -31,6 +32,7 @@ __all__ = [
     "MarginPool",
     "MarginQueue",
     "Moments",
+    "Penalty",
     "PooledShift",
     "ReferenceMean",
     "ReferenceMoments",
@@ -39,5 +41,6 @@ __all__ = [
     "RunningMoments",
     "ShiftStatistic",
     "Statistic",
+    "SteppedPenalty",
     "TermStatistics",
 ]

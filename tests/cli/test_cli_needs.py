@@ -59,7 +59,19 @@ WHOLE = [{"name": "orpo", "hyperparameters": {"nll": "whole_token_mean"}}]
 
 
 @pytest.mark.parametrize(
-    "name", ["simpo", "dpo", "dro", "tdpo2", "wpo", "kto", "dpo + wpo + tdpo1", "tpo", WHOLE]
+    "name",
+    [
+        "simpo",
+        "dpo",
+        "dro",
+        "tdpo2",
+        "wpo",
+        "kto",
+        "epsilon-dpo",
+        "dpo + wpo + tdpo1",
+        "tpo",
+        WHOLE,
+    ],
 )
 def test_a_step_takes_the_matmuls_that_are_said(name):
     loss = fp.PreferenceLoss(name).loss

@@ -161,10 +161,11 @@ def test_no_legend_covers_a_picture_of_the_main_job(monkeypatch, tmp_path):
     drawn = keep_figures(monkeypatch)
     margins = torch.linspace(-1, 1, 50)
     pictures.plot_margins(margins, {"a": margins + 0.5, "b": margins * 2}, tmp_path / "margins.png")
-    pictures.plot_target_margins(margins, margins + 2, 2.0, tmp_path / "targets.png")
+    both = {"a": margins, "b": margins + 2}
+    pictures.plot_target_margins(both, {"x": both, "y": both}, tmp_path / "targets.png")
     pictures.plot_rewards({"a": history(1.0), "b": history(2.0)}, tmp_path / "rewards.png")
     found = {name: assert_legends_are_outside(figure) for name, figure in drawn.items()}
-    assert found == {"margins": 2, "targets": 1, "rewards": 2}
+    assert found == {"margins": 2, "targets": 2, "rewards": 2}
 
 
 def test_every_other_picture_has_its_legends_from_there_or_outside_its_axes():

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import quickstart
+import torch
 from data_tokenizer import tiny_tokenizer
+from scipy import stats
 from tiny_models import tiny_llama
+
+import fused_prefopt as fp
+from fused_prefopt.evaluation import PairScores
 
 METHODS = ["alpha-dpo", "gamma-simpo", "dro"]
 FEW = "--pretraining-steps 3 --steps 3 --limit 48 --held-out-limit 12 --batch-size 4"
@@ -70,3 +75,28 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     for option in ("--model", "--dataset", "--seed", "--methods", "--flip-rate", "--accumulation"):
         assert option in text
+
+
+def test_target_margins_are_a_line_over_one_gap_and_a_curve_over_the_other():
+    torch.manual_seed(0)
+    lengths = torch.randint(5, 30, (80,))
+    policy, reference = (-3 * lengths * torch.rand(80, dtype=torch.float64) for _ in range(2))
+    batch = fp.LogpBatch(policy=policy, lengths=lengths, reference=reference)
+    names = {method.loss: method.hyperparameters for method in quickstart.METHODS}
+    losses = {name: fp.PreferenceLoss(name, **names[name]) for name in METHODS}
+    losses["alpha-dpo"].from_logps(batch)
+    scores = dict.fromkeys(METHODS, PairScores(batch, kl=0.0, kl_rejected=0.0))
+    targets, gaps = quickstart.target_margins_of(losses, scores)
+    assert list(targets) == ["alpha-dpo", "gamma-simpo"]
+    rewards, distances = (gap["alpha-dpo"].numpy() for gap in gaps.values())
+    per_token, ratios = ((v / lengths).numpy() for v in (policy, policy - reference))
+    assert rewards == pytest.approx(5.0 * (per_token[:40] - per_token[40:]))
+    assert distances == pytest.approx(ratios[:40] - ratios[40:])
+    line = stats.linregress(distances, targets["alpha-dpo"])
+    # α β / σ, and γ at the mean: what α-DPO's eq. 11 says.
+    assert line.rvalue == pytest.approx(1)
+    assert line.slope == pytest.approx(0.2 * 5.0 / distances.std(ddof=1), rel=0.02)
+    curve = targets["gamma-simpo"].numpy()
+    assert stats.spearmanr(rewards, curve).statistic == pytest.approx(1)
+    assert abs(stats.spearmanr(distances, curve).statistic) < 0.9
+    assert abs(stats.linregress(rewards, targets["alpha-dpo"]).rvalue) < 0.9

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from loss_cases import VARIANTS
-from tiny_models import pair_features, point_features, tiny_llama
+from tiny_models import list_features, pair_features, point_features, tiny_llama
 from trainers import OF_TRL, build, pairs_with_reference
 from waits import watched, watched_steps
 
 import fused_prefopt as fp
-from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.data import ListCollator, PairCollator, PointCollator
 from fused_prefopt.integrations import nonfinite
 from fused_prefopt.ops import sequence_kl, token_policy, token_statistics
 from fused_prefopt.ops.plan import PATHS
@@ -91,7 +91,8 @@ def test_the_other_ops(waits):
         found = token_policy(hidden, weight, labels, **counted)
         (found.logps + found.entropies).sum().backward()
         token_statistics(hidden, weight, labels, **counted)
-        out = sequence_kl(hidden, weight, hidden.detach() + 1, weight, labels, **counted)
+        others = hidden.detach() + 1, weight, labels
+        out = sequence_kl(hidden, weight, *others, perturbation=0.1, **counted)
         (out.kl + out.policy).sum().backward()
     assert waits.found == []
 
@@ -116,6 +117,8 @@ def test_every_loss(waits, name, options):
         "prompt_lengths": torch.tensor([1, 2, 1, 2]),
         "groups": torch.tensor([0, 0, 1, 1]),
         "sequence_kl": torch.ones(4),
+        "extrapolated": torch.linspace(-3, -2, 4),
+        "interpolated": torch.linspace(-2, -3, 4),
         "kl": torch.ones(()),
         "gold": torch.full((4,), -3.0),
         "gold_lengths": torch.tensor([2, 3, 2, 3]),
@@ -153,6 +156,7 @@ STEPS = [
     ("dpo", {}, "model"),
     ("dpo", {}, "adapter"),
     ("tdpo2", {}, "model"),
+    ("epsilon-dpo", {}, "model"),
     ("wpo", {}, "model"),
     ("dpo", {"ld_alpha": 0.3}, "model"),
 ]
@@ -185,6 +189,13 @@ def test_a_step_on_pairs(found, layout, loss, options, source):
 def test_a_step_on_points_with_their_prompts(found, padding_free):
     given = {"collator": PointCollator(0, padding_free=padding_free), "reference": tiny_llama(7)}
     assert found(data=point_features(8), loss="dro", **given) == []
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_one_wait_of_a_step_on_lists_is_for_their_pairs(found, padding_free):
+    given = {"collator": ListCollator(0, padding_free=padding_free), "reference": tiny_llama(7)}
+    waited = found(data=list_features(8), loss="plackett-luce-dpo + 0.5 gamma-dpo", **given)
+    assert waited == ["aten.nonzero.default in lists:pairs_of_lists"]
 
 
 @pytest.mark.parametrize(("on_nonfinite", "waited"), [("stop", 1), ("skip", 1), ("ignore", 0)])

@@ -23,7 +23,6 @@ from fused_prefopt.data.columns import (
     COMPLETIONS_IDS,
     GOLD,
     LAYOUT,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS_OF_IDS,
 )
@@ -63,6 +62,7 @@ from fused_prefopt.integrations.trl.rows import (
     WeightedTokens,
     require_values,
 )
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.batch import gold_part, logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
@@ -330,7 +330,7 @@ class FusesLoss(
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
-        if SEQUENCE_KL not in self.needs:
+        if not self.needs & OF_BOTH_HEADS:
             return "precomputed"
         adapted = is_peft_model(self.model)
         if self.precompute_ref_logps or (adapted and "ref" in self.model.peft_config):

@@ -22,7 +22,6 @@ from fused_prefopt.data.columns import (
     REFERENCE,
     REWARDS,
     SCORES,
-    SEQUENCE_KL,
     WEIGHT,
     WEIGHTS,
     WEIGHTS_OF_IDS,
@@ -37,6 +36,7 @@ from fused_prefopt.integrations.trl.gold import with_gold_ids
 from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.lists import OF_LISTS, has_lists, lists_by_pairs
 from fused_prefopt.integrations.trl.rows import require_sides, require_values
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -130,7 +130,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = dict(inputs)
-        separate = REFERENCE in self.needs and SEQUENCE_KL not in self.needs
+        separate = REFERENCE in self.needs and not self.needs & OF_BOTH_HEADS
         if separate and REF_CHOSEN_LOGPS not in batch:
             logps = self.compute_ref_log_probs(self._reference_of(model), inputs)
             batch |= dict(zip(PAIR_REFERENCES, logps, strict=True))
@@ -141,7 +141,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
     def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
-        given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
+        given = {REFERENCE, *OF_BOTH_HEADS, PROMPT, PROMPT_LENGTHS}
         given |= {GOLD, GOLD_LENGTHS} if GOLD_IDS in row else set()
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 

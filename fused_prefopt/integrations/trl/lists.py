@@ -36,7 +36,6 @@ from fused_prefopt.data.columns import (
     REJECTED,
     REWARD,
     REWARDS,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHT,
     column_of,
@@ -51,6 +50,7 @@ from fused_prefopt.data.truncation import ListCounts, cut_side
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.layouts import PADDING_FREE
 from fused_prefopt.integrations.trl.rows import Cut
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 
 # What TRL renders a chat with, beside its messages.
 _OF_CHATS = ("tools", "chat_template_kwargs")
@@ -392,7 +392,8 @@ class TakesLists:
     def _of_lists(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch of a `ListCollator` as the loss takes it, with what the reference gives."""
         batch = dict(inputs)
-        if self.needs_reference and REFERENCE not in batch and SEQUENCE_KL not in self.needs:
+        separate = self.needs_reference and not self.needs & OF_BOTH_HEADS
+        if separate and REFERENCE not in batch:
             wanted = PROMPT_REFERENCE in self.needs
             found = self._reference_logps(self._reference_of(model), inputs, prompt=wanted)
             batch[REFERENCE] = found["completion"]
