@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,3 +227,29 @@ def test_what_trls_trainer_cannot_make_triples_of_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             build("dpo", tmp_path, data, loss="tpo")
+
+
+@pytest.mark.parametrize(
+    ("pair", "gold", "wanted"),
+    [
+        (([1, 2], [7], [8]), ([1], [9], [9]), ([1], [2, 7], [2, 8], [9])),
+        (([1], [5], [6]), ([1, 2], [9], [9]), ([1], [5], [6], [2, 9])),
+    ],
+)
+def test_all_three_begin_where_the_first_of_them_does(pair, gold, wanted):
+    pytest.importorskip("trl")
+    from fused_prefopt.integrations.trl.gold import with_gold_ids
+
+    def tokenise(rows: Any, _: Any) -> Any:
+        # As where a completion's first token takes in the last one of the prompt.
+        def ids(row: dict[str, Any]) -> dict[str, Any]:
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            return dict(zip(names, gold if row["chosen"] == "g" else pair, strict=True))
+
+        return rows.map(ids)
+
+    rows = dataset([{"prompt": "p", "chosen": "c", "rejected": "r", "gold": "g"}] * 3)
+    for row in with_gold_ids(rows, "train", SimpleNamespace(max_length=2), tokenise):
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids")
+        assert [row[name] for name in names] == list(wanted)
+        assert (row["chosen"], row["rejected"]) == ("c", "r")

@@ -1,7 +1,7 @@
-"""Pairs with a third, gold completion in TRL's trainer on pairs: tokenised by TRL, as rows of it.
+"""Gold completions of pairs in TRL's trainer: tokenised by TRL, as a pair behind their own.
 
-TRL's own trainer on such rows has its tokenisation for itself; that on pairs gives the same ids of
-a row and of another behind it, whose two sides are the gold completion.
+TRL's `TPOTrainer` keeps its tokenisation to itself. That of pairs gives the same token ids of a row
+and of a second one behind it, both of whose sides are the gold completion.
 """
 
 from __future__ import annotations
