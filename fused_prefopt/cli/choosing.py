@@ -19,6 +19,7 @@ from fused_prefopt.cli.needs import (
 from fused_prefopt.data.columns import (
     COLLISION,
     DESIRABLE,
+    GOLD,
     KL,
     LABELS,
     PROMPT,
@@ -29,7 +30,7 @@ from fused_prefopt.data.columns import (
     has_values,
 )
 from fused_prefopt.losses import available_losses, find, named_loss
-from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS, Loss
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, Loss
 from fused_prefopt.types import COST_IN_P
 
 _WIDTH = 100
@@ -97,7 +98,7 @@ def _refusal(loss: Loss, rows: JudgedRows) -> str | None:
     if lack is None:
         return None
     if lack.columns is None:
-        return f"`{lack.field}`, {WHAT_IT_IS[lack.field]}, which `train` does not compute"
+        return lack.said
     names = [" or ".join(_NAMES.get(name, (name,))) for name in lack.columns]
     some = "" if lack.rows == len(judged) else f"; {lack.rows} of {len(judged)} rows are without"
     return f"column{'s' if len(names) > 1 else ''} {' and '.join(names)}{some}"
@@ -140,14 +141,14 @@ def _costs(loss: Loss) -> tuple[str, str, str]:
     reference = _span((cost.reference,) * 2, (cost.reference_prompts,) * 2) or "-"
     if cost.both_models:
         reference = "included"
-    frozen = _span((cost.frozen,) * 2, (cost.frozen_prompts,) * 2)
-    return _span(cost.trained, cost.prompts), frozen, reference
+    frozen = _span((cost.frozen,) * 2, (cost.frozen_prompts,) * 2, (cost.frozen_gold,) * 2)
+    return _span(cost.trained, cost.prompts, cost.gold), frozen, reference
 
 
-def _span(span: tuple[float, float], prompts: tuple[float, float]) -> str:
-    """Such as "3 to 4, prompts 1"; "" of nothing."""
+def _span(*spans: tuple[float, float]) -> str:
+    """Such as "3 to 4, prompts 1" of the completions, the prompts and the gold; "" of nothing."""
     parts = []
-    for name, (least, most) in (("", span), ("prompts ", prompts)):
+    for name, (least, most) in zip(("", "prompts ", "gold "), spans, strict=False):
         if most:
             parts.append(f"{name}{least:g}" + (f" to {most:g}" if most > least else ""))
     return ", ".join(parts)
@@ -182,6 +183,8 @@ def _legend(allowed: Mapping[str, Loss]) -> str:
     if PROMPT in fields:
         trains = ", with a gradient" if PROMPT_LENGTHS in fields else ""
         said.append(f"prompts: P of the prompts' tokens, of which there may be more{trains}.")
+    if GOLD in fields:
+        said.append("gold: P of the gold completions' tokens, with a gradient.")
     if COLLISION in fields:
         said.append(f"collision: {once:g} P, an evaluation of the policy more.")
     if KL in fields:

@@ -71,16 +71,6 @@ a reward (all but `sft` and those of weight 0); the loss of a term, before its w
 The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are translated in
 `fused_prefopt/integrations/loss_types.py`.
 
-## Lists of completions
-
-Losses on pairs take lists, two or more rated completions of a prompt, as all their pairs, but for
-those that sort the pairs (`aot`) and those of a gold completion (`tpo`). Some judge a list as a
-whole, in the index "lists, pairs". A row is a list (`prompt`, `completions`, `scores`), or rows are
-rated completions (`prompt`, `completion`, `score`), of which those of one `group` are a list.
-`data.ListCollator` and the trainers take lists; `data.lists_of_points` makes them of rated
-completions, which `fused-prefopt train` does by itself. There losses that need `desirable` (`kto`)
-are given the best and the worst completion of each list, as held-out pairs are.
-
 ## Another target margin
 
 `margin` adds a target margin to that of any loss that compares the rewards of a pair, and of lists
@@ -105,6 +95,41 @@ none, and its gap is of the mean token where the reward is, else of whole comple
 and so does a loss whose own margin keeps a statistic (`alpha-dpo`, `gamma-simpo`, …) where the
 other does, too. Over lists the budget and the statistics are of the pairs of all lists, each once.
 
+## Lists
+
+A batch with `groups` and `rewards` is lists of rated completions: `groups` has one number for the
+completions of one prompt, of which there may be any number in any order, `rewards` their scores.
+Every loss on pairs takes one:
+
+```python
+loss_fn = fp.PreferenceLoss("plackett-luce-dpo")  # or "dpo", "gamma-simpo", …
+loss_fn(hidden, head, labels, groups=groups, rewards=scores, reference=reference)
+```
+
+Each two completions of a list whose scores differ are a pair, the better one chosen, as InstructGPT
+(arXiv:2203.02155) compares all of a ranking. Equal scores are not compared, so the scores choose
+the pairs: 1, 0, …, 0 sets one completion against each of the others, and NaN is refused. Each list
+counts alike: the loss is the mean over the lists of the mean over their pairs, and a list without
+two different scores counts 0. `weights` are those of lists, the same for all completions of one. A
+list of two is its pair, exactly. A completion meets the model once, in however many pairs it is.
+
+`plackett-luce-dpo`, `lipo-lambda` and `listnet-dpo` judge whole lists, and pairs as lists of two;
+with `use_weighting` a list counts by the mean of its pairs' weights, in `lipo-lambda` each pair by
+its own. Plackett–Luce of another reward is a `losses.PairwiseLoss` with
+`ranking=losses.PlackettLuce()`. Losses that sort the pairs (`aot`, `aot-unpaired`) refuse lists,
+and so does `ld_alpha`. Single completions (`dro`, `kto`, …) are no lists: they stay on their own,
+but `dro` takes its mean over `groups`.
+
+In data a list is a row (`prompt`, `completions`, `scores`), which `data.ListCollator` and the
+trainers take. `data.lists_of_points` makes such rows of rated completions that have a row each
+(`prompt`, `completion`, `score`), of those of one `group`; `fused-prefopt train` does so by itself.
+There losses that need `desirable` are given the best and the worst completion of each list, and a
+gold completion (`tpo`) is a column of pairs alone.
+
+`losses`, `rewards` and `target_margins` are of the pairs that `losses.pairs_of_lists` returns; of a
+ranking the loss of a list stands at each of its pairs. Metrics are means over the lists that have a
+pair; `lists/pairs` is the number of pairs of a list.
+
 ## Notation
 
 | symbol | meaning |
@@ -124,9 +149,8 @@ other does, too. Over lists the budget and the statistics are of the pairs of al
 | P | cost of one matmul of the completions' tokens with the head |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
-unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
-lists of the mean over their pairs: every two completions of a list whose scores differ, the better
-one first. An empty completion has L = L̄ = 0."""
+unless said otherwise; of lists the mean over the lists of the mean over their pairs. An empty
+completion has L = L̄ = 0."""
 _NEEDS = """\
 ## What losses need
 

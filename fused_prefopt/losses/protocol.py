@@ -25,7 +25,7 @@ WHAT_IT_IS = {
     "interpolated": "(S,) summed log-probs under softmax((1−ε) z + ε z_ref), z the logits",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
-    "gold": "(S,) summed log-probs of a third completion, the best one of each pair's prompt",
+    "gold": "(S,) summed log-probs of a third, best completion of each prompt, a row's `gold_ids`",
     "gold_lengths": "(S,) integers, tokens of those completions",
 }
 
@@ -156,7 +156,11 @@ class Ranking(Protocol):
 
     @property
     def takes_margins(self) -> bool:
-        """Whether target margins have a place in it."""
+        """Whether it judges pairs, so that target margins, links and scales have a place in it."""
+
+    @property
+    def takes_sides(self) -> bool:
+        """Whether a completion's reward may depend on which of a pair it is."""
 
     def __call__(
         self,
