@@ -140,10 +140,10 @@ class Lack:
     @property
     def said(self) -> str:
         """The field, where no column gives it, and why."""
-        why = "which `train` does not compute"
+        why = "`train` does not compute it"
         if self.field in (GOLD, GOLD_LENGTHS):
-            why = f"which only rows with {' and '.join(PAIR)} can have"
-        return f"`{self.field}`, {WHAT_IT_IS[self.field]}: {why}"
+            why = f"only rows with {' and '.join(PAIR)} can have it"
+        return f"`{self.field}`, {WHAT_IT_IS[self.field]}; {why}"
 
 
 def first_lack(loss: Loss, rows: Rows) -> Lack | None:
@@ -195,6 +195,11 @@ def check_fields(loss_fn: PreferenceLoss, rows: Rows) -> None:
         raise UserError(
             f"loss: got {loss_fn.name}, which sorts the pairs, with {refused}, needs rows with"
             f" {' and '.join(PAIR)}, without weights, or another loss"
+        )
+    if loss_fn.ld_alpha is not None and _are_lists(rows):
+        raise UserError(
+            f"loss_kwargs: got ld_alpha {loss_fn.ld_alpha:g} with lists, needs rows with"
+            f" {' and '.join(PAIR)}, or no ld_alpha"
         )
     if weigh_nothing(rows):
         raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")

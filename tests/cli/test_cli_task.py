@@ -231,7 +231,7 @@ def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records)
     loss_fn = load_loss(settings)
     features = _features(settings, loss_fn, tiny_tokenizer(), records)
     if "gold" in loss_fn.loss.needs and records is RATED:
-        with pytest.raises(UserError, match=f"{name} needs `gold`, .*: which only rows with"):
+        with pytest.raises(UserError, match=f"{name} needs `gold`, .*; only rows with chosen"):
             check_fields(loss_fn, features)
         return
     if records is RATED and isinstance(loss_fn.loss, TransportLoss):
