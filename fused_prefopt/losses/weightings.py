@@ -108,7 +108,7 @@ class PerformanceWeights:
 class ScoreMarginWeights:
     """MADPO's ``σ(c h) / σ(h)`` of ``h = s_w − s_l``, 1 for ``h <= −τ``: unsure pairs count more.
 
-    ``c = c₀ + (c₁ − c₀) / (1 + K e^(λ(|h| − τ)))``, ``K = (c₁ − 1)/(1 − c₀)``: c₁ for scores that
+    ``c = c₀ + (c₁ − c₀) / (1 + κ e^(λ(|h| − τ)))``, ``κ = (c₁ − 1)/(1 − c₀)``: c₁ for scores that
     hardly differ, 1 where they differ by τ, c₀ far beyond. Where ``|h| < τ`` is the log-odds of the
     preference, the reward margin that is best for the weighted logistic loss is ``c h``.
 

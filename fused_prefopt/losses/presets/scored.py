@@ -53,7 +53,7 @@ def madpo(
     """``−w log σ(m)``, ``w = σ(c h)/σ(h)``, 1 for ``h <= −τ``, ``m = β(Δ_w − Δ_l)``.
 
     ``h = s_w − s_l``, s the `rewards`, a reward model's log-odds, and
-    ``c = c₀ + (c₁ − c₀)/(1 + K e^(λ(|h| − τ)))``, ``K = (c₁ − 1)/(1 − c₀)``. Where they hold and
+    ``c = c₀ + (c₁ − c₀)/(1 + κ e^(λ(|h| − τ)))``, ``κ = (c₁ − 1)/(1 − c₀)``. Where they hold and
     ``|h| < τ``, the best m is c h.
 
     Args:
