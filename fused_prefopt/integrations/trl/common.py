@@ -183,8 +183,9 @@ class FusesLoss(
         if self._is_laid_out:
             return
         self._is_laid_out = True
-        if self._has_lists and not self._is_own_collator:
-            self.data_collator = self._list_collator()
+        if self._has_lists:
+            own = self.data_collator if self._is_own_collator else self._list_collator()
+            self.data_collator = self._lays_out_lists = own
         elif self._layout is not None:
             if self._is_vision_dataset:
                 raise ValueError(
