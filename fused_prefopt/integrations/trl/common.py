@@ -143,8 +143,8 @@ class FusesLoss(
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
             self._require_image_values()
-        if self._has_lists and loss_fn.ld_alpha is not None:
-            raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with rows of lists, needs None")
+        if self._has_lists:
+            loss_fn.require_lists()
         if self._makes_lists and not self._has_lists:
             raise ValueError(
                 f"loss: {loss_fn.name!r} is pairwise, wanted one on points: of rows with images no"

@@ -355,6 +355,7 @@ class TakesLists:
     _is_laid_out: bool
     # Their collator, without what checks its batches.
     _lays_out_lists: Any
+    _lay_out: Any
     _reference_logps: Any
     _reference_of: Any
     _own_reference_logps: Any
@@ -413,6 +414,8 @@ class TakesLists:
         dataset = _in_python(dataset, name)
         if REFERENCES in dataset.column_names:
             return dataset
+        # Here TRL's constructor may not be through.
+        self._lay_out()
         rows = self._own_reference_logps(list(dataset), self._lays_out_lists, name, batch_size)
         names = [each for each in rows[0] if each not in dataset.column_names]
         if PROMPT_REFERENCE not in self.needs:
