@@ -19,6 +19,7 @@ from fused_prefopt.cli.task import (
     as_pairs,
     as_points,
     held_out_records,
+    kind_of,
     load_loss,
     training_records,
 )
@@ -185,18 +186,26 @@ def test_files_without_pairs_are_told_apart(material, tmp_path, content, message
 def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records):
     settings = Settings(model="unused", loss=name, max_length=32)
     loss_fn = load_loss(settings)
-    features = _features(settings, loss_fn, tiny_tokenizer(), records)
+    kind, rated = kind_of(loss_fn.loss, records), records is RATED
+    features = _features(settings, kind, rated, tiny_tokenizer(), records)
+    if rated and name.startswith("aot"):
+        with pytest.raises(UserError, match=f"{name}, which sorts the pairs, with lists"):
+            check_fields(loss_fn, features)
+        return
     if "gold" in loss_fn.loss.needs:
         with pytest.raises(UserError, match=f"{name} needs `gold`, .* does not compute"):
             check_fields(loss_fn, features)
         return
     check_fields(loss_fn, features)
-    if loss_fn.loss.pairwise:
-        assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
-    elif "desirable" in loss_fn.loss.needs:
+    if "desirable" in loss_fn.loss.needs:
         assert [feature["desirable"] for feature in features[:2]] == [True, False]
+    elif rated:
+        assert [feature["rewards"] for feature in features] == [[0.5, 0.25, 1]]
+        assert len(features[0]["completions_ids"]) == 3
+    elif loss_fn.loss.pairwise:
+        assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
     else:
-        assert [feature["reward"] for feature in features[:2]] in ([1, 0], [0.5, 0.25])
+        assert [feature["reward"] for feature in features[:2]] == [1, 0]
 
 
 def test_a_sum_is_a_text_or_a_list_and_needs_what_its_terms_need():

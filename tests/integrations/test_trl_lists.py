@@ -90,10 +90,8 @@ def test_a_kto_trainer_makes_lists_for_a_loss_on_pairs(tmp_path, kind):
 
 @pytest.mark.parametrize("scored", [False, True])
 def test_a_kto_trainer_makes_lists_of_pairs(tmp_path, scored):
-    data = pairs(**{f"score_{side}": [1.0 + scored] * 16 for side in ("chosen",) * scored})
-    if scored:
-        data = data.add_column("score_rejected", [0.5] * 16)
-    run = build("kto", tmp_path, data, loss="dpo", reference=tiny_llama(5))
+    scores = {"score_chosen": [2.0] * 16, "score_rejected": [0.5] * 16} if scored else {}
+    run = build("kto", tmp_path, pairs(**scores), loss="dpo", reference=tiny_llama(5))
     assert [row["rewards"] for row in run.train_dataset] == [[2.0, 0.5] if scored else [1, 0]] * 16
     eager = tiny_llama()
     rows = ids_of(run)[:4]
