@@ -193,7 +193,8 @@ def _counted(term: Term, output: LossOutput, factors: Tensor, weights: Tensor | 
         # It has weighted its pairs already, which no factor reaches afterwards.
         raise ValueError(
             f"weights: got some with use_weighting and {term.name}, a mean over all tokens; needs"
-            " another term, such as one with nll='sequence_mean', or pairs without weights"
+            " another term, such as one with nll='sequence_mean', or pairs without weights, which"
+            " lists give theirs"
         )
     losses = factors * output.losses
     return replace(output, loss=mean(losses, weights), losses=losses)
