@@ -76,6 +76,8 @@ def test_lists_have_the_ids_of_pairs():
     record = RECORD | {"weight": 2}
     ids = {"prompt_ids": [1, 2], "completions_ids": [[3, 0], [4, 0], [5, 6, 0]]}
     assert listed(record) == ids | {"rewards": [1.0, 3.5, 2.0], "weight": 2.0}
+    scored = {"scores" if name == "rewards" else name: record[name] for name in record}
+    assert listed(scored) == listed(record)
     pair = {"prompt": "ab", "chosen": "c", "rejected": "d"}
     assert listed(pair) == {**ids, "completions_ids": [[3, 0], [4, 0]], "rewards": [1.0, 0.0]}
     tokenizer = tiny_tokenizer(adds_bos=True)
