@@ -182,7 +182,9 @@ def test_files_without_pairs_are_told_apart(material, tmp_path, content, message
 
 
 @pytest.mark.parametrize("name", available_losses())
-@pytest.mark.parametrize("records", [pairs(2, score_chosen=1.0, score_rejected=0.0), RATED])
+@pytest.mark.parametrize(
+    "records", [pairs(2, score_chosen=1.0, score_rejected=0.0, gold="the cat"), RATED]
+)
 def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records):
     settings = Settings(model="unused", loss=name, max_length=32)
     loss_fn = load_loss(settings)
@@ -192,7 +194,7 @@ def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records)
         with pytest.raises(UserError, match=f"{name}, which sorts the pairs, with lists"):
             check_fields(loss_fn, features)
         return
-    if "gold" in loss_fn.loss.needs:
+    if "gold" in loss_fn.loss.needs and rated:
         with pytest.raises(UserError, match=f"{name} needs `gold`, .* does not compute"):
             check_fields(loss_fn, features)
         return

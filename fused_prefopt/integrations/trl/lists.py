@@ -117,7 +117,7 @@ def lists_by_pairs(dataset: Any, name: str, args: Any, tokenise: Tokenise) -> An
         with_indices=True,
         remove_columns=dataset.column_names,
     )
-    tokenised = tokenise(pairs, _uncut(args))
+    tokenised = tokenise(pairs, uncut(args))
     parts = tokenised.select_columns([PROMPT_IDS, *PAIR_IDS])
     return _joined(dataset, parts, tokenised[GROUP][:], partial(_list_of_pairs, rating))
 
@@ -211,7 +211,7 @@ def _rating_of_texts(first: Mapping[str, Any], name: str) -> str:
     return column_of([first], LIST_RATINGS) or REWARDS
 
 
-def _uncut(args: Any) -> Any:
+def uncut(args: Any) -> Any:
     """The configuration with which TRL drops no row: half of a list might go."""
     args = copy(args)
     args.max_length = None
@@ -315,10 +315,15 @@ def _list_of_points(
 
 
 def _list_of(members: Sequence[Member]) -> dict[str, Any]:
-    """A list of token ids of the rows of its completions, which begin at one place.
+    """A list of token ids of the rows of its completions."""
+    share_prompt(members)
+    return lists_of_points(members)[0]
 
-    TRL begins a completion where it and the prompt alone cease to be the same tokens; of a list all
-    begin where the first of them does.
+
+def share_prompt(members: Sequence[dict[str, Any]]) -> None:
+    """Let completions of one prompt begin at one place: where the first of them does.
+
+    TRL begins a completion where it and the prompt alone cease to be the same tokens.
     """
     shortest = min((each[PROMPT_IDS] for each in members), key=len)
     for each in members:
@@ -327,7 +332,6 @@ def _list_of(members: Sequence[Member]) -> dict[str, Any]:
         if prompt[:size] == shortest and TOKEN_WEIGHTS not in each:
             each[PROMPT_IDS] = shortest
             each[COMPLETION_IDS] = prompt[size:] + each[COMPLETION_IDS]
-    return lists_of_points(members)[0]
 
 
 def _picked(places: list[list[int]], row: dict[str, Any], index: int) -> dict[str, Any]:
