@@ -99,7 +99,7 @@ def test_completions_that_make_no_pairs_are_an_error_with_a_remedy(refused, tmp_
     with pytest.raises(ValueError, match="not all with group, needs pairs"):
         as_judged([row | {"reward": 1.0} for row in completions()])
     with pytest.raises(ValueError, match="got no prompt with two completions of different reward"):
-        as_pairs([row | {"reward": 1.0, "group": 0} for row in completions()])
+        as_pairs([row | {"prompt": "a", "reward": 1.0, "group": 0} for row in completions()])
     with pytest.raises(ValueError, match="label: got some rows without, needs one in each"):
         as_judged([row | more for row in completions(1) for more in ({"desirable": True}, {})])
 
