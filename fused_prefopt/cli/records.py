@@ -97,7 +97,7 @@ def kind_of(loss: Loss, records: Sequence[Record] = ()) -> str:
     a prompt, and any other loss learns of every two.
     """
     if loss.pairwise:
-        return LISTS if _has_lists(records) or _are_grouped(records) else PAIRS
+        return LISTS if make_lists(records) else PAIRS
     return LABELLED if DESIRABLE in loss.needs else RATED
 
 
@@ -116,14 +116,22 @@ def judged_records(records: Records, kind: str, *, say: Say = print) -> Records:
         return as_lists(records, say=say)
     if kind == PAIRS:
         return as_pairs(records)
-    return as_points(records, say=say) if kind == RATED else as_judged(records)
+    if kind == LABELLED:
+        return as_judged(records)
+    # A batch is of whole prompts where they are known.
+    return as_points(lists_of_points(records) if _are_grouped(records) else records, say=say)
+
+
+def make_lists(records: Sequence[Record]) -> bool:
+    """Whether they are lists, or completions of which it is known which are of one prompt."""
+    return _has_lists(records) or _are_grouped(records)
 
 
 def as_lists(records: Records, *, say: Say = print) -> Records:
-    """Lists; rated completions of one `group` are one.
+    """Lists; rated completions of one `group` are one, and a pair is a list of two.
 
     Args:
-        records: lists, or single completions.
+        records: lists, pairs or single completions.
         say: tells the user that completions were put together.
 
     Raises:
@@ -131,6 +139,8 @@ def as_lists(records: Records, *, say: Say = print) -> Records:
             or weights, or no prompt's rewards differ.
     """
     lists = records
+    if _has_pairs(records):
+        return records
     if not _has_lists(records):
         lists = lists_of_points(records)
         say(

@@ -18,11 +18,13 @@ from fused_prefopt.cli.records import (
     LISTS,
     PAIRS,
     RATED,
+    Records,
     Say,
     as_pairs,
     held_out_records,
     judged_records,
     kind_of,
+    make_lists,
     silent,
     training_records,
 )
@@ -31,11 +33,8 @@ from fused_prefopt.data import (
     PairCollator,
     PointCollator,
     lists_of_points,
-    points_of_lists,
 )
 from fused_prefopt.data.columns import (
-    CHOSEN_IDS,
-    COMPLETIONS,
     COMPLETIONS_IDS,
     GOLD_IDS,
     PAIR,
@@ -141,8 +140,9 @@ def load_task(config: Config) -> Task:
     with blaming("model"):
         tokenizer = load_tokenizer(settings, records)
         model = load_start(settings, tokenizer, seed)
+    kind, grouped = kind_of(loss_fn.loss, records), make_lists(records)
     with blaming("dataset"):
-        train = _features(settings, loss_fn, tokenizer, records, "training", say)
+        train = _features(settings, kind, grouped, tokenizer, records, "training", say)
         check_fields(loss_fn, train)
     held_out: Features = []
     evaluated: Features = []
@@ -150,10 +150,8 @@ def load_task(config: Config) -> Task:
         if judged:
             held_out = _pairs(settings, tokenizer, judged, "held-out", say)
             evaluated = held_out
-        # A trainer on pairs takes the best and the worst of lists; one on lists takes pairs, too.
-        if judged and CHOSEN_IDS not in train[0] and kind_of(loss_fn.loss, judged) != PAIRS:
-            evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
-            evaluated = _as_trained(evaluated, train)
+        if judged and kind != PAIRS:
+            evaluated = _features(settings, kind, grouped, tokenizer, judged, "held-out", say)
     _check_tokens(tokenizer, model, [*train, *held_out, *evaluated])
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
 
@@ -187,14 +185,21 @@ def _tell(say: Say, part: str, said: str) -> None:
 
 def _features(
     settings: Settings,
-    loss_fn: PreferenceLoss,
+    kind: str,
+    grouped: bool,
     tokenizer: Any,
-    records: Features,
+    records: Records,
     part: str = "training",
     say: Say = print,
 ) -> Features:
-    """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
-    kind, lengths = kind_of(loss_fn.loss, records), (settings.max_length, settings.prompt_length)
+    """Token ids of the records as a loss judges them.
+
+    Args:
+        kind: of `kind_of`.
+        grouped: whether `RATED` completions stay together by prompt, as rows of lists.
+        part: of the data, for what is said.
+    """
+    lengths = (settings.max_length, settings.prompt_length)
     if kind == PAIRS:
         return _pairs(settings, tokenizer, records, part, say)
     judged = judged_records(records, kind, say=partial(_tell, say, part))
@@ -204,15 +209,7 @@ def _features(
         return features
     features, counts = counted_points(judged, tokenizer, *lengths, f"{part} completions")
     say(counts.message)
-    return lists_of_points(features) if kind == RATED and COMPLETIONS in records[0] else features
-
-
-def _as_trained(features: Features, train: Features) -> Features:
-    """Completions as those of `train` are: whole lists, or a row each."""
-    are_lists, are_wanted = (COMPLETIONS_IDS in rows[0] for rows in (features, train))
-    if are_lists and not are_wanted:
-        return points_of_lists(features)
-    return lists_of_points(features) if are_wanted and not are_lists else features
+    return lists_of_points(features) if kind == RATED and grouped else features
 
 
 def _pairs(

@@ -127,7 +127,8 @@ def test_what_is_allowed_trains_and_the_rest_is_refused_for_the_same_reason(
         reason = choosing._refusal(loss_fn.loss, rows)
         judged = rows.judged[rows.kind_of(loss_fn.loss)]
         try:
-            features = task._features(settings, loss_fn, tiny_tokenizer(), read)
+            kind, grouped = records.kind_of(loss_fn.loss, read), records.make_lists(read)
+            features = task._features(settings, kind, grouped, tiny_tokenizer(), read)
         except ValueError as error:
             assert judged == str(error).removeprefix("rows: ") == reason, name
             continue

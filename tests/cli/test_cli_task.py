@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 from command_line_jobs import RATED, pairs, sentences, write_lines
@@ -19,6 +20,7 @@ from fused_prefopt.cli.records import (
     as_pairs,
     as_points,
     held_out_records,
+    kind_of,
     training_records,
 )
 from fused_prefopt.cli.task import _features, load_loss
@@ -154,20 +156,12 @@ def test_held_out_rows_take_the_form_that_the_loss_trains_on(loaded, tmp_path):
     }
     files = {name: write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in forms.items()}
     pair, whole, point = {"chosen_ids"}, {"completions_ids"}, {"completion_ids"}
-    # A collator of lists takes pairs as lists of two.
-    expected = {
-        ("dpo", "pairs"): {"lists": pair, "rated": pair, "pairs": pair},
-        ("dpo", "lists"): {"lists": whole, "rated": whole, "pairs": pair},
-        ("dpo", "rated"): {"lists": whole, "rated": whole, "pairs": pair},
-        ("dro", "pairs"): {"lists": point, "rated": point, "pairs": point},
-        ("dro", "lists"): {"lists": whole, "rated": whole, "pairs": whole},
-        ("dro", "rated"): {"lists": point, "rated": point, "pairs": point},
-    }
-    for (loss, form), found in expected.items():
-        for other, columns in found.items():
-            task = loaded(dataset=files[form], held_out=files[other], loss=loss)
-            assert columns <= task.evaluated[0].keys(), (loss, form, other)
-            task.collator()(task.evaluated)
+    for loss, form, other in product(("dpo", "dro"), files, files):
+        task = loaded(dataset=files[form], held_out=files[other], loss=loss)
+        expected = whole if form != "pairs" else pair if loss == "dpo" else point
+        for features in (task.train, task.evaluated):
+            assert expected <= features[0].keys(), (loss, form, other)
+        task.collator()(task.evaluated)
 
 
 def test_rows_of_completions_keep_their_judgement_under_either_name():
@@ -229,24 +223,26 @@ def test_files_without_pairs_are_told_apart(material, tmp_path, content, message
 def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records):
     settings = Settings(model="unused", loss=name, max_length=32)
     loss_fn = load_loss(settings)
-    features = _features(settings, loss_fn, tiny_tokenizer(), records)
-    if "gold" in loss_fn.loss.needs and records is RATED:
-        with pytest.raises(UserError, match=f"{name} needs `gold`, .*; only rows with chosen"):
-            check_fields(loss_fn, features)
-        return
-    if records is RATED and isinstance(loss_fn.loss, TransportLoss):
+    kind, rated = kind_of(loss_fn.loss, records), records is RATED
+    features = _features(settings, kind, rated, tiny_tokenizer(), records)
+    if rated and isinstance(loss_fn.loss, TransportLoss):
         with pytest.raises(UserError, match="sorts the pairs, with lists, needs rows with chosen"):
             check_fields(loss_fn, features)
         return
+    if "gold" in loss_fn.loss.needs and rated:
+        with pytest.raises(UserError, match=f"{name} needs `gold`, .*; only rows with chosen"):
+            check_fields(loss_fn, features)
+        return
     check_fields(loss_fn, features)
-    if loss_fn.loss.pairwise and records is RATED:
-        assert [row["rewards"] for row in features] == [[0.5, 0.25, 1.0]]
+    if "desirable" in loss_fn.loss.needs:
+        assert [feature["desirable"] for feature in features[:2]] == [True, False]
+    elif rated:
+        assert [feature["rewards"] for feature in features] == [[0.5, 0.25, 1]]
+        assert len(features[0]["completions_ids"]) == 3
     elif loss_fn.loss.pairwise:
         assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
-    elif "desirable" in loss_fn.loss.needs:
-        assert [feature["desirable"] for feature in features[:2]] == [True, False]
     else:
-        assert [feature["reward"] for feature in features[:2]] in ([1, 0], [0.5, 0.25])
+        assert [feature["reward"] for feature in features[:2]] == [1, 0]
 
 
 def test_a_sum_is_a_text_or_a_list_and_needs_what_its_terms_need():
