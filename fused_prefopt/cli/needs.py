@@ -196,11 +196,6 @@ def check_fields(loss_fn: PreferenceLoss, rows: Rows) -> None:
             f"loss: got {loss_fn.name}, which sorts the pairs, with {refused}, needs rows with"
             f" {' and '.join(PAIR)}, without weights, or another loss"
         )
-    if _are_lists(rows) and loss_fn.ld_alpha is not None:
-        raise UserError(
-            f"loss_kwargs: got ld_alpha {loss_fn.ld_alpha:g} with lists, needs rows with"
-            f" {' and '.join(PAIR)}, or no ld_alpha"
-        )
     if weigh_nothing(rows):
         raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")
     lack = first_lack(loss_fn.loss, rows)

@@ -124,7 +124,7 @@ def test_what_lists_cannot_do_is_refused(refused, files, tmp_path):
     said = refused(loss="dpo + 0.1 aot", **files)
     assert said.startswith("loss: got dpo + 0.1 aot, which sorts the pairs, with lists")
     said = refused(loss="simpo", loss_kwargs={"ld_alpha": 0.5}, **files)
-    assert said.startswith("loss_kwargs: got ld_alpha 0.5 with lists, needs rows with chosen and")
+    assert said.startswith("dataset: ld_alpha: got 0.5 with lists, needs pairs, or None")
     reversed_ = write_lines(tmp_path / "pairs.jsonl", pairs(1, score_chosen=1, score_rejected=2))
     evaluated = {"held_out": reversed_, "eval_strategy": "steps", "eval_steps": 1}
     said = refused(loss="simpo", **files | evaluated)
