@@ -26,6 +26,7 @@ from fused_prefopt.losses import (
     pairs_of_lists,
     perturbation_of,
 )
+from fused_prefopt.losses.lists import require_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
@@ -49,9 +50,9 @@ class PreferenceLoss(nn.Module):
     update them and in `eval()` mode to leave them alone.
 
     Under torch.distributed the mean over ranks of the loss's gradient, which data parallelism
-    takes, is that of one process with all pairs where the ranks hold equally many, and for a
-    loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it exchanges
-    the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
+    takes, is that of one process with all pairs, or lists, where the ranks hold equally many, and
+    for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it
+    exchanges the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
 
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as
@@ -211,6 +212,8 @@ class PreferenceLoss(nn.Module):
             )
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
+        if self._takes_as_lists(given):
+            require_lists(given)
         options = dict(
             self.op_options,
             shift=shift,
@@ -271,14 +274,17 @@ class PreferenceLoss(nn.Module):
             ValueError: the loss needs a field that is missing, or the batch does not fit it.
         """
         check_needs(self.name, self.loss.needs, batch.given)
-        if not self.loss.pairwise or batch.groups is None or batch.completions is not None:
+        if not self._takes_as_lists(batch.given):
             return self._of_pairs(batch)
         pairs = pairs_of_lists(batch, self.process_group, all_ranks=self._spans_ranks)
         result = self._of_pairs(pairs.batch)
         metrics = {**result.metrics, LIST_PAIRS: pairs.mean}
         if batch.weights is None:
-            del metrics[WEIGHTS_MEAN]
+            metrics.pop(WEIGHTS_MEAN, None)
         return replace(result, metrics=metrics)
+
+    def _takes_as_lists(self, given: Collection[str]) -> bool:
+        return self.loss.pairwise and "groups" in given and "completions" not in given
 
     @property
     def _spans_ranks(self) -> bool:

@@ -376,7 +376,7 @@ class LossOutput:
         losses: (P,) per pair, or (S,) per sequence for point-wise losses, before their weights and
             the reduction.
         metrics: name → detached scalar tensor, with TRL's names.
-        rewards: (S,) detached implicit rewards of the sequences.
+        rewards: (S,) detached implicit rewards of the sequences, of lists (2P,) of their pairs'.
         target_margins: (P,) detached margins γ_i subtracted from the reward margins, or None for
             point-wise losses.
     """

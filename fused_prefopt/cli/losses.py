@@ -92,6 +92,35 @@ none, and its gap is of the mean token where the reward is, else of whole comple
 and so does a loss whose own margin keeps a statistic (`alpha-dpo`, `gamma-simpo`, …) where the
 other does, too. Over lists the budget and the statistics are of the pairs of all lists, each once.
 
+## Lists
+
+A batch with `groups` and `rewards` is lists of rated completions: `groups` has one number for the
+completions of one prompt, of which there may be any number in any order, `rewards` their scores.
+Every loss on pairs takes one:
+
+```python
+loss_fn = fp.PreferenceLoss("plackett-luce-dpo")  # or "dpo", "gamma-simpo", …
+loss_fn(hidden, head, labels, groups=groups, rewards=scores, reference=reference)
+```
+
+Each two completions of a list whose scores differ are a pair, the better one chosen, as InstructGPT
+(arXiv:2203.02155) compares all of a ranking. Equal scores are not compared, so the scores choose
+the pairs: 1, 0, …, 0 sets one completion against each of the others, and NaN is refused. Each list
+counts alike: the loss is the mean over the lists of the mean over their pairs, and a list without
+two different scores counts 0. `weights` are those of lists, the same for all completions of one. A
+list of two is its pair, exactly. A completion meets the model once, in however many pairs it is.
+
+`plackett-luce-dpo`, `lipo-lambda` and `listnet-dpo` judge whole lists, and pairs as lists of two;
+with `use_weighting` a list counts by the mean of its pairs' weights, in `lipo-lambda` each pair by
+its own. Plackett–Luce of another reward is a `losses.PairwiseLoss` with
+`ranking=losses.PlackettLuce()`. Losses that sort the pairs (`aot`, `aot-unpaired`) refuse lists,
+and so does `ld_alpha`. Single completions (`dro`, `kto`, …) are no lists: they stay on their own,
+but `dro` takes its mean over `groups`.
+
+`losses`, `rewards` and `target_margins` are of the pairs that `losses.pairs_of_lists` returns; of a
+ranking the loss of a list stands at each of its pairs. Metrics are means over the lists that have a
+pair; `lists/pairs` is the number of pairs of a list.
+
 ## Notation
 
 | symbol | meaning |
@@ -108,9 +137,8 @@ other does, too. Over lists the budget and the statistics are of the pairs of al
 | σ, sg | the sigmoid, and the stopped gradient |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
-unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
-lists of the mean over their pairs: every two completions of a list whose scores differ, the better
-one first. An empty completion has L = L̄ = 0."""
+unless said otherwise; of lists the mean over the lists of the mean over their pairs. An empty
+completion has L = L̄ = 0."""
 _NEEDS = """\
 ## What losses need
 

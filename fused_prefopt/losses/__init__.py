@@ -44,15 +44,8 @@ from fused_prefopt.losses.pointwise import (
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
-from fused_prefopt.losses.registry import (
-    LossInfo,
-    PublishedSetting,
-    available_losses,
-    find,
-    preset,
-    published_settings,
-    register,
-)
+from fused_prefopt.losses.published import PublishedSetting, preset, published_settings
+from fused_prefopt.losses.registry import LossInfo, available_losses, find, register
 from fused_prefopt.losses.rewards import (
     AlphaRatio,
     BoundedRatio,

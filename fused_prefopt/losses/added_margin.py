@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from fused_prefopt.checks import closest, require_choice, require_switches
 from fused_prefopt.losses.adaptive_margin import AdaptiveMargin, adaptive_margin
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
-from fused_prefopt.losses.links import Indifferent, Linear
+from fused_prefopt.losses.links import Clipped, Indifferent, Linear, Weighted
 from fused_prefopt.losses.margins import (
     ConstantMargin,
     DropMargin,
@@ -22,7 +22,7 @@ from fused_prefopt.losses.margins import (
     SumMargin,
 )
 from fused_prefopt.losses.pairwise import PairwiseLoss
-from fused_prefopt.losses.protocol import Loss, Margin, Reward
+from fused_prefopt.losses.protocol import Link, Loss, Margin, Reward
 
 # A part, or the name of one with its options.
 MarginName = Margin | Mapping[str, Any]
@@ -41,8 +41,7 @@ MARGIN_NAMES = (*_OF_A_REWARD, *_PARTS)
 
 def takes_margin(loss: Loss) -> TypeGuard[PairwiseLoss]:
     """Whether a target margin makes a difference to what a loss trains."""
-    # A linear link's slope is the same wherever the margin lies.
-    if not isinstance(loss, PairwiseLoss) or isinstance(loss.link, Indifferent | Linear):
+    if not isinstance(loss, PairwiseLoss) or not _heeds_margins(loss.link):
         return False
     return loss.ranking is None or loss.ranking.takes_margins
 
@@ -72,6 +71,15 @@ def with_margin(name: str, loss: PairwiseLoss, given: MarginName) -> PairwiseLos
     except ValueError as error:
         said = str(error).removeprefix("margin: ")
         raise ValueError(f"margin of {name}: {said}") from error
+
+
+def _heeds_margins(link: Link) -> bool:
+    """Whether the slope of a link depends on where the target margin lies."""
+    if isinstance(link, Weighted) and link.weight == 0:
+        return False
+    if isinstance(link, Clipped | Weighted):
+        return _heeds_margins(link.link)
+    return not isinstance(link, Indifferent | Linear)
 
 
 def margin_of(given: MarginName, reward: Reward) -> Margin:

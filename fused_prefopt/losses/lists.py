@@ -7,6 +7,7 @@ the model once, in however many pairs it stands. Completions of equal score are 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -14,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_prefopt.checks import require_number
+from fused_prefopt.checks import is_on_host, require, require_number
 from fused_prefopt.distributed import sum_over_ranks
+from fused_prefopt.losses.groups import places, sums
 from fused_prefopt.losses.protocol import Link, check_needs, halves, needed
 from fused_prefopt.types import LogpBatch
 
@@ -43,7 +45,7 @@ def pairs_of_lists(
 
     Each list counts alike: the mean over the pairs, with their weights, is the mean over the lists
     of the mean over their pairs. A list without two different scores counts 0. On CUDA it waits for
-    the number of pairs.
+    the number of pairs. It compares all S completions with each other: S² bytes, three times.
 
     Args:
         batch: S completions with `groups`, in any order, and `rewards`; its weights, where there
@@ -52,10 +54,11 @@ def pairs_of_lists(
         all_ranks: the means are over the lists and the pairs of all ranks, which must all call.
 
     Raises:
-        ValueError: there are no `rewards`.
+        ValueError: there are no `rewards`, or one is NaN (a device-side assert on CUDA).
     """
-    check_needs("a batch of lists (with `groups`)", ("groups", "rewards"), batch.given)
+    require_lists(batch.given)
     groups, scores = needed(batch, "groups"), needed(batch, "rewards")
+    _require_scores(scores)
     together = groups[:, None] == groups
     better, worse = (together & (scores[:, None] > scores)).nonzero().unbind(1)
     members = torch.cat([better, worse])
@@ -65,45 +68,50 @@ def pairs_of_lists(
         if item.name in batch.given and item.name not in _NOT_GATHERED
     }
     weights = batch.policy.new_ones(()) if batch.weights is None else batch.weights[members]
-    places = _places(groups)
-    lists = places.max() + 1 if batch.size else places.new_zeros(())
+    numbers = places(groups)
+    lists = numbers.max() + 1 if batch.size else numbers.new_zeros(())
     totals = torch.stack([lists.new_full((), better.shape[0]), lists]).to(torch.float64)
     pairs, lists = (sum_over_ranks(totals, group) if all_ranks else totals).unbind()
     mean = pairs / lists.clamp(min=1)
-    own = places[members]
-    counts = torch.zeros_like(places).scatter_add(0, own, torch.ones_like(own)) // 2
+    own = numbers[members]
+    counts = torch.zeros_like(numbers).scatter_add(0, own, torch.ones_like(own)) // 2
     weights = weights * (mean / counts[own]).to(batch.policy.dtype)
     found = LogpBatch(**gathered, kl=batch.kl, completions=members, weights=weights)
     return ListPairs(found, mean.to(batch.policy.dtype))
 
 
-def _places(numbers: Tensor) -> Tensor:
-    """(n,) the numbers as 0, 1, … in their order, without asking how many different ones there are.
+def require_lists(given: Collection[str]) -> None:
+    """Raise ValueError unless the `LogpBatch` fields that make lists are all `given`."""
+    check_needs("a batch of lists (with `groups`)", ("groups", "rewards"), given)
 
-    Args:
-        numbers: (n,) integers.
+
+def _require_scores(scores: Tensor) -> None:
+    """Raise ValueError if a score is NaN: nothing compares with it, and its row would be lost."""
+    unknown = scores.isnan()
+
+    def message() -> str:
+        wanted = "rewards: wanted a score of every completion of a list, which may be infinite"
+        if not is_on_host(unknown):
+            return f"{wanted}, got NaN"
+        return f"{wanted}, got NaN in row {int(unknown.nonzero()[0])}"
+
+    require(unknown.any().logical_not(), message)
+
+
+def _logsumexp(values: Tensor, place: Tensor, there: Tensor | None = None) -> Tensor:
+    """(n,) log-sums of the exponentials of the (n,) values of each place, or of those `there`.
+
+    -inf where a place has none.
     """
-    ordered, order = numbers.sort()
-    places = torch.zeros_like(order)
-    places[order[1:]] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    return places
-
-
-def _sums(values: Tensor, places: Tensor) -> Tensor:
-    """(n,) sums of the (n,) values that have one place."""
-    return torch.zeros_like(values).scatter_add(0, places, values)
-
-
-def _logsumexp(values: Tensor, places: Tensor, there: Tensor | None = None) -> Tensor:
-    """(n,) log-sums of the exponentials of the (n,) values that have one place; those `there`."""
     if there is not None:
         values = values.masked_fill(there.logical_not(), -torch.inf)
     largest = torch.full_like(values, -torch.inf)
-    largest = largest.scatter_reduce(0, places, values.detach(), "amax")
-    # Where a place has none or -inf alone.
-    largest = largest.masked_fill(largest == -torch.inf, 0)
-    total = _sums((values - largest[places]).exp(), places)
-    return largest + total.where(total > 0, 1.0).log()
+    largest = largest.scatter_reduce(0, place, values.detach(), "amax")
+    # Infinite ones have no difference from the others.
+    largest = largest.masked_fill(largest.isinf(), 0)
+    total = sums((values - largest[place]).exp(), place)
+    none = total == 0
+    return (largest + total.where(none.logical_not(), 1.0).log()).masked_fill(none, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -127,12 +135,12 @@ class _Members:
 
     @classmethod
     def of(cls, batch: LogpBatch) -> _Members:
-        place, group = _places(needed(batch, "completions")), _places(needed(batch, "groups"))
+        place, group = places(needed(batch, "completions")), places(needed(batch, "groups"))
         numbers = torch.arange(batch.size, device=place.device)
         first = torch.full_like(place, batch.size).scatter_reduce(0, place, numbers, "amin")
         there = first < batch.size
         sequence = first.where(there, 0)
-        pairs = _sums(torch.ones_like(group), group) // 2
+        pairs = sums(torch.ones_like(group), group) // 2
         return cls(place, there, sequence, group[sequence], pairs)
 
     def of_pairs(self, of_lists: Tensor) -> Tensor:
@@ -145,14 +153,16 @@ class PlackettLuce:
     """The likelihood of a ranking: each completion is chosen from those that it beats and itself.
 
     ``Σ_i −log [e^r_i / (e^r_i + Σ_j e^(r_j + γ_ij))]``, j the completions of lower score, which is
-    the link of the soft minimum over j of ``r_i − r_j − γ_ij``. Of a list of two it is the link of
-    their pair, exactly.
+    the link of the soft minimum over j of ``r_i − r_j − γ_ij`` and of target 0. Of a list of two it
+    is that of their pair, exactly. With the `Logistic` link it is this likelihood.
 
-    Source: DPO (Rafailov et al. 2023, arXiv:2305.18290), appendix A.3, eq. 20, for all γ_ij = 0.
+    Source: DPO (Rafailov et al. 2023, arXiv:2305.18290), appendix A.3, eq. 20, for all γ_ij = 0; of
+    a best one among others of one score S-DPO (Chen et al. 2024, arXiv:2406.09215).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     takes_margins: ClassVar[bool] = True
+    takes_sides: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -163,16 +173,17 @@ class PlackettLuce:
         target_margins: Tensor,
     ) -> Tensor:
         """(C,) the loss of each pair's list."""
+        excess = reward_margins - target_margins
         if batch.completions is None:
-            return link(reward_margins, target_margins)
+            return link(excess, torch.zeros_like(excess))
         members = _Members.of(batch)
         winners = halves(members.place)[0]
-        shortfalls = torch.cat([target_margins - reward_margins] * 2)
+        shortfalls = torch.cat([-excess, -excess])
         own = torch.arange(batch.size, device=winners.device) < winners.shape[0]
         least = -_logsumexp(shortfalls, torch.cat([winners, winners]), own)
-        wins = _sums(own.long(), members.place) > 0
-        losses = link(least, torch.zeros_like(least)).where(wins, 0.0)
-        return members.of_pairs(_sums(losses, members.group))
+        wins = sums(own.long(), members.place) > 0
+        losses = link(least.where(wins, 0.0), torch.zeros_like(least)).where(wins, 0.0)
+        return members.of_pairs(sums(losses, members.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +198,14 @@ class TopOne:
     Raises:
         ValueError: `temperature` is out of range.
 
-    Source: ListNet (Cao et al. 2007), the top-one model of its cross-entropy.
+    Source: ListNet (Cao et al. 2007), the top-one model of its cross-entropy; λ-DPO (Sun et al.
+    2025, arXiv:2506.19780), its loss of one objective, for given p.
     """
 
     temperature: float = 1.0
     needs: ClassVar[frozenset[str]] = frozenset({"rewards"})
     takes_margins: ClassVar[bool] = False
+    takes_sides: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, low=0, above=True)
@@ -214,7 +227,7 @@ class TopOne:
             total = _logsumexp(own, members.group, members.there)
             logps.append(own - total[members.group])
         losses = (-logps[0].exp() * logps[1]).where(members.there, 0.0)
-        return members.of_pairs(_sums(losses, members.group))
+        return members.of_pairs(sums(losses, members.group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +243,7 @@ class DiscountedGain:
 
     needs: ClassVar[frozenset[str]] = frozenset({"rewards"})
     takes_margins: ClassVar[bool] = True
+    takes_sides: ClassVar[bool] = False
 
     def __call__(
         self,

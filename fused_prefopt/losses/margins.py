@@ -90,8 +90,9 @@ class ScoreMargin(StatelessMargin):
 
     def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: None = None) -> Tensor:
         """(P,) target margins."""
-        chosen, rejected = halves(needed(batch, "rewards"))
-        return (chosen - rejected).to(reward_margins.dtype)
+        # Integers would wrap around, and bool has no difference.
+        chosen, rejected = halves(needed(batch, "rewards").to(reward_margins.dtype))
+        return chosen - rejected
 
 
 @dataclass(frozen=True, kw_only=True)

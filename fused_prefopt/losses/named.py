@@ -10,7 +10,8 @@ from typing import Any
 from fused_prefopt.checks import closest, require_number
 from fused_prefopt.losses.added_margin import MarginName, takes_margin, with_margin
 from fused_prefopt.losses.protocol import Loss, Weighting
-from fused_prefopt.losses.registry import LossSpec, PublishedSetting, find, published_setting
+from fused_prefopt.losses.published import PublishedSetting, published_setting
+from fused_prefopt.losses.registry import LossSpec, find
 from fused_prefopt.losses.weighted_sum import Term, WeightedSum
 
 # A text such as "dpo + 0.2 bco-pair", or a list of such texts and of mappings with these keys.

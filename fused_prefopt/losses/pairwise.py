@@ -25,7 +25,7 @@ from fused_prefopt.losses.protocol import (
     halves,
     needed,
 )
-from fused_prefopt.losses.rewards import LogRatio
+from fused_prefopt.losses.rewards import LogRatio, depends_on_side
 from fused_prefopt.losses.terms import RewardShift
 from fused_prefopt.losses.weights import refuse_weights, weights_of
 from fused_prefopt.statistics import JointStatistic, ShiftStatistic, Statistic
@@ -36,8 +36,8 @@ from fused_prefopt.types import LogpBatch, LossOutput
 class PairwiseLoss:
     """``reduction over pairs of w · link(ρ (r_w − r_l), ρ γ_i) + Σ regularisers``.
 
-    Any parts go together, but for a ranking that takes no margins. Without a scale ρ = 1, without a
-    weighting w = 1.
+    Any parts go together, but for a ranking that takes no margins, nor links nor scales, or no
+    sides. Without a scale ρ = 1, without a weighting w = 1.
 
     Args:
         reward: implicit reward of a sequence.
@@ -51,7 +51,7 @@ class PairwiseLoss:
         ranking: what joins the pairs of a list; None judges each on its own.
 
     Raises:
-        ValueError: there is a margin, and the ranking takes none.
+        ValueError: the ranking has no place for the margin, the link, the scale or the reward.
     """
 
     reward: Reward
@@ -65,12 +65,22 @@ class PairwiseLoss:
     pairwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.ranking is None or self.ranking.takes_margins:
+        if self.ranking is None:
             return
-        if self.margin != ConstantMargin():
+        kind = type(self.ranking).__name__
+        if not self.ranking.takes_margins:
+            plain = {"margin": ConstantMargin(), "link": Logistic(), "scale": None}
+            for name, wanted in plain.items():
+                if getattr(self, name) != wanted:
+                    raise ValueError(
+                        f"{name}: got {getattr(self, name)} with {kind}, which judges no pairs and"
+                        f" has no place for it; needs the default, {wanted}"
+                    )
+        if depends_on_side(self.reward) and not self.ranking.takes_sides:
             raise ValueError(
-                f"margin: got {self.margin} with {type(self.ranking).__name__}, in which target"
-                " margins have no place; needs the default one"
+                f"reward: got {self.reward} with {kind}, in which a completion has one reward,"
+                " whatever it is compared with; needs a reward that is the same on both sides of a"
+                " pair"
             )
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_prefopt.checks import require_number
+from fused_prefopt.losses.groups import places, sums
 from fused_prefopt.losses.metrics import (
     LOG_Z_MEAN,
     REWARD_SHIFT,
@@ -38,12 +39,9 @@ def mean_over_groups(values: Tensor, groups: Tensor) -> Tensor:
     """
     if values.shape[0] == 0:
         return values.sum()
-    # torch.unique would wait for the number of groups on CUDA; sorting does not.
-    ordered, order = groups.sort()
-    ranks = torch.zeros_like(order)
-    ranks[order[1:]] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    sizes = torch.zeros_like(order).scatter_add(0, ranks, torch.ones_like(order))
-    return (values / sizes[ranks]).sum() / (ranks.max() + 1)
+    numbers = places(groups)
+    sizes = sums(torch.ones_like(numbers), numbers)
+    return (values / sizes[numbers]).sum() / (numbers.max() + 1)
 
 
 @dataclass(frozen=True)

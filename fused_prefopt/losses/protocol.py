@@ -156,7 +156,11 @@ class Ranking(Protocol):
 
     @property
     def takes_margins(self) -> bool:
-        """Whether target margins have a place in it."""
+        """Whether it judges pairs, so that target margins, links and scales have a place in it."""
+
+    @property
+    def takes_sides(self) -> bool:
+        """Whether a completion's reward may depend on which of a pair it is."""
 
     def __call__(
         self,

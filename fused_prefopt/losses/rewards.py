@@ -156,6 +156,13 @@ class LogOdds:
         return means - log1mexp
 
 
+def depends_on_side(reward: Reward) -> bool:
+    """Whether a completion has another reward as a pair's rejected one than as its chosen one."""
+    if isinstance(reward, PerToken):
+        return depends_on_side(reward.reward)
+    return isinstance(reward, RejectedShare | BoundedRatio)
+
+
 def power(values: Tensor, exponent: float) -> Tensor:
     """``(exp(a·x) − 1)/a``, of limit x as a → 0: slope 1 at 0, curved upwards for a > 0.
 

@@ -49,8 +49,8 @@ class WeightedSum:
 
     Args:
         terms: at least one.
-        weighting: how much a pair counts, regularisers and all, in every term that has no
-            weighting of its own.
+        weighting: how much a pair counts, regularisers and all, in every term; on top of a
+            weighting of the term's own, unless that is the same one.
 
     Raises:
         ValueError: there is no term, two have one name, some judge pairs and others single
@@ -157,7 +157,9 @@ class WeightedSum:
         if self.weighting is not None:
             factors, weights = self.weighting(batch), weights_of(batch, pairwise=self.pairwise)
             outputs = [
-                output if _has_weighting(term.loss) else _counted(term, output, factors, weights)
+                output
+                if _weighting_of(term.loss) == self.weighting
+                else _counted(term, output, factors, weights)
                 for term, output in zip(self.terms, outputs, strict=True)
             ]
         weighed = list(zip(self.terms, outputs, strict=True))
@@ -179,8 +181,8 @@ def _trains_a_reward(term: Term) -> bool:
     return term.weight > 0 and not indifferent
 
 
-def _has_weighting(loss: Loss) -> bool:
-    return isinstance(loss, PairwiseLoss) and loss.weighting is not None
+def _weighting_of(loss: Loss) -> Weighting | None:
+    return loss.weighting if isinstance(loss, PairwiseLoss) else None
 
 
 def _is_mean_over_pairs(loss: Loss) -> bool:
@@ -193,7 +195,8 @@ def _counted(term: Term, output: LossOutput, factors: Tensor, weights: Tensor | 
         # It has weighted its pairs already, which no factor reaches afterwards.
         raise ValueError(
             f"weights: got some with use_weighting and {term.name}, a mean over all tokens; needs"
-            " another term, such as one with nll='sequence_mean', or pairs without weights"
+            " another term, such as one with nll='sequence_mean', or pairs without weights, which"
+            " lists give theirs"
         )
     losses = factors * output.losses
     return replace(output, loss=mean(losses, weights), losses=losses)

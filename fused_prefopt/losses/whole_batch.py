@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_prefopt.distributed import gather_over_ranks, rank, world_size
+from fused_prefopt.losses.groups import places
 from fused_prefopt.losses.protocol import halves
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -82,7 +83,7 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
     # One row a pair → one a field, chosen first.
     columns = gathered.reshape(every, numbers).t().reshape(len(_FIELDS), 2 * every)
     fields = {
-        name: column.to(getattr(batch, name).dtype)
+        name: column.to(torch.int64 if name in _NUMBERED else getattr(batch, name).dtype)
         for name, column in zip(_FIELDS, columns, strict=True)
         if name in batch.given
     }
@@ -103,6 +104,6 @@ def _column(batch: LogpBatch, name: str, group: dist.ProcessGroup | None) -> Ten
     if value is None:
         return batch.policy.new_full(batch.policy.shape, torch.nan, dtype=torch.float64)
     if name in _NUMBERED:
-        # Each rank numbers its own lists and completions.
-        value = value * world_size(group) + rank(group)
+        # Each rank numbers its own lists and completions, with what numbers it likes.
+        value = places(value) * world_size(group) + rank(group)
     return value.detach().to(torch.float64)

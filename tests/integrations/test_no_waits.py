@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 from loss_cases import VARIANTS
-from tiny_models import pair_features, point_features, tiny_llama
+from tiny_models import list_features, pair_features, point_features, tiny_llama
 from trainers import OF_TRL, build, pairs_with_reference
 from waits import watched, watched_steps
 
 import fused_prefopt as fp
-from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.data import ListCollator, PairCollator, PointCollator
 from fused_prefopt.integrations import nonfinite
 from fused_prefopt.ops import sequence_kl, token_policy, token_statistics
 from fused_prefopt.ops.plan import PATHS
@@ -189,6 +189,13 @@ def test_a_step_on_pairs(found, layout, loss, options, source):
 def test_a_step_on_points_with_their_prompts(found, padding_free):
     given = {"collator": PointCollator(0, padding_free=padding_free), "reference": tiny_llama(7)}
     assert found(data=point_features(8), loss="dro", **given) == []
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_one_wait_of_a_step_on_lists_is_for_their_pairs(found, padding_free):
+    given = {"collator": ListCollator(0, padding_free=padding_free), "reference": tiny_llama(7)}
+    waited = found(data=list_features(8), loss="plackett-luce-dpo + 0.5 gamma-dpo", **given)
+    assert waited == ["aten.nonzero.default in lists:pairs_of_lists"]
 
 
 @pytest.mark.parametrize(("on_nonfinite", "waited"), [("stop", 1), ("skip", 1), ("ignore", 0)])

@@ -43,6 +43,7 @@ LOSSES = {
     "alpha-dpo": {"alpha": 0.3, "beta": 2.0, "gamma": 0.5},
     "beta-dpo": {},
     "gamma-simpo + 0.5 alpha-dpo + sft": {"queue_size": 24, "sample_size": 12, "alpha": 0.3},
+    "length-dpo + sft": {"margin": {"name": "dynamic", "gamma": 0.5, "queue_size": 24}},
     "kto": {},
 }
 RUNS = [(kind, name) for kind in ("transformers", "dpo") for name in LOSSES if name != "kto"]

@@ -9,7 +9,7 @@ import io
 
 import pytest
 import torch
-from loss_cases import compute, eager_logps, extras_of, hidden_batch, random_batch
+from loss_cases import compute, eager_logps, extras_of, hidden_batch, parts, random_batch
 
 import fused_prefopt as fp
 from fused_prefopt import losses
@@ -23,6 +23,7 @@ from fused_prefopt.losses import (
     gap_of,
 )
 from fused_prefopt.losses.adaptive_margin import AdaptiveMargin
+from fused_prefopt.losses.added_margin import takes_margin
 
 DYNAMIC = {"name": "dynamic", "gamma": 0.5, "tau": 2.0, "queue_size": 16}
 ADAPTIVE = {"name": "Adaptive", "alpha": 0.3, "gamma": 0.2}
@@ -121,6 +122,21 @@ def test_the_statistic_is_resumed(name, given):
 def test_losses_to_which_it_makes_no_difference_refuse_one(name):
     with pytest.raises(ValueError, match=f"margin: got .* for {name}, to which a target margin"):
         fp.PreferenceLoss(name, margin=DYNAMIC)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        *parts("link"),
+        losses.Weighted(weight=0.0),
+        losses.Weighted(weight=2.0, link=losses.Linear()),
+        losses.Clipped(limit=1.0, link=losses.Linear()),
+    ],
+    ids=repr,
+)
+def test_a_link_whose_slope_is_the_same_at_every_margin_takes_none(link):
+    loss = PairwiseLoss(losses.LogRatio(beta=0.1), link=link)
+    assert takes_margin(loss) == heeds_margins(loss)
 
 
 @pytest.mark.parametrize("name", REMEMBER)

@@ -1,55 +1,24 @@
-"""Lists of rated completions: pairs of them, rankings, and what they have in common with pairs."""
+"""Lists of rated completions as pairs of them, and what they have in common with pairs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from loss_cases import compute, random_batch, vector
+from rated_lists import GROUPS, PAIRS, SCORES, beaten, lists, mean_over_lists, members, part
+from waits import Inside, watched
 
-from fused_prefopt import LogpBatch, PreferenceLoss
-from fused_prefopt.losses import (
-    ConstantMargin,
-    LogRatio,
-    MeanLogp,
-    PairwiseLoss,
-    PlackettLuce,
-    TopOne,
-    available_losses,
-    find,
-    pairs_of_lists,
-)
+from fused_prefopt import LogpBatch, PreferenceLoss, sequence_logps, token_statistics
+from fused_prefopt.losses import OnPolicyWeights, available_losses, find, pairs_of_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN
+from fused_prefopt.losses.whole_batch import whole_batch
 
 PAIRWISE = [name for name, info in available_losses().items() if info.pairwise]
 SORTING = ("aot", "aot-unpaired")
-# Lists of 4, 1, 3, 2 and 2 completions, mixed; the fourth list is all one score, the first has a
-# tie.
-GROUPS = torch.tensor([7, 3, 7, 5, 9, 5, 7, 2, 9, 5, 7, 2])
-SCORES = vector(2.0, 1.0, 0.5, 3.0, 1.0, -1.0, 2.0, 0.0, 1.0, 0.0, -1.0, 4.0)
-# 4 completions with one tie: 5 pairs; none; 3; none; 1.
-PAIRS = {7: 5, 3: 0, 5: 3, 9: 0, 2: 1}
-
-
-def lists(**fields) -> LogpBatch:
-    batch = random_batch(12, seed=4)
-    fields = {"groups": GROUPS, "rewards": SCORES, "completions": None} | fields
-    return dataclasses.replace(batch, **fields)
-
-
-def beaten(winner: int) -> list[int]:
-    return [j for j in range(12) if GROUPS[j] == GROUPS[winner] and SCORES[j] < SCORES[winner]]
-
-
-def members(group: int) -> list[int]:
-    return [i for i in range(12) if GROUPS[i] == group]
-
-
-def mean_over_lists(of_list: Callable[[int], torch.Tensor | float]) -> torch.Tensor:
-    return sum(of_list(group) for group in PAIRS) / len(PAIRS)
+RANKINGS = ["pl-dpo", "lipo-lambda", "listnet-dpo"]
 
 
 def test_every_two_completions_of_different_score_are_a_pair_and_lists_count_alike():
@@ -74,68 +43,6 @@ def test_every_two_completions_of_different_score_are_a_pair_and_lists_count_ali
     torch.testing.assert_close(result.loss.item(), mean_over_lists(of_list))
     assert result.losses.shape == (9,) and result.rewards.shape == (18,)
     assert result.metrics[LIST_PAIRS] == 9 / 5 and WEIGHTS_MEAN not in result.metrics
-
-
-def plackett_luce(ratios: torch.Tensor, group: int):
-    return sum(
-        torch.logsumexp(0.3 * ratios[[i, *beaten(i)]], 0) - 0.3 * ratios[i] for i in members(group)
-    )
-
-
-def lipo_lambda(ratios: torch.Tensor, group: int):
-    own, total = members(group), 0.0
-    ranking = sorted(own, key=lambda i: -ratios[i].item())
-    for i in own:
-        for j in beaten(i):
-            gain = 2 ** SCORES[i] - 2 ** SCORES[j]
-            places = [1 / math.log(2 + ranking.index(k)) for k in (i, j)]
-            loss = torch.nn.functional.softplus(0.3 * (ratios[j] - ratios[i]))
-            total = total + gain * abs(places[0] - places[1]) * loss
-    return total
-
-
-def listnet(ratios: torch.Tensor, group: int):
-    own = members(group)
-    if not PAIRS[group]:
-        return 0.0
-    return -(SCORES[own].softmax(0) * (0.3 * ratios[own]).log_softmax(0)).sum()
-
-
-@pytest.mark.parametrize(
-    ("name", "formula"),
-    [("plackett-luce-dpo", plackett_luce), ("lipo-lambda", lipo_lambda), ("listnet-dpo", listnet)],
-)
-def test_rankings_and_their_gradients_are_their_formulas(name, formula):
-    batch = lists()
-    result = PreferenceLoss(name, beta=0.3).from_logps(batch)
-    (gradient,) = torch.autograd.grad(result.loss, batch.policy)
-    policy = batch.policy.detach().requires_grad_()
-    wanted = mean_over_lists(lambda group: formula(policy - batch.reference, group))
-    (slopes,) = torch.autograd.grad(wanted, policy)
-    torch.testing.assert_close(result.loss, wanted, rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradient, slopes, rtol=1e-10, atol=1e-14)
-
-
-def test_at_the_reference_lambda_still_tells_the_pairs_apart():
-    batch = lists(reference=lists().policy.detach())
-    (slopes,) = torch.autograd.grad(
-        PreferenceLoss("lipo-lambda").from_logps(batch).loss, batch.policy
-    )
-    assert slopes[[0, 2, 6, 10, 3, 5, 9, 7, 11]].abs().min() > 0
-
-
-def test_a_ranking_heeds_margins_and_its_link():
-    batch = pairs_of_lists(lists()).batch
-    for reward in (LogRatio(beta=0.3), MeanLogp(beta=2.0)):
-        loss = PairwiseLoss(reward, ConstantMargin(gamma=0.7), ranking=PlackettLuce())
-        rewards = reward(lists()).detach()
-        terms = [
-            math.log1p(sum(math.exp(rewards[j] + 0.7 - rewards[i]) for j in beaten(i)))
-            for i in range(12)
-        ]
-        torch.testing.assert_close(compute(loss, batch).loss.item(), sum(terms) / 5)
-    with pytest.raises(ValueError, match=r"margin: got .*0.7.* with TopOne"):
-        PairwiseLoss(LogRatio(beta=1.0), ConstantMargin(gamma=0.7), ranking=TopOne())
 
 
 def lists_of_two(pairs: LogpBatch, order: torch.Tensor) -> LogpBatch:
@@ -166,15 +73,6 @@ def test_lists_of_two_are_their_pairs(name):
         torch.testing.assert_close(found.metrics, wanted.metrics, rtol=1e-14, atol=1e-14)
 
 
-def test_on_pairs_plackett_luce_is_dpo():
-    pairs = random_batch(8)
-    for batch in (pairs, dataclasses.replace(pairs, groups=None, completions=None)):
-        found, wanted = (
-            PreferenceLoss(name, beta=0.4).from_logps(batch) for name in ("pl-dpo", "dpo")
-        )
-        assert torch.equal(found.losses, wanted.losses)
-
-
 @pytest.mark.parametrize("name", ["dpo", "gamma-simpo", "pl-dpo", "lipo-lambda", "listnet-dpo"])
 def test_a_completion_that_is_nan_spoils_its_list_alone_and_none_is_no_loss(name):
     batch = lists()
@@ -191,9 +89,100 @@ def test_a_completion_that_is_nan_spoils_its_list_alone_and_none_is_no_loss(name
         assert result.loss == 0 and not slopes.any() and result.metrics[LIST_PAIRS] == 0
 
 
-def part(batch: LogpBatch, rows: slice) -> LogpBatch:
-    fields = {name: getattr(batch, name) for name in batch.given}
-    return LogpBatch(**{name: x[rows] if x.dim() else x for name, x in fields.items()})
+@pytest.mark.parametrize("name", ["dpo", *RANKINGS])
+def test_far_apart_in_float32_and_scores_and_numbers_of_any_kind(name):
+    ratios = vector(
+        1000.0, -1000.0, 500.0, -999.0, 0.5, -0.5, 1000.0, 999.0, 3.0, -1000.0, 7.0, 0.0
+    )
+    plain = {"reference": vector(*[0.0] * 12), "rewards": SCORES.round()}
+    wanted = lists(policy=ratios.requires_grad_(), **plain)
+    loss = PreferenceLoss(name, beta=1.0).from_logps(wanted).loss
+    (slopes,) = torch.autograd.grad(loss, ratios)
+    single = ratios.detach().float().requires_grad_()
+    for scores in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8):
+        batch = LogpBatch(
+            single,
+            wanted.lengths,
+            reference=wanted.reference.float(),
+            rewards=plain["rewards"].to(scores),
+            groups=-GROUPS.to(torch.int8) if scores.is_floating_point else GROUPS * 2**58,
+        )
+        found = PreferenceLoss(name, beta=1.0).from_logps(batch).loss
+        (gradient,) = torch.autograd.grad(found, single)
+        torch.testing.assert_close(found.double(), loss.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), slopes, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PAIRWISE if "rewards" in find(name).build().needs]
+)
+def test_scores_of_any_kind_are_their_numbers(name):
+    for kind, low, high in ((torch.int8, -100, 100), (torch.uint8, 0, 200), (torch.bool, 0, 1)):
+        scores = torch.where(SCORES > 0.7, high, low)
+        found, wanted = (
+            PreferenceLoss(name).from_logps(lists(rewards=scores.to(each)))
+            for each in (kind, torch.float64)
+        )
+        assert torch.equal(found.losses, wanted.losses) and wanted.losses.any()
+
+
+def test_the_numbers_of_lists_may_be_any_integers():
+    for groups in (GROUPS + 2**60, GROUPS.to(torch.int8) + 118):
+        pairs = pairs_of_lists(lists(groups=groups)).batch
+        found, wanted = whole_batch(pairs).batch, pairs_of_lists(lists()).batch
+        for name in ("groups", "completions"):
+            ours, theirs = getattr(found, name), getattr(wanted, name)
+            assert torch.equal(ours[:, None] == ours, theirs[:, None] == theirs)
+
+
+def test_a_score_that_is_nan_is_refused():
+    scores = SCORES.clone()
+    scores[5] = math.nan
+    with pytest.raises(ValueError, match=r"rewards: wanted a score .* got NaN in row 5"):
+        PreferenceLoss("dpo").from_logps(lists(rewards=scores))
+
+
+@pytest.mark.parametrize("name", ["dpo", "gamma-dpo", "cpo", *RANKINGS])
+def test_a_list_waits_once_and_adds_in_one_order(monkeypatch, name):
+    class Added(Inside):
+        """Sums of floating numbers in whatever order threads come."""
+
+        found: set[str] = set()
+
+        def seen(self, func, args, kwargs):
+            if "scatter_add" in func._schema.name and args[0].is_floating_point():
+                self.found.add(str(func))
+            return func(*args, **kwargs)
+
+    batch, loss_fn = lists(), PreferenceLoss(name)
+    waits, added = watched(monkeypatch), Added()
+    for each in (waits, added):
+        with each:
+            loss_fn.from_logps(batch).loss.backward()
+    # The number of pairs is the shape of all that follows.
+    assert waits.found == ["aten.nonzero.default in lists:pairs_of_lists"]
+    assert added.found == set()
+
+
+@pytest.mark.slow
+def test_compiled_lists_are_compiled_again_for_their_second_number_of_pairs_alone():
+    torch.compiler.reset()
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    loss_fn = PreferenceLoss("pl-dpo")
+    compiled, seen = torch.compile(loss_fn.from_logps, backend=count), []
+    for different in (2, 6, 11):
+        batch = lists(rewards=torch.arange(12.0).clamp(max=different))
+        found, wanted = (each(batch) for each in (compiled, loss_fn.from_logps))
+        torch.testing.assert_close(found.losses, wanted.losses)
+        slopes = [torch.autograd.grad(each.loss, batch.policy)[0] for each in (found, wanted)]
+        torch.testing.assert_close(*slopes)
+        seen.append(len(graphs))
+    assert 0 < seen[0] < seen[1] == seen[-1]
 
 
 def test_weights_are_those_of_lists():
@@ -221,6 +210,38 @@ def test_statistics_and_sums_see_the_pairs(name):
     torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 
 
+def test_weights_of_pairs_and_of_tokens_in_lists():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 11, (12, 6), generator=generator)
+    tokens = torch.rand(12, 6, generator=generator, dtype=torch.float64)
+    given = {"groups": GROUPS, "rewards": SCORES, "reference": lists().reference}
+    out = sequence_logps(hidden, head, labels, token_weights=tokens)
+    collision = token_statistics(hidden, head, labels).collisions * tokens
+    batch = LogpBatch(out.sums, out.lengths, collision=collision.sum(1), **given)
+    factors = OnPolicyWeights()(pairs_of_lists(batch).batch)
+    own = pairs_of_lists(batch).batch.groups[:9]
+    for name in ("dpo", *RANKINGS):
+        loss_fn = PreferenceLoss(name, use_weighting=True)
+        found = loss_fn(hidden, head, labels, token_weights=tokens, **given)
+        losses = factors * PreferenceLoss(name).from_logps(batch).losses
+        wanted = sum(losses[own == group].mean() for group, pairs in PAIRS.items() if pairs) / 5
+        torch.testing.assert_close(found.loss, wanted)
+        slopes = [
+            torch.autograd.grad(each, hidden, retain_graph=True)[0] for each in (found.loss, wanted)
+        ]
+        torch.testing.assert_close(*slopes)
+    summed = PreferenceLoss("pl-dpo + 0.5 dpo", use_weighting=True).from_logps(batch)
+    alone = [
+        PreferenceLoss(name, use_weighting=True).from_logps(batch) for name in ("pl-dpo", "dpo")
+    ]
+    torch.testing.assert_close(summed.loss, alone[0].loss + 0.5 * alone[1].loss)
+    over_tokens = [{"name": "sft", "hyperparameters": {"nll": "token_mean"}}, "dpo"]
+    with pytest.raises(ValueError, match=r"weights: .*use_weighting and sft.* lists give theirs"):
+        PreferenceLoss(over_tokens, use_weighting=True).from_logps(batch)
+
+
 def test_hidden_states_of_lists_and_what_is_refused():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(12, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -238,6 +259,10 @@ def test_hidden_states_of_lists_and_what_is_refused():
         PreferenceLoss("dpo", ld_alpha=0.5)(hidden, head, labels, **given)
     with pytest.raises(ValueError, match=r"lists .* needs `rewards`"):
         PreferenceLoss("dpo").from_logps(dataclasses.replace(batch, rewards=None))
+    # Before anything is computed.
+    unscored = {name: given[name] for name in ("groups", "reference")}
+    with pytest.raises(ValueError, match=r"lists .* needs `rewards`"):
+        PreferenceLoss("dpo")(None, None, None, **unscored)
     for name in SORTING:
         with pytest.raises(ValueError, match="sorts the pairs, .* nor lists"):
             PreferenceLoss(name).from_logps(batch)

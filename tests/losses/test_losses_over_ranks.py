@@ -54,6 +54,14 @@ JOINT = PairwiseLoss(
 SPANNING = dataclasses.replace(
     JOINT, regularisers=(ChosenNll(nll="token_mean"),), reduction=SoftMinimum()
 )
+SHARED = {"name": "dynamic", "gamma": 0.5, **SMALL}
+OF_LISTS = [
+    *((name, None) for name in ("cpo", "dr-dpo", "plackett-luce-dpo + 0.2 sft")),
+    *((name, SHARED) for name in ("cpo", "0.5 lipo-lambda + dr-dpo + 0.1 listnet-dpo")),
+    # These share what they know of the pairs.
+    *((name, None) for name in ("gamma-simpo", "alpha-dpo", "beta-dpo")),
+    ("plackett-luce-dpo", SHARED),
+]
 # Judged with weights of the pairs, after all the others.
 WEIGHTED = ["dpo", "alpha-dpo", "dr-dpo", "cpo", SPANNING]
 
@@ -142,7 +150,7 @@ def results(losses: list[PreferenceLoss], rank: int | None, world: int) -> list[
 
 
 def of_lists(rank: int | None, world: int) -> dict[str, torch.Tensor]:
-    """Gradients of losses that span the batch, of five lists; of one rank, or of all."""
+    """Losses of five lists: gradients where they span the batch, else the pairs' own."""
     batch, found = random_batch(12, seed=8), {}
     batch = dataclasses.replace(
         batch, groups=torch.tensor([0] * 4 + [1] * 3 + [2] * 2 + [3] + [4] * 2), completions=None
@@ -152,12 +160,16 @@ def of_lists(rank: int | None, world: int) -> dict[str, torch.Tensor]:
         # Two lists on the first rank, none on the third; each numbers its own.
         rows = [slice(0, 7), slice(7, 12), slice(12, 12)][rank]
         fields = {name: getattr(batch, name)[rows] for name in batch.given - {"kl"}}
-        batch = LogpBatch(**fields | {"groups": fields["groups"] - 2 * rank})
-    for name in ("cpo", "dr-dpo", "plackett-luce-dpo + 0.2 sft"):
-        loss_fn = PreferenceLoss(name)
-        assert loss_fn.loss.coupled
-        loss = loss_fn.from_logps(batch).loss
-        found[name] = torch.autograd.grad(loss, whole)[0] / (1 if rank is None else world)
+        batch = LogpBatch(**fields | {"groups": 2**60 + fields["groups"] - 2 * rank})
+    for name, margin in OF_LISTS:
+        loss_fn = PreferenceLoss(name, margin=margin)
+        result = loss_fn.from_logps(batch)
+        key = f"{name} {margin}"
+        if loss_fn.loss.coupled:
+            (gradient,) = torch.autograd.grad(result.loss, whole)
+            found[key] = gradient / (1 if rank is None else world)
+        else:
+            found[key] = result.losses.detach()
     return found
 
 
@@ -219,7 +231,8 @@ def test_lists_on_several_processes_are_those_of_one(world, folder):
     parts = [torch.load(folder / f"lists-{world}-{rank}.pt") for rank in range(world)]
     for name, wanted in of_lists(None, world).items():
         assert wanted.any()
-        close(sum(part[name] for part in parts), wanted)
+        own = [part[name] for part in parts]
+        close(sum(own) if wanted.shape == (12,) else torch.cat(own), wanted)
 
 
 @pytest.mark.slow

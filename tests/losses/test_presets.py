@@ -263,7 +263,7 @@ def test_length_normalized_is_the_loss_of_log_ratios_per_token(name, options):
 def test_log_ratios_per_token_are_offered_where_a_margin_of_them_is_judged():
     assert {name for name, _ in PER_TOKEN} >= {
         *("dpo", "robust-dpo", "ipo", "hinge", "exo-pair", "discopop", "odpo"),
-        *("beta-dpo", "gamma-dpo", "focal-po", "dpo-shift", "wpo", "dr-dpo"),
+        *("beta-dpo", "gamma-dpo", "focal-po", "dpo-shift", "wpo", "dr-dpo", "bpo", "madpo"),
     }
     options = {"beta": 2.0, "label_smoothing": 0.1}
     alike = find("dpo").build(length_normalized=True, **options)

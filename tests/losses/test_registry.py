@@ -1,4 +1,4 @@
-"""The registry: names, needs, hyperparameters, messages, and published settings."""
+"""The registry: names, needs, hyperparameters and messages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from fused_prefopt.losses import (
     available_losses,
     check_needs,
     find,
-    preset,
-    published_settings,
     register,
     registry,
 )
@@ -108,7 +106,8 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "madpo": (
         (),
         ("reference", "rewards"),
-        {"beta": 0.1, "largest": 2.0, "smallest": 0.5, "slope": 1.0, "tau": math.log(999)},
+        {"beta": 0.1, "largest": 2.0, "smallest": 0.5, "slope": 1.0, "tau": math.log(999)}
+        | PER_TOKEN,
     ),
     "omni-dpo": (
         ("uni-dpo",),
@@ -150,7 +149,7 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
         {"beta": 0.1, "log_z0": 50.0},
     ),
     "dpo-positive": (("dpop",), ("reference",), {"beta": 0.3, "penalty": 50.0}),
-    "bpo": (("sba",), ("reference",), {"beta": 0.1, **BASU, "largest_ratio": None}),
+    "bpo": (("sba",), ("reference",), {"beta": 0.1, **BASU, "largest_ratio": None, **PER_TOKEN}),
     "bpo-simpo": ((), (), {"beta": 2.5, "gamma": 1.0, **BASU, "largest_ratio": 30.0}),
     "bdpo": ((), ("reference",), {"beta": 0.1, "mixture": 0.5}),
     "alpha-po": (("alphapo",), (), {"beta": 2.5, "gamma": 1.0, "alpha": 0.25}),
@@ -320,29 +319,3 @@ def test_no_hyperparameter_takes_a_value_of_another_kind(name):
         for value in wrong:
             with pytest.raises((ValueError, TypeError), match=option):
                 find(name).build(**{option: value})
-
-
-def test_published_settings_are_those_of_the_papers():
-    assert preset("gamma-simpo/llama-3-8b-instruct") == (
-        "gamma-simpo",
-        {"beta": 10.0, "gamma": 4.0, "tau": 10.0},
-    )
-    assert preset("Alpha_DPO/Mistral-7B-Instruct")[1] == pytest.approx(
-        {"beta": 2.5, "gamma": 0.375, "alpha": 0.05}
-    )
-    settings = published_settings()
-    assert preset("omni-dpo/qwen2.5-7b")[1] == {"beta": 3.5, "tau_ref": 0.8}
-    assert preset("epsilon-dpo/llama-3-8b-instruct")[1] == {"beta": 0.01, "epsilon": 0.01}
-    assert len(settings) == 22
-    assert preset("repo/llama-3-8b-instruct-v0.2") == ("repo", {"gamma": 0.6})
-    assert settings["repo/mistral-7b-instruct"].learning_rate == 6e-7
-    assert preset("simper/mistral-7b-base") == ("simper", {})
-    assert settings["simper/mistral-7b-base"].learning_rate == 3e-7
-    assert settings["gamma-simpo/qwen2.5-7b-instruct"].hyperparameters["tau"] == 3.0
-    assert settings["alpha-dpo/gemma-2-9b-it"].learning_rate == 8e-7
-    for name, setting in settings.items():
-        assert name.split("/")[0] == setting.loss in available_losses()
-        loss = find(setting.loss).build(**setting.hyperparameters)
-        assert compute(loss, random_batch()).loss.isfinite()
-    preset("alpha-dpo/gemma-2-9b-it")[1]["beta"] = 0.0
-    assert preset("alpha-dpo/gemma-2-9b-it")[1]["beta"] == 10.0

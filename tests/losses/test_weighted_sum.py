@@ -244,7 +244,7 @@ def test_terms_with_a_kernel_are_launched_and_all_equal_float64(case, weighting,
         assert ours.statistics.nonfinite == truth.statistics.nonfinite == 0
 
 
-def test_weights_of_pairs_reach_every_term_that_has_none():
+def test_weights_of_pairs_reach_every_term_that_has_not_the_same():
     batch = random_batch(8)
     factors = OnPolicyWeights()(batch)
     loss_fn = fp.PreferenceLoss("0.5 simpo + wpo + sft", use_weighting=True)
@@ -258,6 +258,10 @@ def test_weights_of_pairs_reach_every_term_that_has_none():
     assert "collision" in loss_fn.loss.wants and "use_weighting=True" in repr(loss_fn)
     alike = fp.PreferenceLoss("dpo", use_weighting=True).from_logps(batch)
     torch.testing.assert_close(alike.losses, wpo.losses)
+    for name in ("madpo", "omni-dpo"):
+        own = fp.PreferenceLoss(name).from_logps(batch)
+        both = fp.PreferenceLoss(name, use_weighting=True).from_logps(batch)
+        torch.testing.assert_close(both.losses, factors * own.losses)
     for name in ("dr-dpo", "aot", "kto"):
         with pytest.raises(ValueError, match=f"use_weighting: got True with {name}, needs"):
             fp.PreferenceLoss(name, use_weighting=True)

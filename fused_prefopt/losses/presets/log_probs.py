@@ -6,9 +6,7 @@ from fused_prefopt.checks import require_choice, require_number
 from fused_prefopt.losses import links, margins, rewards, terms
 from fused_prefopt.losses.adaptive_margin import adaptive_margin
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
-from fused_prefopt.losses.pairwise import (
-    PairwiseLoss,
-)
+from fused_prefopt.losses.pairwise import PairwiseLoss
 from fused_prefopt.losses.registry import register
 
 # Mean log-probs, r = β L/|y|, or a curve of them

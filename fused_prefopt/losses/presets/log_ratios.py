@@ -10,9 +10,7 @@ from collections.abc import Callable
 from fused_prefopt.checks import require_choice, require_number
 from fused_prefopt.losses import links, margins, rewards, terms, weightings
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
-from fused_prefopt.losses.pairwise import (
-    PairwiseLoss,
-)
+from fused_prefopt.losses.pairwise import PairwiseLoss
 from fused_prefopt.losses.perturbed_scale import PerturbedScale
 from fused_prefopt.losses.protocol import Link, Reward
 from fused_prefopt.losses.registry import register
@@ -413,6 +411,7 @@ def bpo(
     scale: float = 4.0,
     smallest_ratio: float = 0.01,
     largest_ratio: float | None = None,
+    length_normalized: bool = False,
 ) -> PairwiseLoss:
     """``[e^(−(λ+1)m) / (λ+1) − e^(λm) / λ] / s``, ``m = β(Δ_w − Δ_l)``; ``R = e^−m`` is bounded.
 
@@ -427,11 +426,13 @@ def bpo(
             LSIF).
         smallest_ratio: R >= this number, which is >= 0: pairs won by more do not train.
         largest_ratio: R <= this number, or None: pairs lost by more do not train.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
     link = links.BasuPower(
         power=power, scale=scale, smallest_ratio=smallest_ratio, largest_ratio=largest_ratio
     )
-    return PairwiseLoss(rewards.LogRatio(beta=beta), link=link)
+    return PairwiseLoss(reward, link=link)
 
 
 @register("dpo-positive", aliases=("dpop",), paper="Pal et al. 2024 (arXiv:2402.13228)")

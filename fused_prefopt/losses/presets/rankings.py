@@ -9,14 +9,15 @@ from fused_prefopt.losses.registry import register
 
 @register(
     "plackett-luce-dpo",
-    aliases=("pl-dpo", "dpo-pl"),
+    aliases=("pl-dpo", "dpo-pl", "s-dpo"),
     paper="Rafailov et al. 2023 (arXiv:2305.18290), appendix A.3, eq. 20",
 )
 def plackett_luce_dpo(*, beta: float = 0.1) -> PairwiseLoss:
     """``−Σ_k log [e^(βΔ_k) / Σ_(j ≥ k) e^(βΔ_j)]``, a list's completions from the best on.
 
     Completions of equal score are not compared: each is chosen from itself and those below it. Of
-    a pair, and of a list of two, it is dpo.
+    a pair, and of a list of two, it is dpo; of a best one among others of one score it is S-DPO
+    (Chen et al. 2024, arXiv:2406.09215).
 
     Args:
         beta: β > 0, reward per nat.
@@ -49,6 +50,9 @@ def lipo_lambda(*, beta: float = 0.05) -> PairwiseLoss:
 )
 def listnet_dpo(*, beta: float = 0.1, temperature: float = 1.0) -> PairwiseLoss:
     """``−Σ_i p_i log softmax(βΔ)_i``, ``p = softmax(s/T)`` over a list, s the `rewards`.
+
+    λ-DPO (Sun et al. 2025, arXiv:2506.19780) has this loss for every objective, with p given. A
+    list of which all completions have one score counts 0, as in every other loss.
 
     Args:
         beta: β > 0, reward per nat.

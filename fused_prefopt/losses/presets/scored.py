@@ -48,6 +48,7 @@ def madpo(
     smallest: float = 0.5,
     slope: float = 1.0,
     tau: float = math.log(999),
+    length_normalized: bool = False,
 ) -> PairwiseLoss:
     """``−w log σ(m)``, ``w = σ(c h)/σ(h)``, 1 for ``h <= −τ``, ``m = β(Δ_w − Δ_l)``.
 
@@ -61,11 +62,13 @@ def madpo(
         smallest: 0 <= c₀ < 1, of pairs whose scores differ by far more than τ.
         slope: λ > 0, how fast c falls, per unit of score.
         tau: τ >= 0, the difference of scores where c = 1; the default is where σ(τ) = 0.999.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
     weighting = weightings.ScoreMarginWeights(
         largest=largest, smallest=smallest, slope=slope, tau=tau
     )
-    return PairwiseLoss(rewards.LogRatio(beta=beta), weighting=weighting)
+    return PairwiseLoss(reward, weighting=weighting)
 
 
 @register(
