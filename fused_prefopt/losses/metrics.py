@@ -129,7 +129,8 @@ def pairwise_metrics(
         `rewards/rejected`, `rewards/accuracies` (share with the chosen reward greater),
         `rewards/margins`, `logps/chosen`, `logps/rejected` (sums, nats); with a reference
         `kl/chosen`, `kl/rejected` (policy − reference, nats); `margin/mean`, `margin/std` of γ_i;
-        with a scale `beta/mean`; `nonfinite`, the number of non-finite losses; and `weights/mean` where there are weights.
+        with a scale `beta/mean`; `nonfinite`, the number of non-finite losses; and `weights/mean`
+        where there are weights.
     """
     weights = weights_of(batch, pairwise=True)
     chosen, rejected = halves(rewards)

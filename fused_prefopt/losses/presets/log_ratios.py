@@ -287,8 +287,8 @@ def epsilon_dpo(
 
     s is 1 where L_w − L_l rises from the `interpolated` policy over the policy to the
     `extrapolated` one, −1 where it falls: those of a stronger and a weaker KL penalty, β/(1−ε) and
-    β/(1+ε). b starts from 1, and ``b ← b / (1 + ε mean(s))`` after each step of the optimizer, as in
-    the authors' code. Rewards are logged with the first β, the mean ρβ as `beta/mean`.
+    β/(1+ε). b starts from 1, and ``b ← b / (1 + ε mean(s))`` after each step of the optimizer, as
+    in the authors' code. Rewards are logged with the first β, the mean ρβ as `beta/mean`.
 
     In training it takes the reference's model: one pass over both heads gives all log-probs and,
     with the gradient, costs 5 P whatever the workspace, where "dpo" costs 4 P on `local` (3 P, and
