@@ -19,6 +19,7 @@ from fused_prefopt.cli.needs import (
 from fused_prefopt.data.columns import (
     COLLISION,
     DESIRABLE,
+    GOLD,
     KL,
     LABELS,
     PROMPT,
@@ -137,14 +138,14 @@ def _costs(loss: Loss) -> tuple[str, str, str]:
     reference = _span((cost.reference,) * 2, (cost.reference_prompts,) * 2) or "-"
     if cost.both_models:
         reference = "included"
-    frozen = _span((cost.frozen,) * 2, (cost.frozen_prompts,) * 2)
-    return _span(cost.trained, cost.prompts), frozen, reference
+    frozen = _span((cost.frozen,) * 2, (cost.frozen_prompts,) * 2, (cost.frozen_gold,) * 2)
+    return _span(cost.trained, cost.prompts, cost.gold), frozen, reference
 
 
-def _span(span: tuple[float, float], prompts: tuple[float, float]) -> str:
-    """Such as "3 to 4, prompts 1"; "" of nothing."""
+def _span(*spans: tuple[float, float]) -> str:
+    """Such as "3 to 4, prompts 1" of the completions, the prompts and the gold; "" of nothing."""
     parts = []
-    for name, (least, most) in (("", span), ("prompts ", prompts)):
+    for name, (least, most) in zip(("", "prompts ", "gold "), spans, strict=False):
         if most:
             parts.append(f"{name}{least:g}" + (f" to {most:g}" if most > least else ""))
     return ", ".join(parts)
@@ -179,6 +180,8 @@ def _legend(allowed: Mapping[str, Loss]) -> str:
     if PROMPT in fields:
         trains = ", with a gradient" if PROMPT_LENGTHS in fields else ""
         said.append(f"prompts: P of the prompts' tokens, of which there may be more{trains}.")
+    if GOLD in fields:
+        said.append("gold: P of the gold completions' tokens, with a gradient.")
     if COLLISION in fields:
         said.append(f"collision: {once:g} P, an evaluation of the policy more.")
     if KL in fields:

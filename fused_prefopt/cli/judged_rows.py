@@ -27,6 +27,7 @@ from fused_prefopt.data.columns import (
     COMPLETION,
     COMPLETIONS,
     DESIRABLE,
+    GOLD,
     GROUP,
     LABELS,
     LIST_RATINGS,
@@ -46,7 +47,7 @@ from fused_prefopt.losses.protocol import Loss
 KINDS = (LISTS, PAIRS, RATED, LABELLED)
 _READ = (
     *(PROMPT, *PAIR, COMPLETION, COMPLETIONS, *SCORES, *RATINGS, *LIST_RATINGS, *LABELS),
-    *(GROUP, WEIGHT),
+    *(GOLD, GROUP, WEIGHT),
 )
 
 

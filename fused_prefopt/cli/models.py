@@ -16,7 +16,7 @@ from fused_prefopt.checks import closest, require_count
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError, blaming, require_packages
 from fused_prefopt.data import train_tokenizer
-from fused_prefopt.data.columns import COMPLETION, CONTENT, PAIR, PROMPT
+from fused_prefopt.data.columns import COMPLETION, CONTENT, GOLD, PAIR, PROMPT
 
 _VOCABULARY = 2048
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -144,7 +144,7 @@ def training_autocast(training: Any) -> AbstractContextManager[Any]:
 def texts_of(records: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Every text and every message of records, to train a tokenizer on."""
     for record in records:
-        for name in (PROMPT, *PAIR, COMPLETION):
+        for name in (PROMPT, *PAIR, GOLD, COMPLETION):
             text = record.get(name, [])
             yield from [text] if isinstance(text, str) else (each[CONTENT] for each in text)
 

@@ -10,6 +10,9 @@ from fused_prefopt.data.columns import (
     COLLISION,
     COMPLETIONS,
     COMPLETIONS_IDS,
+    GOLD,
+    GOLD_IDS,
+    GOLD_LENGTHS,
     GROUPS,
     PAIR_FIELDS,
     POINT_FIELDS,
@@ -47,6 +50,8 @@ class Cost:
         prompts: what `trained` is, of the prompts' tokens: there P is a matmul of their rows.
         frozen_prompts: what `frozen` is, of the same.
         reference_prompts: what `reference` is, of the same.
+        gold: what `trained` is, of the gold completions' tokens.
+        frozen_gold: what `frozen` is, of the same.
         both_models: the reference is part of `trained` and `frozen`, and stays beside the policy.
     """
 
@@ -56,12 +61,15 @@ class Cost:
     prompts: tuple[float, float] = (0.0, 0.0)
     frozen_prompts: float = 0.0
     reference_prompts: float = 0.0
+    gold: tuple[float, float] = (0.0, 0.0)
+    frozen_gold: float = 0.0
     both_models: bool = False
 
     @property
     def most(self) -> float:
         """P of all parts together, where the head trains and every token is one of a kind."""
-        return self.trained[1] + self.reference + self.prompts[1] + self.reference_prompts
+        of_prompts = self.prompts[1] + self.reference_prompts
+        return self.trained[1] + self.reference + of_prompts + self.gold[1]
 
 
 def cost_of(loss: Loss) -> Cost:
@@ -74,6 +82,10 @@ def cost_of(loss: Loss) -> Cost:
         if PROMPT_LENGTHS in needs:
             # With a gradient; what is kept of them gives way to the completions' (`kept_buffer`).
             prompts, frozen_prompts = (trained[1], trained[1]), frozen
+    gold, frozen_gold = (0.0, 0.0), 0.0
+    if GOLD in needs:
+        # What is kept of them gives way, too.
+        gold, frozen_gold = (trained[1], trained[1]), frozen
     both = bool(needs & OF_BOTH_HEADS)
     if both:
         # A frozen head spares the product that is its gradient.
@@ -87,6 +99,8 @@ def cost_of(loss: Loss) -> Cost:
         prompts=prompts,
         frozen_prompts=frozen_prompts,
         reference_prompts=_EVALUATION if PROMPT_REFERENCE in needs else 0.0,
+        gold=gold,
+        frozen_gold=frozen_gold,
         both_models=both,
     )
 
@@ -102,6 +116,8 @@ def columns_of(loss: Loss, rows: Rows, field: str) -> tuple[str, ...] | None:
     columns: Mapping[str, Sequence[str]] = PAIR_FIELDS if loss.pairwise else POINT_FIELDS
     if _are_lists(rows):
         columns = {REWARDS: (REWARDS,), GROUPS: (), WEIGHTS: (WEIGHT,)}
+    elif loss.pairwise:
+        columns = {**columns, GOLD: (GOLD,), GOLD_LENGTHS: (GOLD,)}
     found = columns.get(field)
     return None if found is None else tuple(found)
 
@@ -130,7 +146,7 @@ def first_lack(loss: Loss, rows: Rows) -> Lack | None:
     """
     for field in sorted(loss.needs - OF_POLICY - OF_REFERENCE):
         columns = columns_of(loss, rows, field)
-        lacking = sum(any(name not in row for name in columns or ()) for row in rows)
+        lacking = sum(not all(_has(row, name) for name in columns or ()) for row in rows)
         if lacking or columns is None:
             return Lack(field, columns, lacking)
     return None
@@ -185,6 +201,11 @@ def check_fields(loss_fn: PreferenceLoss, rows: Rows) -> None:
         f"dataset: got no {' and '.join(lack.columns)}, needs it for {loss_fn.name}; {lack.rows} of"
         f" {len(rows)} rows are without: add it to them, drop them, or name another loss"
     )
+
+
+def _has(row: Mapping[str, object], name: str) -> bool:
+    """Whether a record or a feature has a column, which of a text is another one in features."""
+    return name in row or (name == GOLD and GOLD_IDS in row)
 
 
 def _are_lists(rows: Rows) -> bool:

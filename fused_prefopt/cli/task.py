@@ -35,6 +35,7 @@ from fused_prefopt.data.columns import (
     COMPLETIONS,
     COMPLETIONS_IDS,
     DESIRABLE,
+    GOLD_IDS,
     GROUP,
     PAIR,
     REFERENCE,
@@ -257,7 +258,7 @@ def _check_tokens(tokenizer: Any, model: nn.Module, features: Features) -> None:
         raise UserError("tokenizer: got neither a padding nor an end token, needs one of them")
     found = [tokenizer.pad_token_id]
     for feature in features:
-        several = [feature.get(column) for column in TOKENS]
+        several = [feature.get(column) for column in (*TOKENS, GOLD_IDS)]
         for ids in (*several, *feature.get(COMPLETIONS_IDS, ())):
             found += [min(ids), max(ids)] if ids else []
     with blaming("tokenizer"):

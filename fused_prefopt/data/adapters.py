@@ -13,6 +13,7 @@ from fused_prefopt.data.columns import (
     COMPLETIONS,
     CONTENT,
     DESIRABLE,
+    GOLD,
     GROUP,
     LABELS,
     LIST_RATINGS,
@@ -36,7 +37,8 @@ from fused_prefopt.data.token_weights import refuse_token_weights
 Row = Mapping[str, Any]
 Record = dict[str, Any]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_Triple = tuple[Any, Any, Any]
+# Prompt, chosen and rejected, and gold where there is one.
+_Parts = tuple[Any, ...]
 logger = logging.getLogger(__name__)
 
 
@@ -45,22 +47,25 @@ def preference(rows: Iterable[Row]) -> list[Record]:
 
     Args:
         rows: with `chosen` and `rejected`, strings or lists of messages, and optionally `prompt`,
-            both `score_chosen` and `score_rejected`, and `weight`. Without `prompt`, it is what
-            chosen and rejected begin with in common: whole messages, or text up to a space.
+            both `score_chosen` and `score_rejected`, `weight`, and `gold`, a third completion.
+            Without `prompt`, it is what chosen and rejected begin with in common: whole messages,
+            or text up to a space.
 
     Returns:
-        Records with `prompt`, `chosen`, `rejected`, `weight` and, where all have them, the scores;
-        other columns are dropped. Pairs whose chosen and rejected are equal, or one of which is
-        empty, are dropped; log messages count them, and pairs without the scores of others.
+        Records with `prompt`, `chosen`, `rejected`, `weight` and, where all have them, the scores,
+        and `gold`; other columns are dropped. Pairs whose chosen and rejected are equal, or one of
+        which is empty, are dropped; log messages count them, and pairs without what others have.
 
     Raises:
         ValueError: a row has no `chosen` or no `rejected`, a score or weight that is no finite
-            number, or weights of tokens.
+            number, weights of tokens, or a `gold` without the prompt that its pair begins with.
     """
 
-    def split(row: Row, where: str) -> _Triple | None:
+    def split(row: Row, where: str) -> _Parts | None:
         prompt, chosen, rejected = _with_prompt(row)
-        return (prompt, chosen, rejected) if chosen and rejected and chosen != rejected else None
+        if not chosen or not rejected or chosen == rejected:
+            return None
+        return prompt, chosen, rejected, *_gold(row, prompt, where)
 
     return _pairs("preference", rows, split)
 
@@ -83,7 +88,7 @@ def ultrafeedback_binarized(rows: Iterable[Row]) -> list[Record]:
         ValueError: a row has no `chosen` or no `rejected`, or a score that is no finite number.
     """
 
-    def split(row: Row, where: str) -> _Triple | None:
+    def split(row: Row, where: str) -> _Parts | None:
         chosen, rejected = _messages(row[CHOSEN]), _messages(row[REJECTED])
         answered = _is_answered(chosen) and _is_answered(rejected) and chosen != rejected
         if not answered or chosen[:-1] != rejected[:-1]:
@@ -109,7 +114,7 @@ def hh_rlhf(rows: Iterable[Row]) -> list[Record]:
         ValueError: a row has no `chosen` or no `rejected`, or one that is no text.
     """
 
-    def split(row: Row, where: str) -> _Triple | None:
+    def split(row: Row, where: str) -> _Parts | None:
         for name in PAIR:
             if not isinstance(row[name], str):
                 kind = type(row[name]).__name__
@@ -246,31 +251,33 @@ def ultrafeedback(rows: Iterable[Row]) -> list[Record]:
 def _pairs(
     adapter: str,
     rows: Iterable[Row],
-    split: Callable[[Row, str], _Triple | None],
+    split: Callable[[Row, str], _Parts | None],
     scores: Iterable[str] = SCORES,
 ) -> list[Record]:
-    """Records of pairs; `split` makes prompt, chosen and rejected of a row, or None of no use."""
+    """Records of pairs; `split` makes their texts of a row, or None of one that is of no use."""
     records, dropped = [], 0
     for index, row in enumerate(rows):
         where = row_at(index)
         require_columns(row, PAIR, where)
-        triple = split(row, where)
-        if triple is None:
+        parts = split(row, where)
+        if parts is None:
             dropped += 1
             continue
-        record = dict(zip((PROMPT, *PAIR), triple, strict=True)) | weight_of(row, where)
+        record = dict(zip((PROMPT, *PAIR, GOLD), parts, strict=False)) | weight_of(row, where)
         if has_values(row, scores):
             record |= {name: read_value(name, row[name], where) for name in scores}
         records.append(record)
     _report(adapter, dropped, "pairs")
-    without = sum(not has_values(record, scores) for record in records)
-    if without in (0, len(records)):
-        return records
-    # No loss can use half a column.
-    logger.warning(
-        "%s: dropped all scores, %d of %d pairs lack them", adapter, without, len(records)
-    )
-    return [{n: value for n, value in record.items() if n not in scores} for record in records]
+    for names, what in ((scores, "scores"), ((GOLD,), "gold completions")):
+        without = sum(not has_values(record, names) for record in records)
+        if without in (0, len(records)):
+            continue
+        # No loss can use half a column.
+        logger.warning(
+            "%s: dropped all %s, %d of %d pairs lack them", adapter, what, without, len(records)
+        )
+        records = [{n: value for n, value in each.items() if n not in names} for each in records]
+    return records
 
 
 def weight_of(row: Row, where: str) -> dict[str, float]:
@@ -287,7 +294,7 @@ def weight_of(row: Row, where: str) -> dict[str, float]:
     return {WEIGHT: read_value(WEIGHT, row[WEIGHT], where)} if WEIGHT in row else {}
 
 
-def _with_prompt(row: Row) -> _Triple:
+def _with_prompt(row: Row) -> _Parts:
     chosen, rejected = row[CHOSEN], row[REJECTED]
     if PROMPT in row:
         return row[PROMPT], chosen, rejected
@@ -297,6 +304,19 @@ def _with_prompt(row: Row) -> _Triple:
         # The space goes with the completion, as most tokenizers join it to the next word.
         size = max(chosen.rfind(" ", 0, size), 0)
     return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _gold(row: Row, prompt: Any, where: str) -> tuple[Any, ...]:
+    """The gold completion behind the prompt; none where it is empty or missing."""
+    gold = row.get(GOLD)
+    if gold and PROMPT not in row:
+        if gold[: len(prompt)] != prompt:
+            raise ValueError(
+                f"{GOLD}: got {gold!r} in {where}, wanted it to begin with {prompt!r}, as chosen"
+                f" and rejected do; or give all rows a {PROMPT!r}"
+            )
+        gold = gold[len(prompt) :]
+    return (gold,) if gold else ()
 
 
 def _messages(chat: Iterable[Row]) -> list[dict[str, str]]:

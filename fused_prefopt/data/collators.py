@@ -193,8 +193,8 @@ class PairCollator(_Collator):
             features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
                 `score_chosen` with `score_rejected`, `collision_chosen` with
                 `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`,
-                `gold_ids`, and `chosen_token_weights` with `rejected_token_weights`, lists as long
-                as the ids.
+                `gold_ids`, and `chosen_token_weights` with `rejected_token_weights`, and
+                `gold_token_weights`, lists as long as the ids.
 
         Returns:
             Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
@@ -226,9 +226,7 @@ class PairCollator(_Collator):
     def _gold(self, features: Sequence[Feature]) -> dict[str, Any]:
         """The gold completions' own layout, in which each has its prompt."""
         _require_features(features, (GOLD_IDS,))
-        sequences = self._sequences(features, (GOLD_IDS,))
-        part = self._packed(sequences) if self.padding_free else self._padded(sequences)
-        part[LABEL_COUNTS] = count_labels(part)
+        part = super()._layout(features, (GOLD_IDS,))
         return {OF_GOLD + name: value for name, value in part.items()}
 
 

@@ -18,8 +18,8 @@ from fused_prefopt.checks import closest
 # Records: texts, or chats, which are lists of messages.
 PROMPT, COMPLETION, COMPLETIONS = "prompt", "completion", "completions"
 PAIR = CHOSEN, REJECTED = ("chosen", "rejected")
-# A third completion of a pair's prompt, the best one.
-GOLD = "gold"
+# A third completion of a pair's prompt, the best one; its second name is TRL's.
+GOLDS = GOLD, _ = ("gold", "reference")
 ROLE, CONTENT = "role", "content"
 # Records and features: the judgements; of several names, the first that has values counts.
 SCORES = SCORE_CHOSEN, SCORE_REJECTED = ("score_chosen", "score_rejected")
@@ -49,11 +49,13 @@ COMPLETIONS_IDS = "completions_ids"
 TOKEN_WEIGHT_COLUMNS = (
     CHOSEN_TOKEN_WEIGHTS,
     REJECTED_TOKEN_WEIGHTS,
+    GOLD_TOKEN_WEIGHTS,
     COMPLETIONS_TOKEN_WEIGHTS,
     TOKEN_WEIGHTS,
 ) = (
     "chosen_token_weights",
     "rejected_token_weights",
+    "gold_token_weights",
     "completions_token_weights",
     "token_weights",
 )
@@ -92,6 +94,7 @@ OF_GOLD = "gold_"
 WEIGHTS_OF_IDS = {
     CHOSEN_IDS: CHOSEN_TOKEN_WEIGHTS,
     REJECTED_IDS: REJECTED_TOKEN_WEIGHTS,
+    GOLD_IDS: GOLD_TOKEN_WEIGHTS,
     COMPLETIONS_IDS: COMPLETIONS_TOKEN_WEIGHTS,
     COMPLETION_IDS: TOKEN_WEIGHTS,
     f"{MISMATCHED}{COMPLETION_IDS}": f"{MISMATCHED}{TOKEN_WEIGHTS}",

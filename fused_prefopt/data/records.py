@@ -24,6 +24,7 @@ from fused_prefopt.data.columns import (
     COMPLETION,
     COMPLETIONS,
     COMPLETIONS_IDS,
+    GOLD,
     GROUP,
     LABELS,
     LIST_RATINGS,
@@ -64,7 +65,7 @@ FORMS = {
 }
 # Adapter → the columns that it makes use of; others are named to the user.
 _READ = {
-    "preference": (PROMPT, *PAIR, *SCORES, WEIGHT),
+    "preference": (PROMPT, *PAIR, GOLD, *SCORES, WEIGHT),
     "hh_rlhf": (*PAIR, WEIGHT),
     "ultrafeedback_binarized": (PROMPT, *PAIR, *SCORES, WEIGHT),
     "completions": (PROMPT, COMPLETION, *LABELS, *RATINGS, GROUP, WEIGHT),

@@ -25,7 +25,7 @@ WHAT_IT_IS = {
     "interpolated": "(S,) summed log-probs under softmax((1−ε) z + ε z_ref), z the logits",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
-    "gold": "(S,) summed log-probs of a third completion, the best one of each pair's prompt",
+    "gold": "(S,) summed log-probs of a third, best completion of each prompt, a row's `gold_ids`",
     "gold_lengths": "(S,) integers, tokens of those completions",
 }
 

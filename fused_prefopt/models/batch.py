@@ -170,7 +170,8 @@ def gold_fields(rows: CollatedRows, head: LMHead, **options: Any) -> dict[str, T
         head: of the model.
         **options: of `sequence_logps`.
     """
-    out = sequence_logps(rows.hidden, head, rows.labels, **rows.layout, **options)
+    options |= {**rows.layout, "token_weights": rows.token_weights}
+    out = sequence_logps(rows.hidden, head, rows.labels, **options)
     return {GOLD: out.sums.repeat(2), GOLD_LENGTHS: out.lengths.repeat(2)}
 
 

@@ -11,6 +11,7 @@ from data_tokenizer import tiny_tokenizer
 from torch.profiler import ProfilerActivity, profile
 
 import fused_prefopt as fp
+from fused_prefopt import sequence_logps
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.needs import OF_POLICY, OF_REFERENCE, check_fields, cost_of, first_lack
@@ -44,6 +45,10 @@ def matmuls(loss_fn: fp.PreferenceLoss, *, head_trains: bool) -> float:
         given |= {"prompt_labels": of_prompt}
     given |= {name: value for name, value in EXTRAS.items() if name in needs}
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as seen:
+        if "gold" in needs:
+            # Completions as many and as long as the others.
+            golds = sequence_logps(hidden, head, of_completion, **loss_fn.op_options)
+            given |= {"gold": golds.sums, "gold_lengths": golds.lengths}
         loss_fn(hidden, head, of_completion, **given).loss.backward()
     flops = sum(each.flops for each in seen.key_averages() if each.key.endswith("mm"))
     return flops / (2 * SEQUENCES * (TOKENS - 1) * HIDDEN * VOCAB)
@@ -55,7 +60,18 @@ WHOLE = [{"name": "orpo", "hyperparameters": {"nll": "whole_token_mean"}}]
 
 @pytest.mark.parametrize(
     "name",
-    ["simpo", "dpo", "dro", "tdpo2", "wpo", "kto", "epsilon-dpo", "dpo + wpo + tdpo1", WHOLE],
+    [
+        "simpo",
+        "dpo",
+        "dro",
+        "tdpo2",
+        "wpo",
+        "kto",
+        "epsilon-dpo",
+        "dpo + wpo + tdpo1",
+        "tpo",
+        WHOLE,
+    ],
 )
 def test_a_step_takes_the_matmuls_that_are_said(name):
     loss = fp.PreferenceLoss(name).loss
@@ -63,18 +79,19 @@ def test_a_step_takes_the_matmuls_that_are_said(name):
     # The prompts' reference is a column here.
     beside = cost.reference
     paths = ("auto", "auto") if cost.both_models else ("local", "recompute")
-    for path, own, prompts in zip(paths, cost.trained, cost.prompts, strict=True):
+    for path, *own in zip(paths, cost.trained, cost.prompts, cost.gold, strict=True):
         found = matmuls(fp.PreferenceLoss(name, path=path), head_trains=True)
-        assert found == own + prompts + beside
+        assert found == sum(own) + beside
     frozen = matmuls(fp.PreferenceLoss(name), head_trains=False)
-    assert frozen == cost.frozen + cost.frozen_prompts + beside
+    assert frozen == cost.frozen + cost.frozen_prompts + cost.frozen_gold + beside
 
 
 @pytest.mark.parametrize("name", available_losses())
 def test_scored_pairs_lack_only_what_no_column_gives(name):
     loss = find(name).build()
     assert OF_POLICY | OF_REFERENCE | loss.needs <= WHAT_IT_IS.keys()
-    rows = judged_records(pairs(2, score_chosen=1.0, score_rejected=0.0), kind_of(loss))
+    texts = pairs(2, score_chosen=1.0, score_rejected=0.0, gold="the cat")
+    rows = judged_records(texts, kind_of(loss))
     lack = first_lack(loss, rows)
     if lack is not None:
         assert lack.columns is None and lack.field in loss.needs

@@ -221,6 +221,13 @@ def test_scores_of_the_data_reach_the_loss(logged, tmp_path):
     assert first["loss"] == pytest.approx(math.log(3), abs=1e-4)
 
 
+def test_gold_completions_of_the_data_reach_the_loss(logged, tmp_path):
+    golden = write_lines(tmp_path / "golden.jsonl", pairs(8, gold="the cat sat"))
+    (first, *_) = logged(loss="tpo", loss_kwargs={"beta": 0.01}, dataset=golden)
+    # 61 tokens that an untrained model finds about equally likely, and so the two completions.
+    assert first["loss"] == pytest.approx(LOG2 + math.log(61), abs=0.15)
+
+
 def test_a_loss_of_whole_distributions_wants_the_reference_beside_it(logged, refused):
     wants = "reference: got precomputed, needs model or adapter"
     assert f"{wants}: tdpo1" in refused(loss="tdpo1")

@@ -153,6 +153,17 @@ def test_preference_finds_an_implicit_prompt():
     ]
 
 
+def test_preference_keeps_gold_completions_behind_their_prompt(caplog):
+    whole = {"prompt": "the", "chosen": " cat", "rejected": " mat", "gold": " sat"}
+    joined = {name: "the" + whole[name] for name in ("chosen", "rejected", "gold")}
+    assert preference([whole, joined]) == [whole, whole]
+    with pytest.raises(ValueError, match="gold: got 'a' in row 0 .* wanted it to begin with 'the'"):
+        preference([joined | {"gold": "a"}])
+    bare = {name: whole[name] for name in whole if name != "gold"}
+    said = ["preference: dropped all gold completions, 1 of 2 pairs lack them"]
+    assert told(caplog, preference, [whole, whole | {"gold": ""}]) == ([bare, bare], said)
+
+
 def test_hh_rlhf_splits_at_the_last_answer(caplog):
     shared = dialogue("hi", "yes, I may", "go on", "")[:-1]
     sides = [

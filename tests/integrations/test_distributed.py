@@ -56,12 +56,17 @@ PAIRS = 8
 HALF = torch.bfloat16
 # The pool takes all of the past: a sample would depend on the order of the ranks in the queue.
 LOSSES = {"simpo": {}, "gamma-simpo": {"queue_size": 16, "sample_size": 16}}
+OPTIONS = LOSSES | {"bco-pair": {"reward_shift": "ema"}}
 Wrap = Callable[[nn.Module], nn.Module]
 
 
 def features(rank: int | None) -> list[dict]:
     """All pairs, or a rank's half; padded alike, so that nothing but the split differs."""
-    every = pair_features(PAIRS)
+    golds = pair_features(PAIRS, seed=5)
+    every = [
+        row | {"gold_ids": gold["chosen_ids"]}
+        for row, gold in zip(pair_features(PAIRS), golds, strict=True)
+    ]
     return every if rank is None else every[rank::2]
 
 
@@ -107,6 +112,9 @@ CASES = [(engine, name) for engine in ENGINES for name in LOSSES]
 CASES += [(engine, name) for engine in ADAPTED for name in ("dpo", "tdpo1")]
 # Its last term spans the batch of both ranks, and the first remembers.
 CASES += [(engine, "beta-simpo + 0.5 simpo + sft") for engine in ("ddp", "fsdp, head of its own")]
+# Gold completions are a pass of their own, and their mean one over the tokens of both ranks.
+CASES += [(engine, "tpo") for engine in ENGINES]
+CASES += [("adapted, ddp", "bco-pair")]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -130,7 +138,7 @@ def step(engine: str, name: str, wrap: Wrap, rank: int | None) -> dict:
     model = model_of(engine)
     wrapped = wrap(model)
     options = {"reference": "adapter"} if engine in ADAPTED else {}
-    attachment = attach(model, fp.PreferenceLoss(name, **LOSSES.get(name, {})), **options)
+    attachment = attach(model, fp.PreferenceLoss(name, **OPTIONS.get(name, {})), **options)
     batch = PairCollator(0)(features(rank))
     for _ in range(2):
         wrapped.zero_grad()

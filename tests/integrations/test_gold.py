@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from data_tokenizer import tiny_tokenizer
+from data_tokenizer import chat, tiny_tokenizer
 from learned_prompts import adapter
 from model_families import assert_gradients, gradients, own_sums
 from tiny_models import pair_features, tiny_llama
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from trainers import build, history
+from trainers import SETTINGS, TRLS_DEFAULTS_OFF, build, dataset, history, in_order, pairs
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator, PointCollator, tokenise_pairs
@@ -24,6 +25,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared prompts": {"shared_prompt": True},
     "cut": {"max_length": 9},
 }
+
+# Options that TRL's own trainer does not have.
+LAYOUTS_OF_OURS = ("padding_free", "shared_prompt")
 
 
 def triples(count: int = 6) -> list[dict[str, Any]]:
@@ -54,6 +58,23 @@ def test_loss_and_gradients_equal_the_models_own_logits(layout):
     truth = eager(model, rows, **(LAYOUTS[layout] if layout == "cut" else {}))
     torch.testing.assert_close(result.loss, truth, rtol=1e-6, atol=0)
     assert_gradients(found, gradients(model, truth), 1e-5)
+
+
+def test_tokens_of_gold_completions_have_weights():
+    model, rows = tiny_llama().double(), triples()
+    # As often as it weighs, a token counts in the mean, and not at all where it weighs 0.
+    shorter = [row | {"gold_ids": row["gold_ids"][:-1] or row["gold_ids"]} for row in rows]
+    weighted = [
+        row
+        | {"gold_token_weights": [3.0] * len(less["gold_ids"]) + [0.0] * (len(row["gold_ids"]) > 1)}
+        for row, less in zip(rows, shorter, strict=True)
+    ]
+    for layout in LAYOUTS.values():
+        losses = [
+            preference_outputs(model, loss_of(), PairCollator(0, **layout)(each)).loss
+            for each in (weighted, shorter)
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
 
 
 def test_a_trainer_takes_triples_of_texts_and_their_evaluation_is_alike(tmp_path):
@@ -108,7 +129,127 @@ def test_what_would_be_wrong_is_refused(tmp_path):
         model(**PairCollator(0)(triples()))
 
 
-def test_trls_trainer_refuses_a_loss_of_triples(tmp_path):
+def texts(count: int = 8, **more: Any) -> list[dict[str, Any]]:
+    """Pairs with TRL's name of the gold completion, which is longer than some and shorter."""
+    rows = [dict(row) for row in pairs(count)]
+    golds = [row["chosen"] + " the" for row in pairs(2 * count)][count:]
+    return [row | {"reference": gold} | more for row, gold in zip(rows, golds, strict=True)]
+
+
+def chats() -> list[dict[str, Any]]:
+    sides = ("chosen", "rejected", "reference")
+    return [
+        {"prompt": chat(user=row["prompt"])} | {name: chat(assistant=row[name]) for name in sides}
+        for row in texts()
+    ]
+
+
+def whole() -> list[dict[str, Any]]:
+    """Without a prompt of their own: all three begin with it."""
+    sides = ("chosen", "rejected", "reference")
+    return [{name: row["prompt"] + row[name] for name in sides} for row in chats()]
+
+
+def trls_own(folder: Any, data: Any, model: Any, **options: Any) -> Any:
+    trl = pytest.importorskip("trl.experimental.tpo")
+    args = trl.TPOConfig(str(folder), **SETTINGS | TRLS_DEFAULTS_OFF | options)
+    given = {"train_dataset": data, "eval_dataset": data, "processing_class": tiny_tokenizer()}
+    return trl.TPOTrainer(model, args, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "loss_type", "options"),
+    [
+        (texts, "sigmoid", {}),
+        (texts, "tpo-l", {"max_length": 7, "padding_free": True}),
+        (texts, "hinge", {"max_length": 7, "truncation_mode": "keep_end"}),
+        (chats, "ipo", {"shared_prompt": True}),
+        (whole, "sigmoid", {"stream": True}),
+    ],
+    ids=["texts", "packed", "cut", "chats", "stream"],
+)
+def test_trls_trainer_on_pairs_trains_as_its_own_of_triples(tmp_path, make, loss_type, options):
     pytest.importorskip("trl")
-    with pytest.raises(ValueError, match="tpo needs `gold`"):
-        build("dpo", tmp_path, loss="tpo")
+    data, options = dataset(make()), {"max_steps": 3, "optim": "sgd"} | options
+    if options.pop("stream", False):
+        data = data.to_iterable_dataset()
+    losses = {
+        "sigmoid": ("tpo", {}),
+        "tpo-l": ("tpo-l", {"gamma": 0.4}),
+        "hinge": ("tpo", {"link": "hinge"}),
+        "ipo": ("tpo", {"link": "squared"}),
+    }
+    name, own = losses[loss_type]
+    theirs = {each: options[each] for each in options if each not in LAYOUTS_OF_OURS}
+    theirs |= {"beta": 0.3, "tpo_alpha": 0.7, "tpo_l_gamma": 0.4, "loss_type": loss_type}
+    kwargs = {"beta": 0.3, "nll_weight": 0.7, **own}
+    given = {"eval_dataset": data}
+    runs = [
+        in_order(trls_own(tmp_path, data, tiny_llama().double(), **theirs)),
+        in_order(
+            build(
+                "dpo",
+                tmp_path,
+                data,
+                model=tiny_llama(attention="sdpa").double(),
+                loss=name,
+                loss_kwargs=kwargs,
+                given=given,
+                **options,
+            )
+        ),
+    ]
+    for run in runs:
+        run.train()
+        run.evaluate()
+    # Of "ipo" ours are not times β, which is in its target.
+    scale = 0.3 if loss_type == "ipo" else 1.0
+    for metric in ("loss", "eval_loss", "grad_norm", "rewards/margins"):
+        factor = scale if metric == "rewards/margins" else 1.0
+        own = [factor * value for value in history(runs[1], metric)]
+        assert own == pytest.approx(history(runs[0], metric), rel=1e-5), metric
+    if "shared_prompt" not in options:
+        assert history(runs[1], "num_tokens") == history(runs[0], "num_tokens")
+    weights = dict(runs[0].model.named_parameters())
+    for each, value in runs[1].model.named_parameters():
+        torch.testing.assert_close(value, weights[each], rtol=1e-6, atol=1e-8, msg=each)
+
+
+def test_what_trls_trainer_cannot_make_triples_of_is_refused(tmp_path):
+    pytest.importorskip("trl")
+    lacking = [{**row, "reference": None} if i == 3 else row for i, row in enumerate(texts())]
+    for data, message in (
+        (None, "train_dataset: tpo needs `gold`"),
+        (dataset(lacking), "reference: got None in row 3 .* wanted a completion; drop"),
+        (dataset(texts(gold_token_weights=[1.0])), "gold_token_weights: got some with texts"),
+        (dataset([whole()[0] | {"reference": chat(user="a")}]), "wanted it to begin with .*'role'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("dpo", tmp_path, data, loss="tpo")
+
+
+@pytest.mark.parametrize(
+    ("pair", "gold", "wanted"),
+    [
+        (([1, 2], [7], [8]), ([1], [9], [9]), ([1], [2, 7], [2, 8], [9])),
+        (([1], [5], [6]), ([1, 2], [9], [9]), ([1], [5], [6], [2, 9])),
+    ],
+)
+def test_all_three_begin_where_the_first_of_them_does(pair, gold, wanted):
+    pytest.importorskip("trl")
+    from fused_prefopt.integrations.trl.gold import with_gold_ids
+
+    def tokenise(rows: Any, _: Any) -> Any:
+        # As where a completion's first token takes in the last one of the prompt.
+        def ids(row: dict[str, Any]) -> dict[str, Any]:
+            names = ("prompt_ids", "chosen_ids", "rejected_ids")
+            return dict(zip(names, gold if row["chosen"] == "g" else pair, strict=True))
+
+        return rows.map(ids)
+
+    rows = dataset([{"prompt": "p", "chosen": "c", "rejected": "r", "gold": "g"}] * 3)
+    for row in with_gold_ids(rows, "train", SimpleNamespace(max_length=2), tokenise):
+        names = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids")
+        assert [row[name] for name in names] == list(wanted)
+        assert (row["chosen"], row["rejected"]) == ("c", "r")

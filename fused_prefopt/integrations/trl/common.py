@@ -21,6 +21,7 @@ from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     COMPLETIONS_IDS,
+    GOLD,
     LAYOUT,
     TOKEN_WEIGHTS,
     WEIGHTS_OF_IDS,
@@ -62,7 +63,7 @@ from fused_prefopt.integrations.trl.rows import (
     require_values,
 )
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
-from fused_prefopt.models.batch import logps_through
+from fused_prefopt.models.batch import gold_part, logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
 from fused_prefopt.models.model_call import INPUTS, evaluating
@@ -185,7 +186,7 @@ class FusesLoss(
         self._is_laid_out = True
         if self._has_lists and not self._is_own_collator:
             self.data_collator = self._list_collator()
-        elif self._layout is not None:
+        elif self._layout is not None or self._lays_out_gold:
             if self._is_vision_dataset:
                 raise ValueError(
                     f"{self._layout}: got True with images, needs False: their rows are padded"
@@ -200,8 +201,14 @@ class FusesLoss(
             cut = Cut.of(self.args, self.config_type.pairwise)
             self.data_collator = WeightedTokens(self.data_collator, cut)
 
-    def _collator(self, layout: str) -> Any:
-        """The collator of a layout, on TRL's rows, with the cut and the padding of TRL's own."""
+    @property
+    def _lays_out_gold(self) -> bool:
+        """Whether the loss wants gold completions, which TRL's collator of pairs leaves out."""
+        texts = not self._is_vision_dataset
+        return GOLD in self.needs and texts and not self._is_own_collator
+
+    def _collator(self, layout: str | None) -> Any:
+        """The collator of a layout, None for padded rows, with the cut and the padding of TRL's."""
         raise NotImplementedError
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
@@ -232,7 +239,9 @@ class FusesLoss(
         """
         batch = (self._of_lists if self._has_lists else self._of_loss)(model, inputs)
         if self.model.training:
-            self._new_tokens = self._new_tokens + number_of_tokens(batch)
+            gold = gold_part(batch) if GOLD in self.needs else None
+            for part in (batch, gold) if gold else (batch,):
+                self._new_tokens = self._new_tokens + number_of_tokens(part)
         return batch
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

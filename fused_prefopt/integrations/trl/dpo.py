@@ -12,6 +12,9 @@ from trl import DPOConfig, DPOTrainer
 
 from fused_prefopt.data import PairCollator
 from fused_prefopt.data.columns import (
+    GOLD,
+    GOLD_IDS,
+    GOLD_LENGTHS,
     PAIR_REFERENCES,
     PROMPT,
     PROMPT_LENGTHS,
@@ -29,6 +32,7 @@ from fused_prefopt.data.columns import (
 from fused_prefopt.integrations.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
+from fused_prefopt.integrations.trl.gold import with_gold_ids
 from fused_prefopt.integrations.trl.images import kept_examples
 from fused_prefopt.integrations.trl.lists import OF_LISTS, has_lists, lists_by_pairs
 from fused_prefopt.integrations.trl.rows import require_sides, require_values
@@ -75,10 +79,12 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     TRL's datasets (texts or images), collation, reference handling (model, adapter switch,
     precomputed, here of images too), PEFT and logging stay as they are; the reference's log-probs
     come from the same op as the policy's; score columns `score_chosen` and `score_rejected` reach
-    the loss as `rewards`, a column `weight` as `weights`. Rows of token ids (`prompt_ids`,
-    `chosen_ids`, `rejected_ids`) are taken as they are, and then may have `chosen_token_weights`
-    and `rejected_token_weights`. Pairs that truncation leaves equal or without a label are dropped,
-    and a log message counts them; where rows stream or have images it tells of the first. A loss
+    the loss as `rewards`, a column `weight` as `weights`, and a loss that needs a third completion
+    takes `gold` or, by TRL's name in its `TPOTrainer`, `reference`. Rows of token ids
+    (`prompt_ids`, `chosen_ids`, `rejected_ids`) are taken as they are, and then may have
+    `gold_ids`, and `chosen_token_weights`, `rejected_token_weights` and `gold_token_weights`. Pairs
+    that truncation leaves equal or without a label are dropped, and a log message counts them;
+    where rows stream or have images it tells of the first. A loss
     without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
     names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
     refuses, trains like any other.
@@ -107,7 +113,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         # TRL would say that it pads.
         return super()._given_to_trl(config, loss_fn) | {"padding_free": False}
 
-    def _collator(self, layout: str) -> PairCollator:
+    def _collator(self, layout: str | None) -> PairCollator:
         if layout == SHARED_PROMPT and self.aux_loss_enabled:
             raise ValueError(
                 "shared_prompt: got True with a model that adds a router loss, which counts a"
@@ -119,7 +125,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
-            **{layout: True},
+            **({} if layout is None else {layout: True}),
         )
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -136,29 +142,29 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
         given = {REFERENCE, *OF_BOTH_HEADS, PROMPT, PROMPT_LENGTHS}
+        given |= {GOLD, GOLD_LENGTHS} if GOLD_IDS in row else set()
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
+        def tokenise(rows: Any, uncut: Any) -> Any:
+            # TRL's own: nothing is to be dropped before what belongs together is whole.
+            return DPOTrainer._prepare_dataset(self, rows, processing_class, uncut, dataset_name)
+
         first = next(iter(dataset))
         if has_lists(first):
-
-            def tokenise(rows: Any, uncut: Any) -> Any:
-                # TRL's own: no pair is to be dropped before its list is whole.
-                return DPOTrainer._prepare_dataset(
-                    self, rows, processing_class, uncut, dataset_name
-                )
-
             lists = lists_by_pairs(dataset, dataset_name, args, tokenise)
             return self._kept_lists(lists, dataset_name, args)
         require_values(dataset_name, dataset, self.columns)
         require_sides(dataset_name, first, pairwise=True)
+        if GOLD in self.needs:
+            dataset = with_gold_ids(dataset, dataset_name, args, tokenise)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*self.columns, *WEIGHTS_OF_IDS.values(), *OF_LISTS)
+        extra = (*self.columns, GOLD_IDS, *WEIGHTS_OF_IDS.values(), *OF_LISTS)
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 

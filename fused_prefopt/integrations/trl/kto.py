@@ -188,7 +188,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         fields = {REFERENCE: own}
         return fields if mismatched is None else fields | {KL: mismatched}
 
-    def _collator(self, layout: str) -> _Packed:
+    def _collator(self, layout: str | None) -> _Packed:
         pad = self.data_collator.pad_token_id
         return _Packed(PointCollator(pad, padding_free=True, max_length=self.args.max_length))
 

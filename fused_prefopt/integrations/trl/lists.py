@@ -111,7 +111,7 @@ def lists_by_pairs(dataset: Any, name: str, args: Any, tokenise: Tokenise) -> An
         with_indices=True,
         remove_columns=dataset.column_names,
     )
-    tokenised = tokenise(pairs, _uncut(args))
+    tokenised = tokenise(pairs, uncut(args))
     parts = tokenised.select_columns([PROMPT_IDS, *PAIR_IDS])
     return _joined(dataset, parts, tokenised[GROUP][:], partial(_list_of_pairs, rating))
 
@@ -203,7 +203,7 @@ def _rating_of_texts(first: Mapping[str, Any], name: str) -> str:
     return column_of([first], LIST_RATINGS) or REWARDS
 
 
-def _uncut(args: Any) -> Any:
+def uncut(args: Any) -> Any:
     """The configuration with which TRL drops no row: half of a list might go."""
     args = copy(args)
     args.max_length = None
@@ -291,7 +291,7 @@ def _list_of_pairs(
     ]
     rewards = [finite_number(rating, value, where) for value in row[rating]]
     members = sides[: len(rewards)]
-    _share_prompt(members)
+    share_prompt(members)
     ids = {
         PROMPT_IDS: members[0][PROMPT_IDS],
         COMPLETIONS_IDS: [each[COMPLETION_IDS] for each in members],
@@ -307,11 +307,11 @@ def _list_of_points(
     members = [
         Member({names[name]: value for name, value in row.items()}, row.place) for row in rows
     ]
-    _share_prompt(members)
+    share_prompt(members)
     return lists_of_points(members)[0]
 
 
-def _share_prompt(members: Sequence[dict[str, Any]]) -> None:
+def share_prompt(members: Sequence[dict[str, Any]]) -> None:
     """Let completions of one prompt begin at one place: where the first of them does.
 
     TRL begins a completion where it and the prompt alone cease to be the same tokens.

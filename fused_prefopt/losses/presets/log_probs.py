@@ -339,11 +339,11 @@ def tpo(
 ) -> PairwiseLoss:
     """``−(1−ε) log σ(m) − ε log σ(−m) + α·NLL(y_g)``, ``m = β(L_w − L_l)``, g for gold.
 
-    y_g is a third completion of each prompt, the best one. `PreferenceTrainer` and `attach` take it
-    of rows with `gold_ids`, which `tokenise_pairs` makes of a column `gold` (TRL's `reference`). In
-    a loop of one's own it comes as `gold` and `gold_lengths`: the sums and lengths of
-    ``sequence_logps(hidden, head, labels)`` on these completions, each ``.repeat(2)`` for both
-    halves. Where y_g is y_w this is CPO.
+    y_g is a third completion of each prompt, the best one. Rows have it in `gold`, for which
+    `FusedDPOTrainer` also takes TRL's name `reference`, or as token ids in `gold_ids`, which
+    `tokenise_pairs` makes of it. In a loop of one's own it comes as `gold` and `gold_lengths`: the
+    sums and lengths of ``sequence_logps(hidden, head, labels)`` on these completions, each
+    ``.repeat(2)`` for both halves. Where y_g is y_w this is CPO.
 
     Args:
         beta: β > 0, reward per nat; of "squared" the paper's τ.
