@@ -206,11 +206,8 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
-        if self.ld_alpha is not None and "groups" in given:
-            raise ValueError(
-                f"ld_alpha: got {self.ld_alpha} with `groups`, needs pairs: in a list a completion"
-                " has several partners, which it exceeds by different lengths"
-            )
+        if "groups" in given:
+            self.require_lists()
         measured = _MEASURED if ref_hidden is not None else frozenset()
         check_needs(self.name, self.loss.needs, given | measured)
         if self._takes_as_lists(given):
@@ -255,6 +252,14 @@ class PreferenceLoss(nn.Module):
         if tail is not None and self.ld_alpha is not None:
             batch = length_desensitized(batch, tail, None, alpha=self.ld_alpha)
         return self.from_logps(batch)
+
+    def require_lists(self) -> None:
+        """Raise ValueError if the loss has an option that does not go with lists."""
+        if self.ld_alpha is not None:
+            raise ValueError(
+                f"ld_alpha: got {self.ld_alpha} with lists, needs pairs, or None: in a list a"
+                " completion has several partners, which it exceeds by different lengths"
+            )
 
     def _check_reference(self, ref_hidden: Tensor | None, ref_head: AnyHead | None) -> None:
         if (ref_hidden is None) != (ref_head is None):

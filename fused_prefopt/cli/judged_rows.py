@@ -131,7 +131,7 @@ def read_judged_rows(data: DataSet) -> JudgedRows:
     prompts = len({row[GROUP] for row in records if GROUP in row})
     said += f"\n{count}, completions of {prompts} prompts" if prompts else f"\n{count}"
     origins = _origins(rows or records, records)
-    made_of = _made_of(records, origins)
+    made_of = _made_of(records, judged, origins)
     if data.name == EMBEDDED:
         made_of[RATED] = "texts and spoilt ones, rated by how much they are"
     return JudgedRows(said, records, judged, made_of, origins, list(dict.fromkeys(cautions)))
@@ -193,22 +193,29 @@ def _origins(rows: Records, records: Records) -> dict[str, str]:
     return scores | {DESIRABLE: label, GROUP: group}
 
 
-def _made_of(records: Records, origins: Mapping[str, str]) -> dict[str, str]:
+def _made_of(
+    records: Records, judged: Mapping[str, Records | str], origins: Mapping[str, str]
+) -> dict[str, str]:
     if CHOSEN in records[0]:
         both = "both completions of a pair"
         rated, labelled = f"rated {origins[REWARD]}", "the chosen one desirable"
         return {PAIRS: "the rows", RATED: f"{both}, {rated}", LABELLED: f"{both}, {labelled}"}
     best = "the best and the worst completion of a prompt"
+    lists = judged[LISTS]
+    of_lists = {}
+    if not isinstance(lists, str):
+        pairs = sum(_pairs_of(record[REWARDS]) for record in lists)
+        every = f"{pairs} pairs, every two completions of a list whose scores differ"
+        of_lists = {LISTS: f"the {'rows' if lists is records else 'prompts'}: {every}"}
     if COMPLETIONS in records[0]:
-        pairs = sum(_pairs_of(record[REWARDS]) for record in records)
         return {
-            LISTS: f"the rows: {pairs} pairs, every two completions of a list whose scores differ",
+            **of_lists,
             RATED: "the completions of the lists",
             LABELLED: f"{best}, the best one desirable",
         }
     are_labelled = origins[DESIRABLE] in LABELS
     labelled = "the rows" if are_labelled else f"{best}, the best one desirable"
-    return {PAIRS: best, RATED: "the rows", LABELLED: labelled}
+    return {**of_lists, PAIRS: best, RATED: "the rows", LABELLED: labelled}
 
 
 def _pairs_of(scores: Sequence[float]) -> int:

@@ -147,8 +147,9 @@ def load_task(config: Config) -> Task:
     with blaming("model"):
         tokenizer = load_tokenizer(settings, records)
         model = load_start(settings, tokenizer, seed)
+    kind, grouped = kind_of(loss_fn.loss, records), _make_lists(records)
     with blaming("dataset"):
-        train = _features(settings, loss_fn, tokenizer, records, "training", say)
+        train = _features(settings, kind, grouped, tokenizer, records, "training", say)
         check_fields(loss_fn, train)
     held_out: Features = []
     evaluated: Features = []
@@ -156,8 +157,8 @@ def load_task(config: Config) -> Task:
         if judged:
             held_out = _pairs(settings, tokenizer, judged, "held-out", say)
             evaluated = held_out
-        if judged and (_has_lists(judged) or not loss_fn.loss.pairwise):
-            evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
+        if judged and kind != PAIRS:
+            evaluated = _features(settings, kind, grouped, tokenizer, judged, "held-out", say)
     _check_tokens(tokenizer, model, [*train, *held_out, *evaluated])
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
 
@@ -195,16 +196,24 @@ def _tell(say: Say, part: str, said: str) -> None:
 
 def _features(
     settings: Settings,
-    loss_fn: PreferenceLoss,
+    kind: str,
+    grouped: bool,
     tokenizer: Any,
-    records: Features,
+    records: Records,
     part: str = "training",
     say: Say = print,
 ) -> Features:
-    """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
-    kind, lengths = kind_of(loss_fn.loss, records), (settings.max_length, settings.prompt_length)
+    """Token ids of the records as a loss judges them.
+
+    Args:
+        kind: of `kind_of`.
+        grouped: whether `RATED` completions stay together by prompt, as rows of lists.
+        part: of the data, for what is said.
+    """
+    lengths = (settings.max_length, settings.prompt_length)
     if kind == LISTS:
-        features, of_lists = counted_lists(records, tokenizer, *lengths, f"{part} lists")
+        lists = as_lists(records)
+        features, of_lists = counted_lists(lists, tokenizer, *lengths, f"{part} lists")
         say(of_lists.message)
         return features
     if kind == PAIRS:
@@ -212,7 +221,7 @@ def _features(
     points = judged_records(records, kind, say=partial(_tell, say, part))
     features, counts = counted_points(points, tokenizer, *lengths, f"{part} completions")
     say(counts.message)
-    return lists_of_points(features) if kind == RATED and _has_lists(records) else features
+    return lists_of_points(features) if kind == RATED and grouped else features
 
 
 def _pairs(
@@ -307,9 +316,12 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
 
 
 def kind_of(loss: Loss, records: Sequence[Record] = ()) -> str:
-    """What a loss judges of records: `LISTS`, `PAIRS`, or completions, `RATED` or `LABELLED`."""
+    """What a loss judges of records: `LISTS`, `PAIRS`, or completions, `RATED` or `LABELLED`.
+
+    Of rated completions with their prompt's number a loss on pairs judges lists.
+    """
     if loss.pairwise:
-        return LISTS if _has_lists(records) else PAIRS
+        return LISTS if _make_lists(records) else PAIRS
     return LABELLED if DESIRABLE in loss.needs else RATED
 
 
@@ -325,10 +337,19 @@ def judged_records(records: Records, kind: str, *, say: Say = print) -> Records:
         ValueError: as `as_pairs` and `as_judged` do.
     """
     if kind == LISTS:
-        return records
+        return as_lists(records)
     if kind == PAIRS:
         return as_pairs(records)
     return as_points(records, say=say) if kind == RATED else as_judged(records)
+
+
+def as_lists(records: Records) -> Records:
+    """Lists; of rated completions those of one prompt, and pairs, which are lists of two.
+
+    Raises:
+        ValueError: completions come without `reward` or `group`, or a group has two prompts.
+    """
+    return records if _has_lists(records) or _has_pairs(records) else lists_of_points(records)
 
 
 def as_pairs(records: Records) -> Records:
@@ -413,6 +434,12 @@ def _has_pairs(records: Records) -> bool:
 
 def _has_lists(records: Sequence[Record]) -> bool:
     return bool(records) and COMPLETIONS in records[0]
+
+
+def _make_lists(records: Sequence[Record]) -> bool:
+    """Whether all completions are rated, and it is known which are of one prompt."""
+    grouped = bool(records) and all(has_values(record, _GROUPED) for record in records)
+    return grouped or _has_lists(records)
 
 
 def _all_have(records: Records, name: str) -> bool:

@@ -281,7 +281,8 @@ class ListCollator(PointCollator):
     The batch is that of `PointCollator` on the completions of one list after another, whose place
     among the lists is their group: losses on pairs take every two completions of a list that their
     scores tell apart as a pair (see `LogpBatch`), those on single completions take them as they
-    are.
+    are. To the former a list without two different scores counts 0, though it is one of the B whose
+    mean they take; `tokenise_lists` drops it.
 
     Args:
         pad_token_id, padding_free, pad_to_multiple_of, vocab_size, max_length, truncation_mode: of
@@ -294,7 +295,8 @@ class ListCollator(PointCollator):
         Args:
             features: B dicts with `prompt_ids`, `completions_ids` (K lists of token ids), `rewards`
                 (K numbers) and optionally `references`, `prompt_references` (K numbers),
-                `completions_token_weights` (K lists, as long as the ids) and `weight`, the list's.
+                `completions_token_weights` (K lists, as long as the ids), `collisions` (K numbers)
+                and `weight`, the list's.
                 Pairs, as `PairCollator` takes them, are lists of two: rated by their scores, of
                 which the chosen one must be higher, or without them 1 and 0.
 

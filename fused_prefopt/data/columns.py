@@ -70,6 +70,7 @@ TRL_REFERENCES = REF_LOGPS, REF_KL_LOGPS, REF_PROMPT_LOGPS = (
     "ref_KL_logps",
     "ref_prompt_logps",
 )
+COLLISION, LIST_COLLISIONS = "collision", "collisions"
 COLLISIONS = ("collision_chosen", "collision_rejected")
 
 # Batches: how sequences are laid out; the first three are what Hugging Face's models call them.
@@ -108,13 +109,14 @@ LIST_COLUMNS = {
     REWARDS: REWARD,
     REFERENCES: REFERENCE,
     PROMPT_REFERENCES: PROMPT_REFERENCE,
+    LIST_COLLISIONS: COLLISION,
 }
 
 # Batches: fields of `LogpBatch`, and the columns of features that they are made of.
 GROUPS, KL = "groups", "kl"
 PROMPT_LENGTHS = "prompt_lengths"
 GOLD_LENGTHS = "gold_lengths"
-SEQUENCE_KL, COLLISION, WEIGHTS = "sequence_kl", "collision", "weights"
+SEQUENCE_KL, WEIGHTS = "sequence_kl", "weights"
 # A pair's weight is that of both its completions.
 PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS, WEIGHTS: (WEIGHT, WEIGHT)}
 POINT_FIELDS = {

@@ -166,7 +166,7 @@ def points_of_lists(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     Args:
         rows: records or features with `completions` or `completions_ids`, `rewards`, and
-            `references`, `prompt_references`, `completions_token_weights`, `weight`.
+            `references`, `prompt_references`, `completions_token_weights`, `collisions`, `weight`.
 
     Returns:
         A row for each completion, by the columns' names of single ones, with `group`, the list's
@@ -190,7 +190,8 @@ def lists_of_points(rows: Iterable[Row]) -> list[dict[str, Any]]:
     Args:
         rows: records or features with `prompt` and `completion`, or `prompt_ids` and
             `completion_ids`; with `reward` and `group`; and any of `reference`, `prompt_reference`,
-            `token_weights` and `weight`. Rows of one group must have one prompt and one weight.
+            `token_weights`, `collision` and `weight`; other columns are dropped. Rows of one group
+            must have one prompt and one weight.
 
     Returns:
         A row for each group, in order of first appearance, by the columns' names of lists.
@@ -205,7 +206,7 @@ def lists_of_points(rows: Iterable[Row]) -> list[dict[str, Any]]:
         texts = (PROMPT_IDS, COMPLETION_IDS) if COMPLETION_IDS in row else (PROMPT, COMPLETION)
         require_columns(row, (*texts, REWARD, GROUP), where)
         finite_number(REWARD, row[REWARD], where)
-        groups.setdefault(row[GROUP], []).append((where, row))
+        groups.setdefault(_plain(row[GROUP]), []).append((where, row))
     return [_list_of(members) for members in groups.values()]
 
 
@@ -213,7 +214,7 @@ def _list_of(members: list[tuple[str, Row]]) -> dict[str, Any]:
     _, first = members[0]
     for where, row in members:
         for name in _SHARED:
-            if row.get(name) != first.get(name):
+            if _plain(row.get(name)) != _plain(first.get(name)):
                 raise ValueError(
                     f"{name}: got {row.get(name)!r} in {where} and {first.get(name)!r} in"
                     f" {members[0][0]}, both of group {first[GROUP]}, wanted one for all of a group"
@@ -225,3 +226,8 @@ def _list_of(members: list[tuple[str, Row]]) -> dict[str, Any]:
                 require_columns(row, (name,), where)
             columns[plural] = [row[name] for _, row in members]
     return {name: first[name] for name in _SHARED if name in first} | columns
+
+
+def _plain(value: Any) -> Any:
+    """A value that compares and hashes by what it holds, also where it is an array or a tensor."""
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -33,6 +33,7 @@ from fused_prefopt.data.columns import (
     RATINGS,
     REJECTED,
     REWARD,
+    REWARDS,
     SCORES,
     TOKENS,
     WEIGHT,
@@ -40,6 +41,7 @@ from fused_prefopt.data.columns import (
     require_columns,
     row_at,
 )
+from fused_prefopt.data.list_rows import lists_of_points
 
 Row = Mapping[str, Any]
 Record = dict[str, Any]
@@ -222,8 +224,8 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
     """The best and the worst completion of every prompt, for pairwise losses.
 
     Args:
-        records: with `prompt`, `completion`, `reward` and `group`, and `weight`, of which both
-            completions of a pair must have the same.
+        records: as `lists_of_points` takes them: with `prompt`, `completion`, `reward` and `group`,
+            and optionally `weight`.
 
     Returns:
         Records with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected` and `weight`,
@@ -231,43 +233,30 @@ def pairs_of_points(records: Iterable[Row]) -> list[Record]:
         the groups that make no pair.
 
     Raises:
-        ValueError: a column is missing, a reward is no finite number, or a pair's completions have
-            two weights.
+        ValueError: a column is missing, a reward is no finite number, or the rows of a group have
+            two prompts or two weights.
     """
-    groups: dict[Any, list[tuple[float, Row]]] = {}
-    for index, record in enumerate(records):
-        where = row_at(index)
-        require_columns(record, (PROMPT, COMPLETION, REWARD, GROUP), where)
-        reward = finite_number(REWARD, record[REWARD], where)
-        groups.setdefault(record[GROUP], []).append((reward, record))
-    pairs = []
-    for members in groups.values():
-        high, best = max(members, key=lambda member: member[0])
-        low, worst = min(members, key=lambda member: member[0])
+    lists, pairs = lists_of_points(records), []
+    for number, each in enumerate(lists):
+        rated = [
+            (finite_number(REWARD, reward, f"group {number}"), completion)
+            for completion, reward in zip(each[COMPLETIONS], each[REWARDS], strict=True)
+        ]
+        high, best = max(rated, key=lambda one: one[0])
+        low, worst = min(rated, key=lambda one: one[0])
         if high > low:
             scores = dict(zip(SCORES, (high, low), strict=True))
-            sides = {CHOSEN: best[COMPLETION], REJECTED: worst[COMPLETION]}
-            pairs.append({PROMPT: best[PROMPT], **sides, **scores, **_weight(best, worst)})
-    alike = len(groups) - len(pairs)
+            sides = {CHOSEN: best, REJECTED: worst}
+            own = weight_of(each, f"group {number}")
+            pairs.append({PROMPT: each[PROMPT], **sides, **scores, **own})
+    alike = len(lists) - len(pairs)
     if alike:
         logger.warning(
             "pairs_of_points: dropped %d of %d prompts, whose rewards do not differ",
             alike,
-            len(groups),
+            len(lists),
         )
     return pairs
-
-
-def _weight(best: Row, worst: Row) -> dict[str, float]:
-    """The weight of a pair of two completions of a prompt."""
-    where = f"group {best[GROUP]}"
-    weights = [weight_of(each, where) for each in (best, worst)]
-    if weights[0] != weights[1]:
-        raise ValueError(
-            f"weight: got {best.get(WEIGHT)} and {worst.get(WEIGHT)} in {where}, the best and the"
-            " worst completion, wanted one weight for the pair of them"
-        )
-    return weights[0]
 
 
 def _recognised_pairs(row: Row) -> Recognised:

@@ -16,6 +16,7 @@ from fused_prefopt.data.columns import (
     GOLD_IDS,
     GROUP,
     LABELS,
+    LIST_RATINGS,
     PAIR,
     PROMPT,
     PROMPT_IDS,
@@ -118,9 +119,9 @@ def tokenise_lists(
     before them in their list, and lists that have no two completions of different reward left.
 
     Args:
-        records: with `prompt`, `completions` and `rewards`, as the adapter `lists` makes them, or
-            `chosen` and `rejected`, a list of two, with their scores or rated 1 and 0; `weight` is
-            kept.
+        records: with `prompt`, `completions` and a number for each of them in `rewards`, `scores`
+            or `ratings` (the first with values counts), or `chosen` and `rejected`, a list of two,
+            with their scores or rated 1 and 0; `weight` is kept.
         tokenizer: as for `tokenise_pairs`.
         max_length: tokens of prompt and completion together.
         max_prompt_length: tokens of the prompt, fewer than `max_length`.
@@ -210,11 +211,13 @@ def counted_lists(
     """`tokenise_lists`, with the counts instead of a log message, which `what` begins."""
     encoder = _Encoder(tokenizer, max_length, max_prompt_length)
     counts = ListCounts(what, max_length, max_prompt_length)
+    records = list(records)
+    rating = column_of(records, LIST_RATINGS) or REWARDS
     features = []
     for index, record in enumerate(records):
         where = row_at(index)
         require_columns(record, (PROMPT,), where)
-        members = members_of(record, where)
+        members = members_of({**record, REWARDS: record.get(rating)}, where)
         rewards = [read_value(REWARD, each[REWARD], each.place) for each in members]
         whole = [encoder.encode(each[PROMPT], each[COMPLETION], each.place) for each in members]
         cut = [encoder.fit(*side) for side in whole]

@@ -14,6 +14,7 @@ from fused_prefopt.data.columns import (
     COMPLETION_MASK,
     DESIRABLE,
     GOLD,
+    GROUPS,
     INPUT_IDS,
     MADE_UP_REWARDS,
     PROMPT,
@@ -208,6 +209,9 @@ class Attachment:
         self, batch: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor | None], Compared | None]:
         extras, needs = given_fields(batch), self.loss_fn.loss.needs
+        if extras[GROUPS] is not None:
+            # Before a reference has taken its sequences for pairs.
+            self.loss_fn.require_lists()
         for name in _REFERENCE_FIELDS:
             _require_exact(name, extras[name])
         missing = {name for name in _REFERENCE_FIELDS if name in needs and extras[name] is None}

@@ -118,6 +118,7 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
             raise ValueError(lacks_reference(loss_fn, missing))
         if loss_fn.loss.pairwise and isinstance(collator, PointCollator):
             _require_lists(loss_fn, found)
+            loss_fn.require_lists()
         return found
 
     require_rows(trainer, loss_fn, fields_of)

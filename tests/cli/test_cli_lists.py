@@ -8,6 +8,8 @@ import math
 import pytest
 from command_line_jobs import sentences, write_lines
 
+from fused_prefopt.data import points_of_lists
+
 pytest.importorskip("safetensors")
 pytest.importorskip("datasets")
 
@@ -63,6 +65,53 @@ def test_every_kind_of_loss_has_its_rows(loaded, files, capsys):
     task = loaded(loss="simpo", **files)
     assert [len(row["rewards"]) for row in task.evaluated] == [2, 2, 4]
     assert len(task.held_out) == 3 and "chosen_ids" in task.held_out[0]
+
+
+def test_one_data_set_is_one_training_in_every_form(loaded, files, tmp_path):
+    rows = [row | {"rewards": row["scores"]} for row in lists(8)]
+    points = points_of_lists(rows)
+    feedback = [
+        {
+            "instruction": row["prompt"],
+            "completions": [
+                {"response": text, "overall_score": score, "fine-grained_score": None}
+                for text, score in zip(row["completions"], row["scores"], strict=True)
+            ],
+        }
+        for row in rows
+    ]
+    for loss in ("plackett-luce-dpo", "dro", "kto"):
+        lists_, of_points, of_feedback = (
+            loaded(loss=loss, dataset=file).train
+            for file in (
+                files["dataset"],
+                write_lines(tmp_path / "points.jsonl", points[::2] + points[1::2]),
+                write_lines(tmp_path / "feedback.jsonl", feedback),
+            )
+        )
+        if loss == "kto":
+            assert of_points == [row | {"group": row["group"]} for row in lists_]
+            continue
+        assert [sorted(row["rewards"]) for row in of_points] == [
+            sorted(row["rewards"]) for row in lists_
+        ]
+        assert {len(row["completions_ids"]) for row in of_points} == {2, 3, 4}
+        # As chats, by the template.
+        assert [row["rewards"] for row in of_feedback] == [row["rewards"] for row in lists_]
+
+
+@pytest.mark.parametrize("loss", ["simpo", "dro"])
+def test_held_out_rows_are_laid_out_as_those_that_train(loaded, files, tmp_path, loss):
+    pairs_ = write_lines(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": "the cat", "chosen": "sat on", "rejected": "mat"}] * 2,
+    )
+    task = loaded(loss=loss, dataset=files["dataset"], held_out=pairs_)
+    assert [row["rewards"] for row in task.evaluated] == [[1, 0]] * 2
+    assert task.collator()(task.evaluated)["groups"].tolist() == [0, 0, 1, 1]
+    task = loaded(loss=loss, dataset=pairs_, held_out=files["held_out"])
+    assert "completions_ids" not in task.evaluated[0]
+    assert task.collator()(task.evaluated)["rewards"].min() == 0
 
 
 def test_what_lists_cannot_do_is_refused(refused, files, tmp_path):

@@ -19,6 +19,7 @@ from fused_prefopt.cli.task import (
     as_pairs,
     as_points,
     held_out_records,
+    kind_of,
     load_loss,
     training_records,
 )
@@ -98,7 +99,7 @@ def test_completions_that_make_no_pairs_are_an_error_with_a_remedy(refused, tmp_
     with pytest.raises(ValueError, match="not all with group, needs pairs"):
         as_judged([row | {"reward": 1.0} for row in completions()])
     with pytest.raises(ValueError, match="got no prompt with two completions of different reward"):
-        as_pairs([row | {"reward": 1.0, "group": 0} for row in completions()])
+        as_pairs([row | {"prompt": "a", "reward": 1.0, "group": 0} for row in completions()])
     with pytest.raises(ValueError, match="label: got some rows without, needs one in each"):
         as_judged([row | more for row in completions(1) for more in ({"desirable": True}, {})])
 
@@ -187,18 +188,26 @@ def test_files_without_pairs_are_told_apart(material, tmp_path, content, message
 def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records):
     settings = Settings(model="unused", loss=name, max_length=32)
     loss_fn = load_loss(settings)
-    features = _features(settings, loss_fn, tiny_tokenizer(), records)
-    if "gold" in loss_fn.loss.needs and records is RATED:
-        with pytest.raises(UserError, match=f"got no gold, needs it for {name}; 1 of 1 rows"):
+    kind, rated = kind_of(loss_fn.loss, records), records is RATED
+    features = _features(settings, kind, rated, tiny_tokenizer(), records)
+    if rated and name.startswith("aot"):
+        with pytest.raises(UserError, match=f"{name}, which sorts the pairs, with lists"):
+            check_fields(loss_fn, features)
+        return
+    if "gold" in loss_fn.loss.needs and rated:
+        with pytest.raises(UserError, match=f"{name} needs `gold`, .* does not compute"):
             check_fields(loss_fn, features)
         return
     check_fields(loss_fn, features)
-    if loss_fn.loss.pairwise:
-        assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
-    elif "desirable" in loss_fn.loss.needs:
+    if "desirable" in loss_fn.loss.needs:
         assert [feature["desirable"] for feature in features[:2]] == [True, False]
+    elif rated:
+        assert [feature["rewards"] for feature in features] == [[0.5, 0.25, 1]]
+        assert len(features[0]["completions_ids"]) == 3
+    elif loss_fn.loss.pairwise:
+        assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
     else:
-        assert [feature["reward"] for feature in features[:2]] in ([1, 0], [0.5, 0.25])
+        assert [feature["reward"] for feature in features[:2]] == [1, 0]
 
 
 def test_a_sum_is_a_text_or_a_list_and_needs_what_its_terms_need():

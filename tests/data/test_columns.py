@@ -90,7 +90,7 @@ def test_a_value_of_no_use_is_refused_with_its_column_and_its_place(reader, colu
     read, row, _ = READERS[reader]
     good, refused, wanted = KINDS.get(column, NUMBER)
     row = row | {column: good}
-    read([row, row | {"prompt": "z"}])
+    read([row, dict(row)])
     place = "feature 1" if "Collator" in reader else "row 1 (counted from 0)"
     for value in refused:
         with pytest.raises(ValueError) as error:

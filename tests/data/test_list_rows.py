@@ -76,6 +76,8 @@ def test_lists_have_the_ids_of_pairs():
     record = RECORD | {"weight": 2}
     ids = {"prompt_ids": [1, 2], "completions_ids": [[3, 0], [4, 0], [5, 6, 0]]}
     assert listed(record) == ids | {"rewards": [1.0, 3.5, 2.0], "weight": 2.0}
+    scored = {"scores" if name == "rewards" else name: record[name] for name in record}
+    assert listed(scored) == listed(record)
     pair = {"prompt": "ab", "chosen": "c", "rejected": "d"}
     assert listed(pair) == {**ids, "completions_ids": [[3, 0], [4, 0]], "rewards": [1.0, 0.0]}
     tokenizer = tiny_tokenizer(adds_bos=True)
@@ -218,6 +220,21 @@ def test_lists_and_points_are_each_others():
             lists_of_points([points[0], points[1] | change])
     with pytest.raises(ValueError, match="missing column 'group'"):
         lists_of_points([{name: points[0][name] for name in points[0] if name != "group"}])
+
+
+def test_groups_and_prompts_may_be_tensors():
+    points = [
+        row | {"collision": -1.0 * index, "desirable": True}
+        for index, row in enumerate(points_of_lists(list_features(3)))
+    ]
+    lists_ = lists_of_points(points)
+    assert [each["collisions"] for each in lists_] == [[-0, -1, -2], [-3, -4], [-5, -6, -7, -8]]
+    assert all("desirable" not in each for each in lists_)
+    batches = [ListCollator(0)(lists_)]
+    as_tensors = [{name: torch.as_tensor(value) for name, value in row.items()} for row in points]
+    batches.append(ListCollator(0)(lists_of_points(as_tensors)))
+    for name in ("input_ids", "groups", "rewards", "collision"):
+        torch.testing.assert_close(batches[0][name], batches[1][name], rtol=0, atol=0)
 
 
 def test_every_completion_of_a_list_has_its_reference(tmp_path):

@@ -146,3 +146,5 @@ def test_the_best_and_the_worst_point_become_a_pair_and_ties_are_dropped(caplog)
     assert [(each.levelname, each.getMessage()) for each in caplog.records] == [
         ("WARNING", "pairs_of_points: dropped 2 of 3 prompts, whose rewards do not differ")
     ]
+    with pytest.raises(ValueError, match="prompt: got 'q' in row 1 .* wanted one for all of a gr"):
+        pairs_of_points([point("a", 2, 5), point("b", 1, 5, "q")])

@@ -131,7 +131,7 @@ def test_weights_that_are_none_are_refused():
         {"prompt": "the", "completion": word, "reward": i, "group": 0, "weight": i}
         for i, word in enumerate((" cat", " mat"))
     ]
-    with pytest.raises(ValueError, match="weight: got 1 and 0 in group 0"):
+    with pytest.raises(ValueError, match="weight: got 1 in row 1 .* and 0 in row 0 .* of group 0"):
         pairs_of_points(unlike)
 
 

@@ -149,3 +149,14 @@ def test_no_process_may_be_dealt_rows_of_lists(tmp_path):
     for pairwise in (True, False):
         with pytest.raises(ValueError, match="deals out rows, with lists, whose rows may go to"):
             keep_batches_whole(run, pairwise=pairwise)
+
+
+def test_shortened_completions_are_refused_before_a_reference_is_asked(tmp_path):
+    loss_fn, other = fp.PreferenceLoss("dpo", ld_alpha=0.5), tiny_llama(5)
+    message = "ld_alpha: got 0.5 with lists, needs pairs"
+    with pytest.raises(ValueError, match=f"train_dataset: {message}"):
+        build("transformers", tmp_path, list_features(4), loss=loss_fn, reference=other)
+    model = tiny_llama()
+    attach(model, loss_fn, reference=other)
+    with pytest.raises(ValueError, match=message):
+        model(**ListCollator(0)(list_features(3)))

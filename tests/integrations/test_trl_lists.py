@@ -10,7 +10,7 @@ from tiny_images import FAMILIES, image_trainer
 from tiny_models import tiny_llama
 from trainers import build, dataset, first_batch, in_order, lora, pairs
 
-from fused_prefopt.data import points_of_lists
+from fused_prefopt.data import ListCollator, points_of_lists
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
@@ -86,6 +86,56 @@ def test_a_kto_trainer_makes_lists_for_a_loss_on_pairs(tmp_path, kind):
     assert first_batch(in_order(run))["groups"].unique().tolist() == [0, 1, 2, 3]
     eager = tiny_llama()
     assert_step(run, dpo_of_lists(eager, tiny_llama(5), ids_of(run)), eager)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_kto_trainer_makes_lists_of_pairs(tmp_path, scored):
+    scores = {"score_chosen": [2.0] * 16, "score_rejected": [0.5] * 16} if scored else {}
+    run = build("kto", tmp_path, pairs(**scores), loss="dpo", reference=tiny_llama(5))
+    assert [row["rewards"] for row in run.train_dataset] == [[2.0, 0.5] if scored else [1, 0]] * 16
+    eager = tiny_llama()
+    rows = ids_of(run)[:4]
+    assert_step(run, dpo_of_lists(eager, tiny_llama(5), rows), eager)
+
+
+REFERENCES = [[-1.0 * (i + j) for j in range(len(row["scores"]))] for i, row in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"), [("dpo", "references"), ("kto", "references"), ("kto", "ref_logps")]
+)
+def test_references_beside_texts_are_the_completions(tmp_path, kind, column):
+    """No model is asked, be the rows lists or single completions, which TRL has a name for."""
+    rows = [row | {"references": own} for row, own in zip(TEXTS, REFERENCES, strict=True)]
+    if column == "ref_logps":
+        points = points_of_lists([row | {"rewards": row["scores"]} for row in rows])
+        rows = [{**row, column: row.pop("reference")} for row in points]
+    run = build(kind, tmp_path, dataset(rows), loss="dpo")
+    assert [row["references"] for row in run.train_dataset] == REFERENCES
+    batch = run.of_loss(run.model, run._prepare_inputs(first_batch(in_order(run))))
+    assert batch["reference"].tolist() == [value for own in REFERENCES for value in own]
+
+
+def test_references_are_of_what_the_collator_lays_out(tmp_path):
+    """One's own collator cuts nothing here, whatever the configuration says."""
+    found = []
+    for own in ({"max_length": 4}, {"max_length": 64}):
+        given = {"data_collator": ListCollator(0)}
+        options = {"precompute_ref_log_probs": True, "reference": tiny_llama(5), "given": given}
+        run = build("dpo", tmp_path, dataset(TEXTS), loss="dpo", **options | own)
+        found.append([row["references"] for row in run.train_dataset])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_a_data_sets_format_is_nothing_to_its_lists(tmp_path, kind, tokenised):
+    plain = build(kind, tmp_path, dataset(TEXTS), loss="simpo").train_dataset
+    data = (plain if tokenised else dataset(TEXTS)).with_format("torch")
+    run = build(kind, tmp_path, data, loss="simpo")
+    names = ("prompt_ids", "completions_ids", "rewards")
+    for one, other in zip(run.train_dataset, plain, strict=True):
+        assert [one[name] for name in names] == [other[name] for name in names]
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
@@ -172,7 +222,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(tmp_path, caplog):
     ("kind", "loss", "change", "options", "message"),
     [
         ("dpo", "simpo", {}, {"shared_prompt": True}, "shared_prompt: got True with rows of lists"),
-        ("dpo", "simpo", {}, {"ld_alpha": 0.5}, "ld_alpha: got 0.5 with rows of lists"),
+        ("dpo", "simpo", {}, {"ld_alpha": 0.5}, "ld_alpha: got 0.5 with lists, needs pairs"),
         ("dpo", "simpo", {"scores": [1.0]}, {}, "rewards: got 1 in row 0 .* each of its 3"),
         ("dpo", "simpo", {"scores": None}, {}, "rewards: got None in row 0"),
         ("dpo", "simpo", {"prompt": None, "promt": "a"}, {}, "missing column 'prompt' .*'promt'"),

@@ -255,7 +255,7 @@ def test_hidden_states_of_lists_and_what_is_refused():
     torch.testing.assert_close(found.loss, wanted.loss)
     slopes = [torch.autograd.grad(each.loss, hidden)[0] for each in (found, wanted)]
     torch.testing.assert_close(*slopes)
-    with pytest.raises(ValueError, match=r"ld_alpha: got 0.5 with `groups`, needs pairs"):
+    with pytest.raises(ValueError, match=r"ld_alpha: got 0.5 with lists, needs pairs"):
         PreferenceLoss("dpo", ld_alpha=0.5)(hidden, head, labels, **given)
     with pytest.raises(ValueError, match=r"lists .* needs `rewards`"):
         PreferenceLoss("dpo").from_logps(dataclasses.replace(batch, rewards=None))

@@ -144,8 +144,8 @@ class FusesLoss(
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
             self._require_image_values()
-        if self._has_lists and loss_fn.ld_alpha is not None:
-            raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with rows of lists, needs None")
+        if self._has_lists:
+            loss_fn.require_lists()
         if self._makes_lists and not self._has_lists:
             raise ValueError(
                 f"loss: {loss_fn.name!r} is pairwise, wanted one on points: of rows with images no"
@@ -184,8 +184,9 @@ class FusesLoss(
         if self._is_laid_out:
             return
         self._is_laid_out = True
-        if self._has_lists and not self._is_own_collator:
-            self.data_collator = self._list_collator()
+        if self._has_lists:
+            own = self.data_collator if self._is_own_collator else self._list_collator()
+            self.data_collator = self._lays_out_lists = own
         elif self._layout is not None or self._lays_out_gold:
             if self._is_vision_dataset:
                 raise ValueError(

@@ -103,7 +103,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     Rows are `prompt`, `completion` and `label` (desirable or not), a `reward`, `score` or `rating`
     (without one DRO's is ±1 by the label, which no log shows), or both, and a `group` (DRO's mean
-    over the completions of a prompt); pairs become two rows, with their scores and a group. TRL's
+    over the completions of a prompt); pairs become two rows, with their scores and a group (for a
+    loss on pairs without scores rated 1 and 0). TRL's
     tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
     are; rows that truncation leaves without a label are dropped, and a log message counts them.
     Rows of lists (`prompt`, `completions`, `rewards`, `scores` or `ratings`; see `FusedDPOTrainer`)
@@ -221,11 +222,14 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             row = next(iter(dataset))
         require_sides(dataset_name, row, pairwise=False)
         valued = all(name in row for name in SCORES) or WEIGHT in row
-        if valued and all(name in row for name in PAIR):
+        if (valued or self._makes_lists) and all(name in row for name in PAIR):
             if PROMPT not in row:
                 dataset = dataset.map(extract_prompt)
             dataset = dataset.map(
-                _unpaired, batched=True, with_indices=True, remove_columns=list(next(iter(dataset)))
+                partial(_unpaired, ranked=self._makes_lists),
+                batched=True,
+                with_indices=True,
+                remove_columns=list(next(iter(dataset))),
             )
             row = next(iter(dataset))
         if LABEL not in row and CHOSEN not in row:
@@ -317,15 +321,21 @@ def _label_of(column: str, row: Mapping[str, Any], index: int) -> dict[str, bool
     return {LABEL: finite_number(column, row[column], row_at(index)) > 0}
 
 
-def _unpaired(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-    """Two rows of each pair, chosen first, with its scores and its weight."""
+def _unpaired(
+    rows: dict[str, list[Any]], indices: list[int], *, ranked: bool
+) -> dict[str, list[Any]]:
+    """Two rows of each pair, chosen first, with its scores, or `ranked` without, and its weight."""
     points = {
         PROMPT: [prompt for prompt in rows[PROMPT] for _ in PAIR],
         COMPLETION: _interleaved(rows[CHOSEN], rows[REJECTED]),
         LABEL: [label for _ in indices for label in (True, False)],
     }
-    if all(name in rows for name in SCORES):
+    scored = all(name in rows for name in SCORES)
+    if scored:
         points[REWARD] = _interleaved(rows[SCORE_CHOSEN], rows[SCORE_REJECTED])
+    elif ranked:
+        points[REWARD] = [reward for _ in indices for reward in (1.0, 0.0)]
+    if scored or ranked:
         points[GROUP] = [index for index in indices for _ in PAIR]
     if WEIGHT in rows:
         points[WEIGHT] = _interleaved(rows[WEIGHT], rows[WEIGHT])

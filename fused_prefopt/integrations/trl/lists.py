@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from fused_prefopt.data import ListCollator
 from fused_prefopt.data.columns import (
     CHOSEN,
+    COLLISION,
     COMPLETION,
     COMPLETION_IDS,
     COMPLETIONS,
@@ -20,6 +21,7 @@ from fused_prefopt.data.columns import (
     GROUP,
     GROUPS,
     LABEL,
+    LIST_COLLISIONS,
     LIST_COLUMNS,
     LIST_RATINGS,
     LIST_REFERENCES,
@@ -31,6 +33,8 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     PROMPT_REFERENCES,
     RATINGS,
+    REF_LOGPS,
+    REF_PROMPT_LOGPS,
     REFERENCE,
     REFERENCES,
     REJECTED,
@@ -55,7 +59,7 @@ from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 # What TRL renders a chat with, beside its messages.
 _OF_CHATS = ("tools", "chat_template_kwargs")
 # Columns of lists of token ids that no trainer is to drop, beside those of any row.
-OF_LISTS = (COMPLETIONS_IDS, REWARDS, *LIST_REFERENCES)
+OF_LISTS = (COMPLETIONS_IDS, REWARDS, *LIST_REFERENCES, LIST_COLLISIONS)
 # Fields of `LogpBatch` that a loss can get of lists.
 FIELDS_OF_LISTS = {GROUPS, REWARDS, PROMPT, PROMPT_LENGTHS} | OF_REFERENCE
 Tokenise = Callable[[Any, Any], Any]
@@ -79,12 +83,14 @@ def refuse_lists(why: str, *datasets: Any) -> None:
                 raise ValueError(f"{why}, with rows of lists; needs rows of pairs or completions")
 
 
-def _require_length(dataset: Any, name: str) -> None:
+def _in_python(dataset: Any, name: str) -> Any:
+    """A data set whose rows are Python's lists and numbers, in whatever format it was given."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"{name}_dataset: got a stream in a trainer on lists, wanted a data set with a length:"
             " they are put together of rows that TRL has tokenised"
         )
+    return dataset.with_format(None)
 
 
 def lists_by_pairs(dataset: Any, name: str, args: Any, tokenise: Tokenise) -> Any:
@@ -100,7 +106,7 @@ def lists_by_pairs(dataset: Any, name: str, args: Any, tokenise: Tokenise) -> An
     Raises:
         ValueError: the data set is a stream, or a row has not a number for each completion.
     """
-    _require_length(dataset, name)
+    dataset = _in_python(dataset, name)
     first = next(iter(dataset))
     if COMPLETIONS_IDS in first:
         return dataset
@@ -126,7 +132,7 @@ def points_of(dataset: Any, name: str) -> Any:
     Raises:
         ValueError: as in `lists_by_pairs`.
     """
-    _require_length(dataset, name)
+    dataset = _in_python(dataset, name)
     first = next(iter(dataset))
     rating = REWARDS if COMPLETIONS_IDS in first else _rating_of_texts(first, name)
     return dataset.map(
@@ -148,12 +154,14 @@ def lists_of_rows(dataset: Any, name: str) -> Any:
     Raises:
         ValueError: the data set is a stream, lacks a column or a value, or a group has two prompts.
     """
-    _require_length(dataset, name)
+    dataset = _in_python(dataset, name)
     first = next(iter(dataset))
     rating = column_of([first], RATINGS) or REWARD
     require_columns(first, (GROUP, rating), f"{name}_dataset, for lists")
-    wanted = (PROMPT_IDS, COMPLETION_IDS, GROUP, WEIGHT, TOKEN_WEIGHTS, *POINT_REFERENCES)
-    names = {name: name for name in wanted if name in dataset.column_names} | {rating: REWARD}
+    wanted = {name: name for name in (PROMPT_IDS, COMPLETION_IDS, GROUP, WEIGHT, TOKEN_WEIGHTS)}
+    wanted |= {name: name for name in (*POINT_REFERENCES, COLLISION)} | {rating: REWARD}
+    wanted |= {REF_LOGPS: REFERENCE, REF_PROMPT_LOGPS: PROMPT_REFERENCE}
+    names = {name: wanted[name] for name in wanted if name in dataset.column_names}
     groups = dataset[GROUP][:]
     firsts: dict[Any, int] = {}
     for place, group in enumerate(groups):
@@ -180,7 +188,7 @@ def kept_lists(dataset: Any, name: str, args: Any, cut: Cut) -> Any:
     for index, row in enumerate(dataset):
         members = members_of(row, row_at(index))
         rewards = [finite_number(REWARD, each[REWARD], each.place) for each in members]
-        if row.get(WEIGHT) is not None:
+        if WEIGHT in row:
             weight(WEIGHT, row[WEIGHT], row_at(index))
         whole = [(each[PROMPT_IDS], each[COMPLETION_IDS]) for each in members]
         sides = [cut_side(*side, cut.max_length, cut.mode) for side in whole]
@@ -289,24 +297,25 @@ def _list_of_pairs(
         for pair in pairs
         for name in PAIR_IDS
     ]
-    rewards = [finite_number(rating, value, where) for value in row[rating]]
-    members = sides[: len(rewards)]
-    share_prompt(members)
-    ids = {
-        PROMPT_IDS: members[0][PROMPT_IDS],
-        COMPLETIONS_IDS: [each[COMPLETION_IDS] for each in members],
-    }
-    own = {WEIGHT: weight(WEIGHT, row[WEIGHT], where)} if WEIGHT in row else {}
-    return ids | {REWARDS: rewards} | own
+    members = members_of({**row, REWARDS: row[rating]}, where)
+    # The last of the sides may be there twice.
+    for member, side in zip(members, sides, strict=False):
+        del member[PROMPT], member[COMPLETION]
+        member |= {GROUP: 0, **side}
+    return _list_of(members)
 
 
 def _list_of_points(
     names: Mapping[str, str], _: Any, rows: list[Member], where: str
 ) -> dict[str, Any]:
     """A list of token ids, of its completions'."""
-    members = [
-        Member({names[name]: value for name, value in row.items()}, row.place) for row in rows
-    ]
+    return _list_of(
+        [Member({names[name]: value for name, value in row.items()}, row.place) for row in rows]
+    )
+
+
+def _list_of(members: Sequence[Member]) -> dict[str, Any]:
+    """A list of token ids of the rows of its completions."""
     share_prompt(members)
     return lists_of_points(members)[0]
 
@@ -348,6 +357,9 @@ class TakesLists:
     # Whether they are single completions, of which a loss on pairs wants lists.
     _makes_lists: bool = False
     _is_laid_out: bool
+    # Their collator, without what checks its batches.
+    _lays_out_lists: Any
+    _lay_out: Any
     _reference_logps: Any
     _reference_of: Any
     _own_reference_logps: Any
@@ -403,10 +415,12 @@ class TakesLists:
 
     def _with_list_references(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Lists with the reference's log-probs of each completion; pairs with their own."""
-        _require_length(dataset, name)
+        dataset = _in_python(dataset, name)
         if REFERENCES in dataset.column_names:
             return dataset
-        rows = self._own_reference_logps(list(dataset), self._list_collator(), name, batch_size)
+        # Here TRL's constructor may not be through.
+        self._lay_out()
+        rows = self._own_reference_logps(list(dataset), self._lays_out_lists, name, batch_size)
         names = [each for each in rows[0] if each not in dataset.column_names]
         if PROMPT_REFERENCE not in self.needs:
             names = [each for each in names if each != PROMPT_REFERENCES]
