@@ -66,7 +66,8 @@ class PreferenceLoss(nn.Module):
         drop_mass: of the op; probability that a row's gradient may leave out.
         ld_alpha: LD-DPO's α in [0, 1], for any loss on pairs: weight of the log-probs by which a
             completion is longer than its partner. The `reference` must be weighted alike, as TRL's
-            is; see `shared_and_tail_logps`. None weighs all alike.
+            is, and so must `extrapolated` and `interpolated`; see `shared_and_tail_logps`. None
+            weighs all alike.
         use_weighting: WPO's weights, for any loss that is a mean over pairs: how likely the policy
             is to write both completions; see `losses.OnPolicyWeights`.
         margin: a target margin more, for any loss that compares the rewards of a pair, of a sum in

@@ -23,8 +23,9 @@ LOSS_STATE = "preference_loss.pt"
 class KeepsLossState:
     """Mixin for a `transformers.Trainer` with an `attachment`: saves and restores its loss.
 
-    It also loads weights that a checkpoint holds by other names than the model, as those of models
-    that see images, of which transformers' trainer only warns: training would go on without them.
+    It tells the loss how many batches make a step of the optimizer, and loads weights that a
+    checkpoint holds by other names than the model, as those of models that see images, of which
+    transformers' trainer only warns: training would go on without them.
 
     Raises:
         ValueError: training resumes from, or ends with, the statistics of a loss of another kind or
@@ -36,6 +37,15 @@ class KeepsLossState:
     model: Any
     state: Any
     _loaded_from: str
+    current_gradient_accumulation_steps: int
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's own; the loss's statistics know of the step that it is a part of."""
+        statistics = self.attachment.loss_fn.statistics
+        if statistics is not None:
+            statistics.batches_per_step = self.current_gradient_accumulation_steps
+        found: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         require_saved_whole("resume_from_checkpoint", self.model if model is None else model)

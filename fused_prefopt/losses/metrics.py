@@ -18,6 +18,8 @@ KL_CHOSEN, KL_REJECTED, KL_MEAN = "kl/chosen", "kl/rejected", "kl/mean"
 SEQUENCE_KL_CHOSEN, SEQUENCE_KL_REJECTED = "sequence_kl/chosen", "sequence_kl/rejected"
 SEQUENCE_KL_MEAN = "sequence_kl/mean"
 MARGIN_MEAN, MARGIN_STD = "margin/mean", "margin/std"
+# Of a loss that judges each pair with a β of its own.
+BETA_MEAN = "beta/mean"
 SCORES_MEAN, SCORES_STD = "reward_model/mean", "reward_model/std"
 LOG_Z_MEAN = "log_z/mean"
 # What BCO's rewards are measured from: of all pairs so far.
@@ -107,7 +109,11 @@ def nonfinite(losses: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pairwise_metrics(
-    batch: LogpBatch, rewards: Tensor, target_margins: Tensor, losses: Tensor
+    batch: LogpBatch,
+    rewards: Tensor,
+    target_margins: Tensor,
+    losses: Tensor,
+    betas: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Metrics of a batch of pairs: those of TRL's DPO trainer, plus KL and margin.
 
@@ -116,13 +122,15 @@ def pairwise_metrics(
         rewards: (S,) implicit rewards.
         target_margins: (P,) γ_i.
         losses: (P,) losses.
+        betas: (P,) β of each pair, of a loss with a scale.
 
     Returns:
         Means over the pairs, weighted where the batch has weights: `rewards/chosen`,
         `rewards/rejected`, `rewards/accuracies` (share with the chosen reward greater),
         `rewards/margins`, `logps/chosen`, `logps/rejected` (sums, nats); with a reference
         `kl/chosen`, `kl/rejected` (policy − reference, nats); `margin/mean`, `margin/std` of γ_i;
-        `nonfinite`, the number of non-finite losses; and `weights/mean` where there are weights.
+        with a scale `beta/mean`; `nonfinite`, the number of non-finite losses; and `weights/mean`
+        where there are weights.
     """
     weights = weights_of(batch, pairwise=True)
     chosen, rejected = halves(rewards)
@@ -138,6 +146,8 @@ def pairwise_metrics(
     }
     if batch.reference is not None:
         averaged[KL_CHOSEN], averaged[KL_REJECTED] = halves(batch.policy - batch.reference)
+    if betas is not None:
+        averaged[BETA_MEAN] = betas
     means = average(torch.stack(list(averaged.values())), weights)
     metrics = dict(zip(averaged, means.unbind(), strict=True))
     deviation = {MARGIN_STD: spread(target_margins, weights)}

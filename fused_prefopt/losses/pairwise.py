@@ -135,7 +135,12 @@ class PairwiseLoss:
         reward_margins = self._reward_margins(rewards)
         of_margin, of_scale = summary if isinstance(summary, tuple) else (summary, None)
         target_margins = self.margin(batch, reward_margins, of_margin)
-        losses = self._judged(batch, rewards, reward_margins, target_margins, of_scale)
+        margins, betas = (reward_margins, target_margins), None
+        if self.scale is not None:
+            scale = self.scale(batch, reward_margins, of_scale)
+            margins = scale * reward_margins, scale * target_margins
+            betas = scale * self.reward.beta
+        losses = self._judged(batch, rewards, *margins)
         if self.weighting is not None:
             losses = self.weighting(batch) * losses
         loss, losses = self._reduced(batch, losses)
@@ -143,7 +148,7 @@ class PairwiseLoss:
         return LossOutput(
             loss=loss,
             losses=losses,
-            metrics=pairwise_metrics(batch, rewards, target_margins, losses),
+            metrics=pairwise_metrics(batch, rewards, target_margins, losses, betas),
             rewards=rewards,
             target_margins=target_margins,
         )
@@ -166,16 +171,8 @@ class PairwiseLoss:
         return mean(weighted), losses
 
     def _judged(
-        self,
-        batch: LogpBatch,
-        rewards: Tensor,
-        reward_margins: Tensor,
-        target_margins: Tensor,
-        summary: Any,
+        self, batch: LogpBatch, rewards: Tensor, reward_margins: Tensor, target_margins: Tensor
     ) -> Tensor:
-        if self.scale is not None:
-            scale = self.scale(batch, reward_margins, summary)
-            reward_margins, target_margins = scale * reward_margins, scale * target_margins
         if self.ranking is None:
             return self.link(reward_margins, target_margins)
         return self.ranking(batch, rewards, self.link, reward_margins, target_margins)

@@ -28,8 +28,8 @@ class PerturbedScale:
 
     Args:
         epsilon: 0 < ε < 1, size of the perturbation and of a step.
-        update_every: batches of training after which b moves: the trainer's
-            `gradient_accumulation_steps`, for one move in each step of the optimizer.
+        update_every: batches of training after which b moves; None: once in each step of the
+            optimizer, of which `Statistic.batches_per_step` are told.
 
     Raises:
         ValueError: an option is out of range.
@@ -38,12 +38,13 @@ class PerturbedScale:
     """
 
     epsilon: float = 0.01
-    update_every: int = 1
+    update_every: int | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"extrapolated", "interpolated"})
 
     def __post_init__(self) -> None:
         require_number("epsilon", self.epsilon, low=0, high=1, above=True, below=True)
-        require_count("update_every", self.update_every, low=1)
+        if self.update_every is not None:
+            require_count("update_every", self.update_every, low=1)
 
     def statistics(self) -> SteppedPenalty:
         """The strength b, of the steps."""

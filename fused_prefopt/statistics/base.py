@@ -26,6 +26,9 @@ class Statistic(nn.Module):
         process_group: the ranks that share one state; None means all of them.
         sees_all_ranks: what it is shown is the batch of all ranks already: nothing is
             communicated.
+        batches_per_step: batches of training that make one step of the optimizer. The trainers say
+            it before each batch, as an epoch's last step may be of fewer; a loop of your own that
+            accumulates gradients sets it.
     """
 
     nonfinite: Tensor
@@ -35,6 +38,12 @@ class Statistic(nn.Module):
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
         self.process_group: dist.ProcessGroup | None = None
         self.sees_all_ranks = False
+        self.batches_per_step = 1
+
+    def inform(self, part: Statistic) -> None:
+        """Let a part know of ranks and steps what this one does."""
+        part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks
+        part.batches_per_step = self.batches_per_step
 
     @property
     def gathers(self) -> bool:
@@ -84,7 +93,7 @@ class JointStatistic(Statistic):
         """
         for part in (self.margin, self.scale):
             if part is not None:
-                part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks
+                self.inform(part)
         if self.margin is None:
             scale = self.scale(observed[1])
             self.nonfinite.copy_(self.scale.nonfinite)

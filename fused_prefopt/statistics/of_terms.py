@@ -51,7 +51,7 @@ class TermStatistics(Statistic):
         parts: list[Any] = [self._modules.get(name) for name in self._names]
         there = [part for part in parts if part is not None]
         for part in there:
-            part.process_group, part.sees_all_ranks = self.process_group, self.sees_all_ranks
+            self.inform(part)
         # A single one leaves itself as it was.
         before = [copy.deepcopy(part.state_dict()) for part in there] if len(there) > 1 else []
         try:

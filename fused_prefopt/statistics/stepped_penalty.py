@@ -29,8 +29,8 @@ class SteppedPenalty(BatchStatistic):
 
     Args:
         epsilon: 0 < ε < 1, size of a step.
-        update_every: batches of training after which β moves: those that make one step of the
-            optimizer.
+        update_every: batches of training after which β moves; None: those that make one step of
+            the optimizer (`batches_per_step`).
 
     Raises:
         ValueError: an argument is out of range.
@@ -41,10 +41,11 @@ class SteppedPenalty(BatchStatistic):
     factor: Tensor
     pending: Tensor
 
-    def __init__(self, epsilon: float = 0.01, update_every: int = 1) -> None:
+    def __init__(self, epsilon: float = 0.01, update_every: int | None = None) -> None:
         super().__init__()
         require_number("epsilon", epsilon, low=0, high=1, above=True, below=True)
-        require_count("update_every", update_every, low=1)
+        if update_every is not None:
+            require_count("update_every", update_every, low=1)
         self.epsilon, self.update_every = epsilon, update_every
         self.register_buffer("factor", torch.ones((), dtype=torch.float64))
         # Batches, pairs and sum of their steps since the last update.
@@ -67,7 +68,7 @@ class SteppedPenalty(BatchStatistic):
             batches, pairs, total = (
                 self.pending + torch.stack([one, batch.count, batch.total])
             ).unbind()
-            due = batches >= self.update_every
+            due = batches >= (self.update_every or self.batches_per_step)
             moved = penalty.factor / (1 + self.epsilon * total / pairs.clamp(min=1))
             # Commit only now, when nothing can fail any more.
             self._store(self.factor, moved.where(due, penalty.factor))

@@ -8,7 +8,8 @@ from model_families import own_logits, sums_of
 from test_resume import outcome
 from tiny_models import pair_features, tiny_llama
 from torch.nn.functional import logsigmoid
-from trainers import assert_bit_equal, build, first_batch, in_order, lora, pairs
+from trainers import assert_bit_equal, build, first_batch, history, in_order, lora, pairs
+from transformers import TrainerCallback
 
 pytestmark = pytest.mark.slow
 EPSILON = 0.3
@@ -47,6 +48,37 @@ def test_the_first_loss_equals_eager_logits(tmp_path, kind):
     if kind == "dpo":
         with pytest.raises(ValueError, match="needs extrapolated, interpolated, reference, which"):
             run_of(kind, tmp_path, precompute_ref_log_probs=True, reference=None)
+
+
+class Watch(TrainerCallback):
+    """What the penalty is after each batch, and which of them end a step of the optimizer."""
+
+    def __init__(self, penalty):
+        self.penalty, self.factors, self.ends = penalty, [1.0], []
+
+    def on_substep_end(self, *args, **kwargs):
+        self.factors.append(self.penalty.factor.item())
+        self.ends.append(False)
+
+    def on_step_end(self, *args, **kwargs):
+        self.on_substep_end()
+        self.ends[-1] = True
+
+
+@pytest.mark.parametrize("kind", ["transformers", "attached", "dpo"])
+def test_the_penalty_moves_where_the_optimizer_steps(tmp_path, kind):
+    # An epoch of 3 and 1 batches.
+    settings = {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2}
+    run = run_of(kind, tmp_path, logging_steps=1, **settings)
+    watch = Watch(run.attachment.loss_fn.statistics.scale)
+    run.add_callback(watch)
+    run.train()
+    assert watch.ends == [False, False, True, True] * 2
+    moves = zip(watch.factors, watch.factors[1:], watch.ends, strict=False)
+    assert all((before != after) <= end for before, after, end in moves)
+    assert len(set(watch.factors)) > 2
+    betas = history(run, "beta/mean")
+    assert len(betas) == 4 and all(0.02 < beta < 0.5 for beta in betas)
 
 
 @pytest.mark.parametrize("kind", ["transformers", "dpo"])

@@ -124,6 +124,7 @@ class BetaCode:
         excess = [used * (x - self.gamma / self.beta) for x in ratios]
         if training:
             self.average = 0.9 * self.average + 0.1 * level
+        self.used = used
         losses = [-math.log(sigmoid(x)) for x in excess]
         return losses, [-used * sigmoid(-x) for x in excess]
 
@@ -143,7 +144,9 @@ def test_scales_are_those_of_the_code(name, margins, beta, gamma, alpha):
         losses, slopes = code.step(batch)
         if name == "beta-simpo":
             slopes = [slope / n for slope, n in zip(slopes, batch.lengths.tolist(), strict=False)]
-        assert_equal(loss_fn.from_logps(batch), batch, losses, slopes)
+        output = loss_fn.from_logps(batch)
+        assert_equal(output, batch, losses, slopes)
+        assert output.metrics["beta/mean"].item() == pytest.approx(code.used, rel=1e-9)
         # The code goes on averaging in evaluation; here it only looks.
         aside = random_batch(6, 50 + seed)
         wanted, _ = code.step(aside, training=False)

@@ -50,6 +50,7 @@ class Code:
         losses = [-math.log(sigmoid(b * x.item())) for b, x in zip(betas, ratio, strict=True)]
         slopes = [-b * sigmoid(-b * x.item()) for b, x in zip(betas, ratio, strict=True)]
         if training:
+            self.mean = sum(betas) / len(betas)
             self.steps.append(steps)
             if len(self.steps) == self.accumulated:
                 every = sum(self.steps, [])
@@ -58,10 +59,22 @@ class Code:
         return steps, losses, slopes
 
 
-@pytest.mark.parametrize("accumulated", [1, 3])
-def test_the_authors_recipe(accumulated):
+@pytest.mark.parametrize(
+    ("accumulated", "name", "options"),
+    [
+        (1, "epsilon-dpo", {}),
+        (3, "epsilon-dpo", {"update_every": 3}),
+        # As trainers say it, also to the parts of statistics.
+        (3, "epsilon-dpo", {}),
+        (3, "epsilon-dpo", {"margin": {"name": "dynamic", "gamma": 0.0}}),
+        (3, "epsilon-dpo + 0 beta-simpo", {}),
+    ],
+)
+def test_the_authors_recipe(accumulated, name, options):
     code = Code(0.1, EPSILON, accumulated)
-    loss_fn = PreferenceLoss("epsilon-dpo", epsilon=EPSILON, update_every=accumulated)
+    loss_fn = PreferenceLoss(name, epsilon=EPSILON, **options)
+    if "update_every" not in options:
+        loss_fn.statistics.batches_per_step = accumulated
     seen = set()
     for seed, size in enumerate((*SIZES, *SIZES)):
         batch = random_batch(size, seed)
@@ -69,6 +82,7 @@ def test_the_authors_recipe(accumulated):
         seen |= set(steps)
         found = loss_fn.from_logps(batch)
         assert found.losses.tolist() == pytest.approx(losses, rel=1e-12)
+        assert found.metrics["beta/mean"].item() == pytest.approx(code.mean, rel=1e-12)
         (gradient,) = torch.autograd.grad(found.loss, batch.policy)
         wanted = [sign * slope / len(slopes) for sign in (1, -1) for slope in slopes]
         assert gradient.tolist() == pytest.approx(wanted, rel=1e-12)

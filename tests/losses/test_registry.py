@@ -134,7 +134,7 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "epsilon-dpo": (
         ("eps-dpo", "e-dpo"),
         ("extrapolated", "interpolated", "reference"),
-        {"beta": 0.1, "epsilon": 0.01, "update_every": 1},
+        {"beta": 0.1, "epsilon": 0.01, "update_every": None},
     ),
     "alpha-dpo": ((), ("reference",), ALPHA_DPO),
     "gamma-dpo": (

@@ -123,7 +123,8 @@ def test_what_else_the_pass_returns_and_its_gradients_stay_as_they_are(perturbat
         assert torch.equal(one, other)
 
 
-def test_low_rank_terms_packed_rows_and_weights_of_tokens():
+@pytest.mark.parametrize("engine", on_engines(["torch", "triton"]))
+def test_low_rank_terms_packed_rows_and_weights_of_tokens(engine):
     two = make_two(4, 9, transform="all", other="bias")
     policy, reference = two
     generator = torch.Generator().manual_seed(5)
@@ -146,6 +147,7 @@ def test_low_rank_terms_packed_rows_and_weights_of_tokens():
         num_sequences=5,
         token_weights=weights.flatten(),
         perturbation=EPSILON,
+        engine=engine,
     )
     wanted = (truth * weights[:, 1:].double()).sum(2)
     for got, each in zip((out.extrapolated, out.interpolated), wanted, strict=True):
