@@ -202,6 +202,8 @@ def usual_batch(name: str, pairs: int = PAIRS) -> LogpBatch:
         "prompt_reference": policy / 2 + noise,
         "groups": torch.arange(size) % pairs,
         "sequence_kl": noise.abs(),
+        "gold": policy / 3,
+        "gold_lengths": lengths // 2,
     }
     needs = find(name).info().needs
     needed = {field: value for field, value in fields.items() if field in needs}

@@ -192,6 +192,8 @@ def _fold_kl_rows(a: Any) -> Traffic:
     slabs = _slab(a.products, rows, a.width) + _slab(a.other_products, rows, a.width)
     running = _given(a.maximum, a.total, a.target_logit, a.weighted)
     running += _given(a.other_maximum, a.other_total, a.other_target_logit)
+    running += _given(a.out_maximum, a.out_total, a.out_target_logit)
+    running += _given(a.in_maximum, a.in_total, a.in_target_logit)
     return Traffic(slabs + _given(a.bias, a.other_bias, a.targets) + running, running)
 
 

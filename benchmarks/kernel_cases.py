@@ -33,7 +33,13 @@ from fused_prefopt.kernels.pair_loss import pair_loss
 from fused_prefopt.kernels.point_loss import direct_reward
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient
 from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.ops.tile import Details, KlGradients, RowStatistics, WeighedRows
+from fused_prefopt.ops.tile import (
+    Details,
+    KlGradients,
+    MixtureStatistics,
+    RowStatistics,
+    WeighedRows,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERANDS = tuple(DTYPES)
@@ -235,9 +241,10 @@ def _statistics(s: Setting) -> RowStatistics:
     return RowStatistics(s.floats(N), s.floats(N), s.floats(N))
 
 
-def _fold_kl_rows(s: Setting, *, bent: bool = False) -> None:
+def _fold_kl_rows(s: Setting, *, bent: bool = False, mixtures: bool = False) -> None:
     logits = _kl_logits(s, bent), _kl_logits(s, bent)
-    fold_kl_rows(*logits, s.indices(N), _statistics(s), _statistics(s), s.floats(N))
+    mixed = MixtureStatistics(0.01, _statistics(s), _statistics(s)) if mixtures else None
+    fold_kl_rows(*logits, s.indices(N), _statistics(s), _statistics(s), s.floats(N), mixtures=mixed)
 
 
 def _kl_gradient(s: Setting, *, bent: bool = False) -> None:
@@ -333,6 +340,10 @@ CASES = {
     "sequence sums, unsorted": Case(lambda s: _sequence_sums(s, sorted_ids=False), STATISTICS),
     "fold KL rows": Case(_fold_kl_rows, STATISTICS),
     "fold KL rows, bias and softcap": Case(lambda s: _fold_kl_rows(s, bent=True)),
+    "fold KL rows, mixtures": Case(lambda s: _fold_kl_rows(s, mixtures=True), STATISTICS),
+    "fold KL rows, mixtures, bias and softcap": Case(
+        lambda s: _fold_kl_rows(s, bent=True, mixtures=True)
+    ),
     "KL gradient": Case(_kl_gradient),
     "KL gradient, bias and softcap": Case(lambda s: _kl_gradient(s, bent=True)),
     **{

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,23 @@ def require_number(
         bounds.append(f"{'<' if below else '<='} {high:g}")
     wanted = f"a finite number {' and '.join(bounds)}".rstrip()
     raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+
+
+def require_switches(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError unless options with a bool as default are given one.
+
+    Any value would be taken for one of the two: YAML's `no` is a text, and true.
+
+    Args:
+        given: values by name.
+        defaults: defaults by name.
+
+    Raises:
+        ValueError: such an option got something else.
+    """
+    for name, value in given.items():
+        if isinstance(defaults[name], bool) and not isinstance(value, bool):
+            raise ValueError(f"{name}: got {value!r}, wanted True or False")
 
 
 def require_count(name: str, value: int, *, low: int = 0) -> None:

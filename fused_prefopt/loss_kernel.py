@@ -217,7 +217,6 @@ def pair_form(loss: PairwiseLoss) -> PairForm | None:
     reward, link, margin = _REWARDS.get(type(loss.reward)), _link(loss.link), _margin(loss.margin)
     if reward is None or link is None or margin is None or _has_more_parts(loss):
         return None
-    beta: float = loss.reward.beta  # type: ignore[attr-defined]
     reference, per_token = reward
     kind, a, b = link
     return PairForm(
@@ -226,7 +225,7 @@ def pair_form(loss: PairwiseLoss) -> PairForm | None:
         link=kind,
         link_a=a,
         link_b=b,
-        beta=beta,
+        beta=loss.reward.beta,
         **margin,
     )
 

@@ -17,14 +17,17 @@ from fused_prefopt.distributed import world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
+    MarginName,
     OnPolicyWeights,
     WeightedSum,
     check_needs,
     length_desensitized,
     named_loss,
     pairs_of_lists,
+    perturbation_of,
 )
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
 from fused_prefopt.ops.inputs import LogpOptions
@@ -36,7 +39,7 @@ _EXTRAS = tuple(
     item.name for item in fields(LogpBatch) if item.name not in ("policy", "lengths", "prompt")
 )
 # `LogpBatch` fields that a reference's hidden states stand for.
-_MEASURED = frozenset({"reference", "sequence_kl"})
+_MEASURED = OF_BOTH_HEADS | {"reference"}
 
 
 class PreferenceLoss(nn.Module):
@@ -65,6 +68,11 @@ class PreferenceLoss(nn.Module):
             is; see `shared_and_tail_logps`. None weighs all alike.
         use_weighting: WPO's weights, for any loss that is a mean over pairs: how likely the policy
             is to write both completions; see `losses.OnPolicyWeights`.
+        margin: a target margin more, for any loss that compares the rewards of a pair, of a sum in
+            every such term: γ-PO's ``{"name": "dynamic", "gamma": 0.5}``, α-DPO's
+            ``{"name": "adaptive", "alpha": 0.05}``, another of `losses.added_margin`, or a part
+            such as `losses.DynamicMargin`. The loss keeps its own; only one of both may keep a
+            statistic.
         **hyperparameters: of the loss, of a sum of every term that has them: one β for all. They
             go before those of a published setting, and a term's own in the list before them.
 
@@ -90,21 +98,25 @@ class PreferenceLoss(nn.Module):
         drop_mass: float = 0.0,
         ld_alpha: float | None = None,
         use_weighting: bool = False,
+        margin: MarginName | None = None,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
-        named = named_loss(name, hyperparameters, OnPolicyWeights() if use_weighting else None)
+        weighting = OnPolicyWeights() if use_weighting else None
+        named = named_loss(name, hyperparameters, weighting, margin)
         self.name = named.name
         self.loss = named.loss
         self.hyperparameters = named.hyperparameters
         self._described = named.described()
         self.statistics = self.loss.statistics()
+        self._perturbation = perturbation_of(self.loss)
         if ld_alpha is not None:
             require_number("ld_alpha", ld_alpha, low=0, high=1)
             if not self.loss.pairwise:
                 raise ValueError(f"ld_alpha: got {ld_alpha} for {self.name}, needs a loss on pairs")
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
+        self.margin = margin
         self._process_group: dist.ProcessGroup | None = None
         if self.statistics is not None:
             # Of a loss that spans the batch `from_logps` has gathered it already.
@@ -165,15 +177,18 @@ class PreferenceLoss(nn.Module):
                 those that need `prompt_lengths`, too (ORPO of whole sequences).
             prompt: (S,) the same log-probs where they are known.
             ref_hidden, ref_head: last hidden states and head of the reference, constants: they
-                stand for `reference` and `sequence_kl` where the loss needs these and they are not
-                given (see `ops.sequence_kl`: a loss of both has them from one pass).
+                stand for `reference`, `sequence_kl`, `extrapolated` and `interpolated` where the
+                loss needs these and they are not given (see `ops.sequence_kl`: a loss of several
+                has them from one pass).
             shift, sequence_ids, num_sequences, num_labels, ignore_index: as in `sequence_logps`.
             num_prompt_labels: what `num_labels` is, of `prompt_labels`.
             token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
-                A `reference`, `sequence_kl` or `collision` that is given must be weighted alike.
+                A `reference`, `sequence_kl` or `collision` that is given must be weighted alike,
+                as must `extrapolated` and `interpolated`.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
-                prompt_reference, groups, sequence_kl, collision, weights. A loss that wants
-                `collision` (WPO) and is not given it computes it: an evaluation more.
+                prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
+                weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
+                computes it: an evaluation more.
 
         Raises:
             ValueError: the loss needs a field that is missing, an argument does not fit, or tokens
@@ -216,7 +231,7 @@ class PreferenceLoss(nn.Module):
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given
             sums, lengths, found = _policy_beside_reference(
-                hidden, head, *reference, labels, missing, weighted
+                hidden, head, *reference, labels, missing, self._perturbation, weighted
             )
             extras |= found
         elif self.ld_alpha is None:
@@ -282,7 +297,11 @@ class PreferenceLoss(nn.Module):
         return replace(result, metrics={**result.metrics, **exact})
 
     def extra_repr(self) -> str:
-        options = {"ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting or None}
+        options = {
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting or None,
+            "margin": self.margin,
+        }
         given = (f"{key}={value!r}" for key, value in options.items() if value is not None)
         return ", ".join([self._described, *given])
 
@@ -309,16 +328,18 @@ def _policy_beside_reference(
     ref_head: AnyHead,
     labels: Tensor,
     missing: Collection[str],
+    perturbation: float | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-probs of the policy, and of the `missing` fields those that the reference stands for.
 
-    A loss that needs `sequence_kl` gets everything from one pass over both heads.
+    A loss that needs a field of both heads' logits gets everything from one pass over them.
 
     Args:
         hidden, head, labels: of the policy.
         ref_hidden, ref_head: of the reference, on the same labels; constants.
         missing: fields that the loss needs and nobody has given.
+        perturbation: ε of the mixtures of logits that it needs, or None.
         options: of `sequence_logps`.
 
     Returns:
@@ -326,19 +347,27 @@ def _policy_beside_reference(
         differentiable.
 
     Raises:
-        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs `sequence_kl`,
-            and the options ask for another path than `recompute` or drop mass.
+        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs a field of both
+            heads, and the options ask for another path than `recompute` or drop mass.
     """
-    if "sequence_kl" in missing:
+    if OF_BOTH_HEADS & set(missing):
         if options["path"] not in ("auto", "recompute") or options["drop_mass"]:
             raise ValueError(
-                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but the KL"
-                " divergence from a reference needs 'recompute' and all mass"
+                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but a loss"
+                " of the policy's logits beside the reference's needs 'recompute' and all mass"
             )
         kept = {key: value for key, value in options.items() if key not in ("path", "drop_mass")}
-        out = sequence_kl(hidden, head, ref_hidden, ref_head, labels, **kept)
-        fields = {"sequence_kl": out.kl, "reference": out.reference}
-        return out.policy, out.lengths, {key: fields[key] for key in fields if key in missing}
+        out = sequence_kl(
+            hidden, head, ref_hidden, ref_head, labels, perturbation=perturbation, **kept
+        )
+        fields = {
+            "sequence_kl": out.kl,
+            "reference": out.reference,
+            "extrapolated": out.extrapolated,
+            "interpolated": out.interpolated,
+        }
+        found = {key: each for key, each in fields.items() if key in missing and each is not None}
+        return out.policy, out.lengths, found
     policy = sequence_logps(hidden, head, labels, **options)
     if "reference" not in missing:
         return policy.sums, policy.lengths, {}

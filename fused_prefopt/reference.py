@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_prefopt.checks import require_tokens
+from fused_prefopt.data import ListCollator
 from fused_prefopt.data.columns import (
     CHOSEN_IDS,
     COMPLETION,
+    COMPLETIONS_IDS,
     INPUT_IDS,
     PAIR_REFERENCES,
     POINT_REFERENCES,
@@ -24,6 +27,7 @@ from fused_prefopt.data.columns import (
     TOKENS,
     feature_at,
 )
+from fused_prefopt.data.list_rows import members_of, with_columns
 from fused_prefopt.distributed import gather_objects, rank, wait_for_all_ranks, world_size
 from fused_prefopt.models.batch import batch_behind, completion_logps
 from fused_prefopt.models.causal_lm import input_vocab
@@ -60,7 +64,8 @@ def add_reference_logps(
     """Copies of the features with the reference model's log-probs as columns, in nats.
 
     Pairs get `ref_chosen_logps` and `ref_rejected_logps`; completions `reference` and
-    `prompt_reference` (all prompt tokens but the first). The cost is that of a forward pass
+    `prompt_reference` (all prompt tokens but the first); lists the same of each of their
+    completions, `references` and `prompt_references`. The cost is that of a forward pass
     without logits. With a cache a killed run is continued by the next, which computes what is
     missing; the same `batch_size` then gives the same bits. Under torch.distributed every rank
     must make the call with all features; each computes its share and gets all values. Under
@@ -69,11 +74,11 @@ def add_reference_logps(
     Args:
         model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
             mode and back.
-        features: token ids, as `tokenise_pairs` or `tokenise_points` return them.
-        collator: `PairCollator` or `PointCollator`, any layout.
+        features: token ids, as `tokenise_pairs`, `tokenise_points` or `tokenise_lists` return them.
+        collator: that of the features, any layout; lists go completion by completion.
         tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
             it out.
-        batch_size: features a forward pass takes.
+        batch_size: pairs or completions a forward pass takes.
         cache_dir: folder of the cache, one file for each content of model, features (as the
             collator cuts them) and tokenizer, and each dtype of autocast; None does not cache.
         cache_file: the cache itself, instead of `cache_dir`.
@@ -89,19 +94,23 @@ def add_reference_logps(
     """
     if cache_dir is not None and cache_file is not None:
         raise ValueError("cache_file: got a file and a cache_dir, needs one of them")
-    _check_ranks(features)
-    run = _Pass(model, features, collator, batch_size, progress, description)
-    known, cache = PartialColumns(len(features)), None
+    lists = None
+    if _are_lists(features, collator):
+        lists = [members_of(each, feature_at(index)) for index, each in enumerate(features)]
+    rows = features if lists is None else list(chain.from_iterable(lists))
+    _check_ranks(rows)
+    run = _Pass(model, rows, collator, batch_size, progress, description)
+    known, cache = PartialColumns(len(rows)), None
     if cache_dir is not None or cache_file is not None:
         prints = Fingerprints(
-            data_fingerprint(features, *_cut_of(collator)),
+            data_fingerprint(rows, *_cut_of(collator)),
             model_fingerprint(model, progress=progress and rank() == 0),
             precision_of(model),
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
         path = Path(cache_file or Path(cache_dir or "") / f"reference-{prints.name}{SUFFIX}")
         cache = ReferenceCache(path, prints)
-        known = _load(cache, len(features))
+        known = _load(cache, len(rows))
     missing = [number for number, each in enumerate(run.batches) if not known.is_done(each)]
     if missing:
         _fill(known, run, _share(missing), cache, save_every)
@@ -109,9 +118,17 @@ def add_reference_logps(
     if cache is not None:
         _finish(cache, known)
     values = {name: column.tolist() for name, column in known.columns.items()}
+    if lists is None:
+        return [
+            {**feature, **{name: column[i] for name, column in values.items()}}
+            for i, feature in enumerate(features)
+        ]
+    each = {name: iter(column) for name, column in values.items()}
     return [
-        {**feature, **{name: column[i] for name, column in values.items()}}
-        for i, feature in enumerate(features)
+        with_columns(
+            feature, {name: list(islice(column, len(members))) for name, column in each.items()}
+        )
+        for feature, members in zip(features, lists, strict=True)
     ]
 
 
@@ -129,7 +146,15 @@ def dataset_logps(
     Returns:
         (n,) fp32 columns: `ref_chosen_logps` and `ref_rejected_logps` for pairs, `reference` and
         `prompt_reference` for completions. Arguments are those of `add_reference_logps`.
+
+    Raises:
+        ValueError: the features are lists.
     """
+    if _are_lists(features, collator):
+        raise ValueError(
+            "features: got lists, wanted pairs or single completions: `data.points_of_lists` makes"
+            " these of them"
+        )
     known = PartialColumns(len(features))
     run = _Pass(model, features, collator, batch_size, progress, description)
     for indices, columns in run.over(run.batches):
@@ -187,7 +212,7 @@ def _fill(
     unsaved: list[int] = []
     results = run.over([run.batches[number] for number in mine])
     for count, (number, (indices, columns)) in enumerate(zip(mine, results, strict=True), start=1):
-        _check_finite(indices, columns)
+        _check_finite(run.features, indices, columns)
         known.add(torch.tensor(indices), columns)
         unsaved.append(number)
         if cache is not None and (count % save_every == 0 or count == len(mine)):
@@ -219,13 +244,16 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str,
     return dict(zip(POINT_REFERENCES, (found[COMPLETION], found[PROMPT]), strict=True))
 
 
-def _check_finite(indices: list[int], columns: Mapping[str, Tensor]) -> None:
+def _check_finite(
+    rows: Sequence[Feature], indices: list[int], columns: Mapping[str, Tensor]
+) -> None:
     for name, values in columns.items():
         for index, value in zip(indices, values.tolist(), strict=True):
             if not math.isfinite(value):
+                where = feature_at(index, rows[index])
                 raise ValueError(
-                    f"model: got {name}={value} for {feature_at(index)}, needs finite log-probs; is"
-                    " its dtype too narrow, or are its weights not finite?"
+                    f"model: got {name}={value} for {where}, needs finite log-probs; is its dtype"
+                    " too narrow, or are its weights not finite?"
                 )
 
 
@@ -263,6 +291,12 @@ def _union(every: list[PartialColumns]) -> PartialColumns:
     for each in every[1:]:
         union.merge(each)
     return union
+
+
+def _are_lists(features: Sequence[Feature], collator: Collator) -> bool:
+    """Whether the collator makes a sequence of each completion, one feature after another."""
+    of_lists = len(features) > 0 and COMPLETIONS_IDS in features[0]
+    return of_lists or isinstance(collator, ListCollator)
 
 
 def _cut_of(collator: Collator) -> tuple[int | None, str]:

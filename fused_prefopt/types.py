@@ -18,6 +18,10 @@ from fused_prefopt.checks import (
 
 # Matmuls of forward and backward together, by the op's path; P is the time of one.
 COST_IN_P = {"evaluate": 1.0, "stash": 2.0, "local": 3.0, "recompute": 4.0}
+# The same of `sequence_kl`: the policy's as by `recompute`, the reference's built as often; and of
+# the log-probs beside it, where the divergence has no gradient.
+KL_COST_IN_P = COST_IN_P["recompute"] + 2 * COST_IN_P["evaluate"]
+BESIDE_KL_COST_IN_P = KL_COST_IN_P - COST_IN_P["evaluate"]
 
 
 @dataclass(frozen=True)
@@ -298,10 +302,16 @@ class LogpBatch:
             batch, with `rewards`, as lists; see `losses.pairs_of_lists`.
         completions: (S,) integer, of the pairs of lists: equal where it is one completion.
         sequence_kl: (S,) sum over tokens of KL(reference || policy), in nats.
+        extrapolated: (S,) summed log-probs of the completions, in nats, under the softmax of
+            ``(1+ε) z − ε z_ref``: logits of the policy and of the reference, and ε of the loss.
+        interpolated: (S,) the same of ``(1−ε) z + ε z_ref``.
         collision: (S,) sum over tokens of ``log Σ_v π(v)²`` under the policy, in nats; always
             optional.
         weights: (S,) numbers >= 0, how much each pair (the same in both halves) or completion
             counts in the loss and in the metrics; always optional.
+        gold: (S,) summed log-probs under the policy, in nats, differentiable, of a third completion
+            of each pair's prompt (the same in both halves): the best one.
+        gold_lengths: (S,) labelled tokens of that, as `lengths`.
 
     Raises:
         ValueError: a field's shape, dtype or device does not fit `policy`, or a weight is negative
@@ -320,14 +330,20 @@ class LogpBatch:
     groups: Tensor | None = None
     completions: Tensor | None = None
     sequence_kl: Tensor | None = None
+    extrapolated: Tensor | None = None
+    interpolated: Tensor | None = None
     collision: Tensor | None = None
     weights: Tensor | None = None
+    gold: Tensor | None = None
+    gold_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         require_shape("policy", self.policy, ("S",))
         require_floating("policy", self.policy)
-        if not self.lengths.is_floating_point():
-            require_integer("lengths", self.lengths)
+        for name in ("lengths", "gold_lengths"):
+            lengths = getattr(self, name)
+            if lengths is not None and not lengths.is_floating_point():
+                require_integer(name, lengths)
         for name in ("groups", "completions", "prompt_lengths"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name))

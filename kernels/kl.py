@@ -26,6 +26,13 @@ def _merge(maximum, total, running, sums):
 
 
 @triton.jit
+def _fold_mixture(mixture, running, sums):
+    """Add one logit of each lane to its running maximum and sum."""
+    above = tl.maximum(running, mixture)
+    return above, sums * tl.exp(running - above) + tl.exp(mixture - above)
+
+
+@triton.jit
 def _fold_kl_rows_kernel(
     products,  # (c, v)
     bias,  # (v,)
@@ -39,6 +46,12 @@ def _fold_kl_rows_kernel(
     other_total,  # (c,)
     other_target_logit,  # (c,)
     weighted,  # (c,)
+    out_maximum,  # (c,)
+    out_total,  # (c,)
+    out_target_logit,  # (c,)
+    in_maximum,  # (c,)
+    in_total,  # (c,)
+    in_target_logit,  # (c,)
     row_stride,
     other_stride,
     first,
@@ -47,10 +60,12 @@ def _fold_kl_rows_kernel(
     ceiling,
     other_alpha,
     other_ceiling,
+    perturbation,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_OTHER_BIAS: tl.constexpr,
     HAS_OTHER_CAP: tl.constexpr,
+    HAS_MIXTURES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -62,6 +77,9 @@ def _fold_kl_rows_kernel(
     sums = tl.zeros((BLOCK,), tl.float32)
     other_running, other_sums, terms = running, sums, sums
     found, other_found = sums, sums
+    # Of what lies outward and inward of the policy, seen from the reference.
+    out_running, out_sums, out_found = running, sums, sums
+    in_running, in_sums, in_found = running, sums, sums
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         logits = slab_logits(products, bias, columns, width, alpha, ceiling, HAS_BIAS, HAS_CAP)
@@ -90,6 +108,16 @@ def _fold_kl_rows_kernel(
         other_found = tl.where(columns == target, others, other_found)
         other_running = above
 
+        if HAS_MIXTURES:
+            # What the policy may not say, no mixture may: inf − inf.
+            may = logits > -float("inf")
+            step = perturbation * (tl.where(may, logits, 0.0) - tl.where(may, others, 0.0))
+            outward, inward = logits + step, logits - step
+            out_running, out_sums = _fold_mixture(outward, out_running, out_sums)
+            in_running, in_sums = _fold_mixture(inward, in_running, in_sums)
+            out_found = tl.where(columns == target, outward, out_found)
+            in_found = tl.where(columns == target, inward, in_found)
+
     _merge(maximum + row, total + row, running, sums)
     new, shrink = _merge(other_maximum + row, other_total + row, other_running, other_sums)
     added = tl.sum(terms * tl.exp(other_running - new), 0)
@@ -97,6 +125,11 @@ def _fold_kl_rows_kernel(
     here = (target >= 0) & (target < width)
     tl.store(target_logit + row, tl.sum(found, 0), mask=here)
     tl.store(other_target_logit + row, tl.sum(other_found, 0), mask=here)
+    if HAS_MIXTURES:
+        _merge(out_maximum + row, out_total + row, out_running, out_sums)
+        _merge(in_maximum + row, in_total + row, in_running, in_sums)
+        tl.store(out_target_logit + row, tl.sum(out_found, 0), mask=here)
+        tl.store(in_target_logit + row, tl.sum(in_found, 0), mask=here)
 
 
 @dataclass(frozen=True)
@@ -145,6 +178,17 @@ class Running(Protocol):
     def target(self) -> Tensor: ...
 
 
+class Mixtures(Protocol):
+    """Running statistics under ``z + ε(z − r)`` and ``z − ε(z − r)``, logits z of the policy."""
+
+    @property
+    def perturbation(self) -> float: ...
+    @property
+    def extrapolated(self) -> Running: ...
+    @property
+    def interpolated(self) -> Running: ...
+
+
 def fold_kl_rows(
     policy: SlabLogits,
     reference: SlabLogits,
@@ -153,6 +197,7 @@ def fold_kl_rows(
     reference_statistics: Running,
     weighted: Tensor,
     first: int = 0,
+    mixtures: Mixtures | None = None,
 ) -> None:
     """Update running statistics of both distributions; one program a row, each slab read once.
 
@@ -164,10 +209,13 @@ def fold_kl_rows(
         weighted: (c,) fp32 running Σ exp(r − max r) (r − z), z of the policy and r of the
             reference, updated in place.
         first: vocabulary index at which the slab starts.
+        mixtures: statistics of mixtures of both logits, updated in place as well; or None.
 
     Raises:
         ValueError: the slabs differ in shape, or their rows are not contiguous.
     """
+    two = () if mixtures is None else (mixtures.extrapolated, mixtures.interpolated)
+    of_mixtures = [part for one in two for part in (one.maximum, one.sum, one.target)]
     rows, width = common_shape(policy, reference)
     if rows:
         _fold_kl_rows_kernel[(rows,)](
@@ -183,6 +231,7 @@ def fold_kl_rows(
             reference_statistics.sum,
             reference_statistics.target,
             weighted,
+            *(of_mixtures or (None,) * 6),
             policy.products.stride(0),
             reference.products.stride(0),
             first,
@@ -191,11 +240,14 @@ def fold_kl_rows(
             policy.bound,
             reference.alpha,
             reference.bound,
+            0.0 if mixtures is None else mixtures.perturbation,
             HAS_BIAS=policy.bias is not None,
             HAS_CAP=policy.ceiling is not None,
             HAS_OTHER_BIAS=reference.bias is not None,
             HAS_OTHER_CAP=reference.ceiling is not None,
-            BLOCK=min(2048, triton.next_power_of_2(width)),
+            HAS_MIXTURES=mixtures is not None,
+            # Mixtures double what a lane keeps: with fewer, several programs still fit beside.
+            BLOCK=min(2048 if mixtures is None else 1024, triton.next_power_of_2(width)),
             num_warps=8,
             # logit − maximum must be exactly 0 at the maximum: no log-prob may be positive.
             enable_fp_fusion=False,

@@ -1,4 +1,4 @@
-"""`losses`: what is registered, and one loss in full."""
+"""`losses`: what is registered, one loss in full, and those that a data set allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fused_prefopt.cli.console import blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.choosing import choices
+from fused_prefopt.cli.console import UserError, blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.judged_rows import DataSet
 from fused_prefopt.losses import (
     NamedLoss,
     available_losses,
@@ -21,13 +23,15 @@ from fused_prefopt.losses import (
     preset,
     published_settings,
 )
+from fused_prefopt.losses.added_margin import MARGIN_NAMES
 from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
 from fused_prefopt.losses.registry import LossInfo
 
 _WIDTH = 100
-HELP = "the registered losses, or one of them with its formula"
+HELP = "the registered losses, one of them with its formula, or those that a data set allows"
 # Writes docs/losses.md, the page of all losses.
 COMMAND = "python -m fused_prefopt.cli.losses"
+_MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
 _INTRODUCTION = f"""\
 # Losses
 
@@ -38,6 +42,7 @@ loss_fn = fp.PreferenceLoss("simpo", beta=2.5)
 loss_fn = fp.PreferenceLoss("gamma-simpo/llama-3-8b-instruct", tau=3.0)  # published, but for τ
 loss_fn = fp.PreferenceLoss("dpo", ld_alpha=0.5)  # LD-DPO: any loss on pairs, with weighted tails
 loss_fn = fp.PreferenceLoss("simpo", use_weighting=True)  # any loss on pairs, with WPO's weights
+loss_fn = fp.PreferenceLoss("ipo", margin={{"name": "dynamic", "gamma": 0.5}})  # γ-PO on any reward
 loss_fn = fp.PreferenceLoss("0.8 dpo + 0.2 bco-pair + sft", beta=0.1)  # MPO: a sum, one β for all
 ```
 
@@ -63,26 +68,55 @@ a reward (all but `sft` and those of weight 0); the loss of a term, before its w
 The names and options of TRL's losses (`loss_type`, `loss_weights`, …) are translated in
 `fused_prefopt/integrations/loss_types.py`.
 
+## Another target margin
+
+`margin` adds a target margin to that of any loss that compares the rewards of a pair, and of lists
+of completions, whose pairs it then judges; of a sum to that of every such term. γ-PO's shares a
+budget of mean γ₀ over the pairs, α-DPO's follows the gap between policy and reference; a loss keeps
+a margin of its own (simpo's γ, ipo's 1/(2τ), odpo's offset), which neither of them sees.
+
+```python
+fp.PreferenceLoss("cpo", margin={{"name": "dynamic", "gamma": 0.5, "tau": 10.0}})
+fp.PreferenceLoss("0.8 dpo + 0.2 sft", margin={{"name": "adaptive", "alpha": 0.05}})
+fp.PreferenceLoss("f-dpo", margin=fp.losses.DynamicMargin(gamma=0.5, solver="exact"))
+```
+
+In a file: `loss_kwargs: {{margin: {{name: dynamic, gamma: 0.5}}}}`. Margins by name:
+{_MARGIN_NAMES}.
+Their options are the fields of the part (`losses.DynamicMargin`, …), those of `adaptive` are
+alpha-dpo's: `gamma` (0), `alpha` (0.05), `implicit_reference`, `margin_scale`, `normalize`,
+`stop_gradient`, `statistics`, `momentum`, `mean`, `std`. Its s is the reward's β, 1 where there is
+none, and its gap is of the mean token where the reward is, else of whole completions, unless
+`length_normalized` says otherwise. Losses to which a target margin makes no difference refuse one
+(`sft`, `simper`, `listnet-dpo`, those that judge each completion against a level, those that sort),
+and so does a loss whose own margin keeps a statistic (`alpha-dpo`, `gamma-simpo`, …) where the
+other does, too. Over lists the budget and the statistics are of the pairs of all lists, each once.
+
 ## Notation
 
 | symbol | meaning |
 | --- | --- |
 | w, l | the chosen and the rejected completion of a pair |
+| g | the gold completion of a prompt, a third one beside w and l: `gold` |
 | L, \\|y\\| | summed log-probability of a completion under the policy, in nats, and its tokens |
 | L̄ | L / \\|y\\| |
 | L_ref, Δ | the same sum under the reference model, and L − L_ref |
-| m | reward margin: reward of the chosen less that of the rejected completion |
+| r, m | reward of a completion, and reward margin: that of w less that of l |
+| i, j | completions of one prompt, where a loss is one of lists |
 | s | score of a completion from outside, `rewards` |
 | K | Σ over tokens of KL(reference ‖ policy), `sequence_kl` |
 | σ, sg | the sigmoid, and the stopped gradient |
 
 The loss of a batch is the mean over its pairs, or over its completions where a loss is point-wise,
-unless said otherwise. An empty completion has L = L̄ = 0."""
+unless said otherwise. Of lists, completions with `groups` and `rewards`, it is the mean over the
+lists of the mean over their pairs: every two completions of a list whose scores differ, the better
+one first. An empty completion has L = L̄ = 0."""
 _NEEDS = """\
 ## What losses need
 
 Beyond `policy` and `lengths`, which the fused call computes; fields of `LogpBatch`, arguments of
-`PreferenceLoss`. Pairs are given chosen half first."""
+`PreferenceLoss`. Pairs are given chosen half first; a loss on pairs takes lists by their `groups`
+and `rewards`."""
 _BESIDE = "## Beside the registered losses"
 
 
@@ -91,19 +125,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", help="a loss, an alias, a published setting such as alpha-dpo/… or a sum"
     )
+    parser.add_argument(
+        "--for",
+        dest="data",
+        metavar="DATA",
+        help="say which losses its rows allow and what they cost, or whether NAME is one: hub name,"
+        " folder, JSON, CSV or Parquet file, or embedded",
+    )
+    defaults = DataSet("")
+    parser.add_argument("--split", help=f"of DATA; {defaults.split} by default")
+    parser.add_argument("--adapter", help="that reads its rows; told by the name or the columns")
+    parser.add_argument("--limit", type=int, help="rows to look at; all by default")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table, or one loss.
+    """Print the table, one loss, or what a data set allows.
 
     Raises:
-        UserError: there is no such loss or setting; the message lists the closest names.
+        UserError: there is no such loss or setting (the message lists the closest names), or the
+            data cannot be read, or do not allow the loss.
     """
-    if options.name is None:
-        print(losses_table())
-        return 0
+    of_data = {name: getattr(options, name) for name in ("split", "limit", "adapter")}
+    given = {name: value for name, value in of_data.items() if value is not None}
+    if options.data is None and given:
+        name, value = next(iter(given.items()))
+        raise UserError(f"--{name}: got {value!r} alone, needs --for DATA, whose rows it is about")
     with blaming("losses"):
-        text = one_loss(options.name)
+        if options.data is not None:
+            text = choices(DataSet(options.data, **given), options.name)
+        else:
+            text = losses_table() if options.name is None else one_loss(options.name)
     print(text)
     return 0
 
@@ -120,7 +171,10 @@ def losses_table() -> str:
         )
         for name, info in available_losses().items()
     ]
-    more = "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper."
+    more = (
+        "`fused-prefopt losses NAME`: its formula, what the options mean, and its paper.\n"
+        "`fused-prefopt losses --for DATA`: which of them its rows allow, and what they cost."
+    )
     return f"{text_table(heading, wrapped(rows, (None, None, 22, 42)))}\n\n{more}"
 
 

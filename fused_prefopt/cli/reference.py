@@ -12,7 +12,13 @@ from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.models import training_autocast
 from fused_prefopt.cli.task import Features, Task, load_task
 from fused_prefopt.data import PairCollator
-from fused_prefopt.data.columns import PAIR_REFERENCES, REF_CHOSEN_LOGPS, REFERENCE
+from fused_prefopt.data.columns import (
+    CHOSEN_IDS,
+    PAIR_REFERENCES,
+    REF_CHOSEN_LOGPS,
+    REFERENCE,
+    REFERENCES,
+)
 
 HELP = "compute and cache the reference log-probs that a training will need"
 
@@ -32,10 +38,10 @@ def run(options: argparse.Namespace) -> int:
     """
     task = load_task(read_config(options.config, options.overrides))
     model = reference_for_columns(task)
-    train = with_reference(task, model, task.train, pairs=task.is_pairwise)
+    train = with_reference(task, model, task.train)
     print(f"train: {len(train)} {_means(train)}")
     if task.held_out:
-        held_out = with_reference(task, model, task.held_out, pairs=True)
+        held_out = with_reference(task, model, task.held_out)
         print(f"held out: {len(held_out)} {_means(held_out)}")
     print(f"cached in {task.config.cache_dir}")
     return 0
@@ -51,7 +57,7 @@ def reference_for_columns(task: Task) -> nn.Module:
     return task.model.to(task.config.training.device)
 
 
-def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: bool) -> Features:
+def with_reference(task: Task, model: nn.Module, features: Features) -> Features:
     """Features with the reference's log-probs, from the cache or put there.
 
     They are of the precision of the training's own forward passes.
@@ -59,8 +65,7 @@ def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: b
     Args:
         task: says where the cache is.
         model: the reference.
-        features: of pairs, or of single completions.
-        pairs: which of the two.
+        features: of pairs, or of what the task trains on.
 
     Raises:
         UserError: a cache that lies there is damaged or cannot be written, or the model gives no
@@ -69,7 +74,8 @@ def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: b
     from fused_prefopt.reference import add_reference_logps
 
     settings, training = task.config.settings, task.config.training
-    collator = PairCollator(task.tokenizer.pad_token_id) if pairs else task.collator()
+    of_pairs = CHOSEN_IDS in features[0]
+    collator = PairCollator(task.tokenizer.pad_token_id) if of_pairs else task.collator()
     try:
         with training_autocast(training):
             return add_reference_logps(
@@ -96,6 +102,9 @@ def with_reference(task: Task, model: nn.Module, features: Features, *, pairs: b
 
 def _means(features: Features) -> str:
     """How many nats the completions have on average."""
+    if REFERENCES in features[0]:
+        every = [value for feature in features for value in feature[REFERENCES]]
+        return f"lists, completions of {sum(every) / len(every):.4f} nats on average"
     if REF_CHOSEN_LOGPS not in features[0]:
         return f"completions of {_mean(features, REFERENCE):.4f} nats on average"
     chosen, rejected = (_mean(features, column) for column in PAIR_REFERENCES)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,38 @@ from torch import nn
 from fused_prefopt.checks import require_choice, require_number, require_tokens
 from fused_prefopt.cli.config import EMBEDDED, Config, Settings
 from fused_prefopt.cli.console import UserError, blaming, require_packages
+from fused_prefopt.cli.data_files import FILES, rows_of
 from fused_prefopt.cli.models import load_reference, load_start, load_tokenizer
+from fused_prefopt.cli.needs import check_fields
 from fused_prefopt.data import (
+    ListCollator,
     PairCollator,
     PointCollator,
+    lists_of_points,
     load_documents,
     make_pairs,
     make_points,
     pairs_of_points,
+    points_of_lists,
     points_of_pairs,
     split_documents,
 )
 from fused_prefopt.data.columns import (
     CHOSEN,
+    COMPLETIONS,
+    COMPLETIONS_IDS,
     DESIRABLE,
     GROUP,
     PAIR,
-    PAIR_FIELDS,
-    POINT_FIELDS,
-    PROMPT,
-    PROMPT_LENGTHS,
-    PROMPT_REFERENCE,
     REFERENCE,
     REWARD,
     SCORES,
-    SEQUENCE_KL,
     TOKENS,
-    WEIGHT,
     has_values,
-    is_given,
 )
 from fused_prefopt.data.records import adapted_records
-from fused_prefopt.data.tokenise import counted_pairs, counted_points
-from fused_prefopt.losses import TransportLoss, WeightedSum
-from fused_prefopt.losses.protocol import WHAT_IT_IS, Loss
+from fused_prefopt.data.tokenise import counted_lists, counted_pairs, counted_points
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, Loss
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.ops.engines import choose_engine
 from fused_prefopt.ops.plan import PATHS
@@ -59,10 +56,9 @@ Records = list[dict[str, Any]]
 # Rows of token ids.
 Features = list[dict[str, Any]]
 Say = Callable[[str], None]
-_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _GROUPED = (REWARD, GROUP)
-# The training itself computes these.
-_COMPUTED = frozenset({REFERENCE, PROMPT, PROMPT_LENGTHS, PROMPT_REFERENCE, SEQUENCE_KL})
+# What losses judge.
+LISTS, PAIRS, RATED, LABELLED = "lists", "pairs", "rated completions", "labelled completions"
 
 
 @dataclass
@@ -91,13 +87,22 @@ class Task:
     def is_pairwise(self) -> bool:
         return self.loss_fn.loss.pairwise
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether each feature of `train` is a list of completions."""
+        return COMPLETIONS_IDS in self.train[0]
+
     def collator(self, layout: str = "padded") -> PairCollator | PointCollator:
         """The collator of `train`, in one of the layouts of `Settings`.
 
         Raises:
-            ValueError: prompts are to be shared by single completions.
+            ValueError: prompts are to be shared by single completions or lists.
         """
         pad, packed = self.tokenizer.pad_token_id, layout == "packed"
+        if self.has_lists:
+            if layout == "shared_prompt":
+                raise ValueError("layout: got shared_prompt with lists, which takes pairs alone")
+            return ListCollator(pad, padding_free=packed)
         if self.is_pairwise:
             return PairCollator(pad, padding_free=packed, shared_prompt=layout == "shared_prompt")
         if layout == "shared_prompt":
@@ -135,7 +140,7 @@ def load_task(config: Config) -> Task:
     _check_reference(settings, loss_fn)
     say = _teller(config)
     with blaming("dataset"):
-        records = training_records(settings, seed, points=_takes_rated(loss_fn.loss), say=say)
+        records = training_records(settings, seed, points=kind_of(loss_fn.loss) == RATED, say=say)
     with blaming("held_out"):
         judged = held_out_records(settings, seed, say=say)
     with blaming("model"):
@@ -143,14 +148,14 @@ def load_task(config: Config) -> Task:
         model = load_start(settings, tokenizer, seed)
     with blaming("dataset"):
         train = _features(settings, loss_fn, tokenizer, records, "training", say)
-        _check_fields(loss_fn, train)
+        check_fields(loss_fn, train)
     held_out: Features = []
     evaluated: Features = []
     with blaming("held_out"):
         if judged:
             held_out = _pairs(settings, tokenizer, judged, "held-out", say)
             evaluated = held_out
-        if judged and not loss_fn.loss.pairwise:
+        if judged and (_has_lists(judged) or not loss_fn.loss.pairwise):
             evaluated = _features(settings, loss_fn, tokenizer, judged, "held-out", say)
     _check_tokens(tokenizer, model, [*train, *held_out, *evaluated])
     return Task(config, loss_fn, tokenizer, model, train, held_out, evaluated)
@@ -172,10 +177,6 @@ def load_loss(settings: Settings) -> PreferenceLoss:
         require_choice("path", loss_fn.op_options["path"], ("auto", *PATHS))
         require_number("drop_mass", loss_fn.op_options["drop_mass"], low=0, high=1, below=True)
     return loss_fn
-
-
-def _takes_rated(loss: Loss) -> bool:
-    return not loss.pairwise and DESIRABLE not in loss.needs
 
 
 def _teller(config: Config) -> Say:
@@ -200,15 +201,17 @@ def _features(
     say: Say = print,
 ) -> Features:
     """Token ids of the records as the loss judges them; `part` of the data, for what is said."""
-    if loss_fn.loss.pairwise:
+    kind, lengths = kind_of(loss_fn.loss, records), (settings.max_length, settings.prompt_length)
+    if kind == LISTS:
+        features, of_lists = counted_lists(records, tokenizer, *lengths, f"{part} lists")
+        say(of_lists.message)
+        return features
+    if kind == PAIRS:
         return _pairs(settings, tokenizer, records, part, say)
-    rated = _takes_rated(loss_fn.loss)
-    tell = partial(_tell, say, part)
-    points = as_points(records, say=tell) if rated else as_judged(records)
-    lengths = (settings.max_length, settings.prompt_length)
+    points = judged_records(records, kind, say=partial(_tell, say, part))
     features, counts = counted_points(points, tokenizer, *lengths, f"{part} completions")
     say(counts.message)
-    return features
+    return lists_of_points(features) if kind == RATED and _has_lists(records) else features
 
 
 def _pairs(
@@ -241,7 +244,7 @@ def _check_reference(settings: Settings, loss_fn: PreferenceLoss) -> None:
     """Raise where log-probs of whole completions, computed before training, are not enough."""
     needs = loss_fn.loss.needs
     shortened = loss_fn.ld_alpha is not None and REFERENCE in needs
-    if settings.reference == "precomputed" and (SEQUENCE_KL in needs or shortened):
+    if settings.reference == "precomputed" and (needs & OF_BOTH_HEADS or shortened):
         raise UserError(
             f"reference: got precomputed, needs model or adapter: {loss_fn.name} wants more of the"
             " reference than the log-probs of whole completions"
@@ -254,48 +257,11 @@ def _check_tokens(tokenizer: Any, model: nn.Module, features: Features) -> None:
         raise UserError("tokenizer: got neither a padding nor an end token, needs one of them")
     found = [tokenizer.pad_token_id]
     for feature in features:
-        for column in TOKENS:
-            ids = feature.get(column)
+        several = [feature.get(column) for column in TOKENS]
+        for ids in (*several, *feature.get(COMPLETIONS_IDS, ())):
             found += [min(ids), max(ids)] if ids else []
     with blaming("tokenizer"):
         require_tokens("data", torch.tensor(found), input_vocab(model))
-
-
-def _check_fields(loss_fn: PreferenceLoss, features: Features) -> None:
-    """Raise unless every feature has what the loss needs."""
-    if not features:
-        raise ValueError(f"got no usable row, needs some that {loss_fn.name} can judge")
-    _check_weights(loss_fn, features)
-    columns = PAIR_FIELDS if loss_fn.loss.pairwise else POINT_FIELDS
-    for field in sorted(loss_fn.loss.needs - _COMPUTED):
-        if field not in columns:
-            raise UserError(
-                f"loss: {loss_fn.name} needs `{field}`, {WHAT_IT_IS[field]}, which this command"
-                " does not compute"
-            )
-        names = columns[field]
-        lacking = sum(any(name not in feature for name in names) for feature in features)
-        if lacking:
-            raise UserError(
-                f"dataset: got no {' and '.join(names)}, needs it for {loss_fn.name}; {lacking} of"
-                f" {len(features)} rows are without: add it to them, drop them, or name another"
-                " loss"
-            )
-
-
-def _check_weights(loss_fn: PreferenceLoss, features: Features) -> None:
-    """Raise where rows have weights that the loss refuses, or that leave nothing to train on."""
-    if not is_given(features, WEIGHT):
-        return
-    loss = loss_fn.loss
-    terms = [term.loss for term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
-    if any(isinstance(term, TransportLoss) for term in terms):
-        raise UserError(
-            f"loss: got {loss_fn.name}, which sorts the pairs, with a column {WEIGHT!r}, needs rows"
-            " without it, or another loss"
-        )
-    if not any(feature[WEIGHT] for feature in features):
-        raise UserError(f"dataset: got a {WEIGHT!r} of 0 in every row, needs one above")
 
 
 def training_records(settings: Settings, seed: int, *, points: bool, say: Say = print) -> Records:
@@ -331,7 +297,7 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
     """
     if settings.held_out is None:
         return []
-    if Path(settings.held_out).suffix in _FILES:
+    if Path(settings.held_out).suffix in FILES:
         return _read(settings, settings.held_out, "train", settings.held_out_limit, say)
     if settings.dataset == EMBEDDED:
         documents = split_documents(load_documents(), seed=seed)[1]
@@ -339,14 +305,41 @@ def held_out_records(settings: Settings, seed: int, *, say: Say = print) -> Reco
     return _read(settings, settings.dataset, settings.held_out, settings.held_out_limit, _silent)
 
 
+def kind_of(loss: Loss, records: Sequence[Record] = ()) -> str:
+    """What a loss judges of records: `LISTS`, `PAIRS`, or completions, `RATED` or `LABELLED`."""
+    if loss.pairwise:
+        return LISTS if _has_lists(records) else PAIRS
+    return LABELLED if DESIRABLE in loss.needs else RATED
+
+
+def judged_records(records: Records, kind: str, *, say: Say = print) -> Records:
+    """Records as losses of a kind judge them.
+
+    Args:
+        records: pairs, single completions or lists.
+        kind: of `kind_of`.
+        say: tells the user that completions were rated 1 and 0.
+
+    Raises:
+        ValueError: as `as_pairs` and `as_judged` do.
+    """
+    if kind == LISTS:
+        return records
+    if kind == PAIRS:
+        return as_pairs(records)
+    return as_points(records, say=say) if kind == RATED else as_judged(records)
+
+
 def as_pairs(records: Records) -> Records:
-    """Pairs; of rated completions the best and the worst of each prompt.
+    """Pairs; of rated completions and of lists the best and the worst of each prompt.
 
     Raises:
         ValueError: completions come without `reward` or `group`, or no prompt's rewards differ.
     """
     if _has_pairs(records):
         return records
+    if _has_lists(records):
+        records = points_of_lists(records)
     names = " and ".join(name for name in _GROUPED if not _all_have(records, name))
     if names:
         raise ValueError(
@@ -368,9 +361,11 @@ def as_points(records: Records, *, say: Say = print) -> Records:
     """Single completions; those of a pair with its scores, or rated 1 and 0.
 
     Args:
-        records: pairs or single completions.
+        records: pairs, single completions or lists.
         say: tells the user that completions were rated 1 and 0.
     """
+    if _has_lists(records):
+        return points_of_lists(records)
     if not _has_pairs(records):
         return records
     unscored = sum(not has_values(record, SCORES) for record in records)
@@ -404,13 +399,7 @@ def as_judged(records: Records) -> Records:
 
 
 def _read(settings: Settings, name: str, split: str, limit: int | None, say: Say) -> Records:
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = islice(_rows(name, split, limit), limit)
-        records, said = adapted_records(name, rows, settings.adapter)
-    except DatasetsError as error:
-        raise ValueError(f"cannot read {name}: {error.__cause__ or error}") from error
+    records, said = adapted_records(name, rows_of(name, split, limit), settings.adapter)
     if not records:
         raise ValueError(f"got no usable row in {name}, split {split}")
     say(said)
@@ -421,17 +410,9 @@ def _has_pairs(records: Records) -> bool:
     return bool(records) and CHOSEN in records[0]
 
 
+def _has_lists(records: Sequence[Record]) -> bool:
+    return bool(records) and COMPLETIONS in records[0]
+
+
 def _all_have(records: Records, name: str) -> bool:
     return all(name in record for record in records)
-
-
-def _rows(name: str, split: str, limit: int | None) -> Iterable[Record]:
-    from datasets import load_dataset
-
-    path = Path(name)
-    if path.suffix not in _FILES:
-        # Streaming reads no more than `limit` rows of a hub data set, but knows no slices.
-        return load_dataset(name, split=split, streaming=limit is not None and "[" not in split)
-    if path.is_file() and path.stat().st_size == 0:
-        return []
-    return load_dataset(_FILES[path.suffix], data_files=name, split=split)

@@ -211,10 +211,10 @@ def _add_reference_columns(task: Task) -> Features:
         return []
     model = reference_for_columns(task)
     if wanted:
-        task.train = with_reference(task, model, task.train, pairs=task.is_pairwise)
+        task.train = with_reference(task, model, task.train)
         if _evaluates(task):
-            task.evaluated = with_reference(task, model, task.evaluated, pairs=task.is_pairwise)
-    return with_reference(task, model, task.held_out, pairs=True) if task.held_out else []
+            task.evaluated = with_reference(task, model, task.evaluated)
+    return with_reference(task, model, task.held_out) if task.held_out else []
 
 
 def _evaluates(task: Task) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters: rows of public data sets become this package's records, of pairs or completions."""
+"""Adapters: rows of public data sets become records of pairs, completions or lists of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Any
 from fused_prefopt.data.columns import (
     CHOSEN,
     COMPLETION,
+    COMPLETIONS,
     CONTENT,
     DESIRABLE,
     GROUP,
     LABELS,
+    LIST_RATINGS,
     PAIR,
     PROMPT,
     RATINGS,
     REJECTED,
     REWARD,
+    REWARDS,
     ROLE,
     SCORES,
     WEIGHT,
@@ -150,6 +153,51 @@ def completions(rows: Iterable[Row]) -> list[Record]:
             record[GROUP] = row[GROUP]
         record |= weight_of(row, where)
         records.append(record)
+    return records
+
+
+def lists(rows: Iterable[Row]) -> list[Record]:
+    """Adapt rows of lists: the rated completions of a prompt.
+
+    Args:
+        rows: with `prompt`, a text or a chat, `completions`, a list of such, and a number for each
+            of them in `rewards`, `scores` or `ratings` (the first with values counts); optionally
+            `weight`, the list's.
+
+    Returns:
+        Records with `prompt`, `completions`, `rewards` (floats) and `weight`. Completions that are
+        empty or have no rating (None) are dropped, and lists without any; log messages count them.
+
+    Raises:
+        ValueError: a row has no prompt, no completions, not a rating for each, or one that is no
+            finite number, a weight that is none, or weights of tokens.
+    """
+    rows = list(rows)
+    rating = column_of(rows, LIST_RATINGS) or REWARDS
+    records, dropped, empty = [], 0, 0
+    for index, row in enumerate(rows):
+        where = row_at(index)
+        require_columns(row, (PROMPT, COMPLETIONS, rating), where)
+        given, ratings = row[COMPLETIONS] or (), row[rating]
+        if ratings is None or len(ratings) != len(given):
+            got = "None" if ratings is None else f"{len(ratings)}"
+            raise ValueError(
+                f"{rating}: got {got} in {where}, wanted one for each of its {len(given)}"
+                " completions"
+            )
+        kept = [
+            pair for pair in zip(given, ratings, strict=True) if pair[0] and pair[1] is not None
+        ]
+        dropped += len(given) - len(kept)
+        if not kept:
+            empty += 1
+            continue
+        rewards = [read_value(rating, value, where) for _, value in kept]
+        texts = [completion for completion, _ in kept]
+        record = {PROMPT: row[PROMPT], COMPLETIONS: texts, REWARDS: rewards}
+        records.append(record | weight_of(row, where))
+    _report("lists", dropped, "completions")
+    _report("lists", empty, "lists")
     return records
 
 

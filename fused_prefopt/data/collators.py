@@ -1,4 +1,4 @@
-"""Collators: token ids of pairs or completions as a batch, padded, packed or sharing prompts."""
+"""Collators: token ids of pairs, completions or lists of them as a batch, padded or packed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     COMPLETION_IDS,
     COMPLETION_MASK,
+    GOLD_IDS,
+    GROUP,
     INPUT_IDS,
     LABEL_COUNTS,
     NUM_SEQUENCES,
+    OF_GOLD,
     PAIR_FIELDS,
     PAIR_IDS,
     PAIR_REFERENCES,
@@ -33,6 +36,7 @@ from fused_prefopt.data.columns import (
     stacked,
 )
 from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.list_rows import Member, members_of
 from fused_prefopt.data.shared_prompts import shared_layout
 from fused_prefopt.data.token_weights import of_targets, spread, token_weights
 from fused_prefopt.data.truncation import TRUNCATION_MODES, cut_side
@@ -86,7 +90,7 @@ class _Collator:
         sequences = []
         for column in completions:
             for index, feature in enumerate(features):
-                where = feature_at(index)
+                where = feature_at(index, feature)
                 prompt, completion = (
                     _tokens(feature[name], name, where, self.vocab_size)
                     for name in (PROMPT_IDS, column)
@@ -188,8 +192,9 @@ class PairCollator(_Collator):
         Args:
             features: B dicts with `prompt_ids`, `chosen_ids`, `rejected_ids` and optionally
                 `score_chosen` with `score_rejected`, `collision_chosen` with
-                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`, and
-                `chosen_token_weights` with `rejected_token_weights`, lists as long as the ids.
+                `collision_rejected`, `ref_chosen_logps`, `ref_rejected_logps`, `weight`,
+                `gold_ids`, and `chosen_token_weights` with `rejected_token_weights`, lists as long
+                as the ids.
 
         Returns:
             Padded on the right: `input_ids`, `attention_mask`, `completion_mask`, (2B, L) int64.
@@ -202,7 +207,8 @@ class PairCollator(_Collator):
             Shared prompts: what `shared_layout` returns.
             If the features have them: `rewards` (where none lacks a score), `collision`, `weights`
             (2B,), `ref_chosen_logps`, `ref_rejected_logps` (B,), and `token_weights`, laid out as
-            `completion_mask` or as `targets`, all float32. Never `labels`: transformers'
+            `completion_mask` or as `targets`, all float32; and the layout of B gold completions
+            behind their prompts, its names after `gold_`. Never `labels`: transformers'
             Trainer would rescale the loss by them; see `data.labels_of`.
 
         Raises:
@@ -212,8 +218,18 @@ class PairCollator(_Collator):
         """
         _require_features(features, (PROMPT_IDS, *PAIR_IDS))
         batch = self._layout(features, PAIR_IDS)
+        if is_given(features, GOLD_IDS):
+            batch |= self._gold(features)
         sources = PAIR_FIELDS | {name: (name,) for name in PAIR_REFERENCES}
         return batch | _fields(features, sources)
+
+    def _gold(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """The gold completions' own layout, in which each has its prompt."""
+        _require_features(features, (GOLD_IDS,))
+        sequences = self._sequences(features, (GOLD_IDS,))
+        part = self._packed(sequences) if self.padding_free else self._padded(sequences)
+        part[LABEL_COUNTS] = count_labels(part)
+        return {OF_GOLD + name: value for name, value in part.items()}
 
 
 @dataclass
@@ -260,6 +276,48 @@ class PointCollator(_Collator):
         return batch | _fields(features, POINT_FIELDS)
 
 
+@dataclass
+class ListCollator(PointCollator):
+    """Collate lists of scored completions, a row of the data set each, so that none is torn apart.
+
+    The batch is that of `PointCollator` on the completions of one list after another, whose place
+    among the lists is their group: losses on pairs take every two completions of a list that their
+    scores tell apart as a pair (see `LogpBatch`), those on single completions take them as they
+    are.
+
+    Args:
+        pad_token_id, padding_free, pad_to_multiple_of, vocab_size, max_length, truncation_mode: of
+            `PointCollator`.
+    """
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Make a batch of B lists with S completions in all, list after list.
+
+        Args:
+            features: B dicts with `prompt_ids`, `completions_ids` (K lists of token ids), `rewards`
+                (K numbers) and optionally `references`, `prompt_references` (K numbers),
+                `completions_token_weights` (K lists, as long as the ids) and `weight`, the list's.
+                Pairs, as `PairCollator` takes them, are lists of two: rated by their scores, of
+                which the chosen one must be higher, or without them 1 and 0.
+
+        Returns:
+            That of `PointCollator`, with `groups` 0..B−1 and `rewards` always.
+
+        Raises:
+            ValueError: as `PointCollator` does; a column has not an entry for each completion, or a
+                pair's scores do not say that chosen is better.
+        """
+        if not features:
+            raise ValueError("features: got an empty list, wanted at least one feature")
+        return super().__call__(
+            [
+                Member({**member, GROUP: group}, member.place)
+                for group, feature in enumerate(features)
+                for member in members_of(feature, feature_at(group, feature))
+            ]
+        )
+
+
 def _fields(features: Sequence[Feature], sources: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
     """Fields of a batch, each of the columns that it is made of, if the features have them."""
     return {
@@ -284,7 +342,7 @@ def _require_features(features: Sequence[Feature], wanted: Sequence[str]) -> Non
     if not features:
         raise ValueError("features: got an empty list, wanted at least one feature")
     for index, feature in enumerate(features):
-        require_columns(feature, wanted, feature_at(index))
+        require_columns(feature, wanted, feature_at(index, feature))
 
 
 class GroupBatchSampler:

@@ -16,12 +16,16 @@ from torch import Tensor
 from fused_prefopt.checks import closest
 
 # Records: texts, or chats, which are lists of messages.
-PROMPT, COMPLETION = "prompt", "completion"
+PROMPT, COMPLETION, COMPLETIONS = "prompt", "completion", "completions"
 PAIR = CHOSEN, REJECTED = ("chosen", "rejected")
+# A third completion of a pair's prompt, the best one.
+GOLD = "gold"
 ROLE, CONTENT = "role", "content"
 # Records and features: the judgements; of several names, the first that has values counts.
 SCORES = SCORE_CHOSEN, SCORE_REJECTED = ("score_chosen", "score_rejected")
 RATINGS = REWARD, SCORE, RATING = ("reward", "score", "rating")
+REWARDS = "rewards"
+LIST_RATINGS = (REWARDS, "scores", "ratings")
 LABELS = DESIRABLE, LABEL = ("desirable", "label")
 GROUP = "group"
 # Records and features: how much a pair or a completion counts.
@@ -37,16 +41,27 @@ TOKENS = PROMPT_IDS, CHOSEN_IDS, REJECTED_IDS, COMPLETION_IDS = (
     "completion_ids",
 )
 PAIR_IDS = (CHOSEN_IDS, REJECTED_IDS)
+GOLD_IDS = "gold_ids"
+# Of a list: the ids of each of its completions.
+COMPLETIONS_IDS = "completions_ids"
 # Features: how much each token of a completion counts; the last one in batches too, laid out as
 # their `completion_mask`, or where prompts are shared as their `targets`.
-TOKEN_WEIGHT_COLUMNS = CHOSEN_TOKEN_WEIGHTS, REJECTED_TOKEN_WEIGHTS, TOKEN_WEIGHTS = (
+TOKEN_WEIGHT_COLUMNS = (
+    CHOSEN_TOKEN_WEIGHTS,
+    REJECTED_TOKEN_WEIGHTS,
+    COMPLETIONS_TOKEN_WEIGHTS,
+    TOKEN_WEIGHTS,
+) = (
     "chosen_token_weights",
     "rejected_token_weights",
+    "completions_token_weights",
     "token_weights",
 )
-# Features and batches: a reference's log-probs of pairs, named as in TRL, and of completions.
+# Features and batches: a reference's log-probs of pairs, named as in TRL, of completions, and of
+# each completion of a list.
 PAIR_REFERENCES = REF_CHOSEN_LOGPS, REF_REJECTED_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 POINT_REFERENCES = REFERENCE, PROMPT_REFERENCE = ("reference", "prompt_reference")
+LIST_REFERENCES = REFERENCES, PROMPT_REFERENCES = ("references", "prompt_references")
 # The same of completions in TRL's batches; it has no name for the last, the prompts'.
 TRL_REFERENCES = REF_LOGPS, REF_KL_LOGPS, REF_PROMPT_LOGPS = (
     "ref_logps",
@@ -71,17 +86,31 @@ LAYOUT = (
 KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.
 MISMATCHED = "KL_"
+# The prefix of the layout of gold completions.
+OF_GOLD = "gold_"
 # Of TRL's rows, as of ours: ids of completions, and the weights that belong to them.
 WEIGHTS_OF_IDS = {
     CHOSEN_IDS: CHOSEN_TOKEN_WEIGHTS,
     REJECTED_IDS: REJECTED_TOKEN_WEIGHTS,
+    COMPLETIONS_IDS: COMPLETIONS_TOKEN_WEIGHTS,
     COMPLETION_IDS: TOKEN_WEIGHTS,
     f"{MISMATCHED}{COMPLETION_IDS}": f"{MISMATCHED}{TOKEN_WEIGHTS}",
 }
 
+# Records and features: a list's column with an entry for each completion, and that of one alone.
+LIST_COLUMNS = {
+    COMPLETIONS: COMPLETION,
+    COMPLETIONS_IDS: COMPLETION_IDS,
+    COMPLETIONS_TOKEN_WEIGHTS: TOKEN_WEIGHTS,
+    REWARDS: REWARD,
+    REFERENCES: REFERENCE,
+    PROMPT_REFERENCES: PROMPT_REFERENCE,
+}
+
 # Batches: fields of `LogpBatch`, and the columns of features that they are made of.
-REWARDS, GROUPS, KL = "rewards", "groups", "kl"
+GROUPS, KL = "groups", "kl"
 PROMPT_LENGTHS = "prompt_lengths"
+GOLD_LENGTHS = "gold_lengths"
 SEQUENCE_KL, COLLISION, WEIGHTS = "sequence_kl", "collision", "weights"
 # A pair's weight is that of both its completions.
 PAIR_FIELDS = {REWARDS: SCORES, COLLISION: COLLISIONS, WEIGHTS: (WEIGHT, WEIGHT)}
@@ -133,9 +162,10 @@ def row_at(index: int) -> str:
     return f"row {index} (counted from 0)"
 
 
-def feature_at(index: int) -> str:
-    """A feature's place as messages name it."""
-    return f"feature {index}"
+def feature_at(index: int, feature: Any = None) -> str:
+    """A feature's place as messages name it; a completion of a list knows its own, `place`."""
+    place: str = getattr(feature, "place", f"feature {index}")
+    return place
 
 
 def column_of(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> str | None:
@@ -286,7 +316,7 @@ def stacked(features: Sequence[Mapping[str, Any]], name: str) -> Tensor:
     read, dtype = _KINDS.get(name, _NUMBER)
     values = []
     for index, feature in enumerate(features):
-        where = feature_at(index)
+        where = feature_at(index, feature)
         require_columns(feature, (name,), where)
         if feature[name] is None:
             raise ValueError(f"{name}: got None in {where}, needs a value in each or none")
@@ -294,9 +324,10 @@ def stacked(features: Sequence[Mapping[str, Any]], name: str) -> Tensor:
     column = torch.tensor(values, dtype=dtype)
     if dtype.is_floating_point and not column.isfinite().all():
         index = int(column.isfinite().logical_not().nonzero()[0])
+        where = feature_at(index, features[index])
         raise ValueError(
-            f"{name}: got {values[index]!r} in {feature_at(index)}, wanted a number within"
-            f" {dtype}; scale the column"
+            f"{name}: got {values[index]!r} in {where}, wanted a number within {dtype}; scale the"
+            " column"
         )
     return column
 

@@ -13,6 +13,7 @@ from fused_prefopt.data.adapters import (
     HUMAN,
     completions,
     hh_rlhf,
+    lists,
     preference,
     ultrafeedback,
     ultrafeedback_binarized,
@@ -21,8 +22,11 @@ from fused_prefopt.data.adapters import (
 from fused_prefopt.data.columns import (
     CHOSEN,
     COMPLETION,
+    COMPLETIONS,
+    COMPLETIONS_IDS,
     GROUP,
     LABELS,
+    LIST_RATINGS,
     PAIR,
     PROMPT,
     RATINGS,
@@ -41,7 +45,7 @@ Record = dict[str, Any]
 Adapter = Callable[[Iterable[Row]], list[Record]]
 READERS: dict[str, Adapter] = {
     adapter.__name__: adapter
-    for adapter in (preference, hh_rlhf, ultrafeedback_binarized, completions, ultrafeedback)
+    for adapter in (preference, hh_rlhf, ultrafeedback_binarized, completions, lists, ultrafeedback)
 }
 # Data sets of the hub whose adapter is known without a look at their columns.
 ADAPTERS: dict[str, Adapter] = {
@@ -55,6 +59,7 @@ FORMS = {
     "hh_rlhf": f"chosen, rejected: texts from {HUMAN!r} on, without prompt",
     "ultrafeedback_binarized": "chosen, rejected: whole chats, beside a prompt that is a text",
     "completions": f"prompt, completion and any of {', '.join((*LABELS, *RATINGS))}",
+    "lists": f"prompt, completions and a list of numbers in any of {', '.join(LIST_RATINGS)}",
     "ultrafeedback": "instruction, completions",
 }
 # Adapter → the columns that it makes use of; others are named to the user.
@@ -63,12 +68,14 @@ _READ = {
     "hh_rlhf": (*PAIR, WEIGHT),
     "ultrafeedback_binarized": (PROMPT, *PAIR, *SCORES, WEIGHT),
     "completions": (PROMPT, COMPLETION, *LABELS, *RATINGS, GROUP, WEIGHT),
-    "ultrafeedback": ("instruction", "completions", WEIGHT),
+    "lists": (PROMPT, COMPLETIONS, *LIST_RATINGS, WEIGHT),
+    "ultrafeedback": ("instruction", COMPLETIONS, WEIGHT),
 }
 _NEEDED = {
     "pairs": PAIR,
     "completions": (COMPLETION,),
-    "ultrafeedback": ("instruction", "completions"),
+    "lists": (PROMPT, COMPLETIONS),
+    "ultrafeedback": ("instruction", COMPLETIONS),
 }
 logger = logging.getLogger(__name__)
 
@@ -101,8 +108,8 @@ def load_dataset_records(
             dataset the one that fits the columns of its first row.
 
     Returns:
-        Records of pairs (`prompt`, `chosen`, `rejected`) or of single completions (`prompt`,
-        `completion`), as the adapter makes them.
+        Records of pairs (`prompt`, `chosen`, `rejected`), of single completions (`prompt`,
+        `completion`) or of lists (`prompt`, `completions`), as the adapter makes them.
 
     Raises:
         ValueError: there is no such adapter, none or several fit the columns, or a row lacks a
@@ -170,9 +177,13 @@ def recognise(row: Row) -> Recognised:
         return _recognised_pairs(row)
     if kinds == ["completions"]:
         return _recognised_completions(row)
+    if kinds == ["lists"]:
+        if not any(name in row for name in LIST_RATINGS):
+            raise ValueError(_message(row, "lists of completions that nothing rates"))
+        return Recognised("lists", "lists of rated completions")
     if kinds == ["ultrafeedback"]:
         return Recognised("ultrafeedback", "completions of UltraFeedback")
-    if any(name in row for name in TOKENS):
+    if any(name in row for name in (*TOKENS, COMPLETIONS_IDS)):
         problem = "of token ids, which trainers and collators take as they are and no adapter reads"
         raise ValueError(_message(row, problem))
     missing = [name for names in _NEEDED.values() for name in names if name not in row]

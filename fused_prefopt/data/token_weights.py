@@ -45,7 +45,7 @@ def token_weights(
     found = []
     for column, name in pairs:
         for index, feature in enumerate(features):
-            where = feature_at(index)
+            where = feature_at(index, feature)
             require_columns(feature, (name,), where)
             weights = _read(name, feature[name], len(feature[column]), where)
             prompt = torch.empty(len(feature[PROMPT_IDS]))

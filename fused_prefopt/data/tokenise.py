@@ -10,7 +10,10 @@ from fused_prefopt.data.columns import (
     CHOSEN_IDS,
     COMPLETION,
     COMPLETION_IDS,
+    COMPLETIONS_IDS,
     DESIRABLE,
+    GOLD,
+    GOLD_IDS,
     GROUP,
     LABELS,
     PAIR,
@@ -19,6 +22,7 @@ from fused_prefopt.data.columns import (
     RATINGS,
     REJECTED_IDS,
     REWARD,
+    REWARDS,
     SCORES,
     column_of,
     has_values,
@@ -26,7 +30,8 @@ from fused_prefopt.data.columns import (
     require_columns,
     row_at,
 )
-from fused_prefopt.data.truncation import RowCounts
+from fused_prefopt.data.list_rows import members_of
+from fused_prefopt.data.truncation import ListCounts, RowCounts
 
 Ids = list[int]
 Record = Mapping[str, Any]
@@ -57,7 +62,7 @@ def tokenise_pairs(
     Args:
         records: with `prompt`, `chosen`, `rejected`: three strings, or three lists of
             ``{"role", "content"}`` messages; `score_chosen` and `score_rejected` are kept if
-            both are there, and `weight`.
+            both are there, and `weight`; and `gold`, a third completion of the prompt.
         tokenizer: has `encode(text, add_special_tokens=...)` and `eos_token_id`; for chats
             `apply_chat_template`. Hugging Face tokenizers do.
         max_length: tokens of prompt and completion together.
@@ -65,8 +70,8 @@ def tokenise_pairs(
             always keeps one.
 
     Returns:
-        One dict a pair that is kept: `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int),
-        and the scores and the weight as floats.
+        One dict a pair that is kept: `prompt_ids`, `chosen_ids`, `rejected_ids`, and `gold_ids` of
+        a `gold` (lists of int), and the scores and the weight as floats.
 
     Raises:
         ValueError: a length does not fit, a column is missing, a score or weight is no finite
@@ -104,6 +109,34 @@ def tokenise_points(
     return features
 
 
+def tokenise_lists(
+    records: Iterable[Record], tokenizer: Any, max_length: int, max_prompt_length: int
+) -> Features:
+    """Token ids of lists, the rated completions of a prompt, made as `tokenise_pairs` does.
+
+    Completions without any label are dropped, as are those that end as the same tokens as one
+    before them in their list, and lists that have no two completions of different reward left.
+
+    Args:
+        records: with `prompt`, `completions` and `rewards`, as the adapter `lists` makes them, or
+            `chosen` and `rejected`, a list of two, with their scores or rated 1 and 0; `weight` is
+            kept.
+        tokenizer: as for `tokenise_pairs`.
+        max_length: tokens of prompt and completion together.
+        max_prompt_length: tokens of the prompt, fewer than `max_length`.
+
+    Returns:
+        One dict a list that is kept: `prompt_ids` (list of int), `completions_ids` (K lists of
+        int), `rewards` (K floats) and `weight` (float).
+
+    Raises:
+        ValueError: as for `tokenise_pairs`; a list has not a reward for each completion.
+    """
+    features, counts = counted_lists(records, tokenizer, max_length, max_prompt_length)
+    counts.log()
+    return features
+
+
 def counted_pairs(
     records: Iterable[Record],
     tokenizer: Any,
@@ -126,6 +159,9 @@ def counted_pairs(
         if counts.keeps(whole, cut):
             (prompt, chosen), (_, rejected) = cut
             ids = {PROMPT_IDS: prompt, CHOSEN_IDS: chosen, REJECTED_IDS: rejected}
+            if record.get(GOLD) is not None:
+                best = encoder.encode(record[PROMPT], record[GOLD], where)
+                ids[GOLD_IDS] = encoder.fit(*best)[1]
             features.append({**ids, **scores})
     counts.require_some("records")
     return features, counts
@@ -160,6 +196,33 @@ def counted_points(
         } | weight_of(record, where)
         if counts.keeps([whole], [(prompt, completion)]):
             features.append({PROMPT_IDS: prompt, COMPLETION_IDS: completion, **extras})
+    counts.require_some("records")
+    return features, counts
+
+
+def counted_lists(
+    records: Iterable[Record],
+    tokenizer: Any,
+    max_length: int,
+    max_prompt_length: int,
+    what: str = "lists",
+) -> tuple[Features, ListCounts]:
+    """`tokenise_lists`, with the counts instead of a log message, which `what` begins."""
+    encoder = _Encoder(tokenizer, max_length, max_prompt_length)
+    counts = ListCounts(what, max_length, max_prompt_length)
+    features = []
+    for index, record in enumerate(records):
+        where = row_at(index)
+        require_columns(record, (PROMPT,), where)
+        members = members_of(record, where)
+        rewards = [read_value(REWARD, each[REWARD], each.place) for each in members]
+        whole = [encoder.encode(each[PROMPT], each[COMPLETION], each.place) for each in members]
+        cut = [encoder.fit(*side) for side in whole]
+        kept = counts.kept_of(whole, cut, rewards)
+        if kept:
+            ids = {PROMPT_IDS: cut[0][0], COMPLETIONS_IDS: [cut[place][1] for place in kept]}
+            rated = {REWARDS: [rewards[place] for place in kept]}
+            features.append({**ids, **rated, **weight_of(record, where)})
     counts.require_some("records")
     return features, counts
 

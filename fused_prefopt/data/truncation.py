@@ -108,8 +108,13 @@ class RowCounts:
             f" {self.completions}, prompts truncated {self.prompts}, {equal}without a completion"
             f" {self.empty}"
         )
+        return said + self._advice
+
+    @property
+    def _advice(self) -> str:
+        """What to raise where something was cut."""
         if not self.touched:
-            return said
+            return ""
         prompts_apart = self.max_prompt_length is not None
         limits = [
             f"{name} ({limit})"
@@ -121,7 +126,7 @@ class RowCounts:
         ]
         share = self.touched / self.read
         most = f", which cuts {share:.0%} of the rows" if self._cuts_most else ""
-        return f"{said}; raise {' or '.join(limits)}{most}"
+        return f"; raise {' or '.join(limits)}{most}"
 
     def log(self) -> None:
         """Log the message, as a warning if rows were dropped or more than half of them cut."""
@@ -142,6 +147,60 @@ class RowCounts:
     @property
     def _cuts_most(self) -> bool:
         return 2 * self.touched > self.read
+
+
+@dataclass
+class ListCounts(RowCounts):
+    """Counts of completions in lists, and of the lists, each a row.
+
+    Attributes:
+        pairwise: as a completion has one side, False.
+        lists: that were read.
+        kept_lists: of two completions or more whose scores are not all one.
+    """
+
+    pairwise: bool = False
+    lists: int = 0
+    kept_lists: int = 0
+
+    def kept_of(
+        self, whole: Sequence[Side], cut: Sequence[Side], scores: Sequence[float]
+    ) -> list[int]:
+        """Count a list and say which of its completions are kept, by place; none of a dropped list.
+
+        A completion is dropped that has no label left, or the tokens of one before it.
+
+        Args:
+            whole: prompt and completion of each before they were cut.
+            cut: the same afterwards.
+            scores: of each.
+        """
+        seen: list[tuple[list[int], list[int]]] = []
+        places = []
+        for place, sides in enumerate(zip(whole, cut, strict=True)):
+            before, after = sides
+            kept = self.keeps([before], [after])
+            if kept and _lists(after) in seen:
+                self.kept, self.equal = self.kept - 1, self.equal + 1
+            elif kept:
+                seen.append(_lists(after))
+                places.append(place)
+        self.lists += 1
+        if len({scores[place] for place in places}) > 1:
+            self.kept_lists += 1
+            return places
+        self.kept -= len(places)
+        return []
+
+    @property
+    def message(self) -> str:
+        """All counts, and what to raise where something was cut."""
+        return (
+            f"{self.what}: read {self.lists} of {self.read} completions, kept {self.kept_lists} of"
+            f" {self.kept}; without two different scores {self.lists - self.kept_lists};"
+            f" completions truncated {self.completions}, prompts truncated {self.prompts}, the same"
+            f" as another {self.equal}, without a completion {self.empty}{self._advice}"
+        )
 
 
 def _lists(side: Side) -> tuple[list[int], list[int]]:

@@ -13,23 +13,24 @@ from torch import Tensor, nn
 from fused_prefopt.data.columns import (
     COMPLETION_MASK,
     DESIRABLE,
+    GOLD,
     INPUT_IDS,
     MADE_UP_REWARDS,
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
 from fused_prefopt.integrations.metrics import (
+    Lists,
     StepMetrics,
     Weighed,
     metric_weights,
     token_metrics,
 )
 from fused_prefopt.losses.metrics import SCORES_MEAN, SCORES_STD
-from fused_prefopt.losses.protocol import WHAT_IT_IS
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS, WHAT_IT_IS
 from fused_prefopt.models.batch import (
     HIDDEN,
     CollatedRows,
@@ -37,6 +38,8 @@ from fused_prefopt.models.batch import (
     batch_behind,
     collated_rows,
     given_fields,
+    gold_fields,
+    gold_part,
     logps_through,
 )
 from fused_prefopt.models.causal_lm import head_running, wants_router_loss
@@ -57,7 +60,7 @@ from fused_prefopt.reference import Collator, Feature, add_reference_logps
 from fused_prefopt.types import LMHead, LossOutput
 
 # Fields that a reference gives.
-_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, SEQUENCE_KL)
+_REFERENCE_FIELDS = (REFERENCE, PROMPT_REFERENCE, *sorted(OF_BOTH_HEADS))
 OF_REFERENCE = frozenset(_REFERENCE_FIELDS)
 
 
@@ -87,7 +90,7 @@ def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
     """
     name = min(missing)
     ways = ["reference=<model>", "reference='adapter' (the model without its PEFT adapter)"]
-    if SEQUENCE_KL not in missing:
+    if not OF_BOTH_HEADS & set(missing):
         ways += [
             "reference_cache=<folder> with one of them",
             "rows with the columns of `add_reference_logps`",
@@ -212,7 +215,7 @@ class Attachment:
             return extras, None
         if self.reference is None:
             raise ValueError(lacks_reference(self.loss_fn, missing))
-        if SEQUENCE_KL in missing:
+        if OF_BOTH_HEADS & missing:
             return extras, (self.reference, self.reference.hidden(batch))
         return extras | self.reference.logps(batch, prompt=PROMPT_REFERENCE in missing), None
 
@@ -230,10 +233,12 @@ def _outputs(
     """The loss of a batch, and its metrics with what each is a mean over."""
     router = wants_router_loss(model) if router_coefficient is None else router_coefficient != 0
     rows = collated_rows(model, batch, prompt=PROMPT in loss_fn.loss.needs, router=router)
+    part = gold_part(batch) if GOLD in loss_fn.loss.needs else None
+    gold = None if part is None else collated_rows(model, part, prompt=False)
     device = rows.hidden.device
     _move(loss_fn, device)
     extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
-    forward = _LossInHead(model, loss_fn, rows, extras, compared, of_tokens)
+    forward = _LossInHead(model, loss_fn, rows, gold, extras, compared, of_tokens)
     with head_running(model, forward) as head:
         loss: Tensor = head(rows.hidden)
     output, tokens = forward.found
@@ -246,7 +251,9 @@ def _outputs(
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
-    weights = metric_weights(output, forward.desirable, extras[WEIGHTS]) | tokens[1]
+    lists = Lists.of(loss_fn, extras)
+    desirable = None if loss_fn.loss.pairwise else extras[DESIRABLE]
+    weights = metric_weights(output, desirable, extras[WEIGHTS], lists) | tokens[1]
     if batch.get(MADE_UP_REWARDS):
         scores = [name for name in weights if name in (SCORES_MEAN, SCORES_STD)]
         weights |= dict.fromkeys(scores, output.losses.new_zeros(()))
@@ -261,6 +268,7 @@ class _LossInHead:
         model: causal language model.
         loss_fn: which loss.
         rows: the batch.
+        gold: the gold completions of its pairs, or None.
         extras: its fields of `LogpBatch`.
         compared: a reference with its rows of the batch, or None.
         of_tokens: also `token_metrics`.
@@ -272,6 +280,7 @@ class _LossInHead:
     model: nn.Module
     loss_fn: PreferenceLoss
     rows: CollatedRows
+    gold: CollatedRows | None
     extras: Mapping[str, Tensor | None]
     compared: Compared | None
     of_tokens: bool
@@ -281,8 +290,7 @@ class _LossInHead:
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:
-            weights = self.desirable, self.extras[WEIGHTS]
-            tokens = token_metrics(self.loss_fn, rows, hidden, head, *weights)
+            tokens = token_metrics(self.loss_fn, rows, hidden, head, self.extras)
         given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
         if self.compared is not None:
             source, given["ref_hidden"] = self.compared
@@ -290,14 +298,11 @@ class _LossInHead:
         if rows.prompt_labels is not None:
             given["prompt_labels"] = rows.prompt_labels
             given["num_prompt_labels"] = rows.num_prompt_labels
+        if self.gold is not None:
+            given |= gold_fields(self.gold, head, **self.loss_fn.op_options)
         output = self.loss_fn(hidden, head, rows.labels, **given)
         self.found = output, tokens
         return output.loss
-
-    @property
-    def desirable(self) -> Tensor | None:
-        """(S,) bool for single completions; None for pairs."""
-        return None if self.loss_fn.loss.pairwise else self.extras[DESIRABLE]
 
 
 def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:

@@ -25,7 +25,6 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     REFERENCE,
     REWARDS,
-    SEQUENCE_KL,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
@@ -40,6 +39,7 @@ from fused_prefopt.integrations.trainer_checks import (
 from fused_prefopt.integrations.trainer_mixins import TakesLossAlone
 from fused_prefopt.integrations.transformers import LogsPreferences, attach
 from fused_prefopt.losses import check_needs
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_trained_head
@@ -176,7 +176,7 @@ class FusesLabelled(TakesLossAlone, LogsPreferences):
             inputs: of the collator, where they are to be.
         """
         batch = {name: inputs[name] for name in inputs if not name.startswith(MISMATCHED)}
-        if not self.needs & OF_REFERENCE or SEQUENCE_KL in self.needs:
+        if not self.needs & OF_REFERENCE or self.needs & OF_BOTH_HEADS:
             return batch
         names = {"completion": REFERENCE, "prompt": PROMPT_REFERENCE}
         found = self.reference_logps(model, batch, prompt=PROMPT_REFERENCE in self.needs)
@@ -217,7 +217,7 @@ class FusesLabelled(TakesLossAlone, LogsPreferences):
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
-        if SEQUENCE_KL not in self.needs:
+        if not self.needs & OF_BOTH_HEADS:
             return "precomputed"
         return "adapter" if self.ref_model is None else self.ref_model
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_prefopt.data import ListCollator
 from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -77,12 +78,14 @@ def keep_batches_whole(trainer: Any, *, pairwise: bool) -> None:
 
     Args:
         trainer: a `transformers.Trainer`, before it has a data loader.
-        pairwise: whether its batches are of pairs.
+        pairwise: whether its loss judges pairs.
 
     Raises:
         ValueError: its configuration asks for such a deal, which would cut what belongs together.
     """
-    cut = None
+    cut, together = None, "pairs, whose two rows" if pairwise else None
+    if isinstance(trainer.data_collator, ListCollator):
+        together = "lists, whose rows"
     if getattr(trainer, "_is_vision_dataset", False):
         cut = "images, which have others; needs dispatch_batches=False"
     elif not has_row_for_each(trainer.data_collator):
@@ -90,8 +93,8 @@ def keep_batches_whole(trainer: Any, *, pairwise: bool) -> None:
             "a layout that has none for each sequence (padding_free, shared_prompt); needs"
             " dispatch_batches=False or padded batches"
         )
-    elif pairwise and trainer.accelerator.num_processes > 1:
-        cut = "pairs, whose two rows may go to two processes; needs dispatch_batches=False"
+    elif together is not None and trainer.accelerator.num_processes > 1:
+        cut = f"{together} may go to two processes; needs dispatch_batches=False"
     if trainer.accelerator.dispatch_batches:
         if cut is None:
             return

@@ -1,8 +1,9 @@
 """The losses of TRL by its names, with its options: as losses of this package.
 
 They are those of TRL 1.10 to 1.16; 1.9 leaves constants out of the divergences, which makes a
-difference to "ipo" and "sigmoid_norm" under one. Nothing here imports TRL: its names are also those
-of frameworks that are built on it.
+difference to "ipo" and "sigmoid_norm" under one. "bco_pair" subtracts no running mean of rewards
+(TRL 0.24 still did: `reward_shift` of "bco-pair"). Nothing here imports TRL: its names are also
+those of frameworks that are built on it.
 """
 
 from __future__ import annotations

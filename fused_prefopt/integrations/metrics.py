@@ -7,13 +7,15 @@ the head a step.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fused_prefopt.data.columns import SEQUENCE_IDS
+from fused_prefopt.data.columns import DESIRABLE, GROUPS, REWARDS, SEQUENCE_IDS, WEIGHTS
 from fused_prefopt.distributed import gather_objects
 from fused_prefopt.losses.metrics import (
+    LIST_PAIRS,
     LOGITS_CHOSEN,
     LOGITS_REJECTED,
     REWARDS_CHOSEN,
@@ -116,18 +118,64 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+@dataclass(frozen=True)
+class Lists:
+    """The lists of a batch that a loss on pairs takes so.
+
+    Args:
+        groups: (S,) integers, equal for the completions of one list.
+        rewards: (S,) scores.
+    """
+
+    groups: Tensor
+    rewards: Tensor
+
+    @classmethod
+    def of(cls, loss_fn: PreferenceLoss, extras: Mapping[str, Tensor | None]) -> Lists | None:
+        """The lists of a batch with these fields of `LogpBatch`; None where it has others."""
+        groups, rewards = extras[GROUPS], extras[REWARDS]
+        if not loss_fn.loss.pairwise or groups is None or rewards is None:
+            return None
+        return cls(groups, rewards)
+
+    @property
+    def best(self) -> Tensor:
+        """(S,) bool, whether no completion of the list has a higher score: the chosen ones."""
+        higher = self.rewards[None] > self.rewards[:, None]
+        return (self._together & higher).any(1).logical_not()
+
+    def totals(self, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """0-d numbers of lists: all, and those with a pair, or the sum of their weights (S,)."""
+        parts = 1 / self._together.sum(1).double()
+        differ = (self._together & (self.rewards[None] != self.rewards[:, None])).any(1)
+        own = parts.where(differ, 0.0)
+        return parts.sum(), (own if weights is None else own * weights).sum()
+
+    @property
+    def _together(self) -> Tensor:
+        return self.groups[:, None] == self.groups
+
+
 def metric_weights(
-    output: LossOutput, desirable: Tensor | None, given: Tensor | None
+    output: LossOutput,
+    desirable: Tensor | None,
+    given: Tensor | None,
+    lists: Lists | None = None,
 ) -> dict[str, Tensor]:
-    """How many pairs or completions each metric is a mean over, or the sum of their weights.
+    """How many pairs, completions or lists a metric is a mean over, or the sum of their weights.
 
     Args:
         output: of the loss.
         desirable: (S,) bool for single completions; None for pairs.
         given: (S,) weights of the batch, or None.
+        lists: those of which the pairs are, each of which counts alike, or None.
     """
     size = output.losses.shape[-1]
     every = output.losses.new_full((), size, dtype=torch.int64)
+    if lists is not None:
+        every, total = lists.totals(given)
+        of_all = {name for name in output.metrics if is_unweighted(name) or name == LIST_PAIRS}
+        return {name: every if name in of_all else total for name in output.metrics}
     # A pair's weight stands in both halves.
     own = output.losses.new_ones(size, dtype=torch.int64) if given is None else given[:size]
     weights = dict.fromkeys(output.metrics, own.sum())
@@ -148,8 +196,7 @@ def token_metrics(
     rows: CollatedRows,
     hidden: Tensor,
     head: LMHead,
-    desirable: Tensor | None,
-    weights: Tensor | None,
+    extras: Mapping[str, Tensor | None],
 ) -> Weighed:
     """Means over the completions' tokens, by TRL's names.
 
@@ -158,9 +205,8 @@ def token_metrics(
         rows: the batch.
         hidden: its last hidden states.
         head: the head, whole.
-        desirable: (S,) bool for single completions; None for pairs, of which the first half is
-            chosen.
-        weights: (S,) of the pairs or completions, or None; those of the tokens count too.
+        extras: the batch's fields of `LogpBatch`. Its weights count, and those of the tokens. Of
+            pairs the first half is chosen, of lists the best, of single completions the desirable.
 
     Returns:
         Metrics and the numbers of tokens, or sums of their weights, they are means over: `entropy`
@@ -170,6 +216,10 @@ def token_metrics(
     """
     options = loss_fn.evaluation_options
     tokens = token_statistics(hidden, head, rows.labels, **rows.layout, **options)
+    lists, weights = Lists.of(loss_fn, extras), extras[WEIGHTS]
+    desirable = None if loss_fn.loss.pairwise else extras[DESIRABLE]
+    if lists is not None:
+        desirable = lists.best
     counted = _counted(rows)
     chosen = _of_tokens(rows, desirable)
     means = {
@@ -177,7 +227,7 @@ def token_metrics(
         LOGITS_CHOSEN: (tokens.mean_logits, counted & chosen),
         LOGITS_REJECTED: (tokens.mean_logits, counted & ~chosen),
     }
-    if desirable is None:
+    if loss_fn.loss.pairwise:
         means["mean_token_accuracy"] = (tokens.correct.double(), counted & chosen)
     worth, metrics, totals = _worth(rows, weights), {}, {}
     for name, (values, members) in means.items():

@@ -26,7 +26,8 @@ class FusedOptions:
         loss: name of a loss, or a sum of several, such as "dpo + 0.2 bco-pair + sft" or a list of
             names and of mappings with `name`, `weight` and `hyperparameters`; see
             `PreferenceLoss` and `fused_prefopt.available_losses()`.
-        loss_kwargs: its hyperparameters.
+        loss_kwargs: its hyperparameters, and options of `PreferenceLoss` that have no field here,
+            such as ``{"margin": {"name": "dynamic", "gamma": 0.5}}``.
         beta: the same as `beta` in `loss_kwargs`; None leaves it to them, or to the loss.
         workspace_mb: budget of the op in MiB; None: the device's default (`sequence_logps`).
         engine: of the op; `auto`, `torch`, `cublas` or `triton`.
@@ -57,6 +58,8 @@ class FusedOptions:
     )
 
     pairwise: ClassVar[bool] = True
+    # Whether single completions may be put together to lists, for a loss on pairs.
+    makes_lists: ClassVar[bool] = False
     # TRL's options that choose or shape its own loss, and those that are hyperparameters here too.
     _trls_own: ClassVar[tuple[str, ...]] = ()
     _shared: ClassVar[tuple[str, ...]] = ("beta",)
@@ -78,7 +81,7 @@ class FusedOptions:
             use_weighting=getattr(self, "use_weighting", False),
             **hyperparameters,
         )
-        if loss_fn.loss.pairwise != self.pairwise:
+        if loss_fn.loss.pairwise != self.pairwise and not self.makes_lists:
             kind, wanted = ("point-wise", "pairs") if self.pairwise else ("pairwise", "points")
             raise ValueError(f"loss: {loss_fn.name!r} is {kind}, wanted one on {wanted}")
         return loss_fn

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fused_prefopt.checks import require_tokens
-from fused_prefopt.data import PairCollator, PointCollator
+from fused_prefopt.data import ListCollator, PairCollator, PointCollator
 from fused_prefopt.data.columns import (
     CHOSEN_IDS,
     COMPLETION_IDS,
     COMPLETION_MASK,
+    COMPLETIONS_IDS,
+    GOLD,
+    GOLD_LENGTHS,
+    GROUP,
+    GROUPS,
     INPUT_IDS,
     LABEL_COUNTS,
     PROMPT,
     PROMPT_LENGTHS,
+    REWARD,
+    REWARDS,
     SEGMENTS,
 )
 from fused_prefopt.data.labels import count_labels
 from fused_prefopt.integrations.attach import OF_REFERENCE, lacks_reference
 from fused_prefopt.losses import check_needs
-from fused_prefopt.models.batch import given_fields
+from fused_prefopt.models.batch import given_fields, gold_part
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.preference import PreferenceLoss
 
@@ -101,14 +108,61 @@ def require_collated_rows(trainer: Any, loss_fn: PreferenceLoss, has_reference: 
     always = {PROMPT, PROMPT_LENGTHS} | (OF_REFERENCE if has_reference else set())
 
     def fields_of(row: Any) -> set[str]:
-        given = given_fields(collator([row]))
+        batch = collator([row])
+        given = given_fields(batch)
         found = {name for name, value in given.items() if value is not None} | always
+        if gold_part(batch) is not None:
+            found |= {GOLD, GOLD_LENGTHS}
         missing = loss_fn.loss.needs & OF_REFERENCE - found
         if missing:
             raise ValueError(lacks_reference(loss_fn, missing))
+        if loss_fn.loss.pairwise and isinstance(collator, PointCollator):
+            _require_lists(loss_fn, found)
         return found
 
     require_rows(trainer, loss_fn, fields_of)
+
+
+def _require_lists(loss_fn: PreferenceLoss, found: Collection[str]) -> None:
+    """Raise ValueError unless completions come with what makes lists of them, for pairs."""
+    columns = {GROUPS: GROUP, REWARDS: REWARD}
+    lacking = [column for field, column in columns.items() if field not in found]
+    if lacking:
+        raise ValueError(
+            f"got single completions without {' and '.join(map(repr, lacking))} for"
+            f" {loss_fn.name}, which judges pairs; needs them, to pair the completions of a prompt,"
+            " or rows of pairs or lists"
+        )
+
+
+def require_whole_lists(trainer: Any, loss_fn: PreferenceLoss) -> None:
+    """Raise ValueError where a trainer would tear apart lists whose completions are rows.
+
+    Args:
+        trainer: a `transformers.Trainer`, with a `data_collator`.
+        loss_fn: the loss.
+    """
+    collator = trainer.data_collator
+    is_of_points = isinstance(collator, PointCollator) and not isinstance(collator, ListCollator)
+    if not (loss_fn.loss.pairwise and is_of_points):
+        return
+    remedy = (
+        "`data.lists_of_points` makes rows of whole lists of them, for `data.ListCollator`; or give"
+        " the trainer a data loader of its own, with `data.GroupBatchSampler`"
+    )
+    for name in ("train", "eval"):
+        loader = getattr(trainer, f"get_{name}_dataloader")
+        own = getattr(loader, "__module__", "").startswith("transformers.")
+        if own and getattr(trainer, f"{name}_dataset") is not None:
+            raise ValueError(
+                f"{name}_dataset: got rows of single completions for {loss_fn.name}, which judges"
+                f" pairs, and batches that tear the completions of a prompt apart; {remedy}"
+            )
+    if trainer.accelerator.split_batches and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "accelerator_config: got split_batches=True, which deals out the rows of a batch, with"
+            f" rows of single completions for {loss_fn.name}; {remedy}"
+        )
 
 
 def let_collator_check(trainer: Any) -> None:
@@ -126,23 +180,29 @@ def collator_for(
     """The padding collator that fits the data sets' columns, None without data.
 
     Args:
-        train_dataset: rows of token ids, as `tokenise_pairs` or `tokenise_points` return them.
+        train_dataset: rows of token ids, as `tokenise_pairs`, `tokenise_points` or
+            `tokenise_lists` return them.
         eval_dataset: the same, or several by name.
         tokenizer: whose padding token counts, or its last one; None takes the model's config.
         model: causal language model.
 
     Raises:
-        ValueError: the rows are neither pairs nor points of token ids.
+        ValueError: the rows are neither pairs nor points nor lists of token ids.
     """
     name, row = next(_first_rows(train_dataset, eval_dataset, streams=True), ("", None))
     if row is None:
         return None
-    kinds = {CHOSEN_IDS: PairCollator, COMPLETION_IDS: PointCollator}
+    kinds: dict[str, type[PairCollator | PointCollator]] = {
+        COMPLETIONS_IDS: ListCollator,
+        CHOSEN_IDS: PairCollator,
+        COMPLETION_IDS: PointCollator,
+    }
     kind = next((kind for column, kind in kinds.items() if column in row), None)
     if kind is None:
         raise ValueError(
             f"{name}: got columns {', '.join(row)}, needs token ids in 'chosen_ids' and"
-            " 'rejected_ids' or in 'completion_ids' (see `data.tokenise_pairs`), or a data_collator"
+            " 'rejected_ids', in 'completion_ids' or in 'completions_ids' (see"
+            " `data.tokenise_pairs`), or a data_collator"
         )
     sources = [each for each in (tokenizer, getattr(model, "config", None)) if each is not None]
     ids = [getattr(each, name, None) for each in sources for name in _FILLING]

@@ -20,7 +20,7 @@ except (ImportError, RuntimeError):  # of a lazy module, which tells less than w
     require_packages(__name__, "transformers", "accelerate")
     raise
 
-from fused_prefopt.data.columns import COMPLETION_MASK, SEQUENCE_KL
+from fused_prefopt.data.columns import COMPLETION_MASK
 from fused_prefopt.integrations.attach import (
     OF_REFERENCE,
     Attachment,
@@ -35,8 +35,10 @@ from fused_prefopt.integrations.trainer_checks import (
     let_collator_check,
     require_collated_rows,
     require_trainer,
+    require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
 from fused_prefopt.models.head_check import require_trained_head
 from fused_prefopt.models.model_call import exact_loss, past_wrappers
@@ -88,7 +90,8 @@ def attach(
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
             GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
-            first row of a data set lacks what the loss needs, or the reference does not fit.
+            first row of a data set lacks what the loss needs, batches would tear apart the single
+            completions of a prompt for a loss on pairs, or the reference does not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
     if trainer is not None:
@@ -107,7 +110,7 @@ def attach(
         require_trained_head(reference, "reference")
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
-    if loss_fn.ld_alpha is not None and SEQUENCE_KL in needs:
+    if loss_fn.ld_alpha is not None and needs & OF_BOTH_HEADS:
         raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with {loss_fn.name}, needs None")
     if reference != "precomputed" and needs:
         options = loss_fn.evaluation_options
@@ -120,7 +123,7 @@ def attach(
                 "reference_cache: got one with reference='precomputed', needs 'adapter' or a model"
                 " to compute what it keeps"
             )
-        if loss_fn.ld_alpha is not None or SEQUENCE_KL in needs:
+        if loss_fn.ld_alpha is not None or needs & OF_BOTH_HEADS:
             raise ValueError(
                 f"reference_cache: got one with {loss_fn}, which wants more of the reference than"
                 " the log-probs of whole completions; needs a reference without a cache"
@@ -130,6 +133,7 @@ def attach(
         source = None
     if trainer is not None:
         require_collated_rows(trainer, loss_fn, source is not None)
+        require_whole_lists(trainer, loss_fn)
     attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
     if trainer is not None:
         leave_out_ligers_loss(trainer.args)
@@ -184,7 +188,8 @@ class PreferenceTrainer(LogsPreferences, Trainer):
     """`transformers.Trainer` with a preference loss attached to its model.
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
-    optimizer's state.
+    optimizer's state. Rows are pairs, single completions, or lists of completions (see
+    `data.ListCollator`), of which a batch counts the lists.
 
     Args:
         model, train_dataset, eval_dataset, processing_class, *more, **kwargs: of

@@ -2,6 +2,7 @@
 
 from fused_prefopt.losses import presets
 from fused_prefopt.losses.adaptive_margin import AdaptiveMargin, Normalisation, gap_of
+from fused_prefopt.losses.added_margin import MarginName
 from fused_prefopt.losses.dynamic_margin import DynamicMargin, exact_margins, mirror_margins
 from fused_prefopt.losses.links import (
     BasuPower,
@@ -26,6 +27,7 @@ from fused_prefopt.losses.margins import (
     OffsetMargin,
     ScoreMargin,
     SequenceKlMargin,
+    SumMargin,
 )
 from fused_prefopt.losses.named import LossName, NamedLoss, named_loss, published_in
 from fused_prefopt.losses.pairwise import (
@@ -34,9 +36,11 @@ from fused_prefopt.losses.pairwise import (
     TransportLoss,
     bradley_terry_loss,
 )
+from fused_prefopt.losses.perturbed_scale import PerturbedScale, perturbation_of
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
+    ClassifierFeedbackLoss,
     DirectRewardLoss,
 )
 from fused_prefopt.losses.protocol import check_needs
@@ -70,6 +74,8 @@ from fused_prefopt.losses.terms import (
     Calibration,
     ChosenNll,
     DynamicScale,
+    GoldNll,
+    RewardShift,
     SoftMinimum,
     length_desensitized,
     tail_labels,
@@ -96,6 +102,7 @@ __all__ = [
     "Calibration",
     "ChiSquaredRatio",
     "ChosenNll",
+    "ClassifierFeedbackLoss",
     "Clipped",
     "ConstantMargin",
     "DirectRewardLoss",
@@ -106,6 +113,7 @@ __all__ = [
     "Exact",
     "Focal",
     "ForwardKlRatio",
+    "GoldNll",
     "Hinge",
     "Indifferent",
     "JensenShannonRatio",
@@ -116,6 +124,7 @@ __all__ = [
     "Logistic",
     "LossInfo",
     "LossName",
+    "MarginName",
     "MeanLogRatio",
     "MeanLogp",
     "MeanPower",
@@ -127,11 +136,13 @@ __all__ = [
     "PairwiseLoss",
     "PerToken",
     "PerformanceWeights",
+    "PerturbedScale",
     "PlackettLuce",
     "Product",
     "PublishedSetting",
     "QualityWeights",
     "RejectedShare",
+    "RewardShift",
     "Robust",
     "ScoreMargin",
     "ScoreMarginWeights",
@@ -139,6 +150,7 @@ __all__ = [
     "SoftMinimum",
     "Squared",
     "SumLogp",
+    "SumMargin",
     "Term",
     "TopOne",
     "TransportLoss",
@@ -155,6 +167,7 @@ __all__ = [
     "mirror_margins",
     "named_loss",
     "pairs_of_lists",
+    "perturbation_of",
     "preset",
     "presets",
     "published_in",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fused_prefopt.checks import require_choice, require_number
-from fused_prefopt.losses.protocol import expect, halves, needed, per_token
+from fused_prefopt.losses.protocol import Reward, expect, halves, needed, per_token
 from fused_prefopt.statistics import (
     BatchMoments,
     DatasetMoments,
@@ -197,3 +197,61 @@ class AdaptiveMargin:
             z = expect(summary, Moments).standardise(z)
         margins = self.gamma + self.alpha * self.scale * z
         return margins.detach() if self.stop_gradient else margins
+
+
+def adaptive_margin(
+    reward: Reward,
+    *,
+    gamma: float = 0.0,
+    alpha: float = 0.05,
+    implicit_reference: str = "ratio",
+    length_normalized: bool | None = None,
+    margin_scale: str = "beta",
+    normalize: bool = True,
+    stop_gradient: bool = True,
+    statistics: str = "ema",
+    momentum: float = 0.9,
+    mean: float | None = None,
+    std: float | None = None,
+) -> AdaptiveMargin:
+    """α-DPO's margin for a reward: its gap is of the mean token where the reward is.
+
+    Args:
+        reward: whose β is the margin's unit.
+        gamma: γ, in units of reward.
+        alpha: α; the margins' standard deviation is αβ where the gap is normalised.
+        implicit_reference: one of `IMPLICIT_REFERENCES`.
+        length_normalized: the gap is of the mean token, True, or of whole completions, False; None:
+            as the reward is. The gap "sequence_kl" is always of whole completions.
+        margin_scale: "beta" for s = β or "unit" for s = 1.
+        normalize: False uses the margin γ + αβ gap.
+        stop_gradient: False lets the gap's gradient pass.
+        statistics, momentum, mean, std: as in `Normalisation`.
+
+    Raises:
+        ValueError: an option is out of range, or has no effect.
+
+    Source: α-DPO, eq. 8–12, Table 2 and Appendix C.4.
+    """
+    require_choice("implicit_reference", implicit_reference, IMPLICIT_REFERENCES)
+    require_choice("margin_scale", margin_scale, ("beta", "unit"))
+    if length_normalized is None:
+        length_normalized = reward.per_token
+    elif not isinstance(length_normalized, bool):
+        raise ValueError(f"length_normalized: got {length_normalized!r}, wanted a bool or None")
+    elif implicit_reference == "sequence_kl":
+        raise ValueError(
+            f"length_normalized: got {length_normalized} with 'sequence_kl', whose gap is always of"
+            " whole completions, wanted None"
+        )
+    # Eq. 10's M carries β itself; only its z-score loses the unit.
+    scale = 1.0 if normalize and margin_scale == "unit" else reward.beta
+    source = Normalisation(statistics=statistics, momentum=momentum, mean=mean, std=std)
+    return AdaptiveMargin(
+        gap=gap_of(implicit_reference, length_normalized=length_normalized),
+        gamma=gamma,
+        alpha=alpha,
+        scale=scale,
+        normalisation=source if normalize else None,
+        stop_gradient=stop_gradient,
+    )

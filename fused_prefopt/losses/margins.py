@@ -1,15 +1,17 @@
-"""Target margins of pairs: constant, or from what comes with the data (lengths, scores, KL)."""
+"""Target margins of pairs: constant, from what comes with the data, or sums of others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fused_prefopt.checks import require_choice, require_number
-from fused_prefopt.losses.protocol import halves, needed
+from fused_prefopt.losses.protocol import Margin, halves, needed
+from fused_prefopt.statistics import Statistic
 from fused_prefopt.types import LogpBatch
 
 _SMALLEST_DIFFERENCE = 1e-6
@@ -172,3 +174,54 @@ class SequenceKlMargin(StatelessMargin):
         chosen, rejected = halves(needed(batch, "sequence_kl"))
         chosen = chosen.detach() if self.stop_chosen else chosen
         return (self.scale * (rejected - chosen)).to(reward_margins.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumMargin:
+    """``γ_i + γ'_i``: two target margins, of which each sees the reward margins without the other.
+
+    Args:
+        own: γ.
+        added: γ'.
+
+    Raises:
+        ValueError: both keep a statistic.
+
+    Source: γ-PO, section 3.2, which puts its margin into losses that have one.
+    """
+
+    own: Margin
+    added: Margin
+
+    def __post_init__(self) -> None:
+        if self.own.statistics() is not None and self.added.statistics() is not None:
+            raise ValueError(
+                f"margin: got {type(self.added).__name__} beside {type(self.own).__name__}, each of"
+                " which keeps a statistic, wanted one of them; a loss without its own is dpo or"
+                " simpo"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Those of both."""
+        return self.own.needs | self.added.needs
+
+    def statistics(self) -> Statistic | None:
+        """That of the one that keeps one, or None."""
+        return self._keeper.statistics()
+
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) what that one observes, detached."""
+        return self._keeper.observe(batch, reward_margins)
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: Any) -> Tensor:
+        """(P,) target margins."""
+        of_own, of_added = (
+            part(batch, reward_margins, summary if part is self._keeper else None)
+            for part in (self.own, self.added)
+        )
+        return of_own + of_added
+
+    @cached_property
+    def _keeper(self) -> Margin:
+        return self.own if self.own.statistics() is not None else self.added

@@ -20,6 +20,8 @@ SEQUENCE_KL_MEAN = "sequence_kl/mean"
 MARGIN_MEAN, MARGIN_STD = "margin/mean", "margin/std"
 SCORES_MEAN, SCORES_STD = "reward_model/mean", "reward_model/std"
 LOG_Z_MEAN = "log_z/mean"
+# What BCO's rewards are measured from: of all pairs so far.
+REWARD_SHIFT = "delta"
 LOGITS_CHOSEN, LOGITS_REJECTED = "logits/chosen", "logits/rejected"
 NONFINITE = "nonfinite"
 WEIGHTS_MEAN = "weights/mean"
@@ -87,7 +89,8 @@ def spread(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def is_unweighted(name: str) -> bool:
     """Whether a metric is of all pairs or completions alike, or has their weights in it already."""
-    return name in (NONFINITE, WEIGHTS_MEAN, "kl", "aux_loss") or name.startswith(TERM_LOSS)
+    alike = (NONFINITE, WEIGHTS_MEAN, REWARD_SHIFT, "kl", "aux_loss")
+    return name in alike or name.startswith(TERM_LOSS)
 
 
 def of_weights(batch: LogpBatch) -> dict[str, Tensor]:

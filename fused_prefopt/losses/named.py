@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fused_prefopt.checks import closest, require_number
+from fused_prefopt.losses.added_margin import MarginName, takes_margin, with_margin
 from fused_prefopt.losses.protocol import Loss, Weighting
 from fused_prefopt.losses.registry import LossSpec, PublishedSetting, find, published_setting
 from fused_prefopt.losses.weighted_sum import Term, WeightedSum
@@ -32,7 +33,7 @@ class NamedTerm:
         name: of the loss.
         weight: in the sum.
         hyperparameters: all of them, by name.
-        loss: what they compose.
+        loss: what they compose, with the margin that was added, if one was.
     """
 
     name: str
@@ -99,7 +100,10 @@ class NamedLoss:
 
 
 def named_loss(
-    name: LossName, shared: Mapping[str, Any], weighting: Weighting | None = None
+    name: LossName,
+    shared: Mapping[str, Any],
+    weighting: Weighting | None = None,
+    margin: MarginName | None = None,
 ) -> NamedLoss:
     """The loss of a name, or the sum of several.
 
@@ -110,11 +114,13 @@ def named_loss(
         shared: hyperparameters of every term that has them. They go before a published setting's;
             a term's own go before them.
         weighting: of the `NamedLoss`.
+        margin: added to that of the loss, of a sum to those of all terms to which it makes a
+            difference; see `added_margin.with_margin`.
 
     Raises:
         ValueError: a name is unknown (the message has the closest ones), the text or list cannot
-            be read, a weight or hyperparameter is out of range, all weights are 0, or a shared
-            hyperparameter is every term's own already.
+            be read, a weight or hyperparameter is out of range, all weights are 0, a shared
+            hyperparameter is every term's own already, or the margin cannot be added.
         TypeError: no term has such a hyperparameter.
     """
     given = _given_terms(name)
@@ -131,6 +137,8 @@ def named_loss(
         chosen = {**each.published, **common, **each.own}
         hyperparameters = {**spec.defaults, **chosen}
         terms.append(NamedTerm(spec.name, each.weight, hyperparameters, spec.build(**chosen)))
+    if margin is not None:
+        terms = _with_margin(terms, margin)
     return NamedLoss(tuple(terms), weighting)
 
 
@@ -232,6 +240,22 @@ def _require_shared(
                 f"{key}: got {shared[key]!r} for all terms of {title}, and each that has it has"
                 " its own, wanted one of them"
             )
+
+
+def _with_margin(terms: Sequence[NamedTerm], margin: MarginName) -> list[NamedTerm]:
+    found = [
+        replace(each, loss=with_margin(each.name, each.loss, margin))
+        if each.weight > 0 and takes_margin(each.loss)
+        else each
+        for each in terms
+    ]
+    if all(new is old for new, old in zip(found, terms, strict=True)):
+        raise ValueError(
+            f"margin: got {margin!r} for {_sum_of((each.weight, each.name) for each in terms)}, to"
+            " which a target margin makes no difference, wanted a loss that compares the rewards"
+            " of pairs, such as dpo"
+        )
+    return found
 
 
 def _sum_of(terms: Any) -> str:

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from fused_prefopt.checks import require_floating, require_shape
 from fused_prefopt.losses.links import Logistic
 from fused_prefopt.losses.margins import ConstantMargin
-from fused_prefopt.losses.metrics import mean, pairwise_metrics
+from fused_prefopt.losses.metrics import REWARD_SHIFT, mean, pairwise_metrics
 from fused_prefopt.losses.protocol import (
     Link,
     Margin,
@@ -26,8 +26,9 @@ from fused_prefopt.losses.protocol import (
     needed,
 )
 from fused_prefopt.losses.rewards import LogRatio
+from fused_prefopt.losses.terms import RewardShift
 from fused_prefopt.losses.weights import refuse_weights, weights_of
-from fused_prefopt.statistics import JointStatistic, Statistic
+from fused_prefopt.statistics import JointStatistic, ShiftStatistic, Statistic
 from fused_prefopt.types import LogpBatch, LossOutput
 
 
@@ -84,7 +85,7 @@ class PairwiseLoss:
         found = self.reward.needs | self.margin.needs
         for term in self.regularisers:
             found |= term.needs
-        for part in (self.weighting, self.ranking):
+        for part in (self.scale, self.weighting, self.ranking):
             found |= frozenset() if part is None else part.needs
         return found
 
@@ -102,7 +103,9 @@ class PairwiseLoss:
         """(P,) detached values that the statistic sees; with a scale (2, P), its own second."""
         reward_margins = self._reward_margins(self.reward(batch)).detach()
         observed = self.margin.observe(batch, reward_margins)
-        return observed if self.scale is None else torch.stack([observed, reward_margins])
+        if self.scale is None:
+            return observed
+        return torch.stack([observed, self.scale.observe(batch, reward_margins)])
 
     def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
         """The loss of a batch of pairs.
@@ -161,7 +164,7 @@ class PairwiseLoss:
         summary: Any,
     ) -> Tensor:
         if self.scale is not None:
-            scale = self.scale(reward_margins, summary)
+            scale = self.scale(batch, reward_margins, summary)
             reward_margins, target_margins = scale * reward_margins, scale * target_margins
         if self.ranking is None:
             return self.link(reward_margins, target_margins)
@@ -198,7 +201,7 @@ def binary(chosen: Tensor, rejected: Tensor) -> Tensor:
     Returns:
         (P,) losses in nats.
 
-    Source: BCO (Jung et al. 2024, arXiv:2404.04656), without its reward shift, as in TRL.
+    Source: BCO (Jung et al. 2024, arXiv:2404.04656), eq. 5 and 6, of rewards that are shifted.
     """
     return -logsigmoid(chosen) - logsigmoid(-rejected)
 
@@ -250,17 +253,19 @@ def lower_both(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AnchoredLoss:
-    """``mean over pairs of judge(r_w, r_l)``.
+    """``mean over pairs of judge(r_w − δ, r_l − δ)``.
 
     Args:
         reward: implicit reward of a sequence.
         judge: (P,) chosen and (P,) rejected rewards → (P,) losses.
         weight: constant factor on the losses.
+        shift: δ, a running level of the rewards; None for 0.
     """
 
     reward: Reward
     judge: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
+    shift: RewardShift | None = None
     pairwise: ClassVar[bool] = True
     wants: ClassVar[frozenset[str]] = frozenset()
     coupled: ClassVar[bool] = False
@@ -270,35 +275,43 @@ class AnchoredLoss:
         """The reward's."""
         return self.reward.needs
 
-    def statistics(self) -> None:
-        """None: each pair stands alone."""
-        return None
+    def statistics(self) -> ShiftStatistic | None:
+        """The shift's; without one None: each pair stands alone."""
+        return None if self.shift is None else self.shift.statistics()
 
     def observe(self, batch: LogpBatch) -> Tensor:
-        """(P,) the reward margins, detached."""
+        """(P,) the reward margins, detached; with a shift (4, P), what its statistic sees."""
         chosen, rejected = halves(self.reward(batch).detach())
-        return chosen - rejected
+        if self.shift is None:
+            return chosen - rejected
+        ones = torch.ones_like(chosen)
+        return torch.stack([chosen, rejected, ones, ones])
 
     def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
         """The loss of a batch of pairs.
 
         Args:
             batch: chosen half first.
-            summary: not used.
+            summary: what the statistic returned for this batch, where there is one.
 
         Returns:
-            Mean loss, (P,) losses, metrics, (S,) rewards and target margins of 0.
+            Mean loss, (P,) losses, metrics (with a shift `delta`), (S,) rewards before the shift
+            and target margins of 0.
 
         Raises:
-            ValueError: a needed field is missing, or the number of sequences odd.
+            ValueError: a needed field or the summary is missing, or the number of sequences odd.
         """
-        rewards = self.reward(batch)
-        losses = self.weight * self.judge(*halves(rewards))
+        rewards, level = self.reward(batch), {}
+        shifted = rewards
+        if self.shift is not None:
+            level = {REWARD_SHIFT: self.shift(rewards, summary)}
+            shifted = rewards - level[REWARD_SHIFT]
+        losses = self.weight * self.judge(*halves(shifted))
         rewards, target_margins = rewards.detach(), torch.zeros_like(losses)
         return LossOutput(
             loss=mean(losses, weights_of(batch, pairwise=True)),
             losses=losses,
-            metrics=pairwise_metrics(batch, rewards, target_margins, losses),
+            metrics=pairwise_metrics(batch, rewards, target_margins, losses) | level,
             rewards=rewards,
             target_margins=target_margins,
         )

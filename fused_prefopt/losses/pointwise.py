@@ -1,4 +1,4 @@
-"""Point-wise losses: completions with a score (DRO), or desirable and undesirable ones (KTO)."""
+"""Point-wise losses: completions with a score (DRO), or desirable and other ones (KTO, BCO)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fused_prefopt.checks import require_number
 from fused_prefopt.losses.metrics import (
     LOG_Z_MEAN,
+    REWARD_SHIFT,
     average,
     feedback_metrics,
     mean,
@@ -18,8 +20,9 @@ from fused_prefopt.losses.metrics import (
 )
 from fused_prefopt.losses.protocol import expect, needed
 from fused_prefopt.losses.rewards import LogRatio
+from fused_prefopt.losses.terms import RewardShift
 from fused_prefopt.losses.weights import weights_of
-from fused_prefopt.statistics import BatchMoments, Moments
+from fused_prefopt.statistics import BatchMoments, Moments, ShiftStatistic, Statistic
 from fused_prefopt.types import LogpBatch, LossOutput
 
 
@@ -117,41 +120,12 @@ class DirectRewardLoss:
         return LossOutput(loss=loss, losses=losses, metrics=metrics, rewards=rewards)
 
 
-def against_level(
-    rewards: Tensor,
-    level: Tensor,
-    desirable: Tensor,
-    *,
-    desirable_weight: float,
-    undesirable_weight: float,
-) -> Tensor:
-    """``λ_D (1 − σ(r − z))`` where desirable, ``λ_U (1 − σ(z − r))`` elsewhere.
-
-    Args:
-        rewards: (S,) r.
-        level: 0-d z.
-        desirable: (S,) bool.
-        desirable_weight: λ_D.
-        undesirable_weight: λ_U.
-
-    Returns:
-        (S,) losses.
-
-    Source: KTO (Ethayarajh et al. 2024, arXiv:2402.01306), eq. 7.
-    """
-    # 1 − σ(x) = σ(−x), which keeps its digits where x is large.
-    return torch.where(
-        desirable,
-        desirable_weight * (level - rewards).sigmoid(),
-        undesirable_weight * (rewards - level).sigmoid(),
-    )
-
-
 @dataclass(frozen=True)
 class AnchoredFeedbackLoss:
     """Desirable completions are to become likelier than under the reference, the others rarer.
 
-    `against_level` with z = 0, mean over the completions.
+    ``λ_D judge(r − z)`` where desirable, ``λ_U judge(z − r)`` elsewhere, mean over the completions:
+    here with z = 0 and ``judge(x) = 1 − σ(x)``.
 
     Args:
         reward: β and the log-ratio.
@@ -176,7 +150,7 @@ class AnchoredFeedbackLoss:
         require_number("desirable_weight", self.desirable_weight, low=0)
         require_number("undesirable_weight", self.undesirable_weight, low=0)
 
-    def statistics(self) -> BatchMoments | None:
+    def statistics(self) -> Statistic | None:
         """None: each completion stands alone."""
         return None
 
@@ -188,6 +162,16 @@ class AnchoredFeedbackLoss:
         """0-d z, in units of reward, detached."""
         return rewards.new_zeros(())
 
+    @staticmethod
+    def judge(gaps: Tensor) -> Tensor:
+        """(S,) losses by how far each reward is on its side of the level."""
+        # 1 − σ(x) = σ(−x), which keeps its digits where x is large.
+        return (-gaps).sigmoid()
+
+    def level_metric(self, level: Tensor) -> dict[str, Tensor]:
+        """`kl`, z/β in nats."""
+        return {"kl": level / self.reward.beta}
+
     def __call__(self, batch: LogpBatch, summary: Any = None) -> LossOutput:
         """The loss of a batch of judged completions.
 
@@ -196,7 +180,7 @@ class AnchoredFeedbackLoss:
             summary: what the statistic returned for this batch, where there is one.
 
         Returns:
-            Mean loss, (S,) losses, metrics (with `kl`, z/β in nats) and (S,) rewards βΔ.
+            Mean loss, (S,) losses, metrics (with the level's) and (S,) rewards βΔ.
 
         Raises:
             ValueError: a needed field or the summary is missing.
@@ -204,16 +188,12 @@ class AnchoredFeedbackLoss:
         rewards = self.reward(batch)
         desirable = needed(batch, "desirable").bool()
         level = self.level(batch, rewards.detach(), summary)
-        losses = against_level(
-            rewards,
-            level,
-            desirable,
-            desirable_weight=self.desirable_weight,
-            undesirable_weight=self.undesirable_weight,
+        losses = self.judge(torch.where(desirable, rewards - level, level - rewards))
+        losses = torch.where(
+            desirable, self.desirable_weight * losses, self.undesirable_weight * losses
         )
         rewards = rewards.detach()
-        metrics = feedback_metrics(batch, rewards, desirable, losses)
-        metrics["kl"] = level / self.reward.beta
+        metrics = feedback_metrics(batch, rewards, desirable, losses) | self.level_metric(level)
         loss = mean(losses, weights_of(batch, pairwise=False))
         return LossOutput(loss=loss, losses=losses, metrics=metrics, rewards=rewards)
 
@@ -222,8 +202,8 @@ class AnchoredFeedbackLoss:
 class BinaryFeedbackLoss(AnchoredFeedbackLoss):
     """KTO: desirable completions are to beat the KL of the policy, undesirable ones to stay below.
 
-    `against_level` with ``z = max(0, β·kl)``, not differentiated; without `kl` the mean of βΔ
-    over the batch of all ranks stands for β·kl.
+    `AnchoredFeedbackLoss` with ``z = max(0, β·kl)``, not differentiated; without `kl` the mean of
+    βΔ over the batch of all ranks stands for β·kl.
 
     Args:
         reward: β and the log-ratio.
@@ -253,3 +233,51 @@ class BinaryFeedbackLoss(AnchoredFeedbackLoss):
         else:
             estimate = expect(summary, Moments, ", or a batch with `kl`").mean
         return estimate.detach().to(rewards.dtype).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class ClassifierFeedbackLoss(AnchoredFeedbackLoss):
+    """BCO: rewards as the logits of a classifier that tells desirable completions from the others.
+
+    `AnchoredFeedbackLoss` with ``judge(x) = −log σ(x)`` and z = δ, a running level of the rewards,
+    not differentiated.
+
+    Args:
+        reward: β and the log-ratio.
+        desirable_weight: λ_D >= 0.
+        undesirable_weight: λ_U >= 0.
+        shift: δ; None for 0.
+
+    Raises:
+        ValueError: a weight is out of range.
+
+    Source: BCO (Jung et al. 2024, arXiv:2404.04656), eq. 7 and 8.
+    """
+
+    shift: RewardShift | None = None
+
+    def statistics(self) -> ShiftStatistic | None:
+        """The shift's; without one None: each completion stands alone."""
+        return None if self.shift is None else self.shift.statistics()
+
+    def observe(self, batch: LogpBatch) -> Tensor | None:
+        """(4, S) what the shift's statistic sees, detached; without one None."""
+        if self.shift is None:
+            return None
+        rewards = self.reward(batch).detach()
+        desirable = needed(batch, "desirable").bool()
+        members = torch.stack([desirable, desirable.logical_not()])
+        return torch.cat([rewards.where(members, 0.0), members.to(rewards.dtype)])
+
+    def level(self, batch: LogpBatch, rewards: Tensor, summary: Any) -> Tensor:
+        """0-d δ, in units of reward, detached."""
+        return rewards.new_zeros(()) if self.shift is None else self.shift(rewards, summary)
+
+    @staticmethod
+    def judge(gaps: Tensor) -> Tensor:
+        """(S,) ``−log σ(gap)``, in nats."""
+        return -logsigmoid(gaps)
+
+    def level_metric(self, level: Tensor) -> dict[str, Tensor]:
+        """`delta`, δ in units of reward."""
+        return {REWARD_SHIFT: level}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -21,9 +21,16 @@ WHAT_IT_IS = {
     "groups": "(S,) integers, equal for the completions of one prompt",
     "completions": "(S,) integers, equal where two pairs have one completion; made of `groups`",
     "sequence_kl": "(S,) sums over tokens of KL(reference || policy)",
+    "extrapolated": "(S,) summed log-probs under softmax((1+ε) z − ε z_ref), z the logits",
+    "interpolated": "(S,) summed log-probs under softmax((1−ε) z + ε z_ref), z the logits",
     "collision": "(S,) sums over tokens of log Σ π(v)²; `PreferenceLoss` computes it if need be",
     "weights": "(S,) numbers >= 0, how much each pair or completion counts",
+    "gold": "(S,) summed log-probs of a third completion, the best one of each pair's prompt",
+    "gold_lengths": "(S,) integers, tokens of those completions",
 }
+
+# Those that are made of both models' logits, so of the reference at every step.
+OF_BOTH_HEADS = frozenset({"sequence_kl", "extrapolated", "interpolated"})
 
 
 def check_needs(name: str, needs: Iterable[str], given: Collection[str]) -> None:
@@ -103,10 +110,19 @@ class Reward(Protocol):
     def needs(self) -> frozenset[str]:
         """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
 
+    @property
+    def beta(self) -> float:
+        """Factor β: reward per nat, or per nat per token; 1 for a reward without one."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it is one of the mean token instead of the whole completion."""
+
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards, differentiable with respect to `batch.policy`."""
 
 
+@runtime_checkable
 class Margin(Protocol):
     """Target margin of every pair."""
 
@@ -159,10 +175,17 @@ class Ranking(Protocol):
 class Scale(Protocol):
     """Factor on a pair's reward and target margin: how sharply the pair is judged."""
 
-    def statistics(self) -> Statistic:
-        """A fresh statistic of the reward margins."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `LogpBatch` fields used beyond `policy` and `lengths`."""
 
-    def __call__(self, reward_margins: Tensor, summary: Any) -> Tensor:
+    def statistics(self) -> Statistic:
+        """A fresh statistic of the observed values."""
+
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) detached values that the statistic sees."""
+
+    def __call__(self, batch: LogpBatch, reward_margins: Tensor, summary: Any) -> Tensor:
         """(P,) detached positive factors; `summary` is what the statistic returned."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fused_prefopt.checks import closest
+from fused_prefopt.checks import closest, require_switches
 from fused_prefopt.losses.protocol import Loss
 
 Factory = TypeVar("Factory", bound=Callable[..., Loss])
@@ -79,10 +79,7 @@ class LossSpec:
                 f"{self.name} has no hyperparameter {unknown!r}"
                 f"{closest(unknown, defaults)}; it accepts {accepted or 'none'}"
             )
-        for name, value in hyperparameters.items():
-            # Any value would be taken for one of the two: YAML's `no` is a text, and true.
-            if isinstance(defaults[name], bool) and not isinstance(value, bool):
-                raise ValueError(f"{name}: got {value!r}, wanted True or False")
+        require_switches(hyperparameters, defaults)
         return self.factory(**hyperparameters)
 
     def info(self) -> LossInfo:
@@ -183,6 +180,7 @@ _GAMMA_PO = {
     "gemma-2-9b-it": (10.0, 0.5, 20.0, 8e-7),
     "qwen2.5-7b-instruct": (10.0, 0.3, 3.0, 1e-6),
 }
+_EPSILON_DPO = {"mistral-7b-instruct": 3e-7, "llama-3-8b-instruct": 7e-7}
 # β, τ_ref, learning rate. Those whose configurations make batches of 128 on their eight GPUs.
 _OMNI_DPO = {
     "gemma-2-9b-it": (10.0, 0.8, 8e-7),
@@ -216,6 +214,10 @@ def published_settings() -> dict[str, PublishedSetting]:
         options = {"beta": beta, "gamma": ratio * beta, "tau": tau}
         paper = "γ-PO (arXiv:2506.03690), Table 7"
         settings[f"gamma-simpo/{model}"] = PublishedSetting("gamma-simpo", options, rate, paper)
+    for model, rate in _EPSILON_DPO.items():
+        options = {"beta": 0.01, "epsilon": 0.01}
+        paper = "ε-DPO (arXiv:2502.13177), the authors' code"
+        settings[f"epsilon-dpo/{model}"] = PublishedSetting("epsilon-dpo", options, rate, paper)
     for model, (beta, tau_ref, rate) in _OMNI_DPO.items():
         options = {"beta": beta, "tau_ref": tau_ref}
         paper = "Omni-DPO (arXiv:2506.10054), Table C.1 and the authors' configurations"

@@ -27,6 +27,7 @@ class Scaled:
 
     beta: float
     needs: ClassVar[frozenset[str]] = frozenset()
+    per_token: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_number("beta", self.beta, low=0, above=True)
@@ -65,6 +66,8 @@ class MeanLogp(Scaled):
     Source: SimPO (Meng et al. 2024), eq. 4.
     """
 
+    per_token: ClassVar[bool] = True
+
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
         return self.beta * per_token(batch.policy, batch)
@@ -102,6 +105,7 @@ class MeanLogRatio(Scaled):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"reference"})
+    per_token: ClassVar[bool] = True
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
@@ -121,6 +125,8 @@ class MeanProbability:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    beta: ClassVar[float] = 1.0
+    per_token: ClassVar[bool] = True
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
@@ -135,6 +141,8 @@ class LogOdds:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    beta: ClassVar[float] = 1.0
+    per_token: ClassVar[bool] = True
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
@@ -288,6 +296,7 @@ class MeanPower(Scaled):
     """
 
     alpha: float = 0.25
+    per_token: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -322,6 +331,16 @@ class RejectedShare:
     def needs(self) -> frozenset[str]:
         """The shared reward's."""
         return self.reward.needs
+
+    @property
+    def beta(self) -> float:
+        """The shared reward's."""
+        return self.reward.beta
+
+    @property
+    def per_token(self) -> bool:
+        """The shared reward's."""
+        return self.reward.per_token
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""
@@ -374,11 +393,17 @@ class PerToken:
     """
 
     reward: Reward
+    per_token: ClassVar[bool] = True
 
     @property
     def needs(self) -> frozenset[str]:
         """The divided reward's."""
         return self.reward.needs
+
+    @property
+    def beta(self) -> float:
+        """The divided reward's."""
+        return self.reward.beta
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(S,) rewards."""

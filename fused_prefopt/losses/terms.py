@@ -13,9 +13,20 @@ from fused_prefopt.checks import require_choice, require_integer, require_number
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.losses.protocol import expect, halves, needed, per_token
 from fused_prefopt.losses.weights import weights_of
-from fused_prefopt.statistics import MarginMeans, ReferenceMean, RunningMean
+from fused_prefopt.statistics import (
+    BalancedShift,
+    BatchwiseShift,
+    MarginMeans,
+    PooledShift,
+    ReferenceMean,
+    RewardLevel,
+    RunningMean,
+    ShiftStatistic,
+)
 from fused_prefopt.types import LogpBatch, divisors
 
+# What BCO's rewards are measured from.
+SHIFTS = ("none", "ema", "mean", "batch_mean")
 _WHOLE = "whole_token_mean"
 _BASELINES: dict[str, type[RunningMean] | type[ReferenceMean]] = {
     "ema": RunningMean,
@@ -46,6 +57,7 @@ class DynamicScale:
     level: str = "pair"
     baseline: str = "ema"
     smallest: float = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         require_number("alpha", self.alpha, low=0)
@@ -58,7 +70,13 @@ class DynamicScale:
         """The running mean of the reward margins."""
         return _BASELINES[self.baseline](self.momentum)
 
-    def __call__(self, reward_margins: Tensor, summary: MarginMeans | None) -> Tensor:
+    def observe(self, batch: LogpBatch, reward_margins: Tensor) -> Tensor:
+        """(P,) the reward margins."""
+        return reward_margins
+
+    def __call__(
+        self, batch: LogpBatch, reward_margins: Tensor, summary: MarginMeans | None
+    ) -> Tensor:
         """(P,) ρ, detached."""
         means = expect(summary, MarginMeans)
         margins = reward_margins.detach()
@@ -85,6 +103,55 @@ def dynamic_scale(
     scale = DynamicScale(alpha=alpha, momentum=momentum, level=level, baseline=statistics)
     # The code that "reference" follows bounds ρβ.
     return scale if statistics == "ema" else replace(scale, smallest=scale.smallest / beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardShift:
+    """BCO's δ, which all rewards are measured from: a running level of them, not differentiated.
+
+    Args:
+        kind: "ema", half the sum of both classes' exponential averages (the paper); "mean", the
+            mean of all rewards so far (TRL's `BCOTrainer`); or "batch_mean", the mean of the
+            batches' means so far ("bco_pair" of earlier TRLs, of LLaMA-Factory and of ms-swift).
+        momentum: ρ of "ema", weight of the past.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: BCO (Jung et al. 2024, arXiv:2404.04656), eq. 7.
+    """
+
+    kind: str = "ema"
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        require_choice("reward_shift", self.kind, SHIFTS[1:])
+        require_number("momentum", self.momentum, low=0, high=1, below=True)
+
+    def statistics(self) -> ShiftStatistic:
+        """The running level."""
+        if self.kind == "ema":
+            return BalancedShift(self.momentum)
+        return PooledShift() if self.kind == "mean" else BatchwiseShift()
+
+    def __call__(self, rewards: Tensor, summary: RewardLevel | None) -> Tensor:
+        """0-d δ in the dtype of the rewards."""
+        return expect(summary, RewardLevel).level.to(rewards.dtype)
+
+
+def reward_shift(kind: str, momentum: float) -> RewardShift | None:
+    """The shift of a kind, or None for "none".
+
+    Args:
+        kind: one of `SHIFTS`.
+        momentum: as in `RewardShift`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    require_choice("reward_shift", kind, SHIFTS)
+    shift = RewardShift(kind="ema" if kind == "none" else kind, momentum=momentum)
+    return None if kind == "none" else shift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,22 +228,64 @@ class ChosenNll:
 
     def __call__(self, batch: LogpBatch) -> Tensor:
         """(P,) terms."""
-        if self.nll == "sequence_mean":
-            return -self.weight * halves(per_token(batch.policy, batch))[0]
-        sums, lengths = batch.policy, batch.lengths
+        sums, lengths, finite = self._taken(batch)
         if self.nll == "sum":
-            return -self.weight * halves(sums)[0]
+            return -self.weight * sums
+        if self.nll == "sequence_mean":
+            return -self.weight * (sums / divisors(lengths))
+        # A NaN stays in its own pair, whose other terms carry it.
+        tokens = divisors(lengths.where(finite, 0).sum())
+        sums, weights = sums.where(finite, 0.0), weights_of(batch, pairwise=True)
+        if weights is not None:
+            sums = weights * sums
+        return (-self.weight * sums.sum() / tokens).expand_as(sums)
+
+    def _taken(self, batch: LogpBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(P,) log-probs, their tokens, and whether a mean over tokens has the pair in it."""
+        sums, lengths = batch.policy, batch.lengths
         if self.nll == _WHOLE:
             sums = sums + needed(batch, "prompt")
             lengths = lengths + needed(batch, "prompt_lengths")
         chosen = halves(sums)[0]
-        # A NaN stays in its own pair, whose other terms carry it.
-        finite = chosen.isfinite()
-        tokens = divisors(halves(lengths)[0].where(finite, 0).sum())
-        chosen, weights = chosen.where(finite, 0.0), weights_of(batch, pairwise=True)
-        if weights is not None:
-            chosen = weights * chosen
-        return (-self.weight * chosen.sum() / tokens).expand_as(chosen)
+        return chosen, halves(lengths)[0], chosen.isfinite()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldNll(ChosenNll):
+    """TPO's behaviour cloning: `ChosenNll` of a third completion, the gold one of each prompt.
+
+    Of the two halves of `gold`, which are the same, the mean is taken.
+
+    Args:
+        weight: α > 0.
+        nll: "sum" −L_g, "sequence_mean" −L_g/|y_g|, or "token_mean", the mean over all gold tokens
+            of the batch, of all ranks.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: TPO (Saeidi et al. 2024, arXiv:2405.16681); "token_mean" in the authors' and TRL's code.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gold", "gold_lengths"})
+
+    def __post_init__(self) -> None:
+        require_number("weight", self.weight, low=0, above=True)
+        require_choice("nll", self.nll, ("sum", "sequence_mean", "token_mean"))
+
+    def __call__(self, batch: LogpBatch) -> Tensor:
+        """(P,) terms."""
+        gold, _, _ = self._taken(batch)
+        # No other term of the pair would carry what is not finite here.
+        return super().__call__(batch).where(gold.isfinite(), gold)
+
+    def _taken(self, batch: LogpBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """As above; a pair that is not finite elsewhere is left out whole."""
+        golds, policies = halves(needed(batch, "gold")), halves(batch.policy)
+        tokens = halves(needed(batch, "gold_lengths").to(batch.policy.dtype))
+        gold = (golds[0] + golds[1]) / 2
+        finite = (gold + policies[0] + policies[1]).isfinite()
+        return gold, (tokens[0] + tokens[1]) / 2, finite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
         if name in batch.given
     }
     # These carry gradients.
-    for name in {"policy", "sequence_kl", "prompt"} & fields.keys():
+    for name in {"policy", "sequence_kl", "prompt", "gold"} & fields.keys():
         first, second = (
             torch.cat([half[:start], mine, half[start + pairs :]])
             for half, mine in zip(halves(fields[name]), halves(getattr(batch, name)), strict=True)

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from fused_prefopt.data.columns import (
     ATTENTION_MASK,
+    COMPLETION_MASK,
+    GOLD,
+    GOLD_LENGTHS,
     INPUT_IDS,
+    LAYOUT,
     NUM_SEQUENCES,
+    OF_GOLD,
     PAIR_REFERENCES,
     POSITION_IDS,
     PREDICTORS,
@@ -54,7 +59,7 @@ from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
 
 # The op computes these; a data set's `prompt` is a text.
-_COMPUTED = ("policy", "lengths", "prompt", "prompt_lengths")
+_COMPUTED = ("policy", "lengths", "prompt", "prompt_lengths", GOLD, GOLD_LENGTHS)
 FIELDS = tuple(item.name for item in fields(LogpBatch) if item.name not in _COMPUTED)
 # As what a model is asked for: the rows that its head would meet.
 HIDDEN = {"hidden": True}
@@ -134,6 +139,39 @@ def collated_rows(
     weights = None if weights is None else weights[0]
     packed = (hidden[0], labels[0], prompt_labels, layout, routed, prompt_count, weights)
     return CollatedRows(*packed)
+
+
+def gold_part(batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The gold completions of a batch of pairs as a batch of their own; None without any.
+
+    Args:
+        batch: as in `collated_rows`.
+
+    Raises:
+        ValueError: the pairs have images or a learned prompt, and the gold completions have none.
+    """
+    if OF_GOLD + COMPLETION_MASK not in batch:
+        return None
+    for name in (*IMAGES, PROMPTED):
+        if batch.get(name) is not None:
+            kind = "an adapter that learns a prompt" if name == PROMPTED else f"images ({name})"
+            raise ValueError(
+                f"gold_ids: got them with {kind}, which they would be without; needs texts and"
+                " another adapter"
+            )
+    return {name: batch[OF_GOLD + name] for name in LAYOUT if OF_GOLD + name in batch}
+
+
+def gold_fields(rows: CollatedRows, head: LMHead, **options: Any) -> dict[str, Tensor]:
+    """`gold` and `gold_lengths` of `LogpBatch`, the same in both halves, differentiable.
+
+    Args:
+        rows: of `gold_part`.
+        head: of the model.
+        **options: of `sequence_logps`.
+    """
+    out = sequence_logps(rows.hidden, head, rows.labels, **rows.layout, **options)
+    return {GOLD: out.sums.repeat(2), GOLD_LENGTHS: out.lengths.repeat(2)}
 
 
 def _require_rows_of_images(batch: Mapping[str, Any]) -> None:

@@ -66,7 +66,12 @@ class CublasEngine(TorchEngine):
 
     @classmethod
     def kl_cost(
-        cls, math: HeadMath, weight: WeightKind, other: WeightKind, backward: bool
+        cls,
+        math: HeadMath,
+        weight: WeightKind,
+        other: WeightKind,
+        backward: bool,
+        mixtures: bool = False,
     ) -> TileCost:
         policy = cls.cost(math, weight, "rebuild" if backward else "fold")
         reference = cls.cost(math, other, "fold")
@@ -156,6 +161,7 @@ class CublasEngine(TorchEngine):
             statistics.reference,
             statistics.weighted,
             tile.first,
+            statistics.mixtures,
         )
 
     def kl_gradient(

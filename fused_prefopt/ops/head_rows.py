@@ -43,6 +43,7 @@ class Spec:
         group: the process group whose ranks share the head's rows; empty for a whole head.
         math: the head's scalars and the dtype that matmuls compute in.
         reference: those of the second head of `sequence_kl`, or None.
+        perturbation: ε of the mixtures of both heads' logits; 0 for none.
     """
 
     num_sequences: int
@@ -59,11 +60,12 @@ class Spec:
     drop_mass: float = 0.0
     group: str = ""
     reference: HeadMath | None = None
+    perturbation: float = 0.0
 
     def packed(self) -> Packed:
         """The form in which the options go through a registered op."""
         sizes = [getattr(self, name) for name in _SIZES] + [int(self.entropy)]
-        scalars = [self.drop_mass, *self.math.scalars]
+        scalars = [self.drop_mass, self.perturbation, *self.math.scalars]
         if self.reference is not None:
             scalars += self.reference.scalars
         dtype = str(self.math.dtype).removeprefix("torch.")
@@ -73,7 +75,7 @@ class Spec:
     def unpacked(cls, sizes: Sequence[int], scalars: Sequence[float], names: str) -> Spec:
         """The reverse of `packed`."""
         *counts, entropy = sizes
-        drop_mass, *of_heads = scalars
+        drop_mass, perturbation, *of_heads = scalars
         path, engine, name, group = names.split("|", 3)
         dtype: torch.dtype = getattr(torch, name)
         head, other = of_heads[:_SCALARS], of_heads[_SCALARS:]
@@ -86,6 +88,7 @@ class Spec:
             drop_mass=drop_mass,
             group=group,
             reference=HeadMath.from_scalars(other, dtype) if other else None,
+            perturbation=perturbation,
         )
 
     @property

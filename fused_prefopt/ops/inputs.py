@@ -133,13 +133,19 @@ class Call:
         return default_workspace(memory, self.rows, weight, self.math.dtype.itemsize, head_trains)
 
     def spec(
-        self, path: str, workspace: int, kept_rows: int = 0, reference: HeadMath | None = None
+        self,
+        path: str,
+        workspace: int,
+        kept_rows: int = 0,
+        reference: HeadMath | None = None,
+        perturbation: float = 0.0,
     ) -> Spec:
         """The options of the registered ops.
 
         Args:
             path, workspace, kept_rows: of the plan.
             reference: of the second head of `sequence_kl`.
+            perturbation: of the mixtures of both heads' logits.
         """
         options = self.options
         return Spec(
@@ -157,6 +163,7 @@ class Call:
             drop_mass=options.drop_mass if path in ("local", "recompute") else 0.0,
             group=self.shard.group,
             reference=reference,
+            perturbation=perturbation,
         )
 
 

@@ -1,4 +1,7 @@
-"""KL divergence of a policy from its reference: the public op, the registered one and its loops."""
+"""KL divergence of a policy from its reference: the public op, the registered one and its loops.
+
+One file of more than 450 lines: all of it is one pass over two heads, and its backward.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_prefopt.checks import require_device, require_floating, require_shape
+from fused_prefopt.checks import (
+    require_device,
+    require_floating,
+    require_number,
+    require_shape,
+)
 from fused_prefopt.ops.autograd import (
     fake_gradients,
     refuse_double_backward,
@@ -51,12 +59,17 @@ class SequenceKl:
         policy: (S,) summed log-probs of the labels under the policy, in nats, differentiable.
         reference: (S,) the same under the reference, a constant.
         lengths: (S,) int64, number of labelled tokens; with weights of tokens the sum of those.
+        extrapolated: (S,) summed log-probs of the labels under ``softmax(z + ε(z − z_ref))``, a
+            constant; None without a perturbation ε.
+        interpolated: (S,) the same under ``softmax(z − ε(z − z_ref))``.
     """
 
     kl: Tensor
     policy: Tensor
     reference: Tensor
     lengths: Tensor
+    extrapolated: Tensor | None = None
+    interpolated: Tensor | None = None
 
 
 def sequence_kl(
@@ -74,6 +87,7 @@ def sequence_kl(
     workspace_mb: float | None = None,
     engine: str = "auto",
     token_weights: Tensor | None = None,
+    perturbation: float | None = None,
 ) -> SequenceKl:
     """KL divergence of a policy from its reference over the labelled tokens of each sequence.
 
@@ -96,17 +110,22 @@ def sequence_kl(
         workspace_mb: budget in MiB for everything but statistics and gradients.
         engine: `auto`, `torch`, `cublas` or `triton`, as in `sequence_logps`; the last two are one
             here: the library's matmuls, and one Triton kernel for each pass over both logits.
-        token_weights: as in `sequence_logps`; of all three sums.
+        token_weights: as in `sequence_logps`; of all sums.
+        perturbation: 0 < ε < 1: also the labels' log-probs under two mixtures of the logits z of
+            both heads, which cost no matmul more. Where a token's logits are the same, they are the
+            mixtures' to the last bit. What the policy may not say (a bias of −inf), no mixture may;
+            what the reference alone may not say makes `extrapolated` NaN, as ∞ is no logit.
 
     Returns:
-        kl, policy, reference and lengths, each (S,).
+        kl, policy, reference and lengths, each (S,), and with a perturbation the two mixtures'.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is wrong; the two vocabularies
             differ; a head is sharded over ranks; a label is outside the vocabulary (a device-side
             assert on CUDA).
 
-    Source: TDPO (Zeng et al. 2024, arXiv:2404.11999), eq. 12.
+    Source: TDPO (Zeng et al. 2024, arXiv:2404.11999), eq. 12; the mixtures ε-DPO (Lee et al. 2025,
+    arXiv:2502.13177), eq. 3 and 4.
     """
     options = LogpOptions(
         shift=shift,
@@ -118,6 +137,8 @@ def sequence_kl(
         engine=engine,
     )
     head = read_head(head)
+    if perturbation is not None:
+        require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
     call = read_call(hidden, head, labels, options)
     reference = _reference(hidden, ref_hidden, ref_head, head.vocab)
     if call.shard.group:
@@ -127,11 +148,17 @@ def sequence_kl(
         refuse_forward_mode(others)
         others = others.detached()
     math = HeadMath.of(reference, call.math.dtype)
-    spec = call.spec("recompute", call.workspace(False), reference=math)
+    spec = call.spec(
+        "recompute", call.workspace(False), reference=math, perturbation=perturbation or 0.0
+    )
     rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
     ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
     sums = call.checked(head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed()))
-    return SequenceKl(*(sums[:4] if rows is None else rows.all_sums(sums[:3])))
+    kls, logps, references, lengths, mixtures = sums[:5]
+    if rows is not None:
+        kls, logps, references, lengths = rows.all_sums((kls, logps, references))
+    of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
+    return SequenceKl(kls, logps, references, lengths, *of_mixtures)
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
@@ -168,8 +195,8 @@ def head_kl(
     sizes: Sequence[int],
     scalars: Sequence[float],
     names: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sums over sequences of KL(reference || policy) and of both log-probs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums over sequences of KL(reference || policy) and of the log-probs.
 
     Args:
         hidden, weight, bias, low_hidden, low_weight: (M, D), (V, D), (V,), (M, r), (V, r) of the
@@ -180,9 +207,9 @@ def head_kl(
         sizes, scalars, names: a `Spec`, packed.
 
     Returns:
-        kl (S,), policy (S,), reference (S,), lengths (S,) int64; and what is kept for the backward:
-        index (n,) of the labelled rows, logps (n,), reference logps (n,), logsumexps (n,) and
-        reference logsumexps (n,).
+        kl (S,), policy (S,), reference (S,), lengths (S,) int64, mixtures (2, S), or (0, S) without
+        a perturbation; and what is kept for the backward: index (n,) of the labelled rows, logps
+        (n,), reference logps (n,), logsumexps (n,) and reference logsumexps (n,).
     """
     spec = Spec.unpacked(sizes, scalars, names)
     index = labelled_rows(targets, spec.ignore_index, spec.num_labels)
@@ -196,8 +223,11 @@ def head_kl(
         kls, lengths = add(found.kls, ids, spec.num_sequences, sequence_ids is None)
         logps, _ = add(found.logps, ids, spec.num_sequences, sequence_ids is None)
         others, _ = add(found.reference_logps, ids, spec.num_sequences, sequence_ids is None)
+        mixtures = logps.new_empty(len(found.mixture_logps), spec.num_sequences)
+        for each, out in zip(found.mixture_logps, mixtures, strict=True):
+            out.copy_(add(each, ids, spec.num_sequences, sequence_ids is None)[0])
     kept = found.logps, found.reference_logps, found.logsumexps, found.reference_logsumexps
-    return kls, logps, others, lengths, index, *kept
+    return kls, logps, others, lengths, mixtures, index, *kept
 
 
 @head_kl.register_fake
@@ -212,7 +242,8 @@ def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
     sums = [empty(spec.num_sequences) for _ in range(3)]
     lengths, index = targets.new_empty(spec.num_sequences), targets.new_empty(rows)
-    return (*sums, lengths, index, *(empty(rows) for _ in range(4)))
+    mixtures = empty((2 if spec.perturbation else 0, spec.num_sequences))
+    return (*sums, lengths, mixtures, index, *(empty(rows) for _ in range(4)))
 
 
 @torch.library.custom_op("fused_prefopt::head_kl_backward", mutates_args=())
@@ -267,8 +298,8 @@ def head_kl_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, others, lengths, *kept = output
-    ctx.mark_non_differentiable(others, lengths, *kept)
+    _, _, others, lengths, mixtures, *kept = output
+    ctx.mark_non_differentiable(others, lengths, mixtures, *kept)
     save(ctx, inputs, *kept)
 
 
@@ -316,7 +347,7 @@ class KlRows:
                 spec.vocab,
                 hidden_size,
                 spec.workspace,
-                load_engine(name).kl_cost(either, *weights, backward),
+                load_engine(name).kl_cost(either, *weights, backward, spec.perturbation > 0),
                 either,
                 index.device,
                 backward=backward,
@@ -363,6 +394,7 @@ class KlResult:
         kls: KL(reference || policy), in nats.
         logps, reference_logps: of the labels.
         logsumexps, reference_logsumexps: of the logits.
+        mixture_logps: of the labels under the two mixtures, or nothing.
     """
 
     kls: Tensor
@@ -370,22 +402,26 @@ class KlResult:
     reference_logps: Tensor
     logsumexps: Tensor
     reference_logsumexps: Tensor
+    mixture_logps: tuple[Tensor, ...] = ()
 
 
 def forward(head: KlRows) -> KlResult:
     """One pass over both heads: two matmuls."""
     engine, other = head.build_engines()
     math, device = head.policy.math, head.policy.device
-    statistics = KlStatistics.empty(head.rows, math.accumulator, device)
+    perturbation = head.policy.spec.perturbation
+    statistics = KlStatistics.empty(head.rows, math.accumulator, device, perturbation)
     for _, tiles in head.slabs():
         for rows, policy, reference in tiles:
             engine.fold_both(policy, reference, other, statistics[rows])
+    mixtures = statistics.mixtures
     return KlResult(
         statistics.kls(),
         statistics.policy.logps(),
         statistics.reference.logps(),
         statistics.policy.logsumexps(),
         statistics.reference.logsumexps(),
+        () if mixtures is None else (mixtures.extrapolated.logps(), mixtures.interpolated.logps()),
     )
 
 

@@ -188,26 +188,53 @@ class RowGradients:
 
 
 @dataclass(frozen=True)
+class MixtureStatistics:
+    """Running statistics of each row under two mixtures of a policy's and a reference's logits.
+
+    Attributes:
+        perturbation: ε.
+        extrapolated: of ``z + ε (z − r)`` with policy logits z and reference logits r.
+        interpolated: of ``z − ε (z − r)``.
+    """
+
+    perturbation: float
+    extrapolated: RowStatistics
+    interpolated: RowStatistics
+
+    def __getitem__(self, rows: slice) -> MixtureStatistics:
+        parts = self.extrapolated[rows], self.interpolated[rows]
+        return MixtureStatistics(self.perturbation, *parts)
+
+
+@dataclass(frozen=True)
 class KlStatistics:
     """Running statistics of each row where a policy's logits meet a reference's.
 
     Attributes:
         policy, reference: maximum, Σ exp(logit − maximum) and target logit, each (n,).
         weighted: (n,) running Σ exp(r − max r) (r − z) of policy logits z, reference logits r.
+        mixtures: of both heads' logits, or None where none are wanted.
     """
 
     policy: RowStatistics
     reference: RowStatistics
     weighted: Tensor
+    mixtures: MixtureStatistics | None = None
 
     @classmethod
-    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> KlStatistics:
-        """Of rows that have met no logit yet."""
-        policy, reference = (RowStatistics.empty(rows, dtype, device) for _ in range(2))
-        return cls(policy, reference, torch.zeros_like(policy.sum))
+    def empty(
+        cls, rows: int, dtype: torch.dtype, device: torch.device, perturbation: float = 0.0
+    ) -> KlStatistics:
+        """Of rows that have met no logit yet; a perturbation of 0 is no mixtures."""
+        policy, reference, *two = (
+            RowStatistics.empty(rows, dtype, device) for _ in range(4 if perturbation else 2)
+        )
+        mixtures = MixtureStatistics(perturbation, *two) if two else None
+        return cls(policy, reference, torch.zeros_like(policy.sum), mixtures)
 
     def __getitem__(self, rows: slice) -> KlStatistics:
-        return KlStatistics(self.policy[rows], self.reference[rows], self.weighted[rows])
+        mixtures = None if self.mixtures is None else self.mixtures[rows]
+        return KlStatistics(self.policy[rows], self.reference[rows], self.weighted[rows], mixtures)
 
     def kls(self) -> Tensor:
         """(n,) ``KL(reference || policy) = E[r − z] − lse r + lse z``, the mean over the reference.

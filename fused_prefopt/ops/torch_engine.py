@@ -20,6 +20,7 @@ from fused_prefopt.ops.tile import (
     KeptTile,
     KlGradients,
     KlStatistics,
+    MixtureStatistics,
     RowGradients,
     RowStatistics,
     Tile,
@@ -88,7 +89,12 @@ class TorchEngine:
 
     @classmethod
     def kl_cost(
-        cls, math: HeadMath, weight: WeightKind, other: WeightKind, backward: bool
+        cls,
+        math: HeadMath,
+        weight: WeightKind,
+        other: WeightKind,
+        backward: bool,
+        mixtures: bool = False,
     ) -> TileCost:
         """Bytes of the buffers for a tile of both heads, whose hidden sizes add up.
 
@@ -97,9 +103,11 @@ class TorchEngine:
             weight: (V, D) of the policy.
             other: (V, D') of the reference.
             backward: whether the pass is a backward.
+            mixtures: whether a forward also folds mixtures of the logits.
         """
         policy, reference = cls.cost(math, weight, "rebuild"), cls.cost(math, other, "rebuild")
-        logit = policy.logit + reference.logit + (0 if backward else math.accumulator.itemsize)
+        beside = 0 if backward else 1 + mixtures
+        logit = policy.logit + reference.logit + beside * math.accumulator.itemsize
         slab = max(policy.weight, reference.weight)
         return TileCost(logit, policy.hidden, slab, policy.preferred)
 
@@ -254,6 +262,8 @@ class TorchEngine:
         logits = self._logits(tile, self._tile(tile.shape))
         others = other._logits(reference, other._tile(reference.shape))
         differences = torch.sub(others, logits, out=other._second_tile(tile.shape))
+        if statistics.mixtures is not None:
+            self._fold_mixtures(logits, differences, tile, statistics.mixtures)
         if reference.bias is not None:
             # A bias of -inf: where the reference gives no probability, the policy may give none.
             differences.masked_fill_(others.isneginf(), 0.0)
@@ -261,6 +271,21 @@ class TorchEngine:
         factor = self._fold(others, reference, statistics.reference)
         terms = differences.mul_(others).sum(1)
         statistics.weighted.mul_(factor).add_(terms)
+
+    def _fold_mixtures(
+        self, logits: Tensor, differences: Tensor, tile: Tile, statistics: MixtureStatistics
+    ) -> None:
+        """Fold mixtures of logits z (c, v) and what the reference's exceed them by, kept as is."""
+        size = statistics.perturbation
+        for weight, into in ((-size, statistics.extrapolated), (size, statistics.interpolated)):
+            # Of z and a difference: where that is 0, the mixture is z to the last bit.
+            mixture = torch.add(
+                logits, differences, alpha=weight, out=self._second_tile(tile.shape)
+            )
+            if tile.bias is not None:
+                # What the policy may not say, no mixture may: inf − inf.
+                mixture.masked_fill_(logits.isneginf(), -torch.inf)
+            self._fold(mixture, tile, into)
 
     def kl_gradient(
         self,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 from command_line_jobs import RATED, pairs, sentences, write_lines
 from data_tokenizer import tiny_tokenizer
 
-from fused_prefopt.cli import task
+from fused_prefopt.cli import data_files
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.console import UserError
 from fused_prefopt.cli.models import texts_of
+from fused_prefopt.cli.needs import check_fields
 from fused_prefopt.cli.task import (
-    _check_fields,
     _features,
     as_judged,
     as_pairs,
@@ -41,7 +40,7 @@ def completions(count: int = 8, **columns: Sequence) -> list[dict]:
 
 
 def test_splits_of_one_data_set_are_named_once(monkeypatch, capsys):
-    monkeypatch.setattr(task, "_rows", lambda name, split, limit: pairs(2))
+    monkeypatch.setattr(data_files, "_rows", lambda name, split, limit: pairs(2))
     settings = Settings(model="unused", dataset="someone/pairs", held_out="test")
     assert len(training_records(settings, 0, points=False)) == 2
     assert len(held_out_records(settings, 0)) == 2
@@ -187,7 +186,11 @@ def test_pairs_and_rated_completions_become_what_every_loss_needs(name, records)
     settings = Settings(model="unused", loss=name, max_length=32)
     loss_fn = load_loss(settings)
     features = _features(settings, loss_fn, tiny_tokenizer(), records)
-    _check_fields(loss_fn, features)
+    if "gold" in loss_fn.loss.needs:
+        with pytest.raises(UserError, match=f"{name} needs `gold`, .* does not compute"):
+            check_fields(loss_fn, features)
+        return
+    check_fields(loss_fn, features)
     if loss_fn.loss.pairwise:
         assert features[0].keys() >= {"chosen_ids", "rejected_ids", "score_chosen"}
     elif "desirable" in loss_fn.loss.needs:
@@ -204,27 +207,19 @@ def test_a_sum_is_a_text_or_a_list_and_needs_what_its_terms_need():
         assert loss_fn.hyperparameters["odpo"]["beta"] == 0.3
         features = tokenise_pairs(pairs(1), tiny_tokenizer(), 32, 16)
         with pytest.raises(UserError, match=r"needs it for dpo \+ 0.5 odpo"):
-            _check_fields(loss_fn, features)
+            check_fields(loss_fn, features)
     assert loss_fn.hyperparameters["odpo"]["alpha"] == 2.0
     with pytest.raises(UserError, match="loss: unknown loss 'sftt' .did you mean 'sft'"):
         load_loss(Settings(model="unused", loss="dpo + sftt"))
 
 
-def test_a_feature_that_is_missing_is_named_with_its_column():
-    loss_fn = load_loss(Settings(model="unused", loss="odpo"))
-    features = tokenise_pairs(pairs(1), tiny_tokenizer(), 32, 16)
-    with pytest.raises(
-        UserError, match="got no score_chosen and score_rejected, needs it for odpo"
-    ):
-        _check_fields(loss_fn, features)
-    with pytest.raises(ValueError, match="no usable row"):
-        _check_fields(loss_fn, [])
-
-
-def test_a_field_that_no_column_gives_is_the_losss_affair():
-    mine = SimpleNamespace(pairwise=True, needs=frozenset({"reference", "kl"}))
-    with pytest.raises(UserError, match="loss: mine needs `kl`, a scalar estimate of KL"):
-        _check_fields(SimpleNamespace(name="mine", loss=mine), [{"chosen_ids": [1]}])
+def test_a_margin_more_brings_its_needs():
+    kwargs = {"beta": 0.5, "margin": {"name": "adaptive", "statistics": "batch"}}
+    loss_fn = load_loss(Settings(model="unused", loss="simpo + sft", loss_kwargs=kwargs))
+    assert loss_fn.loss.needs == {"reference"} and loss_fn.loss.terms[0].loss.margin.scale == 0.5
+    kwargs["margin"] = {"name": "adaptive", "tau": 1.0}
+    with pytest.raises(UserError, match="loss: margin of simpo: adaptive: got 'tau', wanted gamma"):
+        load_loss(Settings(model="unused", loss="simpo", loss_kwargs=kwargs))
 
 
 def test_truncated_pairs_are_counted_and_those_left_equal_are_not_trained_on(

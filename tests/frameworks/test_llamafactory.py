@@ -165,6 +165,9 @@ CASES = {
     "sigmoid, without ref_model": {"ref_model": None},
     "sigmoid, nll": {"pref_ftx": 0.3},
     "sigmoid, ld_alpha": {"ld_alpha": 0.4, "pref_ftx": 0.2},
+    "sigmoid, bco": {"pref_bco_weight": 0.5, "pref_ftx": 0.2, "dpo_label_smoothing": 0.1},
+    "hinge, bco": {"pref_loss": "hinge", "pref_bco_weight": 2.0, "pref_beta": 0.3},
+    "ipo, bco": {"pref_loss": "ipo", "pref_bco_weight": 20.0, "pref_beta": 0.4},
     "hinge": {"pref_loss": "hinge"},
     "ipo": {"pref_loss": "ipo", "pref_beta": 0.2},
     "orpo": {"pref_loss": "orpo", "pref_beta": 0.2},
@@ -182,7 +185,7 @@ EPOCHS = {
     "max_samples": 7,
     "gradient_accumulation_steps": 3,
 }
-CASES |= {f"{case}, epochs": CASES[case] | EPOCHS for case in ("sigmoid", "kto")}
+CASES |= {f"{case}, epochs": CASES[case] | EPOCHS for case in ("sigmoid", "sigmoid, bco", "kto")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -383,7 +386,11 @@ def test_words_of_the_command_line_take_a_mapping_as_json(tmp_path, inputs):
         ({"pref_loss": "kto_pair"}, r"unknown loss 'kto_pair' \(did you mean"),
         ({"pref_loss": "kto"}, "loss: 'kto' is point-wise, wanted one on pairs"),
         ({"stage": "kto", "pref_loss": "sigmoid"}, "'dpo' is pairwise, wanted one on points"),
-        ({"pref_bco_weight": 0.5}, "^pref_bco_weight: got 0.5 .* running mean of all rewards"),
+        (
+            {"pref_loss": "alpha-dpo", "pref_bco_weight": 0.5},
+            "^pref_bco_weight: got 0.5 .* write a sum",
+        ),
+        ({"pref_bco_weight": -0.5}, "^pref_bco_weight: got -0.5, wanted"),
         ({"stage": "kto", "pref_ftx": 0.5}, "^pref_ftx: got 0.5 with the loss 'kto', needs 0.0: a"),
         ({"stage": "kto", "ld_alpha": 0.5}, "^ld_alpha: got 0.5 in stage 'kto', needs pairs"),
         ({"pref_loss": "hinge", "simpo_gamma": 0.9}, "^simpo_gamma: got 0.9 with the loss 'hinge'"),

@@ -138,6 +138,7 @@ OF_DPO = {
     "exo_pair": ("--loss_type", "exo_pair"),
     "hinge": ("--loss_type", "hinge", "--beta", "0.02"),
     "ipo": ("--loss_type", "ipo"),
+    "bco_pair": ("--loss_type", "bco_pair", "--beta", "0.5"),
     "sppo_hard": ("--loss_type", "sppo_hard", "--beta", "1"),
     "nca_pair": ("--loss_type", "nca_pair"),
     "aot": ("--loss_type", "aot", "--label_smoothing", "0.1"),
@@ -344,7 +345,6 @@ def test_beta_reaches_a_loss_of_the_entry(train):
     ("kind", "options", "entry", "message"),
     [
         ("dpo", ("--loss_scale", "react"), None, "loss_scale: got 'react'"),
-        ("dpo", ("--loss_type", "bco_pair"), None, "loss_type: got 'bco_pair', which subtracts"),
         ("dpo", (), {"loss": "alhpa-dpo"}, "did you mean 'alpha-dpo'"),
         ("dpo", ("--loss_type", "sigmod"), None, "did you mean 'sigmoid'"),
         ("dpo", ("--rpo_alpha", "1"), {"loss": "dpo"}, "rpo_alpha: got 1.0, an option of ms-swift"),

@@ -35,6 +35,9 @@ def test_options_of_ms_swift_are_a_loss():
     assert loss.name == "0.8 robust-dpo + sft + 0.2 sft"
     assert loss.hyperparameters["robust-dpo"]["unbiased"]
     assert loss.op_options["workspace_mb"] == 8
+    mixed = of("dpo", loss_type=["sigmoid", "bco_pair"], loss_weights=[0.8, 0.2]).build_loss()
+    assert mixed.name == "0.8 dpo + 0.2 bco-pair"
+    assert mixed.hyperparameters["bco-pair"]["reward_shift"] == "batch_mean"
     assert of("dpo", ld_alpha=0.5).build_loss().ld_alpha == 0.5
     smoothed = of("cpo", label_smoothing=0.1, cpo_alpha=0.0).build_loss().hyperparameters
     assert smoothed == {"beta": 2.0, "gamma": 1, "label_smoothing": 0.1, "link": "logistic"}

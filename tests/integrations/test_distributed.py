@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from tiny_models import pair_features, point_features, tiny_llama
+from tiny_models import list_features, pair_features, point_features, tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,6 +32,7 @@ from trainers import (
     assert_bit_equal,
     build,
     dataset,
+    in_order,
     let_gradients_be_finite,
     lora,
     pairs,
@@ -326,6 +327,30 @@ def all_layouts(folder: str) -> dict | None:
     }
 
 
+# Of lists each rank has as many, but neither as many completions nor pairs, nor one sum of weights.
+
+
+def on_lists(kind: str, folder: str, size: int, **more: Any) -> dict:
+    """Logs and weights of a trainer on weighted lists, this many of them a batch of a process."""
+    options: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": size}
+    options |= {"optim": "sgd", "learning_rate": 1e-2, "log_tokens": True} | more
+    weights = [(0.5, 2.0, 0.0, 1.0)[index % 4] for index in range(8)]
+    rows = [row | {"weight": w} for row, w in zip(list_features(8), weights, strict=True)]
+    data = rows if kind == "transformers" else dataset(rows)
+    reference = tiny_llama(5).double()
+    given = {"model": tiny_llama().double(), "reference": reference, "loss": "dpo"}
+    run = in_order(build(kind, folder, data, **given, **options))
+    run.train()
+    trained = {name: value.detach() for name, value in run.model.named_parameters()}
+    return {"log": run.state.log_history[:-1], "weights": trained}
+
+
+def all_lists(folder: str) -> dict:
+    kinds = KINDS_ON_LISTS if importlib.util.find_spec("trl") else KINDS_ON_LISTS[:1]
+    return {kind: on_lists(kind, folder, 2, ddp_backend="gloo") for kind in kinds}
+
+
+KINDS_ON_LISTS = ("transformers", *OF_TRL)
 SECTIONS: dict[str, Callable[[int, str], Any]] = {
     "steps": lambda rank, _: all_steps(rank),
     "mixed": lambda rank, _: {layout: mixed(layout, rank) for layout in LAYOUTS},
@@ -333,6 +358,7 @@ SECTIONS: dict[str, Callable[[int, str], Any]] = {
     "decided": decided,
     "logs": lambda _, folder: all_logs(folder),
     "layouts": lambda _, folder: all_layouts(folder),
+    "lists": lambda _, folder: all_lists(folder),
 }
 
 
@@ -472,3 +498,18 @@ def test_two_processes_train_in_a_layout_as_on_padded_rows(ranks, layout, stream
             tokens = {"num_tokens", "eval_num_tokens"} if layout == "shared" else set()
             for name in one.keys() - TIMES - tokens:
                 assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("kind", KINDS_ON_LISTS)
+def test_two_processes_train_on_lists_as_one_does(ranks, tmp_path, kind):
+    if kind in OF_TRL:
+        pytest.importorskip("trl")
+    wanted = on_lists(kind, str(tmp_path), 4)
+    for found in (rank[kind] for rank in ranks("lists")):
+        assert len(found["log"]) == len(wanted["log"]) == 2
+        for one, other in zip(wanted["log"], found["log"], strict=True):
+            assert one.keys() == other.keys()
+            for name in one.keys() - TIMES:
+                assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
+        for name, value in wanted["weights"].items():
+            torch.testing.assert_close(found["weights"][name], value, rtol=1e-8, atol=1e-10)

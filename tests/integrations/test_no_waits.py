@@ -91,7 +91,8 @@ def test_the_other_ops(waits):
         found = token_policy(hidden, weight, labels, **counted)
         (found.logps + found.entropies).sum().backward()
         token_statistics(hidden, weight, labels, **counted)
-        out = sequence_kl(hidden, weight, hidden.detach() + 1, weight, labels, **counted)
+        others = hidden.detach() + 1, weight, labels
+        out = sequence_kl(hidden, weight, *others, perturbation=0.1, **counted)
         (out.kl + out.policy).sum().backward()
     assert waits.found == []
 
@@ -116,7 +117,11 @@ def test_every_loss(waits, name, options):
         "prompt_lengths": torch.tensor([1, 2, 1, 2]),
         "groups": torch.tensor([0, 0, 1, 1]),
         "sequence_kl": torch.ones(4),
+        "extrapolated": torch.linspace(-3, -2, 4),
+        "interpolated": torch.linspace(-2, -3, 4),
         "kl": torch.ones(()),
+        "gold": torch.full((4,), -3.0),
+        "gold_lengths": torch.tensor([2, 3, 2, 3]),
     }
     extras = {key: value for key, value in extras.items() if key in loss_fn.loss.needs}
     if "prompt_lengths" in loss_fn.loss.needs:
@@ -151,6 +156,7 @@ STEPS = [
     ("dpo", {}, "model"),
     ("dpo", {}, "adapter"),
     ("tdpo2", {}, "model"),
+    ("epsilon-dpo", {}, "model"),
     ("wpo", {}, "model"),
     ("dpo", {"ld_alpha": 0.3}, "model"),
 ]

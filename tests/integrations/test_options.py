@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from fused_prefopt import PreferenceLoss
 from fused_prefopt.integrations.options import (
+    PairOptions,
+    PointOptions,
     enter,
     read_mapping,
     refuse_beside_a_loss,
@@ -44,6 +47,17 @@ def test_a_mapping_is_read(given):
 def test_what_is_no_such_mapping_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         read_mapping(given)
+
+
+def test_a_margin_more_is_among_the_hyperparameters():
+    text = '{"loss": "ipo", "loss_kwargs": {"tau": 0.5, "margin": {"name": "dynamic", "gamma": 1}}}'
+    options = read_mapping(text)
+    found = PairOptions(**options, ld_alpha=0.5).build_loss()
+    wanted = PreferenceLoss("ipo", **options["loss_kwargs"])
+    assert found.loss == wanted.loss and found.loss.margin.added.gamma == 1
+    with pytest.raises(ValueError, match="margin: got .* for dro, to which a target margin"):
+        margin = {"margin": {"name": "dynamic", "gamma": 1}}
+        PointOptions(loss="dro", loss_kwargs=margin).build_loss()
 
 
 def test_what_contradicts_the_loss_is_refused():

@@ -205,7 +205,6 @@ def test_the_default_configuration_is_named_after_the_model(tmp_path, monkeypatc
             ValueError,
             "beta: got 0.3 and beta=2.0 in loss_kwargs",
         ),
-        ("kto", {"loss": "dpo"}, ValueError, "'dpo' is pairwise, wanted one on points"),
         (
             "kto",
             {"loss": "dro", "desirable_weight": 2.0},

@@ -41,11 +41,12 @@ def slabs(size, kind) -> tuple[tuple[SlabLogits, Tensor], tuple[SlabLogits, Tens
 
 
 def statistics_of(rows: int) -> KlStatistics:
-    return KlStatistics.empty(rows, torch.float32, torch.device("cpu"))
+    return KlStatistics.empty(rows, torch.float32, torch.device("cpu"), 0.3)
 
 
 def fold(policy, reference, targets, into: KlStatistics, first: int = 0) -> None:
-    fold_kl_rows(policy, reference, targets, into.policy, into.reference, into.weighted, first)
+    running = into.policy, into.reference, into.weighted
+    fold_kl_rows(policy, reference, targets, *running, first, into.mixtures)
 
 
 def gradient_of(policy, logits, others, targets) -> tuple[KlGradients, Tensor]:
@@ -79,7 +80,13 @@ def test_fold_of_two_slabs(size, kind):
     logps, references = logits.log_softmax(1), others.log_softmax(1)
     kls = (references.exp() * (references - logps)).sum(1)
     assert (statistics.kls() - kls).abs().max() <= 1e-5
-    for got, wanted in ((statistics.policy, logps), (statistics.reference, references)):
+    mixtures = statistics.mixtures
+    of_mixtures = (
+        (part, (logits + step * (logits - others)).log_softmax(1))
+        for part, step in ((mixtures.extrapolated, 0.3), (mixtures.interpolated, -0.3))
+    )
+    every = (statistics.policy, logps), (statistics.reference, references), *of_mixtures
+    for got, wanted in every:
         found = wanted.gather(1, targets[:, None])[:, 0]
         assert (got.logps() - found).abs().max() <= 1e-5
 

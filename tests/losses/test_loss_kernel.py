@@ -32,6 +32,7 @@ from fused_prefopt.losses import (
     Robust,
     Squared,
     SumLogp,
+    SumMargin,
     UnbiasedRobust,
     find,
     gap_of,
@@ -44,6 +45,7 @@ from fused_prefopt.statistics import RunningMoments, Statistic, margin_queue
 from fused_prefopt.types import LogpBatch
 
 DPO = PairwiseLoss(LogRatio(beta=0.1))
+BOTH = SumMargin(own=ConstantMargin(gamma=1.0), added=DynamicMargin(gamma=1.0))
 DRO = DirectRewardLoss(LogRatio(beta=0.1), log_z0=1.0)
 BATCH = random_batch(8, 0, torch.float32)
 
@@ -74,6 +76,7 @@ def adaptive(gap) -> PairwiseLoss:
         (dynamic(solver="exact"), BATCH),
         (dynamic(centered=True), BATCH),
         (dynamic(gamma=100.0, tau=1.0), BATCH),
+        (dataclasses.replace(DPO, margin=BOTH), BATCH),
         (dynamic(sample_size=LARGEST + 1, queue_size=LARGEST + 1), BATCH),
         (adaptive(Gap(lambda batch: batch.policy, frozenset())), BATCH),
         (DRO, random_batch(0, 0, torch.float32)),

@@ -40,6 +40,11 @@ MET += [
     ("0.8 dpo + 0.2 bco-pair + sft + 0.5 gamma-dpo + alpha-dpo", SMALL),
     ("gamma-simpo + 0.3 alpha-dpo + 0.1 dpo", SMALL),
 ]
+# A margin more beside one that remembers nothing, and in a loss that spans the batch.
+MET += [
+    ("length-dpo", {"margin": {"name": "dynamic", "gamma": 0.5, **SMALL}}),
+    ("sft + 0.5 tdpo1", {"margin": {"name": "adaptive", "alpha": 0.3}}),
+]
 # What pairs can remember of each other at once, and every way in which they can meet.
 JOINT = PairwiseLoss(
     MeanLogp(beta=2.5),
@@ -260,14 +265,16 @@ def test_whether_a_loss_is_the_mean_of_its_parts(name, options):
     assert math.isclose(total / 2, wanted, rel_tol=1e-9) is not loss.coupled
 
 
-def test_a_batch_of_all_ranks_keeps_the_gradient_of_both():
+def test_a_batch_of_all_ranks_keeps_every_gradient():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        logps, kls = (torch.randn(4, requires_grad=True) for _ in range(2))
-        whole = whole_batch(LogpBatch(logps, torch.ones(4, dtype=torch.int64), sequence_kl=kls))
-        slopes = torch.arange(4.0)
-        ((whole.batch.policy + 2 * whole.batch.sequence_kl) * slopes).sum().backward()
+        logps, kls, golds = (torch.randn(4, requires_grad=True) for _ in range(3))
+        ones = torch.ones(4, dtype=torch.int64)
+        fields = {"sequence_kl": kls, "gold": golds, "gold_lengths": ones}
+        batch, slopes = whole_batch(LogpBatch(logps, ones, **fields)).batch, torch.arange(4.0)
+        ((batch.policy + 2 * batch.sequence_kl + 3 * batch.gold) * slopes).sum().backward()
     finally:
         dist.destroy_process_group()
-    assert torch.equal(whole.batch.sequence_kl, kls)
-    assert torch.equal(logps.grad, slopes) and torch.equal(kls.grad, 2 * slopes)
+    assert torch.equal(batch.sequence_kl, kls) and torch.equal(batch.gold, golds)
+    for factor, values in enumerate((logps, kls, golds), start=1):
+        assert torch.equal(values.grad, factor * slopes)

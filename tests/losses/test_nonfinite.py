@@ -98,6 +98,7 @@ def test_nan_hidden_states_of_one_completion(name, options):
     labels = torch.randint(0, 11, (8, 5), generator=generator)
     extras = {"reference": -torch.ones(8).double(), "sequence_kl": torch.arange(8.0).double()}
     loss_fn = loss_fn_of(name, options)
+    extras |= {"extrapolated": -torch.arange(8.0).double(), "interpolated": -torch.ones(8).double()}
     extras["desirable"] = torch.arange(8) % 2 == 0
     extras["groups"] = torch.arange(8) // 2
     for key in ("rewards", "prompt", "prompt_reference"):

@@ -16,10 +16,13 @@ from fused_prefopt.losses import (
     ConstantMargin,
     DynamicMargin,
     DynamicScale,
+    LengthMargin,
     LogRatio,
     PairwiseLoss,
+    PerturbedScale,
     Robust,
     SumLogp,
+    SumMargin,
     UnbiasedRobust,
     Weighted,
     bradley_terry_loss,
@@ -29,7 +32,9 @@ from fused_prefopt.losses import (
 from fused_prefopt.losses.metrics import mean
 from fused_prefopt.types import LogpBatch
 
-REWARDS, MARGINS, SCALES = parts("reward"), parts("margin"), parts("scale")
+REWARDS, SCALES = parts("reward"), parts("scale")
+ADDED = SumMargin(own=LengthMargin(alpha=0.1), added=DynamicMargin(gamma=0.5))
+MARGINS = [*parts("margin"), ADDED]
 LINKS, WEIGHTINGS = parts("link"), parts("weighting")
 REDUCTIONS, TERMS = parts("reduction"), tuple(parts("regularisers"))
 SMALL = random_batch(8, seed=3)
@@ -78,7 +83,14 @@ def test_the_whole_space_is_finite_and_follows_its_formula(reward):
             assert result.losses.isfinite().all() and gradient.isfinite().all(), loss
             chosen, rejected = reward(SMALL).chunk(2)
             margins, factor = chosen - rejected, torch.ones(())
-            if scale is not None:
+            if isinstance(scale, PerturbedScale):
+                weaker, own, stronger = (
+                    values[:4] - values[4:]
+                    for values in (SMALL.extrapolated, SMALL.policy.detach(), SMALL.interpolated)
+                )
+                steps = ((weaker - own).sign() + (own - stronger).sign()).div(2).trunc()
+                factor = summary[1].factor / (1 + scale.epsilon * steps)
+            elif scale is not None:
                 means = summary[1]
                 observed = margins if scale.level == "pair" else means.batch
                 factor = (1 + scale.alpha * (observed - means.average)).clamp(min=scale.smallest)
@@ -89,7 +101,7 @@ def test_the_whole_space_is_finite_and_follows_its_formula(reward):
             torch.testing.assert_close(result.losses, wanted, rtol=1e-12, atol=1e-12)
             found, true = slopes(loss, gradient, summary)
             assert found == pytest.approx(true, rel=1e-5, abs=1e-7), loss
-            others = (margin, *terms, *([] if weighting is None else [weighting]))
+            others = (margin, *terms, *(each for each in (scale, weighting) if each is not None))
             assert loss.needs == reward.needs.union(*(part.needs for part in others))
 
 

@@ -67,6 +67,7 @@ CHI_PO = {
     "r_max": None,
 }
 ROBUST = {"epsilon": 0.1, "gamma": 0.0, "unbiased": False}
+GOLD = {"nll_weight": 1.0, "nll": "token_mean"}
 KTO = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 BASU = {"power": -0.5, "scale": 4.0, "smallest_ratio": 0.01}
 CALIBRATED = {"nll_weight": 0.001, "tau_good": 3.2}
@@ -85,6 +86,16 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
         (),
         (),
         {"beta": 0.1, "label_smoothing": 0.0, "nll_weight": 1.0, "nll": "token_mean"},
+    ),
+    "tpo": (
+        (),
+        ("gold", "gold_lengths"),
+        {"beta": 0.01, **GOLD, "link": "logistic", "label_smoothing": 0.0},
+    ),
+    "tpo-l": (
+        (),
+        ("gold", "gold_lengths"),
+        {"beta": 0.01, "gamma": 0.5, **GOLD, "label_smoothing": 0.0},
     ),
     "orpo": ((), (), {"weight": 0.1, "nll": "sequence_mean"}),
     "length-dpo": (("r-dpo",), ("reference",), {"beta": 0.1, "alpha": 0.05}),
@@ -109,8 +120,23 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict]] = {
     "tdpo1": ((), ("reference", "sequence_kl"), {"beta": 0.1}),
     "tdpo2": ((), ("reference", "sequence_kl"), {"beta": 0.1, "alpha": 0.5}),
     "kto": ((), ("desirable", "reference"), KTO),
+    "bco-pair": (
+        (),
+        ("reference",),
+        {"beta": 0.1, "reward_shift": "none", "momentum": 0.9, **PER_TOKEN},
+    ),
+    "bco": (
+        (),
+        ("desirable", "reference"),
+        {**KTO, "reward_shift": "ema", "momentum": 0.9},
+    ),
     "beta-dpo": ((), ("reference",), {**BETA_DPO, **PER_TOKEN}),
     "beta-simpo": ((), (), BETA_DPO),
+    "epsilon-dpo": (
+        ("eps-dpo", "e-dpo"),
+        ("extrapolated", "interpolated", "reference"),
+        {"beta": 0.1, "epsilon": 0.01, "update_every": 1},
+    ),
     "alpha-dpo": ((), ("reference",), ALPHA_DPO),
     "gamma-dpo": (
         (),
@@ -158,6 +184,7 @@ def test_needs_follow_the_hyperparameters():
     assert build().needs == {"reference"}
     assert build(implicit_reference="policy").needs == frozenset()
     assert build(implicit_reference="sequence_kl").needs == {"sequence_kl"}
+    assert find("tpo").build(nll_weight=0.0).needs == frozenset()
 
 
 @pytest.mark.parametrize("name", REGISTERED)
@@ -253,8 +280,14 @@ def test_unknown_hyperparameter():
         ("chi-po", {"smallest": 20.0}, "smallest: got 20.0, wanted .* < 20"),
         ("chi-po", {"r_max": 0.0}, "r_max: got 0.0, wanted a finite number > 0"),
         ("cpo", {"nll": "mean"}, "nll: got 'mean', wanted one of 'sum'"),
+        ("tpo", {"nll_weight": -1.0}, "nll_weight: got -1.0"),
+        ("tpo", {"nll": "whole_token_mean"}, "nll: got 'whole_token_mean' .*, wanted one of 'sum'"),
+        ("tpo", {"link": "hinge", "label_smoothing": 0.1}, "label_smoothing: got 0.1 with link"),
+        ("tpo", {"link": "squared", "beta": 0.0}, "beta: got 0.0"),
         ("tdpo2", {"alpha": math.nan}, "alpha: got nan"),
         ("kto", {"desirable_weight": -1.0}, "desirable_weight: got -1.0"),
+        ("bco", {"reward_shift": "sum"}, "reward_shift: got 'sum', wanted one of 'none', 'ema'"),
+        ("bco-pair", {"momentum": 1.0}, "momentum: got 1.0, wanted .* < 1"),
     ],
 )
 def test_hyperparameters_out_of_range(name, options, wanted):
@@ -299,7 +332,8 @@ def test_published_settings_are_those_of_the_papers():
     )
     settings = published_settings()
     assert preset("omni-dpo/qwen2.5-7b")[1] == {"beta": 3.5, "tau_ref": 0.8}
-    assert len(settings) == 20
+    assert preset("epsilon-dpo/llama-3-8b-instruct")[1] == {"beta": 0.01, "epsilon": 0.01}
+    assert len(settings) == 22
     assert preset("repo/llama-3-8b-instruct-v0.2") == ("repo", {"gamma": 0.6})
     assert settings["repo/mistral-7b-instruct"].learning_rate == 6e-7
     assert preset("simper/mistral-7b-base") == ("simper", {})

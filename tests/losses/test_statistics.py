@@ -10,16 +10,31 @@ import torch
 from loss_cases import vector
 
 from fused_prefopt.statistics import (
+    BalancedShift,
     BatchMoments,
+    BatchwiseShift,
     DatasetMoments,
     JointStatistic,
     MarginQueue,
+    PooledShift,
     ReferenceMean,
     ReferenceMoments,
     RunningMean,
     RunningMoments,
 )
 
+
+def of_values(kind):
+    """A statistic of the two classes' rewards, shown values of one pair each, and their halves."""
+
+    class OfValues(kind):
+        def forward(self, values):
+            return super().forward(torch.stack([values, values / 2, *torch.ones(2, len(values))]))
+
+    return OfValues
+
+
+BALANCED, POOLED, BATCHWISE = map(of_values, (BalancedShift, PooledShift, BatchwiseShift))
 STATISTICS = {
     "ema": lambda: RunningMoments(0.9),
     "reference": lambda: ReferenceMoments(0.9),
@@ -29,6 +44,9 @@ STATISTICS = {
     "no queue": lambda: MarginQueue(queue_size=0),
     "mean": lambda: RunningMean(0.9),
     "reference mean": lambda: ReferenceMean(0.9),
+    "balanced shift": lambda: BALANCED(0.9),
+    "pooled shift": POOLED,
+    "batchwise shift": BATCHWISE,
 }
 each_statistic = pytest.mark.parametrize("make", STATISTICS.values(), ids=STATISTICS.keys())
 
@@ -246,7 +264,17 @@ def test_steps_between_evaluations_are_those_without(make):
 
 
 @pytest.mark.parametrize(
-    "kind", [RunningMoments, ReferenceMoments, BatchMoments, RunningMean, ReferenceMean]
+    "kind",
+    [
+        RunningMoments,
+        ReferenceMoments,
+        BatchMoments,
+        RunningMean,
+        ReferenceMean,
+        BALANCED,
+        POOLED,
+        BATCHWISE,
+    ],
 )
 def test_a_value_whose_square_is_infinite_is_skipped_too(kind):
     clean, dirty = kind(), kind()
@@ -268,7 +296,8 @@ def test_exception_leaves_the_state(make, monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("link down")
 
-    for place in ("moments.sum_over_ranks", "margin_queue.gather_over_ranks"):
+    places = "moments.sum_over_ranks", "margin_queue.gather_over_ranks"
+    for place in (*places, "reward_shift.sum_over_ranks"):
         monkeypatch.setattr(f"fused_prefopt.statistics.{place}", fail)
     with pytest.raises(RuntimeError, match="link down"):
         statistic(vector(1.0, 2.0))
@@ -307,6 +336,7 @@ def test_summary_does_not_change_later(make):
         (lambda: DatasetMoments(math.nan, 1.0), "mean"),
         (lambda: RunningMean(-0.1), "momentum"),
         (lambda: ReferenceMean(1.0), "momentum"),
+        (lambda: BalancedShift(1.0), "momentum"),
         (lambda: MarginQueue(queue_size=-1), "queue_size"),
         (lambda: MarginQueue(sample_size=0), "sample_size"),
     ],

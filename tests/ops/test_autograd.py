@@ -249,7 +249,7 @@ def test_opcheck_of_divergences(counted, layout):
     if layout == "packed":
         ids = torch.arange(labels.numel()) % 3
         two = type(two)(*(flat(case) for case in two))
-        options |= {"sequence_ids": ids, "num_sequences": 3}
+        options |= {"sequence_ids": ids, "num_sequences": 3, "perturbation": 0.3}
     policy = leaves_of(two.policy, (True, True, True))
 
     def call() -> Tensor:

@@ -93,7 +93,7 @@ def test_divergences_and_their_gradients(launches):
     out = kl.head_kl._init_fn(*tensors, *tensors, *rows, *spec)
     on_its_device(launches, "_fold_kl_rows_kernel", "_sequence_sums_kernel")
     launches.clear()
-    kls, policy, _, _, *saved = out
+    kls, policy, _, _, _, *saved = out
     wanted = (True, True, True, False, False)
     kl.head_kl_backward._init_fn(*tensors, *tensors, *rows, *saved, kls, policy, *spec, wanted)
     on_its_device(launches, "_kl_gradient_kernel")

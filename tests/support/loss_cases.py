@@ -25,6 +25,7 @@ TOGETHER: list[tuple[str, dict]] = [
     ("beta-dpo", {"statistics": "reference", "level": "batch", "gamma": 0.3}),
     ("beta-simpo", {"statistics": "reference", "beta": 2.5}),
     ("alpha-po", {"alpha": -0.5}),
+    ("tpo", {"link": "logistic", "label_smoothing": 0.2, "nll": "sequence_mean"}),
     ("bpo", {"power": 0.0, "smallest_ratio": 0.0, "largest_ratio": 3.0}),
     ("bpo", {"power": 1.2}),
     ("chi-po", {"r_max": 5.0, "power": 1.25, "kl_weight": 0.1}),
@@ -117,7 +118,11 @@ def random_batch(size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float6
         groups=torch.arange(size) % max(1, size // 2),
         completions=torch.arange(size),
         sequence_kl=draw(2).abs(),
+        extrapolated=policy.detach() + draw(1),
+        interpolated=policy.detach() - draw(1),
         collision=-draw(10).abs(),
+        gold=-draw(20).abs() - 1,
+        gold_lengths=torch.arange(size) % 7 + 1,
     )
 
 
@@ -150,6 +155,7 @@ class GivenFactors:
     """Scales or weights from outside, as `GivenMargin`."""
 
     values: torch.Tensor
+    needs: frozenset[str] = frozenset()
 
     def __call__(self, *_):
         return self.values
@@ -166,7 +172,7 @@ def held(loss, batch: LogpBatch, summary=None):
     if not targets.requires_grad and not isinstance(margins, ConstantMargin):
         margins = GivenMargin(targets)
     if scale is not None:
-        scale = GivenFactors(scale(chosen - rejected, joint[1]))
+        scale = GivenFactors(scale(batch, chosen - rejected, joint[1]))
     if weighting is not None and not (factors := weighting(batch)).requires_grad:
         weighting = GivenFactors(factors)
     return dataclasses.replace(loss, margin=margins, scale=scale, weighting=weighting)
@@ -199,7 +205,11 @@ def hidden_batch() -> dict[str, torch.Tensor]:
         "groups": torch.arange(sequences) % (sequences // 2),
         "completions": torch.arange(sequences),
         "sequence_kl": draw(sequences).abs(),
+        "extrapolated": -draw(sequences).abs() * 15,
+        "interpolated": -draw(sequences).abs() * 15,
         "collision": -draw(sequences).abs() * 9,
+        "gold": -draw(sequences).abs() * 12,
+        "gold_lengths": torch.arange(sequences) + 1,
     }
 
 

@@ -55,6 +55,24 @@ def point_features(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def list_features(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Lists of 3, 2, 4, 3, … completions, no two of them of one reward."""
+    draw = random.Random(f"lists {seed}")
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(1, VOCAB) for _ in range(draw.randint(low, high))]
+
+    sizes = [(3, 2, 4)[index % 3] for index in range(count)]
+    return [
+        {
+            "prompt_ids": ids(2, 6),
+            "completions_ids": [ids(2, 9) for _ in range(size)],
+            "rewards": [draw.random() for _ in range(size)],
+        }
+        for size in sizes
+    ]
+
+
 def eager_sums(model: Any, features: list[dict[str, Any]], column: str, part: str) -> torch.Tensor:
     """(n,) float64 log-prob sums of each feature alone, through the model's own logits.
 

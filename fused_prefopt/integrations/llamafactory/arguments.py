@@ -7,6 +7,7 @@ from typing import Any
 
 from llamafactory.hparams import FinetuningArguments
 
+from fused_prefopt.checks import require_number
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.options import (
     FusedOptions,
@@ -38,14 +39,16 @@ _OWN: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 }
 # The term of `pref_ftx`: of each chosen completion the mean over its tokens.
 _LIKELIHOOD = {"nll": "sequence_mean"}
+# The losses that LLaMA-Factory mixes with BCO's: those of a reference.
+_MIXED = ("sigmoid", "hinge", "ipo")
 # Options of any other loss.
 _OF_OTHERS = {"pref_beta": "beta"}
 _NOT_HEEDED = "it does not heed the option; its own go into loss_kwargs of fused_prefopt"
 # Stage and option → why LLaMA-Factory's trainer heeds it and this package's does not.
 _REFUSED = {
     ("dpo", "pref_bco_weight"): (
-        "its running mean of all rewards is not offered; pref_loss: 'dpo + 0.5 bco-pair' is a sum"
-        " without it"
+        "it goes with 'sigmoid', 'hinge' and 'ipo'; with others write a sum, such as pref_loss:"
+        " 'alpha-dpo + 0.5 bco-pair', with reward_shift: batch_mean in loss_kwargs of fused_prefopt"
     ),
     ("kto", "pref_ftx"): "a likelihood of desirable completions alone is not offered",
 }
@@ -64,6 +67,24 @@ _DEFAULTS = {
         "simpo_gamma",
     )
 }
+
+
+def _mixed_with_bco(loss: Any, weight: float, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The terms of ``(loss + w BCO) / (1 + w)``.
+
+    Args:
+        loss: name of a loss.
+        weight: w.
+        kwargs: hyperparameters of all terms. Of IPO's BCO has the mean log-ratios, and τ as its β.
+
+    Raises:
+        ValueError: `weight` is negative or not finite.
+    """
+    require_number("pref_bco_weight", weight, low=0)
+    own = {"reward_shift": "batch_mean"} | ({"beta": kwargs["tau"]} if "tau" in kwargs else {})
+    share = weight / (1 + weight)
+    bco = {"name": "bco-pair", "weight": share, "hyperparameters": own}
+    return [{"name": loss, "weight": 1 - share}, bco]
 
 
 def _unless_given(what: str) -> Any:
@@ -152,6 +173,7 @@ class FusedFinetuningArguments(FinetuningArguments):
         own = _OWN.get(name) if isinstance(name, str) else None
         options.loss, hyperparameters, fixed = own or (name, _OF_OTHERS, {})
         likelihood = given.pop("pref_ftx", 0.0) if self.stage == "dpo" else 0.0
+        classifier = given.pop("pref_bco_weight", 0.0) if name in _MIXED else 0.0
         for option, value in given.items():
             target = hyperparameters.get(option)
             if target is None and value != _DEFAULTS[option]:
@@ -171,6 +193,8 @@ class FusedFinetuningArguments(FinetuningArguments):
                 raise ValueError(f"ld_alpha: got {self.ld_alpha} in stage 'kto', needs pairs")
             options.ld_alpha = self.ld_alpha
         options.loss_kwargs = kwargs
+        if classifier:
+            options.loss = _mixed_with_bco(options.loss, classifier, kwargs)
         if likelihood:
             chosen = {"name": "sft", "weight": likelihood, "hyperparameters": _LIKELIHOOD}
             loss = options.loss

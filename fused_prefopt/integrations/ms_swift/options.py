@@ -27,6 +27,7 @@ _KNOWN = {
         "exo_pair",
         "hinge",
         "ipo",
+        "bco_pair",
         "sppo_hard",
         "nca_pair",
         "aot",
@@ -42,8 +43,6 @@ _KNOWN = {
 _SMOOTHED = ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo")
 # Losses of ms-swift that are none here.
 _OTHERS = {
-    "bco_pair": "subtracts a running mean of the rewards, which no loss of this package does; its"
-    " 'bco-pair' is without",
     "ipo": "squares what log-probs differ by without a reference, as no loss of this package does",
 }
 # Kind of trainer → options that shape ms-swift's own losses alone → their defaults there.
@@ -166,6 +165,8 @@ def _of_pairs(word: str, args: Any) -> tuple[str, dict[str, Any]]:
     )
     if word == "sigmoid":  # Which today's TRL does not smooth.
         values["label_smoothing"] = args.label_smoothing
+    if word == "bco_pair":  # Which today's TRL does not shift.
+        values["reward_shift"] = "batch_mean"
     if word == "exo_pair" and not args.label_smoothing:
         del values["label_smoothing"]  # ms-swift takes 0.001 then, and so does the loss.
     return name, values

@@ -21,7 +21,6 @@ from fused_prefopt.data.columns import (
     NUM_SEQUENCES,
     POSITION_IDS,
     SEQUENCE_IDS,
-    SEQUENCE_KL,
 )
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.labelled_batches import (
@@ -31,6 +30,7 @@ from fused_prefopt.integrations.labelled_batches import (
 )
 from fused_prefopt.integrations.ms_swift.options import options_of, words_of
 from fused_prefopt.integrations.options import KEY, read_mapping
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.model_call import evaluating
 from fused_prefopt.preference import PreferenceLoss
 
@@ -99,7 +99,7 @@ class FusesSwift(FusesLabelled):
                 f"rlhf_type: got one that has no reference with {loss_fn.name}, which needs one:"
                 " train it with 'dpo'"
             )
-        if SEQUENCE_KL in needs and self.ref_adapter_name:
+        if needs & OF_BOTH_HEADS and self.ref_adapter_name:
             raise ValueError(
                 f"ref_adapters: got one with {loss_fn.name}, which needs more of its reference than"
                 " the log-probs of whole completions: needs none, or a ref_model"

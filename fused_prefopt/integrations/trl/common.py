@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +19,9 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
+    COMPLETION_IDS,
+    COMPLETIONS_IDS,
     LAYOUT,
-    SEQUENCE_KL,
     TOKEN_WEIGHTS,
     WEIGHTS_OF_IDS,
 )
@@ -49,19 +51,23 @@ from fused_prefopt.integrations.transformers import attach
 from fused_prefopt.integrations.trl.images import (
     ImageRows,
     collator_fingerprint,
+    has_images,
     images_precomputed,
 )
+from fused_prefopt.integrations.trl.lists import FIELDS_OF_LISTS, TakesLists, refuse_lists
 from fused_prefopt.integrations.trl.rows import (
     Cut,
     KeepsTeachingRows,
     WeightedTokens,
     require_values,
 )
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.batch import logps_through
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
 from fused_prefopt.models.model_call import INPUTS, evaluating
 from fused_prefopt.preference import PreferenceLoss
+from fused_prefopt.reference import add_reference_logps
 
 # A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
 _TUNERS = "BaseTunerLayer"
@@ -69,7 +75,9 @@ _TUNERS = "BaseTunerLayer"
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
 
 
-class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, KeepsTeachingRows):
+class FusesLoss(
+    TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, TakesLists, KeepsTeachingRows
+):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
     config_type: ClassVar[type[FusedOptions]]
@@ -86,6 +94,7 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
     aux_loss_enabled: bool
     precompute_ref_logps: bool
     _is_vision_dataset: bool
+    _tokenizer: Any
     _metrics: dict[str, Any]
     _total_train_tokens: int
     # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
@@ -108,14 +117,20 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
         require_choice("on_nonfinite", config.on_nonfinite, ON_NONFINITE)
         self.needs = loss_fn.loss.needs
         self.needs_reference = bool(self.needs & OF_REFERENCE)
+        self._makes_lists = loss_fn.loss.pairwise and not config.pairwise
         self._op_options = loss_fn.evaluation_options | {"ld_alpha": loss_fn.ld_alpha}
         self._new_tokens: Any = 0
-        self._layout = layout_of(config, given.arguments.get("data_collator"))
+        own_collator = given.arguments.get("data_collator")
+        self._is_own_collator = own_collator is not None
+        self._layout = layout_of(config, own_collator)
         self._is_laid_out = False
         if not self.needs_reference and getattr(config, "sync_ref_model", False):
             raise ValueError(
                 f"sync_ref_model: got True with {loss_fn.name}, needs a loss with a reference"
             )
+        if has_images(given.arguments.get("train_dataset")):
+            sets = (given.arguments.get(f"{each}_dataset") for each in ("train", "eval"))
+            refuse_lists("images: got some", *sets)
         with (
             _given(config, **self._given_to_trl(config, loss_fn)),
             images_precomputed(self, given.arguments),
@@ -128,6 +143,13 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
             require_trained_head(self.accelerator.unwrap_model(self.ref_model), "ref_model")
         if self._is_vision_dataset:
             self._require_image_values()
+        if self._has_lists and loss_fn.ld_alpha is not None:
+            raise ValueError(f"ld_alpha: got {loss_fn.ld_alpha} with rows of lists, needs None")
+        if self._makes_lists and not self._has_lists:
+            raise ValueError(
+                f"loss: {loss_fn.name!r} is pairwise, wanted one on points: of rows with images no"
+                " lists are made"
+            )
         require_rows(self, loss_fn, self._fields_of, streams=True)
         self._lay_out()
         leave_out_ligers_loss(self.args)
@@ -161,7 +183,9 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
         if self._is_laid_out:
             return
         self._is_laid_out = True
-        if self._layout is not None:
+        if self._has_lists and not self._is_own_collator:
+            self.data_collator = self._list_collator()
+        elif self._layout is not None:
             if self._is_vision_dataset:
                 raise ValueError(
                     f"{self._layout}: got True with images, needs False: their rows are padded"
@@ -182,6 +206,17 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
 
     def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
         """`LogpBatch` fields that the loss can get with such rows."""
+        if COMPLETIONS_IDS in row:
+            return FIELDS_OF_LISTS
+        if self._has_lists and COMPLETION_IDS in row:
+            raise ValueError(
+                "got rows of single completions, beside rows of lists in another data set; needs"
+                " one kind in all of them"
+            )
+        return self._fields_of_row(row)
+
+    def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
+        """The same of a pair or a completion."""
         raise NotImplementedError
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +230,7 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
             model: the policy, in its wrappers.
             inputs: of TRL's collator.
         """
-        batch = self._of_loss(model, inputs)
+        batch = (self._of_lists if self._has_lists else self._of_loss)(model, inputs)
         if self.model.training:
             self._new_tokens = self._new_tokens + number_of_tokens(batch)
         return batch
@@ -223,6 +258,8 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
             return dataset
         # Here TRL's constructor is not through.
         self._lay_out()
+        if self._has_lists:
+            return self._with_list_references(dataset, name, batch_size)
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         # TRL's key has the rows, which its collator cuts afterwards.
@@ -240,6 +277,22 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
+
+    def _own_reference_logps(
+        self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """`add_reference_logps` of the reference, kept in the output's folder."""
+        model = self.model if self.ref_model is None else self.ref_model
+        with self._as_reference(model), self.accelerator.autocast():
+            return add_reference_logps(
+                model,
+                features,
+                collator,
+                batch_size=batch_size,
+                cache_dir=Path(self.args.output_dir) / "reference_logps",
+                progress=not self.args.disable_tqdm,
+                description=f"reference log-probs of {name}",
+            )
 
     def _require_image_values(self) -> None:
         """Raise ValueError, with the row's number, as TRL's data sets of texts do when prepared."""
@@ -268,7 +321,7 @@ class FusesLoss(TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite,
 
     def _at_every_step(self) -> Any:
         """The reference as `attach` takes it, where a loss wants more than its log-probs."""
-        if SEQUENCE_KL not in self.needs:
+        if not self.needs & OF_BOTH_HEADS:
             return "precomputed"
         adapted = is_peft_model(self.model)
         if self.precompute_ref_logps or (adapted and "ref" in self.model.peft_config):

@@ -19,7 +19,6 @@ from fused_prefopt.data.columns import (
     REFERENCE,
     REWARDS,
     SCORES,
-    SEQUENCE_KL,
     WEIGHT,
     WEIGHTS,
     WEIGHTS_OF_IDS,
@@ -31,7 +30,9 @@ from fused_prefopt.integrations.layouts import PADDING_FREE, SHARED_PROMPT
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
+from fused_prefopt.integrations.trl.lists import OF_LISTS, has_lists, lists_by_pairs
 from fused_prefopt.integrations.trl.rows import require_sides, require_values
+from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.preference import PreferenceLoss
 
 
@@ -99,7 +100,8 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator: Any = _WithScores(self.data_collator)
+        if not self._has_lists:
+            self.data_collator: Any = _WithScores(self.data_collator)
 
     def _given_to_trl(self, config: Any, loss_fn: PreferenceLoss) -> dict[str, Any]:
         # TRL would say that it pads.
@@ -122,7 +124,7 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = dict(inputs)
-        separate = REFERENCE in self.needs and SEQUENCE_KL not in self.needs
+        separate = REFERENCE in self.needs and not self.needs & OF_BOTH_HEADS
         if separate and REF_CHOSEN_LOGPS not in batch:
             logps = self.compute_ref_log_probs(self._reference_of(model), inputs)
             batch |= dict(zip(PAIR_REFERENCES, logps, strict=True))
@@ -132,20 +134,31 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
         """(B,) chosen and (B,) rejected summed log-probs of the reference, in nats."""
         return self._reference_logps(model, inputs)["completion"].chunk(2)
 
-    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
-        given = {REFERENCE, SEQUENCE_KL, PROMPT, PROMPT_LENGTHS}
+    def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
+        given = {REFERENCE, *OF_BOTH_HEADS, PROMPT, PROMPT_LENGTHS}
         return given | ({REWARDS} if has_values(row, SCORES) else set())
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Any:
+        first = next(iter(dataset))
+        if has_lists(first):
+
+            def tokenise(rows: Any, uncut: Any) -> Any:
+                # TRL's own: no pair is to be dropped before its list is whole.
+                return DPOTrainer._prepare_dataset(
+                    self, rows, processing_class, uncut, dataset_name
+                )
+
+            lists = lists_by_pairs(dataset, dataset_name, args, tokenise)
+            return self._kept_lists(lists, dataset_name, args)
         require_values(dataset_name, dataset, self.columns)
-        require_sides(dataset_name, next(iter(dataset)), pairwise=True)
+        require_sides(dataset_name, first, pairwise=True)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*self.columns, *WEIGHTS_OF_IDS.values())
+        extra = (*self.columns, *WEIGHTS_OF_IDS.values(), *OF_LISTS)
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 

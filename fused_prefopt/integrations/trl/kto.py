@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -62,10 +61,10 @@ from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
 from fused_prefopt.integrations.trl.common import FusesLoss
 from fused_prefopt.integrations.trl.images import kept_examples
+from fused_prefopt.integrations.trl.lists import OF_LISTS, has_lists, lists_of_rows, points_of
 from fused_prefopt.integrations.trl.rows import Cut, require_sides, require_values
 from fused_prefopt.models.model_call import IMAGES, TOKENWISE
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.reference import add_reference_logps
 
 # Columns of values that reach the loss.
 _VALUES = (LABEL, *RATINGS, *SCORES, *TRL_REFERENCES, WEIGHT)
@@ -73,7 +72,9 @@ _VALUES = (LABEL, *RATINGS, *SCORES, *TRL_REFERENCES, WEIGHT)
 
 @dataclass
 class FusedKTOConfig(FusedOptions, KTOConfig):
-    """`trl.KTOConfig` with a point-wise loss of this package; see `FusedOptions` for its options.
+    """`trl.KTOConfig` with a loss of this package; see `FusedOptions` for its options.
+
+    The loss is one on single completions, or one on pairs where the rows make lists.
 
     `desirable_weight` and `undesirable_weight` are hyperparameters of the loss, as `beta` is;
     `loss_type` names the same loss as in TRL, where `loss` keeps its default.
@@ -84,13 +85,14 @@ class FusedKTOConfig(FusedOptions, KTOConfig):
     """
 
     loss: list[Any] | str | None = field(
-        default="kto", metadata={"help": "Name of a point-wise loss, or a sum of them."}
+        default="kto", metadata={"help": "Name of a loss, or a sum of several."}
     )
     padding_free: bool = field(
         default=False, metadata={"help": "Whether a batch is packed into one row, not padded."}
     )
 
     pairwise: ClassVar[bool] = False
+    makes_lists: ClassVar[bool] = True
     _VALID_DICT_FIELDS = [*getattr(KTOConfig, "_VALID_DICT_FIELDS", []), "loss_kwargs"]
     _trls_own: ClassVar[tuple[str, ...]] = ("loss_type",)
     _shared: ClassVar[tuple[str, ...]] = ("beta", "desirable_weight", "undesirable_weight")
@@ -104,6 +106,11 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     over the completions of a prompt); pairs become two rows, with their scores and a group. TRL's
     tokenisation, reference handling (model, adapter switch, precomputed) and logging stay as they
     are; rows that truncation leaves without a label are dropped, and a log message counts them.
+    Rows of lists (`prompt`, `completions`, `rewards`, `scores` or `ratings`; see `FusedDPOTrainer`)
+    are for losses on ratings, whose groups then stay whole. A loss on pairs takes lists too, and
+    rows of single completions with a rating and a `group`: after tokenisation those of one group
+    are put together to a list, in order of first appearance, so that a batch, an epoch and
+    `per_device_train_batch_size` count prompts.
     Rows may have images: with a label, and references computed ahead for losses without `kl` and
     the prompts' reference alone.
     KTO's `kl` is estimated as TRL does, from completions set behind another prompt of their batch;
@@ -120,8 +127,9 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             the default one.
 
     Raises:
-        ValueError: `args` is no `FusedKTOConfig`, or names an unknown or pairwise loss; the data
-            set lacks what the loss needs, has a score or log-prob that is not finite, or a
+        ValueError: `args` is no `FusedKTOConfig`, or names an unknown loss; the data set lacks what
+            the loss needs (one on pairs: groups and ratings), has lists for a loss that needs
+            labels, or in a stream, a score or log-prob that is not finite, or a
             label that is no bool, 0 or 1; there is a `compute_metrics`; with `padding_free` the
             model's attention lets packed sequences see one another.
     """
@@ -131,7 +139,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator: Any = _PointFields(self.data_collator, REWARDS in self.needs)
+        if not self._has_lists:
+            self.data_collator: Any = _PointFields(self.data_collator, REWARDS in self.needs)
 
     def _of_loss(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         batch = {
@@ -194,7 +203,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         }
         return super()._given_to_trl(config, loss_fn) | weights | {"loss_type": kind}
 
-    def _fields_of(self, row: Mapping[str, Any]) -> set[str]:
+    def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
         if LABEL not in row:
             raise ValueError(f"got {', '.join(row)}, needs a column 'label'")
         given = {REFERENCE, DESIRABLE, REWARDS, PROMPT, PROMPT_REFERENCE}
@@ -205,6 +214,11 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     ) -> Any:
         require_values(dataset_name, dataset, self.columns)
         row = next(iter(dataset))
+        of_lists = has_lists(row)
+        if of_lists:
+            self._refuse_labels(dataset_name)
+            dataset = points_of(dataset, dataset_name)
+            row = next(iter(dataset))
         require_sides(dataset_name, row, pairwise=False)
         valued = all(name in row for name in SCORES) or WEIGHT in row
         if valued and all(name in row for name in PAIR):
@@ -221,7 +235,21 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             dataset = dataset.map(partial(_label_of, column), with_indices=True)
         # In the data set named "train" TRL compares the labels' numbers with KTO's weights.
         name = dataset_name if DESIRABLE in self.needs else f"{dataset_name} (scored)"
-        return super()._prepare_dataset(dataset, processing_class, args, name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+        if not (of_lists or self._makes_lists):
+            return prepared
+        self._take_lists(dataset_name)
+        lists = lists_of_rows(prepared, dataset_name)
+        return self._kept_lists(lists, dataset_name, args) if self._makes_lists else lists
+
+    def _refuse_labels(self, name: str) -> None:
+        """Raise ValueError where the loss wants labels, which lists do not have."""
+        if DESIRABLE in self.needs:
+            raise ValueError(
+                f"{name}_dataset: got rows of lists, which have ratings and no label, for a loss"
+                f" that needs `{DESIRABLE}`; needs rows of `completion` and `label`, or a loss on"
+                " ratings or pairs"
+            )
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._is_vision_dataset and self.needs_reference:
@@ -244,6 +272,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             name for name in (COMPLETION_IDS, TOKEN_WEIGHTS) if name in dataset.column_names
         ]
         cut = Cut.of(self.args, pairwise=False)
+        if self._has_lists:
+            return self._with_list_references(dataset, name, batch_size)
         features = [
             {PROMPT_IDS: row[PROMPT_IDS]}
             | {
@@ -252,17 +282,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
             }
             for row in dataset
         ]
-        model = self.model if self.ref_model is None else self.ref_model
-        with self._as_reference(model), self.accelerator.autocast():
-            rows = add_reference_logps(
-                model,
-                features,
-                PointCollator(self._tokenizer.pad_token_id),
-                batch_size=batch_size,
-                cache_dir=Path(self.args.output_dir) / "reference_logps",
-                progress=not self.args.disable_tqdm,
-                description=f"reference log-probs of {name}",
-            )
+        collator = PointCollator(self._tokenizer.pad_token_id)
+        rows = self._own_reference_logps(features, collator, name, batch_size)
         columns = {
             REF_LOGPS: [row[REFERENCE] for row in rows],
             REF_PROMPT_LOGPS: [row[PROMPT_REFERENCE] for row in rows],
@@ -278,7 +299,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS, WEIGHT, *WEIGHTS_OF_IDS.values())
+        extra = (*RATINGS, GROUP, REF_PROMPT_LOGPS, WEIGHT, *WEIGHTS_OF_IDS.values(), *OF_LISTS)
         self._signature_columns += [name for name in extra if name not in self._signature_columns]
 
 

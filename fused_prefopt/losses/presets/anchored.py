@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fused_prefopt.losses import links, rewards
+from fused_prefopt.losses import links, rewards, terms
 from fused_prefopt.losses.pairwise import (
     AnchoredLoss,
     TransportLoss,
@@ -17,6 +17,7 @@ from fused_prefopt.losses.pairwise import (
 from fused_prefopt.losses.pointwise import (
     AnchoredFeedbackLoss,
     BinaryFeedbackLoss,
+    ClassifierFeedbackLoss,
     DirectRewardLoss,
 )
 from fused_prefopt.losses.registry import register
@@ -32,14 +33,31 @@ def nca_pair(*, beta: float = 0.1) -> AnchoredLoss:
     return AnchoredLoss(rewards.LogRatio(beta=beta), noise_contrastive)
 
 
-@register("bco-pair", paper="Jung et al. 2024 (arXiv:2404.04656), without the reward shift")
-def bco_pair(*, beta: float = 0.1) -> AnchoredLoss:
-    """``−log σ(βΔ_w) − log σ(−βΔ_l)``.
+@register("bco-pair", paper="Jung et al. 2024 (arXiv:2404.04656), eq. 5–7 and Theorem 3")
+def bco_pair(
+    *,
+    beta: float = 0.1,
+    reward_shift: str = "none",
+    momentum: float = 0.9,
+    length_normalized: bool = False,
+) -> AnchoredLoss:
+    """``−log σ(βΔ_w − δ) − log σ(δ − βΔ_l)``, ``δ = sg`` of a running level of all βΔ.
+
+    TRL's "bco_pair" has no δ today, so it is 0 by default here too; the paper's is
+    ``reward_shift="ema"``. Every level has the current batch in it, of all ranks, and in
+    evaluation it stands still.
 
     Args:
         beta: β > 0, reward per nat.
+        reward_shift: δ is "none" (0), "ema", half the sum of the exponential averages of the
+            chosen and of the rejected ones' βΔ (the paper), "mean", the mean of all so far, or
+            "batch_mean", the mean of the batches' means so far (TRL 0.24, LLaMA-Factory
+            and ms-swift, whose δ moves in evaluation, too).
+        momentum: of "ema", weight of the past; the paper has none.
+        length_normalized: Δ/|y| in place of Δ; β is then per nat per token.
     """
-    return AnchoredLoss(rewards.LogRatio(beta=beta), binary)
+    reward = rewards.log_ratio(beta=beta, length_normalized=length_normalized)
+    return AnchoredLoss(reward, binary, shift=terms.reward_shift(reward_shift, momentum))
 
 
 @register("sppo-hard", paper="Wu et al. 2024 (arXiv:2405.00675), eq. 4.7 with certain preferences")
@@ -133,6 +151,40 @@ def apo_zero_unpaired(
         undesirable_weight: λ_U >= 0.
     """
     return AnchoredFeedbackLoss(rewards.LogRatio(beta=beta), desirable_weight, undesirable_weight)
+
+
+@register("bco", paper="Jung et al. 2024 (arXiv:2404.04656), eq. 7–8")
+def bco(
+    *,
+    beta: float = 0.1,
+    reward_shift: str = "ema",
+    momentum: float = 0.9,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> ClassifierFeedbackLoss:
+    """``−λ_D log σ(βΔ − δ)`` or ``−λ_U log σ(δ − βΔ)``, ``δ = sg`` of a running βΔ, point-wise.
+
+    TRL's `BCOTrainer` is ``reward_shift="mean"``. Its underlying distribution matching (UDM)
+    weighs each undesirable completion by a density ratio of its prompt: give those numbers as
+    `weights` (the data's column `weight`), 1 for the desirable ones. Eq. 8 has the sum of the two
+    classes' means, which is λ = N/N₊ and N/N₋; TRL and the defaults take the mean of all.
+
+    Args:
+        beta: β > 0, reward per nat.
+        reward_shift: δ is "ema", half the sum of the exponential averages of the desirable and of
+            the other completions' βΔ (the paper), "mean", the mean of all so far (TRL's),
+            "batch_mean", the mean of the batches' means so far, or "none" (0, the paper's BCE).
+            Each has the current batch in it, of all ranks; in evaluation it stands still.
+        momentum: of "ema", weight of the past; the paper has none.
+        desirable_weight: λ_D >= 0.
+        undesirable_weight: λ_U >= 0.
+    """
+    return ClassifierFeedbackLoss(
+        rewards.LogRatio(beta=beta),
+        desirable_weight,
+        undesirable_weight,
+        terms.reward_shift(reward_shift, momentum),
+    )
 
 
 @register("dro", paper="Direct Reward Optimization (DRO), eq. 6–8, Algorithm 1")

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from fused_prefopt.checks import require_choice, require_number
 from fused_prefopt.losses import links, margins, rewards, terms
-from fused_prefopt.losses.adaptive_margin import (
-    IMPLICIT_REFERENCES,
-    AdaptiveMargin,
-    Normalisation,
-    gap_of,
-)
+from fused_prefopt.losses.adaptive_margin import adaptive_margin
 from fused_prefopt.losses.dynamic_margin import DynamicMargin
 from fused_prefopt.losses.pairwise import (
     PairwiseLoss,
@@ -60,6 +55,37 @@ def repo(*, gamma: float = 0.4) -> PairwiseLoss:
     """
     margin = margins.ConstantMargin(gamma=gamma)
     return PairwiseLoss(rewards.MeanLogp(beta=1.0), margin, links.Hinge(delta=0.0))
+
+
+@register(
+    "tpo-l", paper="Saeidi et al. 2024 (arXiv:2405.16681), TPO-L, as TRL and the authors compute it"
+)
+def tpo_l(
+    *,
+    beta: float = 0.01,
+    gamma: float = 0.5,
+    nll_weight: float = 1.0,
+    nll: str = "token_mean",
+    label_smoothing: float = 0.0,
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m − γ) − ε log σ(γ − m) + α·NLL(y_g)``, ``m = β(L̄_w − L̄_l)``, y_g as in tpo.
+
+    TRL's defaults. The authors' instruction-tuned models have α = 0.05 with β = 10, γ = 3 (Llama 3
+    8B) or β = 2.5, γ = 0.3 (Mistral 7B).
+
+    Args:
+        beta: β > 0, reward per nat per token.
+        gamma: γ, target margin in units of reward, TRL's `tpo_l_gamma`.
+        nll_weight: α >= 0, TRL's `tpo_alpha`; 0 needs no gold completion.
+        nll: NLL is "token_mean", "sequence_mean" or "sum", as in tpo.
+        label_smoothing: 0 <= ε <= 0.5, probability that a label is flipped.
+    """
+    return PairwiseLoss(
+        rewards.MeanLogp(beta=beta),
+        margins.ConstantMargin(gamma=gamma),
+        links.Logistic(label_smoothing=label_smoothing),
+        _gold(nll_weight, nll),
+    )
 
 
 @register(
@@ -245,22 +271,21 @@ def alpha_dpo(
         mean: μ of the gap over the training set, for "dataset".
         std: σ of the gap over the training set, for "dataset".
     """
-    require_choice("implicit_reference", implicit_reference, IMPLICIT_REFERENCES)
-    require_choice("margin_scale", margin_scale, ("beta", "unit"))
-    # Eq. 10's M carries β itself; only its z-score loses the unit.
-    scale = 1.0 if normalize and margin_scale == "unit" else beta
-    source = Normalisation(statistics=statistics, momentum=momentum, mean=mean, std=std)
-    return PairwiseLoss(
-        rewards.MeanLogp(beta=beta) if length_normalized else rewards.SumLogp(beta=beta),
-        AdaptiveMargin(
-            gap=gap_of(implicit_reference, length_normalized=length_normalized),
-            gamma=gamma,
-            alpha=alpha,
-            scale=scale,
-            normalisation=source if normalize else None,
-            stop_gradient=stop_gradient,
-        ),
+    reward = rewards.MeanLogp(beta=beta) if length_normalized else rewards.SumLogp(beta=beta)
+    margin = adaptive_margin(
+        reward,
+        gamma=gamma,
+        alpha=alpha,
+        implicit_reference=implicit_reference,
+        margin_scale=margin_scale,
+        normalize=normalize,
+        stop_gradient=stop_gradient,
+        statistics=statistics,
+        momentum=momentum,
+        mean=mean,
+        std=std,
     )
+    return PairwiseLoss(reward, margin)
 
 
 @register("orpo", paper="Hong et al. 2024 (arXiv:2403.07691), eq. 6–7")
@@ -303,6 +328,54 @@ def cpo(
     term = terms.ChosenNll(weight=nll_weight, nll=nll)
     link = links.Logistic(label_smoothing=label_smoothing)
     return PairwiseLoss(rewards.SumLogp(beta=beta), link=link, regularisers=(term,))
+
+
+@register("tpo", paper="Saeidi et al. 2024 (arXiv:2405.16681), as TRL and the authors compute it")
+def tpo(
+    *,
+    beta: float = 0.01,
+    nll_weight: float = 1.0,
+    nll: str = "token_mean",
+    link: str = "logistic",
+    label_smoothing: float = 0.0,
+) -> PairwiseLoss:
+    """``−(1−ε) log σ(m) − ε log σ(−m) + α·NLL(y_g)``, ``m = β(L_w − L_l)``, g for gold.
+
+    y_g is a third completion of each prompt, the best one. `PreferenceTrainer` and `attach` take it
+    of rows with `gold_ids`, which `tokenise_pairs` makes of a column `gold` (TRL's `reference`). In
+    a loop of one's own it comes as `gold` and `gold_lengths`: the sums and lengths of
+    ``sequence_logps(hidden, head, labels)`` on these completions, each ``.repeat(2)`` for both
+    halves. Where y_g is y_w this is CPO.
+
+    Args:
+        beta: β > 0, reward per nat; of "squared" the paper's τ.
+        nll_weight: α >= 0, TRL's `tpo_alpha`; 0 needs no gold completion.
+        nll: NLL is "token_mean" (the authors' and TRL's), the mean of −log π over all gold tokens
+            of the batch, of all ranks, "sequence_mean" −L̄_g, or "sum" −L_g.
+        link: "logistic", "hinge" ``max(0, 1 − m)``, or "squared" (TRL's "ipo")
+            ``(L̄_w − L̄_l − 1/(2β))²``.
+        label_smoothing: 0 <= ε <= 0.5 of "logistic", probability that a label is flipped.
+    """
+    require_choice("link", link, ("logistic", "hinge", "squared"))
+    if link != "logistic" and label_smoothing:
+        raise ValueError(
+            f"label_smoothing: got {label_smoothing} with link {link!r}, needs 'logistic'"
+        )
+    regularisers = _gold(nll_weight, nll)
+    if link == "squared":
+        require_number("beta", beta, low=0, above=True)
+        margin = margins.ConstantMargin(gamma=1 / (2 * beta))
+        return PairwiseLoss(rewards.MeanLogp(beta=1.0), margin, links.Squared(), regularisers)
+    smoothed = links.Logistic(label_smoothing=label_smoothing)
+    judge = links.Hinge() if link == "hinge" else smoothed
+    return PairwiseLoss(rewards.SumLogp(beta=beta), link=judge, regularisers=regularisers)
+
+
+def _gold(weight: float, nll: str) -> tuple[terms.GoldNll, ...]:
+    """The term of the gold completions; none of weight 0, which needs no such completion."""
+    require_number("nll_weight", weight, low=0)
+    term = terms.GoldNll(weight=weight or 1.0, nll=nll)
+    return (term,) if weight else ()
 
 
 @register("slic-hf", paper="Zhao et al. 2023 (arXiv:2305.10425)")
