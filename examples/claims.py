@@ -1,4 +1,4 @@
-"""Test on a small model what the papers of α-DPO, γ-PO and DRO claim.
+"""Test on a small model what the papers of α-DPO, γ-PO, DRO and newer losses claim.
 
 A small Llama is trained once for each seed and every preference training starts from it. The
 page says for each claim what the paper has, what came out here, and whether they agree.
@@ -13,14 +13,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from paper_claims import alpha_dpo, dro, gamma_po
+from paper_claims import alpha_dpo, dro, gamma_po, newer
 from paper_claims.findings import Experiment, Finding, interval
 from paper_claims.runs import Results, load_results, run_all
 from paper_claims.trainings import Settings
 
 from fused_prefopt.cli.console import markdown_table
 
-EXPERIMENTS = (*gamma_po.EXPERIMENTS, *alpha_dpo.EXPERIMENTS, *dro.EXPERIMENTS)
+EXPERIMENTS = (
+    *gamma_po.EXPERIMENTS,
+    *alpha_dpo.EXPERIMENTS,
+    *dro.EXPERIMENTS,
+    *newer.EXPERIMENTS,
+)
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "cpu.json"
 PAGE = ROOT / "docs" / "claims.md"
@@ -55,11 +60,13 @@ documentation for {pretraining_steps} steps: the reference, one for each seed. E
 starts from it and takes {steps} steps of {batch_size} pairs out of {pairs}, with AdamW at \
 {learning_rate:g} (warm-up over a tenth, then cosine), whatever its loss. A pair is a paragraph's \
 true continuation against a spoilt one ({kinds}). It is judged on {held_out} pairs of other \
-documents, all of them labelled correctly. Accuracy, the share of pairs whose true side has the \
-higher log-prob per token, stands in for the papers' win rates; the reference itself has \
-{reference}. KL is KL(policy ‖ reference) at the positions of the held-out completions, Δ = L − \
-L_ref is the log-ratio of a whole completion. The papers' models have 7 to 9 billion weights and \
-their judges are models: a disagreement here says something about this small setting first.
+documents, all of them labelled correctly. Pairs whose sides are the same within {max_length} \
+tokens are dropped (DRO, which takes single completions, trains on theirs too). Accuracy, the \
+share of pairs whose true side has the higher log-prob per token, stands in for the papers' win \
+rates; the reference itself has {reference}. KL is KL(policy ‖ reference) at the positions of the \
+held-out completions, Δ = L − L_ref is the log-ratio of a whole completion. The papers' models \
+have 7 to 9 billion weights and their judges are models: a disagreement here says something about \
+this small setting first.
 
 Brackets are Student's 95 % intervals over {count} seeds ({seeds}); differences are paired: the \
 same reference, data and order. They are not corrected for the number of rows; only where one \
@@ -140,13 +147,20 @@ def write_page(results: Results, experiments: Sequence[Experiment], path: Path) 
 def _outline(results: Results, findings: Iterable[Finding]) -> str:
     counts = Counter(finding.agrees for finding in findings)
     before = interval(results.values(results.trainings[0], "reference_accuracy"))
+    sizes = {name: _count(results, name) for name in ("pairs", "held_out")}
     return _OUTLINE.format(
-        **{**vars(results.settings), "kinds": ", ".join(results.settings.kinds)},
+        **{**vars(results.settings), **sizes, "kinds": ", ".join(results.settings.kinds)},
         verdicts=", ".join(f"{verdict} {counts[verdict]}" for verdict in _VERDICTS),
         reference=before.show(),
         count=len(results.seeds),
         seeds=", ".join(map(str, results.seeds)),
     )
+
+
+def _count(results: Results, name: str) -> str:
+    """How many pairs the seeds had."""
+    counts = sorted({round(count) for count in results.values(results.trainings[0], name)})
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
 
 
 def _rows(results: Results, experiment: Experiment) -> Iterable[list[str]]:

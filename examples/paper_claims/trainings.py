@@ -52,8 +52,8 @@ class Settings:
     """Sizes of data, model and training; results of other settings are kept apart.
 
     Attributes:
-        pairs: to train on.
-        held_out: pairs to judge on, never with a wrong label.
+        pairs: to train on, before those are dropped that `max_length` makes equal on both sides.
+        held_out: pairs to judge on, never with a wrong label; dropped likewise.
         kinds: how rejected continuations were spoilt (`fused_prefopt.data.corrupted`); those
             that keep a text's length, lest every shift of log-probs per token look like a gap.
         vocabulary: entries of the tokenizer.
@@ -197,7 +197,7 @@ def execute(settings: Settings, task: Task, what: Training, seed: int) -> dict[s
         vocabulary; `shift_chosen`, `shift_rejected`, mean of Δ = L − L_ref in nats, `shift_mean`
         of both, and `gap`, mean of Δ_w − Δ_l; `reference_accuracy`, of the reference. γ-PO on
         correct labels adds `reward_margins` and `target_margins` of training pairs.
-        `cpu_seconds` is what all of it took.
+        `pairs` and `held_out` are how many there were; `cpu_seconds` is what all of it took.
     """
     started = time.process_time()
     loss_fn = fp.PreferenceLoss(what.loss, **dict(what.hyperparameters))
@@ -216,7 +216,8 @@ def execute(settings: Settings, task: Task, what: Training, seed: int) -> dict[s
     result: dict[str, Any] = _judge(policy, task)
     if what.loss.startswith("gamma-") and not what.flip_rate:
         result |= {"reward_margins": margins.gaps, "target_margins": margins.targets}
-    return result | {"cpu_seconds": time.process_time() - started}
+    counts = {"pairs": len(task.pairs[what.flip_rate]), "held_out": len(task.held_out)}
+    return result | counts | {"cpu_seconds": time.process_time() - started}
 
 
 def _pretrain(

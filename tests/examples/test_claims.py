@@ -10,7 +10,7 @@ from pathlib import Path
 import claims
 import numpy as np
 import pytest
-from paper_claims import alpha_dpo, dro, gamma_po, runs
+from paper_claims import alpha_dpo, dro, gamma_po, newer, runs
 from paper_claims.findings import Interval, above, below, fit_logistic, interval, one_of, together
 from paper_claims.runs import Results, load_results
 from paper_claims.trainings import FLIP_RATES, Settings, with_flips
@@ -150,7 +150,8 @@ def test_results_are_read_as_they_were_written(tmp_path):
 def test_the_page_counts_the_verdicts():
     def numbers(what):
         names = ("accuracy", "shift_chosen", "shift_rejected", "gap")
-        return {**dict.fromkeys(names, 0.0), "reference_accuracy": 0.5, "cpu_seconds": 1.0}
+        counts = {"pairs": 1234, "held_out": 56}
+        return {**dict.fromkeys(names, 0.0), **counts, "reference_accuracy": 0.5, "cpu_seconds": 1}
 
     experiment = dro.DISPLACEMENT
     results = made_up(numbers, experiment.trainings)
@@ -162,6 +163,7 @@ def test_the_page_counts_the_verdicts():
     assert len(re.findall(r"\| (yes|undecided|no) \|", text)) == sum(counts)
     reference = interval(results.values(dro.DPO, "reference_accuracy")).show()
     assert f"the reference itself has {reference}." in text
+    assert "out of 1234, with" in text and "judged on 56 pairs" in text
 
 
 def test_flips_exchange_whole_sides_and_more_at_a_higher_rate():
@@ -272,3 +274,17 @@ def test_divergences_rules_allow_five_percent():
 
     assert verdicts_of(alpha_dpo.DIVERGENCE, growing(0.2)) == ["yes", "yes", "no"]
     assert verdicts_of(alpha_dpo.DIVERGENCE, growing(0.5)) == ["no", "no", "no"]
+
+
+def test_new_losses_rules_ask_each_comparison_at_every_share():
+    gains = {"simpo": 0.0, "dpo": 0.01, "simper": 0.02, "repo": 0.005, "focal-po": 0.0}
+
+    def accuracy(what):
+        return {"accuracy": 0.8 + gains.get(what.loss, 0.5) - what.flip_rate}
+
+    assert verdicts_of(newer.NEW_LOSSES, accuracy) == ["yes", "yes", "yes", "no", "no"] * 3
+    found = newer.NEW_LOSSES.findings(made_up(accuracy, newer.NEW_LOSSES.trainings))
+    assert found[-1].claim == "FocalPO is above DPO with 20 % wrong labels"
+    assert found[-1].here == "−1.0 [−1.0, −1.0] points of accuracy"
+    shared = {gamma_po.method(gamma_po.BASE, 0.1), gamma_po.method(gamma_po.OURS, 0.2), dro.DPO}
+    assert shared < set(newer.NEW_LOSSES.trainings) and len(newer.NEW_LOSSES.trainings) == 21
