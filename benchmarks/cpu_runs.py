@@ -202,6 +202,8 @@ def usual_batch(name: str, pairs: int = PAIRS) -> LogpBatch:
         "prompt_reference": policy / 2 + noise,
         "groups": torch.arange(size) % pairs,
         "sequence_kl": noise.abs(),
+        "extrapolated": policy - noise,
+        "interpolated": policy + noise,
         "gold": policy / 3,
         "gold_lengths": lengths // 2,
     }
