@@ -173,9 +173,10 @@ class Training:
     flip_rate: float = 0.0
 
     def __str__(self) -> str:
-        values = ", ".join(f"{name}={value}" for name, value in self.hyperparameters)
-        flips = f", flips={self.flip_rate}" if self.flip_rate else ""
-        return f"{self.loss}({values}{flips})"
+        shown = [f"{name}={value}" for name, value in self.hyperparameters]
+        if self.flip_rate:
+            shown.append(f"flips={self.flip_rate}")
+        return f"{self.loss}({', '.join(shown)})"
 
     @property
     def record(self) -> dict[str, Any]:
