@@ -317,8 +317,14 @@ def test_dynamic_margins_and_their_queue(options, sizes):
         pair.train()
 
 
+# Of the other losses with published settings a part has no form: they run in torch.
+LAUNCHED = ("alpha-dpo", "gamma-simpo", "repo")
+
+
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", published_settings())
+@pytest.mark.parametrize(
+    "name", [name for name, each in published_settings().items() if each.loss in LAUNCHED]
+)
 def test_published_settings(name):
     loss, options = preset(name)
     pair = Pair(find(loss).build(**options))
