@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_prefopt.checks import is_on_host, require, require_number
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.losses.groups import places, sums
-from fused_prefopt.losses.protocol import Link, check_needs, halves, needed
+from fused_prefopt.losses.protocol import JudgedPairs, check_needs, halves, needed
 from fused_prefopt.types import LogpBatch
 
 # Not one number a completion, or made here.
@@ -164,25 +164,18 @@ class PlackettLuce:
     takes_margins: ClassVar[bool] = True
     takes_sides: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        batch: LogpBatch,
-        rewards: Tensor,
-        link: Link,
-        reward_margins: Tensor,
-        target_margins: Tensor,
-    ) -> Tensor:
+    def __call__(self, pairs: JudgedPairs) -> Tensor:
         """(C,) the loss of each pair's list."""
-        excess = reward_margins - target_margins
-        if batch.completions is None:
-            return link(excess, torch.zeros_like(excess))
-        members = _Members.of(batch)
+        excess = pairs.reward_margins - pairs.target_margins
+        if pairs.batch.completions is None:
+            return pairs.link(excess, torch.zeros_like(excess))
+        members = _Members.of(pairs.batch)
         winners = halves(members.place)[0]
         shortfalls = torch.cat([-excess, -excess])
-        own = torch.arange(batch.size, device=winners.device) < winners.shape[0]
+        own = torch.arange(pairs.batch.size, device=winners.device) < winners.shape[0]
         least = -_logsumexp(shortfalls, torch.cat([winners, winners]), own)
         wins = sums(own.long(), members.place) > 0
-        losses = link(least.where(wins, 0.0), torch.zeros_like(least)).where(wins, 0.0)
+        losses = pairs.link(least.where(wins, 0.0), torch.zeros_like(least)).where(wins, 0.0)
         return members.of_pairs(sums(losses, members.group))
 
 
@@ -210,19 +203,12 @@ class TopOne:
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, low=0, above=True)
 
-    def __call__(
-        self,
-        batch: LogpBatch,
-        rewards: Tensor,
-        link: Link,
-        reward_margins: Tensor,
-        target_margins: Tensor,
-    ) -> Tensor:
+    def __call__(self, pairs: JudgedPairs) -> Tensor:
         """(C,) the loss of each pair's list."""
-        members = _Members.of(_as_lists(batch))
-        scores = needed(batch, "rewards").to(rewards.dtype) / self.temperature
+        members = _Members.of(_as_lists(pairs.batch))
+        scores = needed(pairs.batch, "rewards").to(pairs.rewards.dtype) / self.temperature
         logps = []
-        for values in (scores, rewards):
+        for values in (scores, pairs.rewards):
             own = values[members.sequence]
             total = _logsumexp(own, members.group, members.there)
             logps.append(own - total[members.group])
@@ -245,22 +231,16 @@ class DiscountedGain:
     takes_margins: ClassVar[bool] = True
     takes_sides: ClassVar[bool] = False
 
-    def __call__(
-        self,
-        batch: LogpBatch,
-        rewards: Tensor,
-        link: Link,
-        reward_margins: Tensor,
-        target_margins: Tensor,
-    ) -> Tensor:
+    def __call__(self, pairs: JudgedPairs) -> Tensor:
         """(C,) each pair's part of the loss of its list, times the list's pairs."""
-        members = _Members.of(_as_lists(batch))
-        discounts = 1 / _ranks(members, rewards.detach()).log1p()
-        gains = needed(batch, "rewards").to(rewards.dtype).exp2() - 1
+        members = _Members.of(_as_lists(pairs.batch))
+        discounts = 1 / _ranks(members, pairs.rewards.detach()).log1p()
+        gains = needed(pairs.batch, "rewards").to(pairs.rewards.dtype).exp2() - 1
         chosen, rejected = halves(discounts[members.place])
         better, worse = halves(gains)
         weights = (better - worse).abs() * (chosen - rejected).abs()
-        return members.of_pairs(members.pairs) * weights * link(reward_margins, target_margins)
+        losses = pairs.link(pairs.reward_margins, pairs.target_margins)
+        return members.of_pairs(members.pairs) * weights * losses
 
 
 def _ranks(members: _Members, rewards: Tensor) -> Tensor:

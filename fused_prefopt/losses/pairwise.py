@@ -15,6 +15,7 @@ from fused_prefopt.losses.links import Logistic
 from fused_prefopt.losses.margins import ConstantMargin
 from fused_prefopt.losses.metrics import REWARD_SHIFT, mean, pairwise_metrics
 from fused_prefopt.losses.protocol import (
+    JudgedPairs,
     Link,
     Margin,
     Ranking,
@@ -175,7 +176,7 @@ class PairwiseLoss:
     ) -> Tensor:
         if self.ranking is None:
             return self.link(reward_margins, target_margins)
-        return self.ranking(batch, rewards, self.link, reward_margins, target_margins)
+        return self.ranking(JudgedPairs(batch, rewards, self.link, reward_margins, target_margins))
 
     @staticmethod
     def _reward_margins(rewards: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -147,6 +148,24 @@ class Link(Protocol):
         """(P,) losses of the pairs; robust links need the two margins apart."""
 
 
+@dataclass(frozen=True)
+class JudgedPairs:
+    """Pairs as a ranking sees them.
+
+    Attributes:
+        batch: chosen half first.
+        rewards: (S,) of its sequences.
+        link: from the margins of a pair to its loss.
+        reward_margins, target_margins: (P,) m and γ, scaled.
+    """
+
+    batch: LogpBatch
+    rewards: Tensor
+    link: Link
+    reward_margins: Tensor
+    target_margins: Tensor
+
+
 class Ranking(Protocol):
     """Losses of whole lists, of which the pairs are all ordered pairs of their completions."""
 
@@ -162,14 +181,7 @@ class Ranking(Protocol):
     def takes_sides(self) -> bool:
         """Whether a completion's reward may depend on which of a pair it is."""
 
-    def __call__(
-        self,
-        batch: LogpBatch,
-        rewards: Tensor,
-        link: Link,
-        reward_margins: Tensor,
-        target_margins: Tensor,
-    ) -> Tensor:
+    def __call__(self, pairs: JudgedPairs) -> Tensor:
         """(P,) for each pair the loss of its list, or parts whose mean over the list's pairs it is.
 
         Without `completions` in the batch each pair is a list of its own.

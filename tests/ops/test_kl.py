@@ -12,7 +12,17 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from divergences import Two, computed_kl, eager_tokens, make_two, near, ours, true_kl, weights_of
+from divergences import (
+    Two,
+    by_token,
+    computed_kl,
+    eager_tokens,
+    make_two,
+    near,
+    ours,
+    true_kl,
+    weights_of,
+)
 from reference_losses import LOSSES, loss_and_gradients, loss_of, pairs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -41,18 +51,7 @@ PAIRS = [(name, "plain") for name in TRANSFORMS] + [("plain", "all"), ("softcap"
 
 def token_kls(two: Two, **options) -> torch.Tensor:
     """(S, T) KL of every row: each is a sequence of its own."""
-    policy, reference = two
-    out = sequence_kl(
-        policy.hidden.flatten(0, 1),
-        policy.head,
-        reference.hidden.flatten(0, 1),
-        reference.head,
-        policy.labels.flatten(),
-        shift=False,
-        sequence_ids=torch.arange(policy.labels.numel()),
-        **options,
-    )
-    return out.kl.view(policy.labels.shape)
+    return by_token(two, **options).kl.view(two.policy.labels.shape)
 
 
 @pytest.mark.parametrize("dtype", TORCH)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from divergences import Two, make_two, ours
+from divergences import Two, by_token, make_two, ours
 from test_kl import KERNELS, PAIRS, TORCH
 from truth import (
     SMALLEST,
@@ -48,19 +48,8 @@ def mixtures(two: Two, epsilon: float = EPSILON, **options) -> torch.Tensor:
 
 def tokens(two: Two, **options) -> torch.Tensor:
     """(2, S, T): each row is a sequence of its own."""
-    policy, reference = two
-    out = sequence_kl(
-        policy.hidden.flatten(0, 1),
-        policy.head,
-        reference.hidden.flatten(0, 1),
-        reference.head,
-        policy.labels.flatten(),
-        shift=False,
-        sequence_ids=torch.arange(policy.labels.numel()),
-        perturbation=EPSILON,
-        **options,
-    )
-    return torch.stack([out.extrapolated, out.interpolated]).view(2, *policy.labels.shape)
+    out = by_token(two, perturbation=EPSILON, **options)
+    return torch.stack([out.extrapolated, out.interpolated]).view(2, *two.policy.labels.shape)
 
 
 @pytest.mark.parametrize(

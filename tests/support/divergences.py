@@ -73,6 +73,21 @@ def ours(two: Two, **options: Any) -> SequenceKl:
     )
 
 
+def by_token(two: Two, **options: Any) -> SequenceKl:
+    """`sequence_kl` of every row, each as a sequence of its own: S · T of them."""
+    policy, reference = two
+    return sequence_kl(
+        policy.hidden.flatten(0, 1),
+        policy.head,
+        reference.hidden.flatten(0, 1),
+        reference.head,
+        policy.labels.flatten(),
+        shift=False,
+        sequence_ids=torch.arange(policy.labels.numel()),
+        **options,
+    )
+
+
 def computed_kl(
     two: Two, needs: tuple[bool, bool, bool] = ALL, weights: Tensor | None = None, **options: Any
 ) -> Result:

@@ -119,7 +119,8 @@ def lists_by_pairs(dataset: Any, name: str, args: Any, tokenise: Tokenise) -> An
     )
     tokenised = tokenise(pairs, uncut(args))
     parts = tokenised.select_columns([PROMPT_IDS, *PAIR_IDS])
-    return _joined(dataset, parts, tokenised[GROUP][:], partial(_list_of_pairs, rating))
+    own = _places(tokenised[GROUP][:])
+    return _joined(dataset, parts, own, partial(_list_of_pairs, rating))
 
 
 def points_of(dataset: Any, name: str) -> Any:
@@ -162,13 +163,10 @@ def lists_of_rows(dataset: Any, name: str) -> Any:
     wanted |= {name: name for name in (*POINT_REFERENCES, COLLISION)} | {rating: REWARD}
     wanted |= {REF_LOGPS: REFERENCE, REF_PROMPT_LOGPS: PROMPT_REFERENCE}
     names = {name: wanted[name] for name in wanted if name in dataset.column_names}
-    groups = dataset[GROUP][:]
-    firsts: dict[Any, int] = {}
-    for place, group in enumerate(groups):
-        firsts.setdefault(group, place)
-    heads = dataset.select(list(firsts.values()))
+    own = _places(dataset[GROUP][:])
+    heads = dataset.select([places[0] for places in own])
     parts = dataset.select_columns(list(names))
-    return _joined(heads, parts, groups, partial(_list_of_points, names))
+    return _joined(heads, parts, own, partial(_list_of_points, names))
 
 
 def kept_lists(dataset: Any, name: str, args: Any, cut: Cut) -> Any:
@@ -261,14 +259,18 @@ def _in_points(
     return {name: [point[name] for point in points] for name in points[0]}
 
 
-def _joined(
-    dataset: Any, parts: Any, groups: Iterable[Any], join: Callable[..., dict[str, Any]]
-) -> Any:
-    """Each row of the data set with its own of the parts, which are numbered by these groups."""
+def _places(groups: Iterable[Any]) -> list[list[int]]:
+    """Where the rows of each group stand, in order of first appearance."""
     places: dict[Any, list[int]] = {}
     for place, group in enumerate(groups):
         places.setdefault(group, []).append(place)
-    own = list(places.values())
+    return list(places.values())
+
+
+def _joined(
+    dataset: Any, parts: Any, own: list[list[int]], join: Callable[..., dict[str, Any]]
+) -> Any:
+    """Each row of the data set with its own of the parts, which stand in these places of them."""
 
     def joined(row: dict[str, Any], index: int) -> dict[str, Any]:
         columns = parts[own[index]]
