@@ -36,6 +36,7 @@ from fused_prefopt.integrations.layouts import (
 )
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.sequence_parallel import SharesBatches, share_batches
 from fused_prefopt.integrations.trainer_checks import (
     CheckedTokens,
     CountedLabels,
@@ -77,7 +78,13 @@ _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir
 
 
 class FusesLoss(
-    TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, TakesLists, KeepsTeachingRows
+    SharesBatches,
+    TakesLossAlone,
+    KeepsLossState,
+    PreparesExactly,
+    MindsNonfinite,
+    TakesLists,
+    KeepsTeachingRows,
 ):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
@@ -165,6 +172,7 @@ class FusesLoss(
             log_tokens=config.log_tokens,
             router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
+        self.shared.tell(self.attachment)
         mind_nonfinite(self, config.on_nonfinite)
 
     def _default_config(self, model: Any) -> FusedOptions:
@@ -197,7 +205,9 @@ class FusesLoss(
         models = [self.model]
         if self.needs_reference and self.ref_model is not None:
             models.append(self.ref_model)
-        require_layout(self, *map(self.accelerator.unwrap_model, models))
+        models = [*map(self.accelerator.unwrap_model, models)]
+        require_layout(self, *models)
+        share_batches(self).take(*models)
         if not self._is_vision_dataset:
             cut = Cut.of(self.args, self.config_type.pairwise)
             self.data_collator = WeightedTokens(self.data_collator, cut)
@@ -248,7 +258,7 @@ class FusesLoss(
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the metrics of a `predict` before it are not its."""
         self.attachment.forget_metrics("eval")
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss's metrics since the last log, means over steps and ranks."""
@@ -302,6 +312,7 @@ class FusesLoss(
                 cache_dir=Path(self.args.output_dir) / "reference_logps",
                 progress=not self.args.disable_tqdm,
                 description=f"reference log-probs of {name}",
+                shared=self.shared,
             )
 
     def _require_image_values(self) -> None:
@@ -348,7 +359,9 @@ class FusesLoss(
         """`completion_logps` through the model's wrappers."""
         fields = {name: batch[name] for name in (*LAYOUT, *INPUTS) if name in batch}
         with self.accelerator.autocast():
-            return logps_through(model, fields, prompt=prompt, **self._op_options)
+            group = self.shared.sequences
+            options = self._op_options | {"prompt": prompt, "sequence_group": group}
+            return logps_through(model, fields, **options)
 
     def _reference_logps(
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
