@@ -230,6 +230,7 @@ class SharesBatches:
     accelerator: Any
     callback_handler: Any
     gather_function: Any
+    state: Any
 
     def _prepare_context_parallel_inputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -278,6 +279,18 @@ class SharesBatches:
         # What repeats rows, so that the last batches are of one size, is no part of the data.
         repeats = state.end_of_dataloader and state.remainder > 0
         return every[: state.remainder] if repeats else every
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
+        # Each rank counts its batch.
+        new = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + new // self.shared.copies
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """The trainer's own, of this rank's share of a batch."""
+        whole: int = super().floating_point_ops(inputs)  # type: ignore[misc]
+        return whole // self.shared.copies
 
     # Under Ulysses accelerate deals a batch to every rank, of which DeepSpeed's adapter makes a
     # step each of all ranks of the group. It takes columns of tokens alone, so here the ranks of a

@@ -25,6 +25,7 @@ from fused_prefopt.integrations.attach import (
     OF_REFERENCE,
     Attachment,
     Reference,
+    place,
     preference_outputs,
 )
 from fused_prefopt.integrations.layouts import keep_batches_whole
@@ -277,6 +278,9 @@ def _add_reference_logps(
     tokenizer = trainer.processing_class
     source.place(trainer.args.device)
     shared: SharedBatches = trainer.shared
+    if shared.attention is not None:
+        # The ranks exchange its values, which not every backend does on the CPU.
+        place(source.model, trainer.args.device)
 
     def with_columns(data: Any) -> Any:
         if data is None:

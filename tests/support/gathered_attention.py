@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch.distributed.nn.functional import all_reduce
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,14 +22,15 @@ def gathered(values: torch.Tensor, group: Any) -> torch.Tensor:
     return all_reduce(torch.cat(places, 2), group=group)
 
 
-def attend_over(group: Any) -> None:
-    """From now on let models with `sdpa` attend over the group's ranks, by their position_ids."""
+def attend_over_ranks() -> None:
+    """From now on let models with `sdpa` attend over accelerate's `cp` ranks, by position_ids."""
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **options: Any
     ) -> tuple[torch.Tensor, None]:
         # As accelerate's hooks leave them.
         assert mask is None and options["is_causal"]
+        group = AcceleratorState().device_mesh["cp"].get_group()
         own = options["position_ids"].expand(len(query), -1)
         every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, own.contiguous(), group=group)

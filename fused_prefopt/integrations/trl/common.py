@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
@@ -27,7 +27,7 @@ from fused_prefopt.data.columns import (
     WEIGHTS_OF_IDS,
 )
 from fused_prefopt.distributed import sum_over_ranks
-from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.attach import OF_REFERENCE, place
 from fused_prefopt.integrations.layouts import (
     keep_batches_whole,
     layout_of,
@@ -202,12 +202,13 @@ class FusesLoss(
                 )
             self.data_collator = self._collator(self._layout)
         keep_batches_whole(self, pairwise=self.config_type.pairwise)
+        shared = share_batches(self)
         models = [self.model]
         if self.needs_reference and self.ref_model is not None:
             models.append(self.ref_model)
         models = [*map(self.accelerator.unwrap_model, models)]
         require_layout(self, *models)
-        share_batches(self).take(*models)
+        shared.take(*models)
         if not self._is_vision_dataset:
             cut = Cut.of(self.args, self.config_type.pairwise)
             self.data_collator = WeightedTokens(self.data_collator, cut)
@@ -280,6 +281,9 @@ class FusesLoss(
         self._lay_out()
         if self._has_lists:
             return self._with_list_references(dataset, name, batch_size)
+        if self.shared.copies > 1:
+            # TRL gathers the values of every rank, of which several have one batch.
+            return self._with_own_references(dataset, name, batch_size)
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         # TRL's key has the rows, which its collator cuts afterwards.
@@ -298,11 +302,31 @@ class FusesLoss(
         )
         return found
 
+    def _with_own_references(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The data set with the columns that TRL's `_precompute_ref_logps` adds."""
+        raise NotImplementedError
+
+    def _require_own_references(self, dataset: Any) -> None:
+        """Raise ValueError where `_own_reference_logps` does not compute what TRL's loop does."""
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
+                " length"
+            )
+        if self._op_options["ld_alpha"] is not None:
+            raise ValueError(
+                f"precompute_ref_log_probs: got True with ld_alpha={self._op_options['ld_alpha']}"
+                " and ranks that share batches, needs False"
+            )
+
     def _own_reference_logps(
         self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
     ) -> list[dict[str, Any]]:
         """`add_reference_logps` of the reference, kept in the output's folder."""
         model = self.model if self.ref_model is None else self.ref_model
+        if self.shared.attention is not None:
+            # The ranks exchange its values, which not every backend does on the CPU.
+            place(model, self.accelerator.device)
         with self._as_reference(model), self.accelerator.autocast():
             return add_reference_logps(
                 model,
