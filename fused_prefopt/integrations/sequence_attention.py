@@ -145,11 +145,11 @@ class UlyssesAttention:
 
     order = CONTIGUOUS
 
-    def __init__(self, implementation: str, group: dist.ProcessGroup) -> None:
-        if implementation != "sdpa" and "flash" not in implementation:
+    def __init__(self, implementation: str | None, group: dist.ProcessGroup) -> None:
+        if implementation is None or (implementation != "sdpa" and "flash" not in implementation):
             raise ValueError(
-                f"sp_attn_implementation: got {implementation!r}, whose masks are of whole"
-                " sequences, wanted 'sdpa' or a flash attention"
+                f"sp_attn_implementation: got {implementation!r} in the sp_handler of"
+                " parallelism_config, wanted that of the model: 'sdpa' or a flash attention"
             )
         self._implementation = implementation
         self._group = group
