@@ -55,8 +55,7 @@ class SharedBatches:
         sequences: the ranks with the other tokens of this rank's sequences; None where it has them
             whole.
         attention: of the shards; None where there are none.
-        sums: by how much the engine's gradient, where each rank's is that of the mean over data
-            ranks, is too large: DeepSpeed adds up those of a sequence group.
+        sums: how many ranks' gradients an engine adds up, where others take the mean over all.
     """
 
     copies: int = 1
@@ -105,7 +104,12 @@ class SharedBatches:
             raise ValueError(f"sp_size: got {sp} without DeepSpeed, whose Ulysses it is; needs 1")
         group = _group_with(range(first, first + sp) for first in range(0, world, sp))
         attention = UlyssesAttention(config.sp_handler.sp_attn_implementation, group)
-        return cls(copies, data, group, attention, sums=sp)
+        return cls(copies, data, group, attention, _summed(accelerator, sp))
+
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether sequences are shared by DeepSpeed's Ulysses."""
+        return isinstance(self.attention, UlyssesAttention)
 
     @property
     def is_first(self) -> bool:
@@ -181,6 +185,23 @@ def _group_with(groups: Any) -> dist.ProcessGroup:
     return next(group for members, group in made if rank() in members)
 
 
+def _summed(accelerator: Any, ranks: int) -> int:
+    """How many ranks' gradients DeepSpeed adds up: those of a sequence group, but at stage 3 none.
+
+    Raises:
+        ValueError: at stage 3 it would do so with some parameters, and with others not.
+    """
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        return ranks
+    if zero.get("reduce_scatter", True) is False:
+        raise ValueError(
+            f"zero_optimization: got reduce_scatter=False at stage 3 with sp_size={ranks}, by which"
+            " DeepSpeed adds up some gradients and takes the mean of others; needs True"
+        )
+    return 1
+
+
 def share_batches(trainer: Any) -> SharedBatches:
     """A trainer's `SharedBatches`, found once and left in its attribute `shared`.
 
@@ -210,7 +231,7 @@ def require_transformers_loss(trainer: Any) -> None:
     """
     kinds = (kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
     own = next(kind for kind in kinds if not kind.__module__.startswith(_PACKAGE))
-    if trainer.shared.sums > 1 and own is not Trainer:
+    if trainer.shared.by_deepspeed and own is not Trainer:
         raise ValueError(
             f"sp_size: got more than 1 with {own.__name__}.compute_loss, which transformers'"
             " cross-entropy of shards would take the place of; needs Trainer's own, or 1"
@@ -303,24 +324,25 @@ class SharesBatches:
 
     def get_sp_size(self) -> int:
         """Steps that are made of a batch: 1."""
-        size: int = 1 if self.shared.sums > 1 else super().get_sp_size()  # type: ignore[misc]
+        size: int = 1 if self.shared.by_deepspeed else super().get_sp_size()  # type: ignore[misc]
         return size
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """The trainer's own, of batches that the ranks of a group share."""
         own: int = super().get_total_train_batch_size(args)  # type: ignore[misc]
-        return own // self.shared.sums
+        ranks = world_size(self.shared.sequences) if self.shared.by_deepspeed else 1
+        return own // ranks
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
-        if self.shared.sums > 1:
+        if self.shared.by_deepspeed:
             # From inside DeepSpeed's adapter.
             loader = self.callback_handler.train_dataloader = loader.dl
         return model, loader
 
     def _deal(self, loader: Any) -> None:
         """Let the ranks of a group have one batch of a data loader of accelerate's."""
-        if self.shared.sums == 1:
+        if not self.shared.by_deepspeed:
             return
         samplers = (getattr(loader, name, None) for name in ("batch_sampler", "sampler"))
         dealt = next((each for each in samplers if hasattr(each, "process_index")), None)

@@ -169,7 +169,7 @@ class LogsPreferences(SharesBatches, KeepsLossState, PreparesExactly, MindsNonfi
             self.judge_before_backward(model, found[0] if return_outputs else found)
             return found
         is_shard, inputs = SHIFT_LABELS in inputs, past_wrappers(inputs)
-        if is_shard and self.shared.sums > 1:
+        if is_shard and self.shared.by_deepspeed:
             # The trainer's own would be the cross-entropy of these labels.
             outputs = model(**inputs)
             loss = outputs["loss"]
