@@ -1,0 +1,191 @@
+"""Four processes that share sequences, and batches too, against one with everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from gathered_attention import gathered_attention
+from tiny_models import VOCAB, tiny_llama
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_prefopt as fp
+from fused_prefopt.data import PairCollator, PointCollator, shard_of
+from fused_prefopt.integrations.transformers import attach
+
+pytestmark = pytest.mark.slow
+
+WORLD, PAIRS = 4, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss on batches of one layout, shared in one way by this many ranks a sequence."""
+
+    loss: str
+    ranks: int = 2
+    order: str = "contiguous"
+    packed: bool = False
+    points: bool = False
+    weighted: bool = False
+    tokens: bool = False
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        kind = f"{'packed' if self.packed else 'padded'}, {self.order}"
+        extra = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"{self.loss}{extra}, {WORLD // self.ranks}x{self.ranks}, {kind}"
+
+
+BALANCED = {"order": "balanced"}
+# The pool takes all of the past: a sample would depend on the order of the ranks in the queue.
+QUEUE = {"queue_size": 16, "sample_size": 16}
+CASES = [
+    Case("simpo", tokens=True),
+    Case("simpo", 4, packed=True, tokens=True, weighted=True),
+    Case("simpo", 4, **BALANCED),
+    Case("dpo", **BALANCED, packed=True, tokens=True),
+    Case("dpo", 4, weighted=True),
+    Case("dpo", options={"ld_alpha": 0.3}, **BALANCED),
+    Case("dpo", 4, options={"ld_alpha": 0.3}, packed=True),
+    Case("tdpo1", weighted=True, **BALANCED),
+    Case("tdpo1", 4, packed=True),
+    Case("epsilon-dpo"),
+    Case("beta-simpo"),
+    Case("beta-dpo", 4, **BALANCED),
+    Case("gamma-simpo", options=QUEUE),
+    Case("gamma-simpo", 4, options=QUEUE, packed=True),
+    Case("wpo", weighted=True),
+    Case("wpo", 4, packed=True),
+    Case("orpo", options={"nll": "whole_token_mean"}, **BALANCED),
+    Case("orpo", 4, options={"nll": "whole_token_mean"}, packed=True),
+    Case("tpo", packed=True),
+    Case("dr-dpo + 0.5 simpo + sft", **BALANCED),
+    Case("dro", points=True),
+    Case("dro", 4, points=True, packed=True, **BALANCED),
+    Case("kto", points=True),
+]
+
+
+def features(case: Case) -> list[dict[str, Any]]:
+    """Rows whose prompts are longer than a shard: the first of four ranks has no label."""
+    torch.manual_seed(7)
+
+    def ids(low: int, high: int) -> list[int]:
+        return torch.randint(1, VOCAB, (int(torch.randint(low, high + 1, ())),)).tolist()
+
+    rows: list[dict[str, Any]] = []
+    for index in range(PAIRS * (2 if case.points else 1)):
+        row: dict[str, Any] = {"prompt_ids": ids(8, 13)}
+        if case.points:
+            row |= {"reward": index / 7, "group": index // 2, "desirable": index % 3 > 0}
+        for name in ("completion",) if case.points else ("chosen", "rejected", "gold"):
+            row[f"{name}_ids"] = ids(1, 11)
+            if case.weighted:
+                size = len(row[f"{name}_ids"])
+                row[f"{name}_token_weights"] = torch.rand(size).mul(2).tolist()
+        rows.append(row if case.points else row | {"weight": 0.5 + index})
+    if not case.weighted:
+        rows = [{k: v for k, v in row.items() if k != "weight"} for row in rows]
+    return rows
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process is: which batch, which part of its sequences, and with whom."""
+
+    batch: int
+    batches: int
+    shard: int
+    shards: int
+    data: dist.ProcessGroup
+    sequence: dist.ProcessGroup
+
+
+def places(rank: int) -> dict[int, Place]:
+    """Ranks a sequence → this rank's place."""
+    found = {}
+    for shards in (2, 4):
+        batches = WORLD // shards
+        grid = torch.arange(WORLD).view(batches, shards)
+        sequence = [dist.new_group(row.tolist()) for row in grid]
+        data = [dist.new_group(column.tolist()) for column in grid.T]
+        own, shard = divmod(rank, shards)
+        found[shards] = Place(own, batches, shard, shards, data[shard], sequence[own])
+    return found
+
+
+def step(case: Case, place: Place | None) -> dict[str, Any]:
+    """Loss, metrics, statistics and all gradients of two steps without an update."""
+    attention = {}
+    if place is not None:
+        name = f"gathered_{case.order}_{case.ranks}"
+        attention["attn_implementation"] = gathered_attention(name, place.sequence, case.order)
+    model, reference = (tiny_llama(seed, **attention).double() for seed in (0, 5))
+    rows = features(case)
+    collator = PointCollator if case.points else PairCollator
+    if place is not None:
+        size = len(rows) // place.batches
+        rows = rows[place.batch * size :][:size]
+    batch: dict[str, Any] = collator(0, padding_free=case.packed)(rows)
+    loss_fn = fp.PreferenceLoss(case.loss, **case.options)
+    attachment = attach(model, loss_fn, reference=reference, log_tokens=case.tokens)
+    wrapped: nn.Module = model
+    if place is not None:
+        batch = shard_of(batch, place.shard, place.shards, order=case.order)
+        attachment.sequence_group, loss_fn.process_group = place.sequence, place.data
+        wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        wrapped.zero_grad()
+        loss = wrapped(**batch)["loss"]
+        loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    remembered = loss_fn.state_dict().items()
+    return {
+        "loss": loss.detach(),
+        "labels": int((batch["shift_labels"] >= 0).sum()) if place is not None else None,
+        "metrics": attachment.pop_metrics("train"),
+        # A queue's values come in another order.
+        "state": {name: each.flatten().sort().values for name, each in remembered},
+        "gradients": gradients,
+    }
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    init = {"init_method": f"file://{folder}/init", "timeout": timedelta(minutes=2)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, **init)
+    own = places(rank)
+    torch.save([step(case, own[case.ranks]) for case in CASES], f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_work, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shards_of_sequences_equal_one_process(ranks, case):
+    wanted = step(case, None)
+    found = [rank[CASES.index(case)] for rank in ranks]
+    mean = sum(each["loss"] for each in found) / WORLD
+    torch.testing.assert_close(mean, wanted["loss"], rtol=1e-9, atol=1e-12)
+    for rank, each in enumerate(found):
+        assert each["loss"] == found[rank - rank % case.ranks]["loss"]
+        assert each["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9, abs=1e-9)
+        assert each["state"].keys() == wanted["state"].keys()
+        for name, value in wanted["state"].items():
+            options = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
+            torch.testing.assert_close(each["state"][name], value, **options)
+        for name, value in wanted["gradients"].items():
+            assert (each["gradients"][name] - value).norm() <= 1e-9 * value.norm(), name
