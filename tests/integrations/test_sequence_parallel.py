@@ -11,14 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gathered_attention import gathered_attention
-from tiny_models import VOCAB, tiny_llama
+from model_families import family
+from tiny_models import VOCAB, list_features, pair_features, tiny_llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_prefopt as fp
-from fused_prefopt.data import PairCollator, PointCollator, shard_of
-from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.data import ListCollator, PairCollator, PointCollator, shard_of
+from fused_prefopt.integrations.transformers import attach, preference_outputs
 
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
 
 WORLD, PAIRS = 4, 4
@@ -32,7 +34,8 @@ class Case:
     ranks: int = 2
     order: str = "contiguous"
     packed: bool = False
-    points: bool = False
+    rows: str = "pairs"
+    model: str = "llama"
     weighted: bool = False
     tokens: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -40,7 +43,8 @@ class Case:
     def __str__(self) -> str:
         kind = f"{'packed' if self.packed else 'padded'}, {self.order}"
         extra = "".join(f", {name}={value}" for name, value in self.options.items())
-        return f"{self.loss}{extra}, {WORLD // self.ranks}x{self.ranks}, {kind}"
+        extra += "" if self.model == "llama" else f", {self.model}"
+        return f"{self.loss}{extra}, {self.rows}, {WORLD // self.ranks}x{self.ranks}, {kind}"
 
 
 BALANCED = {"order": "balanced"}
@@ -67,9 +71,16 @@ CASES = [
     Case("orpo", 4, options={"nll": "whole_token_mean"}, packed=True),
     Case("tpo", packed=True),
     Case("dr-dpo + 0.5 simpo + sft", **BALANCED),
-    Case("dro", points=True),
-    Case("dro", 4, points=True, packed=True, **BALANCED),
-    Case("kto", points=True),
+    Case("dro", rows="points"),
+    Case("dro", 4, rows="points", packed=True, **BALANCED),
+    Case("kto", rows="points"),
+    Case("dpo", rows="lists", weighted=True),
+    Case("beta-simpo", 4, rows="lists", packed=True),
+    Case("dpo", model="adapter", weighted=True),
+    Case("tdpo1", 4, model="adapter", packed=True),
+    # A product of means over tokens, which are those of one batch.
+    Case("simpo", 4, model="qwen3-moe"),
+    Case("simpo", 4, model="mixtral", **BALANCED),
 ]
 
 
@@ -80,19 +91,20 @@ def features(case: Case) -> list[dict[str, Any]]:
     def ids(low: int, high: int) -> list[int]:
         return torch.randint(1, VOCAB, (int(torch.randint(low, high + 1, ())),)).tolist()
 
-    rows: list[dict[str, Any]] = []
-    for index in range(PAIRS * (2 if case.points else 1)):
+    if case.rows == "lists":
+        lists = list_features(PAIRS)
+        return [row | {"weight": 0.5 + i} if case.weighted else row for i, row in enumerate(lists)]
+    points, rows = case.rows == "points", []
+    for index in range(PAIRS * (1 + points)):
         row: dict[str, Any] = {"prompt_ids": ids(8, 13)}
-        if case.points:
+        if points:
             row |= {"reward": index / 7, "group": index // 2, "desirable": index % 3 > 0}
-        for name in ("completion",) if case.points else ("chosen", "rejected", "gold"):
+        for name in ("completion",) if points else ("chosen", "rejected", "gold"):
             row[f"{name}_ids"] = ids(1, 11)
             if case.weighted:
                 size = len(row[f"{name}_ids"])
                 row[f"{name}_token_weights"] = torch.rand(size).mul(2).tolist()
-        rows.append(row if case.points else row | {"weight": 0.5 + index})
-    if not case.weighted:
-        rows = [{k: v for k, v in row.items() if k != "weight"} for row in rows]
+        rows.append(row | {"weight": 0.5 + index} if case.weighted and not points else row)
     return rows
 
 
@@ -121,15 +133,31 @@ def places(rank: int) -> dict[int, Place]:
     return found
 
 
-def step(case: Case, place: Place | None) -> dict[str, Any]:
-    """Loss, metrics, statistics and all gradients of two steps without an update."""
+def models(case: Case, place: Place | None) -> tuple[nn.Module, nn.Module | str]:
+    """A policy and its reference, in float64, whose attention is one over the place's ranks."""
     attention = {}
     if place is not None:
         name = f"gathered_{case.order}_{case.ranks}"
         attention["attn_implementation"] = gathered_attention(name, place.sequence, case.order)
-    model, reference = (tiny_llama(seed, **attention).double() for seed in (0, 5))
-    rows = features(case)
-    collator = PointCollator if case.points else PairCollator
+    if case.model == "adapter":
+        settings = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+        model = peft.get_peft_model(tiny_llama(**attention), peft.LoraConfig(**settings))
+        return model.double(), "adapter"
+    if case.model != "llama":
+        model = family(case.model)
+        if attention:
+            model.set_attn_implementation(attention["attn_implementation"])
+        return model.train(), "precomputed"
+    return tiny_llama(**attention).double(), tiny_llama(5, **attention).double()
+
+
+COLLATORS = {"pairs": PairCollator, "points": PointCollator, "lists": ListCollator}
+
+
+def step(case: Case, place: Place | None) -> dict[str, Any]:
+    """Loss, metrics, statistics and all gradients of two steps without an update."""
+    model, reference = models(case, place)
+    rows, collator = features(case), COLLATORS[case.rows]
     if place is not None:
         size = len(rows) // place.batches
         rows = rows[place.batch * size :][:size]
@@ -145,7 +173,8 @@ def step(case: Case, place: Place | None) -> dict[str, Any]:
         wrapped.zero_grad()
         loss = wrapped(**batch)["loss"]
         loss.backward()
-    gradients = {name: value.grad for name, value in model.named_parameters()}
+    trained = model.named_parameters()
+    gradients = {name: value.grad for name, value in trained if value.grad is not None}
     remembered = loss_fn.state_dict().items()
     return {
         "loss": loss.detach(),
@@ -157,18 +186,49 @@ def step(case: Case, place: Place | None) -> dict[str, Any]:
     }
 
 
+def refusals(rank: int, place: Place) -> dict[str, str]:
+    """Messages about shards that would be trained on as if they were whole, or cannot be."""
+    case = Case("simpo", 4)
+    sharing, _ = models(case, place)
+    batch = PairCollator(0)(pair_features(2))
+    shard = shard_of(batch, place.shard, place.shards)
+    group = {"sequence_group": place.sequence}
+
+    def without(*names: str) -> dict[str, Any]:
+        return {name: value for name, value in shard.items() if name not in names}
+
+    calls: dict[str, tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = {
+        "attention": ("simpo", tiny_llama(), shard, group),
+        "group": ("simpo", sharing, shard, {}),
+        "positions": ("simpo", sharing, without("position_ids"), group),
+        "prompts": ("dro", sharing, without("shift_prompt_labels"), group),
+        "images": ("simpo", sharing, shard | {"pixel_values": torch.zeros(1)}, group),
+        "experts": ("simpo", family("mixtral"), without("attention_mask"), group),
+    }
+    calls["experts"][1].set_attn_implementation("gathered_contiguous_4")
+    messages = {}
+    for name, (loss, model, given, options) in calls.items():
+        loss_fn = fp.PreferenceLoss(loss)
+        fields = dict.fromkeys(("reference", "prompt_reference", "rewards"), torch.zeros(4))
+        with pytest.raises(ValueError) as error:
+            preference_outputs(model, loss_fn, fields | given, **options)
+        messages[name] = str(error.value)
+    return messages
+
+
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     init = {"init_method": f"file://{folder}/init", "timeout": timedelta(minutes=2)}
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, **init)
     own = places(rank)
-    torch.save([step(case, own[case.ranks]) for case in CASES], f"{folder}/{rank}.pt")
+    steps = [step(case, own[case.ranks]) for case in CASES]
+    torch.save({"steps": steps, "refused": refusals(rank, own[4])}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[list[dict[str, Any]]]:
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(_work, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
@@ -177,7 +237,7 @@ def ranks(tmp_path_factory) -> list[list[dict[str, Any]]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_shards_of_sequences_equal_one_process(ranks, case):
     wanted = step(case, None)
-    found = [rank[CASES.index(case)] for rank in ranks]
+    found = [rank["steps"][CASES.index(case)] for rank in ranks]
     mean = sum(each["loss"] for each in found) / WORLD
     torch.testing.assert_close(mean, wanted["loss"], rtol=1e-9, atol=1e-12)
     for rank, each in enumerate(found):
@@ -187,5 +247,23 @@ def test_shards_of_sequences_equal_one_process(ranks, case):
         for name, value in wanted["state"].items():
             options = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
             torch.testing.assert_close(each["state"][name], value, **options)
+        assert each["gradients"].keys() == wanted["gradients"].keys()
         for name, value in wanted["gradients"].items():
             assert (each["gradients"][name] - value).norm() <= 1e-9 * value.norm(), name
+
+
+def test_a_shard_that_would_be_taken_for_a_whole_is_refused(ranks):
+    for messages in (rank["refused"] for rank in ranks):
+        assert "in which no token sees those of other ranks" in messages["attention"]
+        assert messages["group"].startswith(
+            "sequence_group: got None for a batch with shift_labels"
+        )
+        assert messages["positions"].startswith("position_ids: got none with shift_labels")
+        assert messages["prompts"].startswith("shift_prompt_labels: got none with shift_labels")
+        assert "a shard with images (pixel_values)" in messages["images"]
+        assert messages["experts"].startswith("attention_mask: got none in a shard of a model")
+
+
+def test_a_rank_has_no_label(ranks):
+    labels = [rank["steps"][CASES.index(Case("dpo", 4, weighted=True))]["labels"] for rank in ranks]
+    assert labels[0] == 0 and all(labels[1:])
