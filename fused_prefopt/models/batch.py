@@ -196,7 +196,7 @@ def _shard_rows(
 
 def _of_all_ranks(
     router_logits: Sequence[Tensor], batch: Mapping[str, Any], group: dist.ProcessGroup
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Router logits of every rank's tokens, differentiable, and the attention mask of those.
 
     The router loss is a product of means over all tokens: no sum of those of shards. It takes
@@ -210,7 +210,7 @@ def _of_all_ranks(
             " of 0"
         )
     # One rank's rows behind those of another: their order is nothing to means.
-    every = [gather_with_gradient(logits, group) for logits in router_logits]
+    every = tuple(gather_with_gradient(logits, group) for logits in router_logits)
     return every, gather_with_gradient(mask, group)
 
 

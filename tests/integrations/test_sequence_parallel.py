@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import forked
 from gathered_attention import gathered_attention
 from model_families import family
 from tiny_models import VOCAB, list_features, pair_features, tiny_llama
@@ -186,7 +185,7 @@ def step(case: Case, place: Place | None) -> dict[str, Any]:
     }
 
 
-def refusals(rank: int, place: Place) -> dict[str, str]:
+def refusals(place: Place) -> dict[str, str]:
     """Messages about shards that would be trained on as if they were whole, or cannot be."""
     case = Case("simpo", 4)
     sharing, _ = models(case, place)
@@ -216,22 +215,15 @@ def refusals(rank: int, place: Place) -> dict[str, str]:
     return messages
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    init = {"init_method": f"file://{folder}/init", "timeout": timedelta(minutes=2)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, **init)
+def _work(rank: int) -> dict[str, Any]:
     own = places(rank)
     steps = [step(case, own[case.ranks]) for case in CASES]
-    torch.save({"steps": steps, "refused": refusals(rank, own[4])}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"steps": steps, "refused": refusals(own[4])}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return forked(_work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

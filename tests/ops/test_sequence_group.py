@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import forked
 from torch import Tensor
 
 import fused_prefopt as fp
@@ -177,31 +176,22 @@ def twice(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     return once.detach(), again
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    init = {"init_method": f"file://{folder}/init", "timeout": timedelta(minutes=2)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, **init)
-    pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
-    groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
-    found: dict[str, Any] = {
-        "steps": {(ranks, *case): step(*case, groups[ranks]) for ranks in groups for case in CASES},
-        "refused": refusals(rank, dist.group.WORLD),
-        "twice": twice(rank, dist.group.WORLD),
-    }
+def _work(rank: int) -> dict[str, Any]:
+    pairs, every = [dist.new_group([first, first + 1]) for first in (0, 2)], dist.group.WORLD
+    groups = {2: pairs[rank // 2], 4: every}
     rows = Rows(dtype=torch.float32)
-    found["half"] = logps(
-        rows.weight, rows, arguments(rows, "padded", None)[0], sequence_group=pairs[rank // 2]
-    )
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    single = arguments(rows, "padded", None)[0]
+    return {
+        "steps": {(ranks, *case): step(*case, groups[ranks]) for ranks in groups for case in CASES},
+        "refused": refusals(rank, every),
+        "twice": twice(rank, every),
+        "single": logps(rows.weight, rows, single, sequence_group=every),
+    }
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_work, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return forked(_work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
@@ -243,5 +233,5 @@ def test_the_sum_is_differentiable_twice_and_keeps_dtypes(found):
         once, again = each["twice"]
         assert once == 4 * 3 * 12**2 * rank
         assert again == 4 * 6 * 12 * rank * sum(range(WORLD))
-        assert each["half"]["sums"].dtype == torch.float32
-        assert each["half"]["lengths"].dtype == torch.int64
+        assert each["single"]["sums"].dtype == torch.float32
+        assert each["single"]["lengths"].dtype == torch.int64

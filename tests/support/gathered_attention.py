@@ -58,7 +58,9 @@ def gathered_attention(name: str, group: dist.ProcessGroup, order: str) -> str:
         own = token_places(length, rank, ranks, order)
         every = torch.cat([token_places(length, each, ranks, order) for each in range(ranks)])
         back = every.argsort()
-        both = _Gather.apply(torch.stack((key, value)), group)
+        # Of grouped queries each has its keys.
+        shared = query.shape[1] // key.shape[1]
+        both = _Gather.apply(torch.stack((key, value)).repeat_interleave(shared, 2), group)
         keys, values = torch.cat(both.unbind(), 3)[..., back, :]
         positions = torch.cat(_Gather.apply(position_ids.contiguous(), group).unbind(), 1)[:, back]
         sequences = (positions == 0).cumsum(1)
