@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,27 @@ def twice(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     return once.detach(), again
 
 
+def compiled(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(2 Σ_r r x_r)² and its gradient by this rank's x, where all x are 2."""
+    x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    run = torch.compile(lambda x: sum_with_gradient(2 * x * rank, group).square(), backend="eager")
+    value = run(x)
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+def warned(rank: int, group: dist.ProcessGroup) -> list[bool]:
+    """Whether a loss warns of a batch of which another rank has labels, and of one without any."""
+    rows, found = Rows(), []
+    for labels in (rows.labels, torch.full_like(rows.labels, -100)):
+        own = own_places("padded", "contiguous", rank, WORLD, LENGTH)
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            given = rows.hidden[:, own], rows.weight, labels[:, own]
+            fp.PreferenceLoss("simpo")(*given, shift=False, sequence_group=group)
+        found.append(any("labels: got none" in str(each.message) for each in messages))
+    return found
+
+
 def _work(rank: int) -> dict[str, Any]:
     pairs, every = [dist.new_group([first, first + 1]) for first in (0, 2)], dist.group.WORLD
     groups = {2: pairs[rank // 2], 4: every}
@@ -185,6 +207,8 @@ def _work(rank: int) -> dict[str, Any]:
         "steps": {(ranks, *case): step(*case, groups[ranks]) for ranks in groups for case in CASES},
         "refused": refusals(rank, every),
         "twice": twice(rank, every),
+        "compiled": compiled(rank, every),
+        "warned": warned(rank, every),
         "single": logps(rows.weight, rows, single, sequence_group=every),
     }
 
@@ -227,11 +251,18 @@ def test_what_would_be_wrong_is_refused_on_every_rank(found):
 
 
 @pytest.mark.slow
+def test_only_sequences_without_a_label_anywhere_are_warned_of(found):
+    assert [each["warned"] for each in found] == [[False, True]] * WORLD
+
+
+@pytest.mark.slow
 def test_the_sum_is_differentiable_twice_and_keeps_dtypes(found):
     # x Σr = 12: Σ_ranks 3 · 12² r, and of all ranks' together Σ_q q · 4 · 6 · 12 r.
     for rank, each in enumerate(found):
         once, again = each["twice"]
         assert once == 4 * 3 * 12**2 * rank
         assert again == 4 * 6 * 12 * rank * sum(range(WORLD))
+        value, gradient = each["compiled"]
+        assert value == 24**2 and gradient == 4 * 2 * 24 * 2 * rank
         assert each["single"]["sums"].dtype == torch.float32
         assert each["single"]["lengths"].dtype == torch.int64
