@@ -192,15 +192,13 @@ class PreferenceLoss(nn.Module):
             token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
                 A `reference`, `sequence_kl` or `collision` that is given must be weighted alike,
                 as must `extrapolated` and `interpolated`.
-            position_ids: (S, T) or (N,), as in `shared_and_tail_logps`; for `ld_alpha` with a
-                `sequence_group` alone.
+            position_ids: as in `shared_and_tail_logps`, for `ld_alpha` with a `sequence_group`.
             sequence_group: ranks that hold other tokens of the same sequences, as in
                 `sequence_logps`; `ref_hidden`, `prompt_labels` and `token_weights` are of this
-                rank's tokens. The extras are of whole sequences, the same on each rank, and so is
-                the output. A loss that remembers or spans batches also needs `process_group`, so
-                that it sees each pair once. One all-reduce of a few KB for each pass over a head
-                (policy, its prompts, a reference, collisions, gold) and one in the backward of
-                those that train.
+                rank's tokens, the extras and the output of whole sequences, on each rank. A loss
+                that remembers or spans batches needs a `process_group`, to see each pair once. An
+                all-reduce of 4 KB for each pass over a head (policy, prompts, reference,
+                collisions, gold), and one in the backward of those that train.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
                 weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
@@ -293,11 +291,10 @@ class PreferenceLoss(nn.Module):
             return
         both = shared_ranks(self.process_group, sequence_group)
         if both > 1:
-            got = "None, all ranks" if self.process_group is None else "a group"
             raise ValueError(
-                f"process_group: got {got}, with {both} of this rank's sequence_group, for"
-                f" {self.name}, which would see each pair {both} times; wanted the ranks whose"
-                " pairs differ (the mesh's data dimension, of one rank where there is none)"
+                f"process_group: got {both} ranks of this rank's sequence_group in it (None is all"
+                f" ranks) for {self.name}, which would see each pair {both} times; wanted the ranks"
+                " whose pairs differ: the mesh's data dimension, of one rank where there is none"
             )
 
     def from_logps(self, batch: LogpBatch) -> LossOutput:

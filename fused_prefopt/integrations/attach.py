@@ -1,4 +1,7 @@
-"""A preference loss inside a model's own forward, and the reference that it compares with."""
+"""A preference loss inside a model's own forward, and the reference that it compares with.
+
+One file of more than 450 lines: the reference may be the policy itself, within the same call.
+"""
 
 from __future__ import annotations
 

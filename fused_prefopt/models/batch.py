@@ -53,12 +53,12 @@ from fused_prefopt.models.model_call import (
     has_front,
     let_wrappers_follow,
     past_wrappers,
-    prompt_learners,
     put_in_front,
     unwrapped,
     without_side_channel,
 )
 from fused_prefopt.models.peft_head import is_prompted, prompted, with_prompt
+from fused_prefopt.models.shard_check import require_shard, require_shared_attention
 from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
@@ -171,28 +171,12 @@ def _shard_rows(
     group: dist.ProcessGroup | None,
 ) -> CollatedRows:
     """`collated_rows` of a shard."""
-    if group is None:
-        raise ValueError(
-            "sequence_group: got None for a batch with shift_labels, which is a shard of its"
-            " sequences; wanted the ranks that have the other tokens (in a trainer the attachment's"
-            " `sequence_group`)"
-        )
-    needed = [POSITION_IDS, *([SHIFT_PROMPT_LABELS] if prompt else [])]
-    missing = [name for name in needed if batch.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: got none with shift_labels, needs it in each shard;"
-            " `data.sequence_shards.shard_of` makes it of a whole batch"
-        )
-    images = [name for name in IMAGES if batch.get(name) is not None]
-    if images or SEGMENTS in batch or prompt_learners(model):
-        what = "shared prompts" if SEGMENTS in batch else "an adapter that learns a prompt"
-        what = f"images ({', '.join(images)})" if images else what
-        raise ValueError(f"shift_labels: got a shard with {what}, needs texts and another adapter")
+    group = require_shard(model, batch, group, prompt=prompt)
     packed = SEQUENCE_IDS in batch
     if packed:
         require_separate_sequences(model, batch[INPUT_IDS])
     seen = {name: value for name, value in batch.items() if name != ATTENTION_MASK}
+    require_shared_attention(model, seen, group)
     outputs = backbone_outputs(model, seen, **({"output_router_logits": True} if router else {}))
     routed = None
     if router:
@@ -212,7 +196,7 @@ def _shard_rows(
 
 def _of_all_ranks(
     router_logits: Sequence[Tensor], batch: Mapping[str, Any], group: dist.ProcessGroup
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Router logits of every rank's tokens, differentiable, and the attention mask of those.
 
     The router loss is a product of means over all tokens: no sum of those of shards. It takes
@@ -226,7 +210,7 @@ def _of_all_ranks(
             " of 0"
         )
     # One rank's rows behind those of another: their order is nothing to means.
-    every = [gather_with_gradient(logits, group) for logits in router_logits]
+    every = tuple(gather_with_gradient(logits, group) for logits in router_logits)
     return every, gather_with_gradient(mask, group)
 
 

@@ -67,11 +67,12 @@ def over_group(rows: Sequence[Tensor], group: dist.ProcessGroup | None, call: in
     sequences, ranks = rows[0].shape[0], world_size(group)
     values = torch.stack([row.double() for row in rows]).flatten()
     own = (sequences % 2**16 * 16 + len(rows)) * 8 + call
-    header = values.new_tensor([own, own**2])
-    first = torch.cat((header, values[: _AT_ONCE - _HEADER]))
-    # Of one size on every rank, whatever they disagree on: others end in a hang.
-    padding = first.new_zeros(_AT_ONCE - first.shape[0])
-    first = sum_with_gradient(torch.cat((first, padding)), group)
+    # Filled on the device: a copy from the host would wait for it.
+    header = [values.new_full((1,), number) for number in (own, own**2)]
+    start = values[: _AT_ONCE - _HEADER]
+    # Of one size on every rank, whatever they disagree on: other sizes end in a hang.
+    padding = values.new_zeros(_AT_ONCE - _HEADER - start.shape[0])
+    first = sum_with_gradient(torch.cat((*header, start, padding)), group)
     total, squares = first[:_HEADER].detach()
     # Σ_r (n_r − n)², 0 where all are n; exact in float64.
     require(

@@ -1,318 +1,261 @@
-"""Trainers whose ranks share sequences (accelerate's `cp_size`) against one process.
-
-Four processes in one file: sequences over all of them, and two data ranks of two each. Attention is
-`gathered_attention`'s, as torch's ring runs on GPUs alone; everything around it is the real one.
-"""
+"""Four processes that share sequences, and batches too, against one with everything."""
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from accelerate import ParallelismConfig
-from accelerate.state import AcceleratorState
-from gathered_attention import attend_over_ranks
-from tiny_models import list_features, pair_features, tiny_llama
-from trainers import (
-    TIMES,
-    assert_bit_equal,
-    build,
-    in_order,
-    lora,
-    pairs,
-    points,
-    state_of,
-)
+from forked import forked
+from gathered_attention import gathered_attention
+from model_families import family
+from tiny_models import VOCAB, list_features, pair_features, tiny_llama
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fused_prefopt.data import PairCollator
+import fused_prefopt as fp
+from fused_prefopt.data import ListCollator, PairCollator, PointCollator, shard_of
+from fused_prefopt.integrations.transformers import attach, preference_outputs
 
-pytest.importorskip("trl")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
 
-WORLD, BATCH = 4, 4
-# Ranks that share sequences; the others are data ranks.
-SIZES = (4, 2)
+WORLD, PAIRS = 4, 4
 
 
-def parallel(size: int) -> dict[str, Any]:
-    """Options of a trainer on so many ranks for each sequence, 1 for one process."""
-    options = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 3}
-    if size == 1:
-        return options | {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH}
-    AcceleratorState._reset_state()
-    ranks, each = WORLD // size, BATCH * size // WORLD
-    config = ParallelismConfig(cp_size=size, dp_shard_size=ranks)
-    options |= {"parallelism_config": config, "ddp_backend": "gloo"}
-    return options | {"per_device_train_batch_size": each, "per_device_eval_batch_size": each}
+@dataclass(frozen=True)
+class Case:
+    """A loss on batches of one layout, shared in one way by this many ranks a sequence."""
+
+    loss: str
+    ranks: int = 2
+    order: str = "contiguous"
+    packed: bool = False
+    rows: str = "pairs"
+    model: str = "llama"
+    weighted: bool = False
+    tokens: bool = False
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        kind = f"{'packed' if self.packed else 'padded'}, {self.order}"
+        extra = "".join(f", {name}={value}" for name, value in self.options.items())
+        extra += "" if self.model == "llama" else f", {self.model}"
+        return f"{self.loss}{extra}, {self.rows}, {WORLD // self.ranks}x{self.ranks}, {kind}"
 
 
-def model(seed: int = 0) -> Any:
-    return tiny_llama(seed, attn_implementation="sdpa").double()
+BALANCED = {"order": "balanced"}
+# The pool takes all of the past: a sample would depend on the order of the ranks in the queue.
+QUEUE = {"queue_size": 16, "sample_size": 16}
+CASES = [
+    Case("simpo", tokens=True),
+    Case("simpo", 4, packed=True, tokens=True, weighted=True),
+    Case("simpo", 4, **BALANCED),
+    Case("dpo", **BALANCED, packed=True, tokens=True),
+    Case("dpo", 4, weighted=True),
+    Case("dpo", options={"ld_alpha": 0.3}, **BALANCED),
+    Case("dpo", 4, options={"ld_alpha": 0.3}, packed=True),
+    Case("tdpo1", weighted=True, **BALANCED),
+    Case("tdpo1", 4, packed=True),
+    Case("epsilon-dpo"),
+    Case("beta-simpo"),
+    Case("beta-dpo", 4, **BALANCED),
+    Case("gamma-simpo", options=QUEUE),
+    Case("gamma-simpo", 4, options=QUEUE, packed=True),
+    Case("wpo", weighted=True),
+    Case("wpo", 4, packed=True),
+    Case("orpo", options={"nll": "whole_token_mean"}, **BALANCED),
+    Case("orpo", 4, options={"nll": "whole_token_mean"}, packed=True),
+    Case("tpo", packed=True),
+    Case("dr-dpo + 0.5 simpo + sft", **BALANCED),
+    Case("dro", rows="points"),
+    Case("dro", 4, rows="points", packed=True, **BALANCED),
+    Case("kto", rows="points"),
+    Case("dpo", rows="lists", weighted=True),
+    Case("beta-simpo", 4, rows="lists", packed=True),
+    Case("dpo", model="adapter", weighted=True),
+    Case("tdpo1", 4, model="adapter", packed=True),
+    # A product of means over tokens, which are those of one batch.
+    Case("simpo", 4, model="qwen3-moe"),
+    Case("simpo", 4, model="mixtral", **BALANCED),
+]
 
 
-def adapted() -> Any:
-    return lora(3, target_modules=["q_proj", "lm_head"], lora_dropout=0.0).double()
+def features(case: Case) -> list[dict[str, Any]]:
+    """Rows whose prompts are longer than a shard: the first of four ranks has no label."""
+    torch.manual_seed(7)
+
+    def ids(low: int, high: int) -> list[int]:
+        return torch.randint(1, VOCAB, (int(torch.randint(low, high + 1, ())),)).tolist()
+
+    if case.rows == "lists":
+        lists = list_features(PAIRS)
+        return [row | {"weight": 0.5 + i} if case.weighted else row for i, row in enumerate(lists)]
+    points, rows = case.rows == "points", []
+    for index in range(PAIRS * (1 + points)):
+        row: dict[str, Any] = {"prompt_ids": ids(8, 13)}
+        if points:
+            row |= {"reward": index / 7, "group": index // 2, "desirable": index % 3 > 0}
+        for name in ("completion",) if points else ("chosen", "rejected", "gold"):
+            row[f"{name}_ids"] = ids(1, 11)
+            if case.weighted:
+                size = len(row[f"{name}_ids"])
+                row[f"{name}_token_weights"] = torch.rand(size).mul(2).tolist()
+        rows.append(row | {"weight": 0.5 + index} if case.weighted and not points else row)
+    return rows
 
 
-def weighted() -> list[dict[str, Any]]:
-    """Pairs whose tokens have weights, with gold completions."""
-    golds = pair_features(16, seed=5)
-    return [
-        row
-        | {"gold_ids": gold["chosen_ids"]}
-        | {
-            f"{side}_token_weights": [0.5 + (i + place) % 3 for place in range(len(row[ids]))]
-            for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids"))
-        }
-        for i, (row, gold) in enumerate(zip(pair_features(16), golds, strict=True))
-    ]
+@dataclass(frozen=True)
+class Place:
+    """Where this process is: which batch, which part of its sequences, and with whom."""
+
+    batch: int
+    batches: int
+    shard: int
+    shards: int
+    data: dist.ProcessGroup
+    sequence: dist.ProcessGroup
 
 
-def short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every fourth batch has sequences of three tokens alone: most ranks have none with a label."""
-    one = {"prompt_ids": [3], "chosen_ids": [5, 7], "rejected_ids": [8]}
-    return [row | one if i < BATCH else row for i, row in enumerate(rows)]
-
-
-# Kind of trainer, its data, and what each run is given.
-Make = Callable[[], dict[str, Any]]
-CASES: dict[str, tuple[str, Callable[[], Any], Make]] = {
-    "statistics": (
-        "transformers",
-        lambda: short(pair_features(16)),
-        lambda: {
-            "loss": "alpha-dpo",
-            "reference": model(5),
-            "log_tokens": True,
-            "given": {"eval_dataset": pair_features(8, seed=3)},
-            "include_num_input_tokens_seen": "non_padding",
-        },
-    ),
-    "queue": (
-        "attached",
-        lambda: pair_features(16),
-        lambda: {
-            "loss": "gamma-simpo",
-            "loss_kwargs": {"queue_size": 16, "sample_size": 16},
-            "gradient_accumulation_steps": 2,
-            "max_steps": 2,
-        },
-    ),
-    "gold and token weights": ("transformers", weighted, lambda: {"loss": "tpo"}),
-    "lists": (
-        "transformers",
-        lambda: list_features(16),
-        lambda: {"loss": "dpo", "reference": model(5)},
-    ),
-    "both heads": (
-        "transformers",
-        lambda: pair_features(16),
-        lambda: {"model": adapted(), "reference": "adapter", "loss": "tdpo2"},
-    ),
-    "cached": (
-        "transformers",
-        lambda: pair_features(16),
-        lambda: {
-            "reference": model(5),
-            "given": {"reference_cache": "cache", "eval_dataset": pair_features(8, seed=3)},
-        },
-    ),
-    "dpo": (
-        "dpo",
-        lambda: pairs(16),
-        lambda: {
-            "loss": "bco-pair",
-            "reference": model(5),
-            "given": {"eval_dataset": pairs(8)},
-        },
-    ),
-    "ld_alpha": (
-        "dpo",
-        lambda: pairs(16),
-        lambda: {"loss": "dpo", "model": adapted(), "ld_alpha": 0.5, "log_tokens": True},
-    ),
-    "precomputed": (
-        "dpo",
-        lambda: pairs(16),
-        lambda: {"reference": model(5), "precompute_ref_log_probs": True},
-    ),
-    "kto": (
-        "kto",
-        lambda: points(16),
-        lambda: {"loss": "kto", "reference": model(5), "train_sampling_strategy": "sequential"},
-    ),
-    "kto, precomputed": (
-        "kto",
-        lambda: points(16),
-        lambda: {
-            "reference": model(5),
-            "precompute_ref_log_probs": True,
-            "train_sampling_strategy": "sequential",
-        },
-    ),
-}
-# At their first step policy and reference are alike: rounding decides on accuracies.
-OF_TIES = ("ld_alpha",)
-# A batch of which is whose completions are set behind one another's prompts.
-OF_ONE_SIZE = ("kto", "kto, precomputed")
-
-
-def trained(case: str, size: int, folder: Path) -> dict[str, Any]:
-    """Logs, weights and the loss's state after a few steps."""
-    kind, data, make = CASES[case]
-    options = parallel(size) | {"model": model()} | make()
-    given = options.pop("given", {})
-    if "reference_cache" in given:
-        given["reference_cache"] = str(folder / f"cache-{size}")
-    run = build(kind, folder / f"{case}-{size}", data(), given=given, **options)
-    if not kind.endswith("kto"):
-        run = in_order(run)
-    run.train()
-    if "eval_dataset" in given:
-        run.evaluate()
-    columns = [name for name in run.train_dataset[0] if name.startswith("ref_")]
-    return {
-        "log": run.state.log_history,
-        "weights": {name: value.detach() for name, value in run.model.named_parameters()},
-        "state": run.attachment.loss_fn.state_dict(),
-        "references": {name: [row[name] for row in run.train_dataset] for name in columns},
-        "seen": run.state.num_input_tokens_seen,
-    }
-
-
-def resumed(folder: Path) -> dict[str, Any]:
-    """A run of four steps, and one of two with another that goes on from there."""
-    runs = {}
-    for name, steps, start in (("whole", 4, None), ("half", 2, None), ("rest", 4, "half")):
-        options = parallel(2) | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
-        options |= {"optim": "adamw_torch", "loss": "alpha-dpo", "reference": model(5)}
-        run = build("transformers", folder / name, pair_features(16), model=model(), **options)
-        run.train(resume_from_checkpoint=start and str(folder / start / "checkpoint-2"))
-        runs[name] = state_of(run) | run.attachment.loss_fn.state_dict()
-    return runs
-
-
-def refused(folder: Path) -> dict[str, str]:
-    """What the trainers say of what cannot be cut."""
-    peft = pytest.importorskip("peft")
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    packs = {"data_collator": PairCollator(0, padding_free=True)}
-    shares = {"data_collator": PairCollator(0, shared_prompt=True)}
-    slides = tiny_llama(attn_implementation="sdpa")
-    slides.config.sliding_window = 4
-    cases: dict[str, tuple[str, dict[str, Any]]] = {
-        "packed": ("transformers", {"given": packs}),
-        "shared": ("transformers", {"given": shares}),
-        "packed, trl": ("dpo", {"padding_free": True}),
-        "prompt": ("transformers", {"model": peft.get_peft_model(tiny_llama(), prompt)}),
-        "eager": ("transformers", {"model": tiny_llama(attn_implementation="eager")}),
-        "window": ("transformers", {"model": slides}),
-        "reference": (
-            "transformers",
-            {"loss": "dpo", "reference": tiny_llama(attn_implementation="eager")},
-        ),
-    }
+def places(rank: int) -> dict[int, Place]:
+    """Ranks a sequence → this rank's place."""
     found = {}
-    for name, (kind, options) in cases.items():
-        data = pairs(16) if kind == "dpo" else pair_features(16)
-        try:
-            build(kind, folder / name, data, **parallel(4) | {"loss": "simpo"} | options)
-        except ValueError as error:
-            found[name] = str(error)
-    left = build("transformers", folder / "left", pair_features(16), loss="simpo", **parallel(4))
-    batch = PairCollator(0)(pair_features(2))
-    try:
-        left.shared.shard(batch | {"attention_mask": batch["attention_mask"].flip(1)})
-    except ValueError as error:
-        found["left"] = str(error)
+    for shards in (2, 4):
+        batches = WORLD // shards
+        grid = torch.arange(WORLD).view(batches, shards)
+        sequence = [dist.new_group(row.tolist()) for row in grid]
+        data = [dist.new_group(column.tolist()) for column in grid.T]
+        own, shard = divmod(rank, shards)
+        found[shards] = Place(own, batches, shard, shards, data[shard], sequence[own])
     return found
 
 
-def _work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    gc.freeze()
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    # It wants a device with an FSDP2 of accelerate's, which it makes of no process on a CPU.
-    ParallelismConfig._validate_accelerator = lambda *_: None
-    attend_over_ranks()
-    path = Path(folder)
-    results: dict[Any, Any] = {
-        (case, size): trained(case, size, path)
-        for case in CASES
-        for size in SIZES
-        if case not in OF_ONE_SIZE or size == WORLD
+def models(case: Case, place: Place | None) -> tuple[nn.Module, nn.Module | str]:
+    """A policy and its reference, in float64, whose attention is one over the place's ranks."""
+    attention = {}
+    if place is not None:
+        name = f"gathered_{case.order}_{case.ranks}"
+        attention["attn_implementation"] = gathered_attention(name, place.sequence, case.order)
+    if case.model == "adapter":
+        settings = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+        model = peft.get_peft_model(tiny_llama(**attention), peft.LoraConfig(**settings))
+        return model.double(), "adapter"
+    if case.model != "llama":
+        model = family(case.model)
+        if attention:
+            model.set_attn_implementation(attention["attn_implementation"])
+        return model.train(), "precomputed"
+    return tiny_llama(**attention).double(), tiny_llama(5, **attention).double()
+
+
+COLLATORS = {"pairs": PairCollator, "points": PointCollator, "lists": ListCollator}
+
+
+def step(case: Case, place: Place | None) -> dict[str, Any]:
+    """Loss, metrics, statistics and all gradients of two steps without an update."""
+    model, reference = models(case, place)
+    rows, collator = features(case), COLLATORS[case.rows]
+    if place is not None:
+        size = len(rows) // place.batches
+        rows = rows[place.batch * size :][:size]
+    batch: dict[str, Any] = collator(0, padding_free=case.packed)(rows)
+    loss_fn = fp.PreferenceLoss(case.loss, **case.options)
+    attachment = attach(model, loss_fn, reference=reference, log_tokens=case.tokens)
+    wrapped: nn.Module = model
+    if place is not None:
+        batch = shard_of(batch, place.shard, place.shards, order=case.order)
+        attachment.sequence_group, loss_fn.process_group = place.sequence, place.data
+        wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        wrapped.zero_grad()
+        loss = wrapped(**batch)["loss"]
+        loss.backward()
+    trained = model.named_parameters()
+    gradients = {name: value.grad for name, value in trained if value.grad is not None}
+    remembered = loss_fn.state_dict().items()
+    return {
+        "loss": loss.detach(),
+        "labels": int((batch["shift_labels"] >= 0).sum()) if place is not None else None,
+        "metrics": attachment.pop_metrics("train"),
+        # A queue's values come in another order.
+        "state": {name: each.flatten().sort().values for name, each in remembered},
+        "gradients": gradients,
     }
-    results |= {"resumed": resumed(path), "refused": refused(path)}
-    torch.save(results, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def refusals(place: Place) -> dict[str, str]:
+    """Messages about shards that would be trained on as if they were whole, or cannot be."""
+    case = Case("simpo", 4)
+    sharing, _ = models(case, place)
+    batch = PairCollator(0)(pair_features(2))
+    shard = shard_of(batch, place.shard, place.shards)
+    group = {"sequence_group": place.sequence}
+
+    def without(*names: str) -> dict[str, Any]:
+        return {name: value for name, value in shard.items() if name not in names}
+
+    calls: dict[str, tuple[str, nn.Module, dict[str, Any], dict[str, Any]]] = {
+        "attention": ("simpo", tiny_llama(), shard, group),
+        "group": ("simpo", sharing, shard, {}),
+        "positions": ("simpo", sharing, without("position_ids"), group),
+        "prompts": ("dro", sharing, without("shift_prompt_labels"), group),
+        "images": ("simpo", sharing, shard | {"pixel_values": torch.zeros(1)}, group),
+        "experts": ("simpo", family("mixtral"), without("attention_mask"), group),
+    }
+    calls["experts"][1].set_attn_implementation("gathered_contiguous_4")
+    messages = {}
+    for name, (loss, model, given, options) in calls.items():
+        loss_fn = fp.PreferenceLoss(loss)
+        fields = dict.fromkeys(("reference", "prompt_reference", "rewards"), torch.zeros(4))
+        with pytest.raises(ValueError) as error:
+            preference_outputs(model, loss_fn, fields | given, **options)
+        messages[name] = str(error.value)
+    return messages
+
+
+def _work(rank: int) -> dict[str, Any]:
+    own = places(rank)
+    steps = [step(case, own[case.ranks]) for case in CASES]
+    return {"steps": steps, "refused": refusals(own[4])}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    # One process imports, of which all others are forks.
-    multiprocessing.set_forkserver_preload(["fused_prefopt.integrations.trl", "peft"])
-    mp.start_processes(_work, args=(port, str(folder)), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return forked(_work, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ranks_that_share_sequences_train_as_one_process(ranks, case, tmp_path):
-    wanted, unlike = trained(case, 1, tmp_path), TIMES | {"train_tokens_per_second"}
-    unlike |= {"rewards/accuracies"} if case in OF_TIES else set()
-    for size in SIZES[: 1 if case in OF_ONE_SIZE else None]:
-        for found in (rank[case, size] for rank in ranks):
-            assert len(found["log"]) == len(wanted["log"])
-            for one, other in zip(wanted["log"], found["log"], strict=True):
-                assert one.keys() == other.keys()
-                for name in one.keys() - unlike:
-                    # A trainer keeps its loss in fp32.
-                    close = pytest.approx(one[name], rel=1e-6, abs=1e-9)
-                    assert other[name] == close, (size, name)
-            for part in ("weights", "state"):
-                assert found[part].keys() == wanted[part].keys()
-                for name, value in wanted[part].items():
-                    torch.testing.assert_close(found[part][name], value, rtol=1e-9, atol=1e-12)
-            assert found["references"].keys() == wanted["references"].keys()
-            for name, values in wanted["references"].items():
-                assert found["references"][name] == pytest.approx(values, rel=1e-6), name
-
-            assert found["seen"] == wanted["seen"]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shards_of_sequences_equal_one_process(ranks, case):
+    wanted = step(case, None)
+    found = [rank["steps"][CASES.index(case)] for rank in ranks]
+    mean = sum(each["loss"] for each in found) / WORLD
+    torch.testing.assert_close(mean, wanted["loss"], rtol=1e-9, atol=1e-12)
+    for rank, each in enumerate(found):
+        assert each["loss"] == found[rank - rank % case.ranks]["loss"]
+        assert each["metrics"] == pytest.approx(wanted["metrics"], rel=1e-9, abs=1e-9)
+        assert each["state"].keys() == wanted["state"].keys()
+        for name, value in wanted["state"].items():
+            options = {"rtol": 1e-9, "atol": 1e-12, "equal_nan": True}
+            torch.testing.assert_close(each["state"][name], value, **options)
+        assert each["gradients"].keys() == wanted["gradients"].keys()
+        for name, value in wanted["gradients"].items():
+            assert (each["gradients"][name] - value).norm() <= 1e-9 * value.norm(), name
 
 
-def test_a_resumed_run_is_bit_equal(ranks):
-    for runs in (rank["resumed"] for rank in ranks):
-        assert_bit_equal(runs["rest"], runs["whole"])
-        assert runs["half"]["statistics.weight"] < runs["whole"]["statistics.weight"]
+def test_a_shard_that_would_be_taken_for_a_whole_is_refused(ranks):
+    for messages in (rank["refused"] for rank in ranks):
+        assert "in which no token sees those of other ranks" in messages["attention"]
+        assert messages["group"].startswith(
+            "sequence_group: got None for a batch with shift_labels"
+        )
+        assert messages["positions"].startswith("position_ids: got none with shift_labels")
+        assert messages["prompts"].startswith("shift_prompt_labels: got none with shift_labels")
+        assert "a shard with images (pixel_values)" in messages["images"]
+        assert messages["experts"].startswith("attention_mask: got none in a shard of a model")
 
 
-def test_what_cannot_be_cut_is_refused_by_name(ranks):
-    wanted = {
-        "packed": "packs sequences or shares prompts",
-        "shared": "packs sequences or shares prompts",
-        "packed, trl": "packs sequences or shares prompts",
-        "prompt": "learns a prompt",
-        "eager": "'eager', wanted 'sdpa'",
-        "window": "layers of sliding_attention",
-        "reference": "'eager', wanted 'sdpa'",
-        "left": "padding in front of tokens",
-    }
-    for found in (rank["refused"] for rank in ranks):
-        assert found.keys() == wanted.keys()
-        for name, words in wanted.items():
-            assert words in found[name], name
+def test_a_rank_has_no_label(ranks):
+    labels = [rank["steps"][CASES.index(Case("dpo", 4, weighted=True))]["labels"] for rank in ranks]
+    assert labels[0] == 0 and all(labels[1:])

@@ -1,7 +1,6 @@
-"""Attention over ranks that runs on a CPU: every rank gathers all keys, values and places.
+"""Attention over tokens that ranks share, on any device: each has the keys and values of all.
 
-torch's ring attention has CUDA kernels alone. This stands in its place under transformers' name
-for `sdpa`: accelerate's and torch's context managers, and the cut that they make, stay the real.
+What Ulysses and ring attention compute on GPUs.
 """
 
 from __future__ import annotations
@@ -10,35 +9,66 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from torch.distributed.nn.functional import all_reduce
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fused_prefopt.data import token_places
 
 
-def gathered(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """Every rank's (S, heads, T, size) behind one another, differentiable on gloo."""
-    places = [torch.zeros_like(values) for _ in range(dist.get_world_size(group))]
-    places[dist.get_rank(group)] = values
-    return all_reduce(torch.cat(places, 2), group=group)
+class _Gather(torch.autograd.Function):
+    """(…) → (ranks, …); the gradient of a rank's part is what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, values, group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
 
 
-def attend_over_ranks() -> None:
-    """From now on let models with `sdpa` attend over accelerate's `cp` ranks, by position_ids."""
+def gathered_attention(name: str, group: dist.ProcessGroup, order: str) -> str:
+    """Register an `attn_implementation` for models whose batches are shards; returns its name.
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **options: Any
-    ) -> tuple[torch.Tensor, None]:
-        # As accelerate's hooks leave them.
-        assert mask is None and options["is_causal"]
-        group = AcceleratorState().device_mesh["cp"].get_group()
-        own = options["position_ids"].expand(len(query), -1)
-        every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(every, own.contiguous(), group=group)
-        key, value = gathered(key, group), gathered(value, group)
-        groups = query.shape[1] // key.shape[1]
-        key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
-        seen = own[:, None, :, None] >= torch.cat(every, 1)[:, None, None, :]
-        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~seen, -torch.inf)
-        return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+    Args:
+        name: of it.
+        group: ranks that share the sequences.
+        order: of `shard_of`.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        position_ids: Tensor,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """(S, heads, T, d) → (S, T, heads, d), a token seeing those before it in its sequence."""
+        assert attention_mask is None, "a shard's mask is of its own tokens alone"
+        length = query.shape[2] * ranks
+        own = token_places(length, rank, ranks, order)
+        every = torch.cat([token_places(length, each, ranks, order) for each in range(ranks)])
+        back = every.argsort()
+        # Of grouped queries each has its keys.
+        shared = query.shape[1] // key.shape[1]
+        both = _Gather.apply(torch.stack((key, value)).repeat_interleave(shared, 2), group)
+        keys, values = torch.cat(both.unbind(), 3)[..., back, :]
+        positions = torch.cat(_Gather.apply(position_ids.contiguous(), group).unbind(), 1)[:, back]
+        sequences = (positions == 0).cumsum(1)
+        assert torch.equal(positions[:, own], position_ids)
+        together = sequences[:, own, None] == sequences[:, None]
+        seen = (together & (own[:, None] >= torch.arange(length)))[:, None]
+        scores = (query @ keys.mT * scaling).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ values).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attention)
+    return name

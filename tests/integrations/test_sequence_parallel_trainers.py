@@ -1,0 +1,318 @@
+"""Trainers whose ranks share sequences (accelerate's `cp_size`) against one process.
+
+Four processes in one file: sequences over all of them, and two data ranks of two each. Attention is
+`gathered_attention`'s, as torch's ring runs on GPUs alone; everything around it is the real one.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
+from gathered_attention import attend_over_ranks
+from tiny_models import list_features, pair_features, tiny_llama
+from trainers import (
+    TIMES,
+    assert_bit_equal,
+    build,
+    in_order,
+    lora,
+    pairs,
+    points,
+    state_of,
+)
+
+from fused_prefopt.data import PairCollator
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
+
+WORLD, BATCH = 4, 4
+# Ranks that share sequences; the others are data ranks.
+SIZES = (4, 2)
+
+
+def parallel(size: int) -> dict[str, Any]:
+    """Options of a trainer on so many ranks for each sequence, 1 for one process."""
+    options = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 3}
+    if size == 1:
+        return options | {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH}
+    AcceleratorState._reset_state()
+    ranks, each = WORLD // size, BATCH * size // WORLD
+    config = ParallelismConfig(cp_size=size, dp_shard_size=ranks)
+    options |= {"parallelism_config": config, "ddp_backend": "gloo"}
+    return options | {"per_device_train_batch_size": each, "per_device_eval_batch_size": each}
+
+
+def model(seed: int = 0) -> Any:
+    return tiny_llama(seed, attn_implementation="sdpa").double()
+
+
+def adapted() -> Any:
+    return lora(3, target_modules=["q_proj", "lm_head"], lora_dropout=0.0).double()
+
+
+def weighted() -> list[dict[str, Any]]:
+    """Pairs whose tokens have weights, with gold completions."""
+    golds = pair_features(16, seed=5)
+    return [
+        row
+        | {"gold_ids": gold["chosen_ids"]}
+        | {
+            f"{side}_token_weights": [0.5 + (i + place) % 3 for place in range(len(row[ids]))]
+            for side, ids in (("chosen", "chosen_ids"), ("rejected", "rejected_ids"))
+        }
+        for i, (row, gold) in enumerate(zip(pair_features(16), golds, strict=True))
+    ]
+
+
+def short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every fourth batch has sequences of three tokens alone: most ranks have none with a label."""
+    one = {"prompt_ids": [3], "chosen_ids": [5, 7], "rejected_ids": [8]}
+    return [row | one if i < BATCH else row for i, row in enumerate(rows)]
+
+
+# Kind of trainer, its data, and what each run is given.
+Make = Callable[[], dict[str, Any]]
+CASES: dict[str, tuple[str, Callable[[], Any], Make]] = {
+    "statistics": (
+        "transformers",
+        lambda: short(pair_features(16)),
+        lambda: {
+            "loss": "alpha-dpo",
+            "reference": model(5),
+            "log_tokens": True,
+            "given": {"eval_dataset": pair_features(8, seed=3)},
+            "include_num_input_tokens_seen": "non_padding",
+        },
+    ),
+    "queue": (
+        "attached",
+        lambda: pair_features(16),
+        lambda: {
+            "loss": "gamma-simpo",
+            "loss_kwargs": {"queue_size": 16, "sample_size": 16},
+            "gradient_accumulation_steps": 2,
+            "max_steps": 2,
+        },
+    ),
+    "gold and token weights": ("transformers", weighted, lambda: {"loss": "tpo"}),
+    "lists": (
+        "transformers",
+        lambda: list_features(16),
+        lambda: {"loss": "dpo", "reference": model(5)},
+    ),
+    "both heads": (
+        "transformers",
+        lambda: pair_features(16),
+        lambda: {"model": adapted(), "reference": "adapter", "loss": "tdpo2"},
+    ),
+    "cached": (
+        "transformers",
+        lambda: pair_features(16),
+        lambda: {
+            "reference": model(5),
+            "given": {"reference_cache": "cache", "eval_dataset": pair_features(8, seed=3)},
+        },
+    ),
+    "dpo": (
+        "dpo",
+        lambda: pairs(16),
+        lambda: {
+            "loss": "bco-pair",
+            "reference": model(5),
+            "given": {"eval_dataset": pairs(8)},
+        },
+    ),
+    "ld_alpha": (
+        "dpo",
+        lambda: pairs(16),
+        lambda: {"loss": "dpo", "model": adapted(), "ld_alpha": 0.5, "log_tokens": True},
+    ),
+    "precomputed": (
+        "dpo",
+        lambda: pairs(16),
+        lambda: {"reference": model(5), "precompute_ref_log_probs": True},
+    ),
+    "kto": (
+        "kto",
+        lambda: points(16),
+        lambda: {"loss": "kto", "reference": model(5), "train_sampling_strategy": "sequential"},
+    ),
+    "kto, precomputed": (
+        "kto",
+        lambda: points(16),
+        lambda: {
+            "reference": model(5),
+            "precompute_ref_log_probs": True,
+            "train_sampling_strategy": "sequential",
+        },
+    ),
+}
+# At their first step policy and reference are alike: rounding decides on accuracies.
+OF_TIES = ("ld_alpha",)
+# A batch of which is whose completions are set behind one another's prompts.
+OF_ONE_SIZE = ("kto", "kto, precomputed")
+
+
+def trained(case: str, size: int, folder: Path) -> dict[str, Any]:
+    """Logs, weights and the loss's state after a few steps."""
+    kind, data, make = CASES[case]
+    options = parallel(size) | {"model": model()} | make()
+    given = options.pop("given", {})
+    if "reference_cache" in given:
+        given["reference_cache"] = str(folder / f"cache-{size}")
+    run = build(kind, folder / f"{case}-{size}", data(), given=given, **options)
+    if not kind.endswith("kto"):
+        run = in_order(run)
+    run.train()
+    if "eval_dataset" in given:
+        run.evaluate()
+    columns = [name for name in run.train_dataset[0] if name.startswith("ref_")]
+    return {
+        "log": run.state.log_history,
+        "weights": {name: value.detach() for name, value in run.model.named_parameters()},
+        "state": run.attachment.loss_fn.state_dict(),
+        "references": {name: [row[name] for row in run.train_dataset] for name in columns},
+        "seen": run.state.num_input_tokens_seen,
+    }
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """A run of four steps, and one of two with another that goes on from there."""
+    runs = {}
+    for name, steps, start in (("whole", 4, None), ("half", 2, None), ("rest", 4, "half")):
+        options = parallel(2) | {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        options |= {"optim": "adamw_torch", "loss": "alpha-dpo", "reference": model(5)}
+        run = build("transformers", folder / name, pair_features(16), model=model(), **options)
+        run.train(resume_from_checkpoint=start and str(folder / start / "checkpoint-2"))
+        runs[name] = state_of(run) | run.attachment.loss_fn.state_dict()
+    return runs
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What the trainers say of what cannot be cut."""
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    packs = {"data_collator": PairCollator(0, padding_free=True)}
+    shares = {"data_collator": PairCollator(0, shared_prompt=True)}
+    slides = tiny_llama(attn_implementation="sdpa")
+    slides.config.sliding_window = 4
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "packed": ("transformers", {"given": packs}),
+        "shared": ("transformers", {"given": shares}),
+        "packed, trl": ("dpo", {"padding_free": True}),
+        "prompt": ("transformers", {"model": peft.get_peft_model(tiny_llama(), prompt)}),
+        "eager": ("transformers", {"model": tiny_llama(attn_implementation="eager")}),
+        "window": ("transformers", {"model": slides}),
+        "reference": (
+            "transformers",
+            {"loss": "dpo", "reference": tiny_llama(attn_implementation="eager")},
+        ),
+    }
+    found = {}
+    for name, (kind, options) in cases.items():
+        data = pairs(16) if kind == "dpo" else pair_features(16)
+        try:
+            build(kind, folder / name, data, **parallel(4) | {"loss": "simpo"} | options)
+        except ValueError as error:
+            found[name] = str(error)
+    left = build("transformers", folder / "left", pair_features(16), loss="simpo", **parallel(4))
+    batch = PairCollator(0)(pair_features(2))
+    try:
+        left.shared.shard(batch | {"attention_mask": batch["attention_mask"].flip(1)})
+    except ValueError as error:
+        found["left"] = str(error)
+    return found
+
+
+def _work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    # It wants a device with an FSDP2 of accelerate's, which it makes of no process on a CPU.
+    ParallelismConfig._validate_accelerator = lambda *_: None
+    attend_over_ranks()
+    path = Path(folder)
+    results: dict[Any, Any] = {
+        (case, size): trained(case, size, path)
+        for case in CASES
+        for size in SIZES
+        if case not in OF_ONE_SIZE or size == WORLD
+    }
+    results |= {"resumed": resumed(path), "refused": refused(path)}
+    torch.save(results, path / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    # One process imports, of which all others are forks.
+    multiprocessing.set_forkserver_preload(["fused_prefopt.integrations.trl", "peft"])
+    mp.start_processes(_work, args=(port, str(folder)), nprocs=WORLD, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_that_share_sequences_train_as_one_process(ranks, case, tmp_path):
+    wanted, unlike = trained(case, 1, tmp_path), TIMES | {"train_tokens_per_second"}
+    unlike |= {"rewards/accuracies"} if case in OF_TIES else set()
+    for size in SIZES[: 1 if case in OF_ONE_SIZE else None]:
+        for found in (rank[case, size] for rank in ranks):
+            assert len(found["log"]) == len(wanted["log"])
+            for one, other in zip(wanted["log"], found["log"], strict=True):
+                assert one.keys() == other.keys()
+                for name in one.keys() - unlike:
+                    # A trainer keeps its loss in fp32.
+                    close = pytest.approx(one[name], rel=1e-6, abs=1e-9)
+                    assert other[name] == close, (size, name)
+            for part in ("weights", "state"):
+                assert found[part].keys() == wanted[part].keys()
+                for name, value in wanted[part].items():
+                    torch.testing.assert_close(found[part][name], value, rtol=1e-9, atol=1e-12)
+            assert found["references"].keys() == wanted["references"].keys()
+            for name, values in wanted["references"].items():
+                assert found["references"][name] == pytest.approx(values, rel=1e-6), name
+
+            assert found["seen"] == wanted["seen"]
+
+
+def test_a_resumed_run_is_bit_equal(ranks):
+    for runs in (rank["resumed"] for rank in ranks):
+        assert_bit_equal(runs["rest"], runs["whole"])
+        assert runs["half"]["statistics.weight"] < runs["whole"]["statistics.weight"]
+
+
+def test_what_cannot_be_cut_is_refused_by_name(ranks):
+    wanted = {
+        "packed": "packs sequences or shares prompts",
+        "shared": "packs sequences or shares prompts",
+        "packed, trl": "packs sequences or shares prompts",
+        "prompt": "learns a prompt",
+        "eager": "'eager', wanted 'sdpa'",
+        "window": "layers of sliding_attention",
+        "reference": "'eager', wanted 'sdpa'",
+        "left": "padding in front of tokens",
+    }
+    for found in (rank["refused"] for rank in ranks):
+        assert found.keys() == wanted.keys()
+        for name, words in wanted.items():
+            assert words in found[name], name
