@@ -5,7 +5,6 @@ Two processes that share sequences, in the environment that has DeepSpeed.
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 from datetime import timedelta
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import pair_features, tiny_llama
-from trainers import TIMES, assert_bit_equal, build, in_order, lora, pairs, points, spawned
+from trainers import build, in_order, lora, pairs, points
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow

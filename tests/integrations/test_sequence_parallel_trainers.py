@@ -1,15 +1,14 @@
 """Trainers whose ranks share sequences (accelerate's `cp_size`) against one process.
 
-Four processes in one file: sequences over all of them, and two data ranks of two each. Attention is
-`gathered_attention`'s, as torch's ring runs on GPUs alone; everything around it is the real one.
+Four processes: sequences over all of them, and two data ranks of two each. The attention is one
+that gathers, under the name of `sdpa`, as torch's ring runs on GPUs alone; accelerate's and torch's
+context managers, and the order in which they deal tokens out, are the real ones.
 """
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
+import functools
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import ParallelismConfig
-from accelerate.state import AcceleratorState
-from gathered_attention import attend_over_ranks
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from forked import forked
+from gathered_attention import gathered_attention
 from tiny_models import list_features, pair_features, tiny_llama
 from trainers import (
     TIMES,
@@ -49,7 +48,7 @@ def parallel(size: int) -> dict[str, Any]:
     options = {"optim": "sgd", "learning_rate": 1e-2, "max_steps": 3}
     if size == 1:
         return options | {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH}
-    AcceleratorState._reset_state()
+    gathered_attention("sdpa", _groups()[size], "balanced")
     ranks, each = WORLD // size, BATCH * size // WORLD
     config = ParallelismConfig(cp_size=size, dp_shard_size=ranks)
     options |= {"parallelism_config": config, "ddp_backend": "gloo"}
@@ -161,16 +160,22 @@ CASES: dict[str, tuple[str, Callable[[], Any], Make]] = {
         },
     ),
 }
+# Of them also under FSDP2, where processes of a CPU are taken for accelerators.
+SHARDED = ("statistics", "both heads", "dpo")
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+}
 # At their first step policy and reference are alike: rounding decides on accuracies.
 OF_TIES = ("ld_alpha",)
 # A batch of which is whose completions are set behind one another's prompts.
 OF_ONE_SIZE = ("kto", "kto, precomputed")
 
 
-def trained(case: str, size: int, folder: Path) -> dict[str, Any]:
+def trained(case: str, size: int, folder: Path, **more: Any) -> dict[str, Any]:
     """Logs, weights and the loss's state after a few steps."""
     kind, data, make = CASES[case]
-    options = parallel(size) | {"model": model()} | make()
+    options = parallel(size) | {"model": model()} | make() | more
     given = options.pop("given", {})
     if "reference_cache" in given:
         given["reference_cache"] = str(folder / f"cache-{size}")
@@ -183,11 +188,17 @@ def trained(case: str, size: int, folder: Path) -> dict[str, Any]:
     columns = [name for name in run.train_dataset[0] if name.startswith("ref_")]
     return {
         "log": run.state.log_history,
-        "weights": {name: value.detach() for name, value in run.model.named_parameters()},
+        "weights": {name: whole(value) for name, value in run.model.named_parameters()},
         "state": run.attachment.loss_fn.state_dict(),
         "references": {name: [row[name] for row in run.train_dataset] for name in columns},
         "seen": run.state.num_input_tokens_seen,
     }
+
+
+def whole(value: Any) -> torch.Tensor:
+    """A weight, which may be sharded."""
+    value = value.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -238,44 +249,49 @@ def refused(folder: Path) -> dict[str, str]:
     return found
 
 
-def _work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    gc.freeze()
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    # It wants a device with an FSDP2 of accelerate's, which it makes of no process on a CPU.
+@functools.cache
+def _groups() -> dict[int, Any]:
+    """By their number the ranks that share this one's sequences."""
+    return {size: dist.new_subgroups(size)[0] for size in SIZES}
+
+
+def _work(rank: int, folder: Path) -> dict[Any, Any]:
+    where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= where | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    validate = ParallelismConfig._validate_accelerator
+    # It wants FSDP2 or a device, as which accelerate takes no process on a CPU.
     ParallelismConfig._validate_accelerator = lambda *_: None
-    attend_over_ranks()
-    path = Path(folder)
     results: dict[Any, Any] = {
-        (case, size): trained(case, size, path)
+        (case, size): trained(case, size, folder)
         for case in CASES
         for size in SIZES
         if case not in OF_ONE_SIZE or size == WORLD
     }
-    results |= {"resumed": resumed(path), "refused": refused(path)}
-    torch.save(results, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    results |= {"resumed": resumed(folder), "refused": refused(folder)}
+    ParallelismConfig._validate_accelerator, own = validate, AcceleratorState.__init__
+
+    def take_for_accelerators(self: Any, *args: Any, **kwargs: Any) -> None:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        own(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = take_for_accelerators
+    for case in SHARDED:
+        results[case, "fsdp2"] = trained(case, 2, folder, **FSDP2)
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    # One process imports, of which all others are forks.
-    multiprocessing.set_forkserver_preload(["fused_prefopt.integrations.trl", "peft"])
-    mp.start_processes(_work, args=(port, str(folder)), nprocs=WORLD, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return forked(functools.partial(_work, folder=folder), WORLD, folder)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_share_sequences_train_as_one_process(ranks, case, tmp_path):
     wanted, unlike = trained(case, 1, tmp_path), TIMES | {"train_tokens_per_second"}
     unlike |= {"rewards/accuracies"} if case in OF_TIES else set()
-    for size in SIZES[: 1 if case in OF_ONE_SIZE else None]:
+    sizes: list[Any] = [*SIZES[: 1 if case in OF_ONE_SIZE else None]]
+    for size in sizes + (["fsdp2"] if case in SHARDED else []):
         for found in (rank[case, size] for rank in ranks):
             assert len(found["log"]) == len(wanted["log"])
             for one, other in zip(wanted["log"], found["log"], strict=True):
