@@ -5,17 +5,16 @@ Two processes that share sequences, in the environment that has DeepSpeed.
 
 from __future__ import annotations
 
-import gc
 import os
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from forked import forked
 from tiny_models import pair_features, tiny_llama
-from trainers import build, in_order, lora, pairs, points
+from trainers import TIMES, assert_bit_equal, build, in_order, lora, pairs, points
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -88,14 +87,44 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in values.items()}
 
 
-def _work(rank: int, port: int, folder: str, case: str, resume: bool) -> None:
-    torch.set_num_threads(1)
-    gc.freeze()
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def _work(rank: int, folder: Path, case: str, resume: bool) -> dict[str, Any]:
     import deepspeed
 
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timedelta(minutes=2))
-    torch.save(trained(case, Path(folder), 2, resume), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    where |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "DS_ACCELERATOR": "cpu"}
+    os.environ |= where
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    return trained(case, folder, 2, resume)
+
+
+def on_two(folder: Path, case: str, resume: bool = False) -> list[dict[str, Any]]:
+    """Each rank's run. A process has DeepSpeed's groups once, so these are new ones."""
+    left = folder / ("resumed" if resume else "ranks")
+    left.mkdir()
+    return forked(partial(_work, folder=folder, case=case, resume=resume), 2, left)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_that_share_sequences_train_as_one_process(case, tmp_path):
+    wanted = trained(case, tmp_path, 1)
+    for found in on_two(tmp_path, case):
+        assert len(found["log"]) == len(wanted["log"])
+        for one, other in zip(wanted["log"], found["log"], strict=True):
+            assert one.keys() == other.keys()
+            for name in one.keys() - TIMES:
+                # Not clipped, the norm tells how large the gradients are.
+                assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), name
+        for part in ("weights", "state"):
+            assert found[part].keys() == wanted[part].keys()
+            for name, value in wanted[part].items():
+                torch.testing.assert_close(found[part][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path):
+    # It resumes within an epoch: batches are passed over.
+    whole = on_two(tmp_path, "all, statistics")
+    rest = on_two(tmp_path, "all, statistics", resume=True)
+    for one, other in zip(whole, rest, strict=True):
+        for part in ("weights", "state"):
+            assert_bit_equal(other[part], one[part], part)
+        assert float(one["state"]["statistics.weight"]) > 0

@@ -168,8 +168,11 @@ FSDP2 = {
 }
 # At their first step policy and reference are alike: rounding decides on accuracies.
 OF_TIES = ("ld_alpha",)
-# A batch of which is whose completions are set behind one another's prompts.
-OF_ONE_SIZE = ("kto", "kto, precomputed")
+# Of KTO's data each batch's completions are set behind one another's prompts: one size of batches.
+SIZES_OF = {
+    **dict.fromkeys(("queue", "lists", "both heads", "cached", "precomputed"), (2,)),
+    **dict.fromkeys(("gold and token weights", "ld_alpha", "kto", "kto, precomputed"), (4,)),
+}
 
 
 def trained(case: str, size: int, folder: Path, **more: Any) -> dict[str, Any]:
@@ -264,8 +267,7 @@ def _work(rank: int, folder: Path) -> dict[Any, Any]:
     results: dict[Any, Any] = {
         (case, size): trained(case, size, folder)
         for case in CASES
-        for size in SIZES
-        if case not in OF_ONE_SIZE or size == WORLD
+        for size in SIZES_OF.get(case, SIZES)
     }
     results |= {"resumed": resumed(folder), "refused": refused(folder)}
     ParallelismConfig._validate_accelerator, own = validate, AcceleratorState.__init__
@@ -290,8 +292,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 def test_ranks_that_share_sequences_train_as_one_process(ranks, case, tmp_path):
     wanted, unlike = trained(case, 1, tmp_path), TIMES | {"train_tokens_per_second"}
     unlike |= {"rewards/accuracies"} if case in OF_TIES else set()
-    sizes: list[Any] = [*SIZES[: 1 if case in OF_ONE_SIZE else None]]
-    for size in sizes + (["fsdp2"] if case in SHARDED else []):
+    for size in (*SIZES_OF.get(case, SIZES), *(["fsdp2"] if case in SHARDED else [])):
         for found in (rank[case, size] for rank in ranks):
             assert len(found["log"]) == len(wanted["log"])
             for one, other in zip(wanted["log"], found["log"], strict=True):
