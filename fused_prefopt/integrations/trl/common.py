@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from inspect import signature
@@ -108,6 +108,8 @@ class FusesLoss(
     # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
     _tp_size: int = 1
     _name: ClassVar[str]
+    # A data set with the columns that TRL's `_precompute_ref_logps` adds.
+    _with_own_references: Callable[[Any, str, int], Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = signature(super().__init__).bind(*args, **kwargs)
@@ -301,10 +303,6 @@ class FusesLoss(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
-
-    def _with_own_references(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """The data set with the columns that TRL's `_precompute_ref_logps` adds."""
-        raise NotImplementedError
 
     def _require_own_references(self, dataset: Any) -> None:
         """Raise ValueError where `_own_reference_logps` does not compute what TRL's loop does."""

@@ -285,7 +285,7 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     def _references_of(
         self, dataset: Any, prefix: str, name: str, batch_size: int
     ) -> list[dict[str, Any]]:
-        """`_own_reference_logps` of a data set's completions, those of the columns with a prefix."""
+        """`_own_reference_logps` of the completions in the columns with a prefix."""
         cut = Cut.of(self.args, pairwise=False)
         tokenwise = [
             each
