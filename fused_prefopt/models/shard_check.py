@@ -66,7 +66,9 @@ def require_shard(
         f"images ({', '.join(images)})": bool(images),
         "an adapter that learns a prompt": bool(prompt_learners(model)),
         f"{', '.join(sorted(layers))} layers": bool(layers),
-        f"a {type(model).__name__}, whose backbone takes no position_ids": not _takes(model),
+        f"a {type(model).__name__}, whose backbone takes no position_ids": not _takes_positions(
+            model
+        ),
     }
     for what, there in refused.items():
         if there:
@@ -77,8 +79,13 @@ def require_shard(
     return group
 
 
-def _takes(model: nn.Module) -> bool:
-    return POSITION_IDS in inspect.signature(backbone_of(model).forward).parameters
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a backbone's forward names `position_ids`, or is one that hides its arguments."""
+    if torch.compiler.is_compiling():
+        return True
+    parameters = inspect.signature(backbone_of(model).forward).parameters
+    hides = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    return hides or POSITION_IDS in parameters
 
 
 def require_shared_attention(
@@ -109,6 +116,8 @@ def require_shared_attention(
     others = (ids + 1) % input_vocab(model) if first else ids
     before, after = (_hidden(model, {**batch, INPUT_IDS: each}) for each in (ids, others))
     change = (after - before).norm(dim=-1) > tolerance(before) * before.norm(dim=-1)
+    # What is not finite tells nothing, and is the loss's to tell.
+    behind &= (after - before).isfinite().all(-1)
     found = torch.stack((behind.any(), change.logical_and(behind).any())).long()
     expected, seen = sum_over_ranks(found, group).tolist()
     if expected and not seen:
