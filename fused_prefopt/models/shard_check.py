@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fused_prefopt.checks import require
 from fused_prefopt.data.columns import (
     INPUT_IDS,
     NUM_SEQUENCES,
@@ -29,6 +30,28 @@ from fused_prefopt.models.model_call import IMAGES, prompt_learners
 _LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 # Backbone whose tokens have seen those of other ranks → its attention then, and the ranks.
 _PASSED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def require_whole(batch: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError where ranks share sequences, and a batch has a part of some, but no labels.
+
+    Args:
+        batch: without `shift_labels`.
+        group: ranks that share the sequences of shards, or None.
+
+    Raises:
+        ValueError: a row does not begin at place 0 (a device-side assert on CUDA).
+    """
+    places = batch.get(POSITION_IDS)
+    if group is not None and places is not None:
+        require(
+            (places[..., :1] == 0).all(),
+            lambda: (
+                "shift_labels: got none with position_ids that begin behind 0 and a sequence_group,"
+                " needs them in each shard: the label of its last token lies on another rank;"
+                " `data.shard_of` cuts whole batches"
+            ),
+        )
 
 
 def require_shard(
