@@ -82,16 +82,15 @@ def require_shard(
             f"{missing[0]}: got none with shift_labels, needs it in each shard; `data.shard_of`"
             " makes it of a whole batch"
         )
-    images = [name for name in IMAGES if batch.get(name) is not None]
+    images = [each for each in IMAGES if batch.get(each) is not None]
+    name = type(model).__name__
     layers = set(getattr(text_config(model), "layer_types", None) or ()) - _LAYERS
     refused = {
         "shared prompts": SEGMENTS in batch,
         f"images ({', '.join(images)})": bool(images),
         "an adapter that learns a prompt": bool(prompt_learners(model)),
         f"{', '.join(sorted(layers))} layers": bool(layers),
-        f"a {type(model).__name__}, whose backbone takes no position_ids": not _takes_positions(
-            model
-        ),
+        f"a {name}, whose backbone takes no position_ids": not _takes_positions(model),
     }
     for what, there in refused.items():
         if there:
