@@ -58,7 +58,11 @@ from fused_prefopt.models.model_call import (
     without_side_channel,
 )
 from fused_prefopt.models.peft_head import is_prompted, prompted, with_prompt
-from fused_prefopt.models.shard_check import require_shard, require_shared_attention
+from fused_prefopt.models.shard_check import (
+    require_shard,
+    require_shared_attention,
+    require_whole,
+)
 from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
@@ -126,6 +130,7 @@ def collated_rows(
     """
     if SHIFT_LABELS in batch:
         return _shard_rows(model, batch, prompt, router, sequence_group)
+    require_whole(batch, sequence_group)
     batch = with_prompt(model, batch)
     _require_rows_of_images(batch)
     if SEGMENTS in batch:

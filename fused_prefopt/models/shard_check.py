@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fused_prefopt.checks import require
 from fused_prefopt.data.columns import (
     INPUT_IDS,
     NUM_SEQUENCES,
@@ -29,6 +30,28 @@ from fused_prefopt.models.model_call import IMAGES, prompt_learners
 _LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 # Backbone whose tokens have seen those of other ranks → its attention then, and the ranks.
 _PASSED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def require_whole(batch: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError where ranks share sequences, and a batch has a part of some, but no labels.
+
+    Args:
+        batch: without `shift_labels`.
+        group: ranks that share the sequences of shards, or None.
+
+    Raises:
+        ValueError: a row does not begin at place 0 (a device-side assert on CUDA).
+    """
+    places = batch.get(POSITION_IDS)
+    if group is not None and places is not None:
+        require(
+            (places[..., :1] == 0).all(),
+            lambda: (
+                "shift_labels: got none with position_ids that begin behind 0 and a sequence_group,"
+                " needs them in each shard: the label of its last token lies on another rank;"
+                " `data.shard_of` cuts whole batches"
+            ),
+        )
 
 
 def require_shard(
@@ -59,14 +82,15 @@ def require_shard(
             f"{missing[0]}: got none with shift_labels, needs it in each shard; `data.shard_of`"
             " makes it of a whole batch"
         )
-    images = [name for name in IMAGES if batch.get(name) is not None]
+    images = [each for each in IMAGES if batch.get(each) is not None]
+    name = type(model).__name__
     layers = set(getattr(text_config(model), "layer_types", None) or ()) - _LAYERS
     refused = {
         "shared prompts": SEGMENTS in batch,
         f"images ({', '.join(images)})": bool(images),
         "an adapter that learns a prompt": bool(prompt_learners(model)),
         f"{', '.join(sorted(layers))} layers": bool(layers),
-        f"a {type(model).__name__}, whose backbone takes no position_ids": not _takes(model),
+        f"a {name}, whose backbone takes no position_ids": not _takes_positions(model),
     }
     for what, there in refused.items():
         if there:
@@ -77,8 +101,13 @@ def require_shard(
     return group
 
 
-def _takes(model: nn.Module) -> bool:
-    return POSITION_IDS in inspect.signature(backbone_of(model).forward).parameters
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a backbone's forward names `position_ids`, or is one that hides its arguments."""
+    if torch.compiler.is_compiling():
+        return True
+    parameters = inspect.signature(backbone_of(model).forward).parameters
+    hides = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    return hides or POSITION_IDS in parameters
 
 
 def require_shared_attention(
@@ -109,6 +138,8 @@ def require_shared_attention(
     others = (ids + 1) % input_vocab(model) if first else ids
     before, after = (_hidden(model, {**batch, INPUT_IDS: each}) for each in (ids, others))
     change = (after - before).norm(dim=-1) > tolerance(before) * before.norm(dim=-1)
+    # What is not finite tells nothing, and is the loss's to tell.
+    behind &= (after - before).isfinite().all(-1)
     found = torch.stack((behind.any(), change.logical_and(behind).any())).long()
     expected, seen = sum_over_ranks(found, group).tolist()
     if expected and not seen:

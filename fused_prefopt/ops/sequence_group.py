@@ -14,11 +14,10 @@ from fused_prefopt.distributed import gather_over_ranks, sum_with_gradient, worl
 # Numbers of the one collective that every call makes: where sequences are more, the ranks must have
 # agreed on how many before they exchange the rest.
 _AT_ONCE = 512
-# What is summed, by which ranks that make different calls find that out; with weights of tokens
-# each but the last is a call of its own, one number higher.
-LOGPS, KL, COLLISIONS = 0, 2, 4
-# Numbers in front of them: those by which the ranks find out that they disagree.
+# The first of them, by which the ranks find out that they disagree.
 _HEADER = 2
+# What is summed; with weights of tokens it is another call, one number higher.
+LOGPS, KL, COLLISIONS = 0, 2, 4
 
 
 def require_group(group: dist.ProcessGroup | None, *, shift: bool) -> None:
@@ -41,7 +40,7 @@ def require_group(group: dist.ProcessGroup | None, *, shift: bool) -> None:
         raise ValueError(
             "shift: got True with a sequence_group, wanted False: the label that a shard's last"
             " token predicts lies on another rank, so labels are shifted before the split (see"
-            " `data.sequence_shards.shard_of`)"
+            " `data.shard_of`)"
         )
 
 
