@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,9 @@ from trainers import (
     state_of,
 )
 
+import fused_prefopt as fp
 from fused_prefopt.data import PairCollator
+from fused_prefopt.integrations.sequence_parallel import SharedBatches
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
@@ -252,6 +255,25 @@ def refused(folder: Path) -> dict[str, str]:
     return found
 
 
+def batch_of(place: int | None) -> fp.LogpBatch:
+    """Log-probs of the pairs of one of two data ranks, or of both."""
+    torch.manual_seed(1)
+    policy, lengths = -torch.rand(2, 8).double() * 20, torch.full((2, 8), 7.0).double()
+    part = slice(None) if place is None else slice(4 * place, 4 * place + 4)
+    return fp.LogpBatch(policy[:, part].flatten(), lengths[:, part].flatten())
+
+
+def on_copies(rank: int) -> dict[str, Any]:
+    """What a loss has seen whose ranks are two by two tensor-parallel, as its trainer tells it."""
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(), get_tp_size=lambda: 2)
+    shared = SharedBatches.of(trainer)
+    loss_fn = fp.PreferenceLoss("gamma-simpo", queue_size=16, sample_size=16)
+    shared.tell(SimpleNamespace(loss_fn=loss_fn))
+    for _ in range(2):
+        loss = loss_fn.from_logps(batch_of(rank // 2)).loss
+    return {"loss": loss, "state": loss_fn.state_dict(), "first": shared.is_first}
+
+
 @functools.cache
 def _groups() -> dict[int, Any]:
     """By their number the ranks that share this one's sequences."""
@@ -269,7 +291,7 @@ def _work(rank: int, folder: Path) -> dict[Any, Any]:
         for case in CASES
         for size in SIZES_OF.get(case, SIZES)
     }
-    results |= {"resumed": resumed(folder), "refused": refused(folder)}
+    results |= {"resumed": resumed(folder), "refused": refused(folder), "tp": on_copies(rank)}
     ParallelismConfig._validate_accelerator, own = validate, AcceleratorState.__init__
 
     def take_for_accelerators(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -316,6 +338,17 @@ def test_a_resumed_run_is_bit_equal(ranks):
     for runs in (rank["resumed"] for rank in ranks):
         assert_bit_equal(runs["rest"], runs["whole"])
         assert runs["half"]["statistics.weight"] < runs["whole"]["statistics.weight"]
+
+
+def test_statistics_see_pairs_once_that_tensor_parallel_ranks_share(ranks):
+    loss_fn = fp.PreferenceLoss("gamma-simpo", queue_size=16, sample_size=16)
+    for _ in range(2):
+        wanted = loss_fn.from_logps(batch_of(None)).loss
+    found = [rank["tp"] for rank in ranks]
+    assert [each["first"] for each in found] == [True, False, True, False]
+    torch.testing.assert_close((found[0]["loss"] + found[2]["loss"]) / 2, wanted)
+    for each in found:
+        torch.testing.assert_close(each["state"], dict(loss_fn.state_dict()))
 
 
 def test_what_cannot_be_cut_is_refused_by_name(ranks):
