@@ -6,7 +6,7 @@ number of rows and dtype, `methods` what the losses take of a step, `trainer` wh
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
 `gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
 `python -m benchmarks replay [--check]` predicts steps with a large head on GPUs, without one, and
-`--check` fails where a goal is missed.
+`--check` fails where a goal is missed; `scaling` finds what fits from 8B to 405B on 1 to 512 GPUs.
 `python -m benchmarks kernels [--check]` compiles the kernels for GPUs and fails on a spill,
 `python -m benchmarks report [--check]` shows all of it, and
 `python -m benchmarks compare A.json B.json` fails on what became worse.
@@ -31,6 +31,7 @@ from benchmarks.mass_study import MASSES, run_study
 from benchmarks.profile_step import run_profile
 from benchmarks.report import README, Places, check_all, write_all
 from benchmarks.results import KERNELS, RESULTS, Results, load
+from benchmarks.scaling import SCALING, run_scaling
 from benchmarks.trainer_steps import run_trainer
 
 Add = Callable[..., argparse.ArgumentParser]
@@ -99,6 +100,8 @@ def _add_showing(add: Add) -> None:
     text = "predict steps with a large head on GPUs, in about a minute"
     replay = add("replay", text, _replay, REPLAY)
     replay.add_argument("--check", action="store_true", help="fail where a goal is missed")
+    text = "contexts that fit from 8B to 405B on 1 to 512 GPUs, on paper, in three minutes"
+    add("scaling", text, lambda o: run_scaling(o.results, _say), SCALING)
     kernels = add("kernels", "compile the kernels for GPUs, without one", _kernels)
     kernels.add_argument("--check", action="store_true", help="write no results")
     text = "write tables, pages and pictures from the results"
