@@ -127,7 +127,7 @@ def replayed(case: ReplayCase, machine: Machine, unit: float) -> Row:
 
 def recorded(case: ReplayCase, machine: Machine) -> Recording:
     """The recording of a case on a machine."""
-    problem = _problem(case.shape, torch.device("meta"))
+    problem = meta_problem(case.shape)
     with _peers_on_a_gpu():
         return record(partial(step, case.candidate, problem), case.shape.labelled_rows, machine)
 
@@ -160,6 +160,11 @@ def _gradient_bytes(case: ReplayCase) -> int:
     hidden = shape.rows * shape.hidden_size if trains != NOTHING else 0
     weight = shape.vocab * shape.hidden_size if trains == HEAD else 0
     return 2 * (hidden + weight)
+
+
+def meta_problem(shape: Shape) -> Problem:
+    """Of a shape, in bf16, without data."""
+    return _problem(shape, torch.device("meta"))
 
 
 def _problem(shape: Shape, device: torch.device) -> Problem:

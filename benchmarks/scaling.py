@@ -8,7 +8,7 @@ a context can have.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ GPUS = tuple(2**power for power in range(10))
 # Tensor parallelism stays within a node.
 SPLITS = (1, 2, 4, 8)
 # Tokens of each of a rank's two sequences that heads are recorded at.
-LENGTHS = tuple(2**power for power in range(10, 21))
+LENGTHS = tuple(2**power for power in range(6, 21))
 OURS, TRL, LIGER, EAGER = "ours", "TRL", "Liger", "eager"
 
 
@@ -155,18 +155,22 @@ class Line:
         return low + (high - low) * max(0.0, (length - left) / (right - left))
 
 
+# Names of a machine, a head, what trains and a shape.
+Key = tuple[str, str, str, str]
+
+
 @dataclass(frozen=True)
 class Heads:
-    """What was recorded: bytes and milliseconds, by machine, head, what trains and shape."""
+    """What was recorded: bytes and milliseconds."""
 
-    peaks: Mapping[tuple[str, str, str, str], Line]
-    times: Mapping[tuple[str, str, str, str], Line]
+    peaks: Mapping[Key, Line]
+    times: Mapping[Key, Line]
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Heads:
         """Of rows of results."""
 
-        def lines(name: str) -> dict[tuple[str, str, str, str], Line]:
+        def lines(name: str) -> dict[Key, Line]:
             return {
                 (row["gpu"], row["head"], row["trains"], row["shape"]): Line(
                     tuple(row["lengths"]), tuple(row[name])
@@ -194,38 +198,31 @@ class Case:
     machine: Machine
     kind: HeadKind
 
-    def _ways(self, layout: Layout, context: int) -> Iterator[tuple[bool, float, Llama, int]]:
-        """(whole, length, model, split) of each way in which the head can work."""
-        length = context / layout.cp
-        if self.kind.sharded:
-            yield False, length, self.model, layout.tp
-        if self.kind.whole and (layout.tp > 1 or not self.kind.sharded):
-            yield True, length / layout.tp, self.model, 1
-
-    def _key(self, split: int) -> tuple[str, str, str, str]:
-        trains = trains_of(self.recipe)
-        return self.machine.name, self.kind.name, trains, shard_name(self.model, split)
-
     def step(self, layout: Layout, context: int) -> StepBytes:
-        """Bytes of a step, in the way that takes the fewest."""
-        found = [
-            step_bytes(
-                self.model,
-                self.recipe,
-                layout,
-                context,
-                HeadBytes(round(self.heads.peaks[self._key(split)](length)), whole),
-            )
-            for whole, length, _, split in self._ways(layout, context)
-        ]
-        return min(found, key=lambda each: (each.peak, each.at_head))
+        """Bytes of a step, in the way of the head that takes the fewest."""
+        return self._way(layout, context)[0]
 
     def head_ms(self, layout: Layout, context: int) -> float:
-        """Milliseconds of the head's forward and backward on a rank, the shortest way."""
-        return min(
-            self.heads.times[self._key(split)](length)
-            for _, length, _, split in self._ways(layout, context)
-        )
+        """Milliseconds of the head's forward and backward on a rank, in the same way."""
+        _, key, length = self._way(layout, context)
+        return self.heads.times[key](length)
+
+    def _way(self, layout: Layout, context: int) -> tuple[StepBytes, Key, float]:
+        """A step, and what was recorded of its head: the shape, and how long a sequence is."""
+        length, found = context / layout.cp, []
+        if self.kind.sharded:
+            found.append(self._worked(layout, context, length, layout.tp))
+        if self.kind.whole and (layout.tp > 1 or not self.kind.sharded):
+            found.append(self._worked(layout, context, length / layout.tp, 1, whole=True))
+        return min(found, key=lambda each: (each[0].peak, each[0].at_head))
+
+    def _worked(
+        self, layout: Layout, context: int, length: float, split: int, whole: bool = False
+    ) -> tuple[StepBytes, Key, float]:
+        shape, trains = shard_name(self.model, split), trains_of(self.recipe)
+        key = self.machine.name, self.kind.name, trains, shape
+        head = HeadBytes(round(self.heads.peaks[key](length)), whole)
+        return step_bytes(self.model, self.recipe, layout, context, head), key, length
 
     def p_ms(self, layout: Layout, context: int) -> float:
         """P on a rank: the bare product of its rows with its share of the head."""
