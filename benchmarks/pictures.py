@@ -367,9 +367,9 @@ def draw_longest(rows: Sequence[Row], path: Path) -> None:
                     )
                     found = zip(row["gpus"], row["longest"], strict=True)
                     places, values = zip(*(each for each in found if each[1]), strict=True)
-                    style = {"color": colour, "linestyle": line, "linewidth": width}
-                    size = {"marker": marker, "markersize": 3 + width}
-                    panel.plot(places, values, **style, **size, label=name)
+                    style = {"color": colour, "linestyle": line, "marker": marker}
+                    wide = {"linewidth": width, "markersize": 3 + width}
+                    panel.plot(places, values, **style, **wide, label=name)
                 panel.set_title(f"{model}, {machine.name}")
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log", base=2)
@@ -437,7 +437,7 @@ def draw_step(
             panel.grid(axis="x", color=FAINT)
             panel.tick_params(axis="y", length=0)
         axes[-1].set_xlabel("GB of a GPU at the head, and in the backward of a layer")
-        found = {}
+        found: dict[str, Any] = {}
         for panel in axes:
             found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         named = [(found[name], name) for name in colours]

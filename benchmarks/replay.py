@@ -64,7 +64,7 @@ def cases() -> list[ReplayCase]:
         if shape.softcap is None:
             dense = replace(shape, length=shape.length // 2 + 1, labelled=1.0)
             for name, given in (("all rows", shape), ("labelled rows", dense)):
-                liger = Candidate(f"Liger: {name}", liger, HEAD)
+                liger = Candidate(f"Liger: {name}", liger_dpo, HEAD)
                 found.append(ReplayCase(liger, given, host=False, bare=True))
         found += [
             ReplayCase(forced(path, engine), shape, host=False)
@@ -145,7 +145,7 @@ def unit_seconds(machine: Machine, shape: Shape) -> float:
     return play(machine, record(products, rows, machine).events).seconds
 
 
-def liger(problem: Problem) -> tuple[Tensor, Tensor]:
+def liger_dpo(problem: Problem) -> tuple[Tensor, Tensor]:
     """Liger's DPO, not compiled: a compiler would hide its matmuls."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 

@@ -61,17 +61,17 @@ class HeadKind:
             return (DEFAULTS if self.name == OURS else OF_TRL)[trains]
         if self.name == LIGER:
             # Only here: it is the replay's, which needs the peers.
-            from benchmarks.replay import liger
+            from benchmarks.replay import liger_dpo
 
-            found = Candidate(LIGER, liger)
+            found = Candidate(LIGER, liger_dpo)
         else:
             found = CANDIDATES[EAGER]
         frozen = replace(found, name=f"{found.name}: frozen head", trains=HIDDEN)
         return frozen if trains == HIDDEN else found
 
 
-# TRL's and Liger's functions take a whole head. Eager logits and their log-softmax can stay sharded,
-# as torch's `loss_parallel` has them.
+# TRL's and Liger's functions take a whole head. Eager logits and their log-softmax can stay
+# sharded, as torch's `loss_parallel` has them.
 KINDS = (
     HeadKind(OURS, sharded=True, whole=True),
     HeadKind(TRL, sharded=False, whole=True),
@@ -239,7 +239,7 @@ class Case:
         return UNIT * low
 
     def best(self, gpus: int) -> tuple[int, Layout]:
-        """The largest context on so many GPUs, and its layout: of one pair, which all of them share.
+        """The largest context on so many GPUs, and its layout: of one pair, which all share.
 
         Data parallel ranks shard weights as context parallel ones do, but not the tokens.
         """
@@ -248,6 +248,14 @@ class Case:
 
 
 UNIT = 1024
+
+
+def layouts_of(gpus: int) -> list[Layout]:
+    """Every layout of so many GPUs in powers of two."""
+    powers = [power for power in GPUS if power <= gpus]
+    return [
+        Layout(gpus // cp // tp, cp, tp) for tp in SPLITS for cp in powers if gpus % (cp * tp) == 0
+    ]
 
 
 def find_contexts(heads: Heads, results: Results) -> None:

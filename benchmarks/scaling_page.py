@@ -20,6 +20,8 @@ from benchmarks.scaling import (
     TRL,
     Case,
     Heads,
+    Moved,
+    layouts_of,
     load_scaling,
     moved,
 )
@@ -64,8 +66,8 @@ _INTRODUCTION = """\
 
 Written by `python -m benchmarks report` from `benchmarks/results/scaling`; edit nothing here.
 **Nothing on this page was measured on a GPU.** What a head holds is recorded from its real code at
-the shapes in question, without a GPU; the rest is a memory model, whose terms are compared with real
-code where that runs on a CPU (*How it is checked*).
+the shapes in question, without a GPU; the rest is a memory model, whose terms are compared with
+real code where that runs on a CPU (*How it is checked*).
 
 ![The longest context over the number of GPUs]({longest})
 
@@ -96,7 +98,8 @@ _OVER_CONTEXTS = """\
 
 GB at the peak of a step, full fine-tuning with known reference log-probs, one pair for each data
 parallel rank, by head: {heads}. The model lets a step take {usable}: *slanted* is too much for the
-former, **bold** for both."""
+former, **bold** for both. `python -m benchmarks fits 70b 64 --gpu A100-80GB --training lora` shows
+every layout of so many GPUs."""
 _TIMES = """\
 ## The head's share of the time
 
@@ -108,11 +111,11 @@ _MOVED = """\
 ## What our collectives add
 
 MB that a GPU receives in a step. A head whose rows are sharded gathers three fp32 numbers of each
-row from the other tensor parallel ranks and adds ∂hidden up in fp32; *gathered* is what fetching the
-whole head, and adding its gradient up, takes in its place. Sequences that are shared add {sequences}
-bytes at most (two numbers of each forward, one backward), and a loss that keeps a statistic 4 for
-each pair of another data parallel rank. References that are known move nothing; a second model
-gathers its weights once, 2 bytes each."""
+row from the other tensor parallel ranks and adds ∂hidden up in fp32; *gathered* is what fetching
+the whole head, and adding its gradient up, takes in its place. Sequences that are shared add
+{sequences} bytes at most (two numbers of each forward, one backward), and a loss that keeps a
+statistic 4 for each pair of another data parallel rank. References that are known move nothing; a
+second model gathers its weights once, 2 bytes each."""
 _ASSUMED = """\
 ## What is assumed
 
@@ -183,7 +186,7 @@ def scaling_text(contents: Mapping[str, Any]) -> str:
         _parts_table(heads),
         _TIMES.format(rate=LIBRARY, fused=fused),
         _time_table(heads),
-        _MOVED.format(sequences=max(moved(m, FULL, *rest).sequences for m, *rest in EXAMPLES)),
+        _MOVED.format(sequences=max(_moved(*each).sequences for each in EXAMPLES)),
         _moved_table(),
         _OVER_CONTEXTS.format(heads=names.replace(", ", " / "), usable=limits),
         _contexts_table(heads),
@@ -212,8 +215,8 @@ def answers(rows: Sequence[Row], heads: Heads) -> list[str]:
         f" eager logits, in {ended[LIGER]} with Liger's fused loss, in {ended[TRL]} with TRL's"
         f" function and in {ended[OURS]} with ours ({ours}). Cases are models, GPUs, their numbers"
         f" and trainings ({recipes}) in which some context fits.",
-        f"**The longest context** with eager logits is {middle[EAGER]:.0%} of ours in the middle of"
-        f" the cases, with Liger's {middle[LIGER]:.0%}. With TRL's it is the same in {alike} of"
+        f"**The longest context** with eager logits is {middle[EAGER]:.0%} of ours in the median"
+        f" case, with Liger's {middle[LIGER]:.0%}. With TRL's it is the same in {alike} of"
         f" {len(found[TRL])}; it is shorter where the whole head's gradient, and its fp32 sum, are"
         f" much: {apart.about}, {apart.longest // KILO}k against {apart.ours // KILO}k tokens.",
         f"**The head's time** is {min(shares):.1%} to {max(shares):.1%} of the layers' and its own"
@@ -319,6 +322,23 @@ def _parts_table(heads: Heads) -> str:
     return table(header, lines, left=3)
 
 
+def layouts_table(heads: Heads, model: Llama, machine: Machine, recipe: Recipe, gpus: int) -> str:
+    """A line for each layout: GB of a GPU over the context, and the longest that fits, by head."""
+    lines = []
+    for layout in layouts_of(gpus):
+        cases = list(_cases(heads, model, machine, recipe))
+        cells = []
+        for context in CONTEXTS:
+            peaks = [case.step(layout, context).peak for case in cases]
+            fits = [peak <= usable(machine) for peak in peaks]
+            marked = zip((_gb(peak, ".0f") for peak in peaks), fits, fits, strict=True)
+            cells.append(" / ".join(_marked(*each) for each in marked))
+        longest = " / ".join(f"{case.longest(layout) // KILO}k" for case in cases)
+        lines.append([str(layout), *cells, longest])
+    header = ("layout", *(f"{context // KILO}k" for context in CONTEXTS), "longest")
+    return table(header, lines, left=1)
+
+
 def _contexts_table(heads: Heads) -> str:
     header = ("model", "layout", *(f"{context // KILO}k" for context in CONTEXTS))
     lines = []
@@ -376,20 +396,26 @@ def _time_table(heads: Heads) -> str:
     return table(header, lines, left=3)
 
 
+def _moved(model: Llama, layout: Layout, context: int) -> Moved:
+    return moved(model, FULL, layout, context)
+
+
 def _added(model: Llama, layout: Layout, context: int) -> float:
     """Bytes that our collectives add, as a share of what is moved without them."""
-    found = moved(model, FULL, layout, context)
+    found = _moved(model, layout, context)
     added = found.vocabulary + found.sequences + found.statistics
     return added / (found.fsdp + found.tp + found.cp)
 
 
 def _moved_table() -> str:
-    header = ("model", "layout", "context", "FSDP", "tensor parallel", "context parallel")
-    header += ("ours: sharded head", "in its place: gathered", "ours adds")
+    header = (
+        *("model", "layout", "context", "FSDP", "tensor parallel", "context parallel"),
+        *("ours: sharded head", "in its place: gathered", "ours adds"),
+    )
     lines = []
     for example in EXAMPLES:
         model, layout, context = example
-        found = moved(model, FULL, layout, context)
+        found = _moved(*example)
         sizes = (found.fsdp, found.tp, found.cp, found.vocabulary, found.whole)
         about = [model.name, str(layout), f"{context // KILO}k"]
         cells = [f"{size / 1e6:,.0f}" for size in sizes]

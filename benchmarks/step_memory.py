@@ -23,8 +23,8 @@ RESERVE = 0.10
 GATHERED_LAYERS = 2
 SEQUENCES = 2
 
-# What transformers' LlamaDecoderLayer keeps of each token when its backward begins its MLP, and what
-# that then adds, in bytes of an entry. Of the hidden size: both norms' fp32 copies, their bf16
+# What transformers' LlamaDecoderLayer keeps of each token when its backward begins its MLP, and
+# what that then adds, in bytes of an entry. Of the hidden size: both norms' fp32 copies, their bf16
 # results before the weight, the residual between. Their outputs are the inputs of the products.
 _NORMS, _INPUTS = 2 * (4 + 2) + 2, 2 * 2
 # Of the intermediate size: gate, silu, up, product; gradients of the product and of one factor.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +97,7 @@ def test_what_lies_between_two_lengths_is_near_the_line(
 
 
 def test_a_recorded_head_is_what_its_tensors_take() -> None:
-    # Eager logits of 2 x 1024 tokens: their log-softmax, its gradient and that of its input in fp32.
+    # Eager logits of 2 x 1024 tokens: log-softmax, its gradient and its input's, in fp32.
     rows, model = 2 * 1024, LLAMAS[0]
     eager = HEADS.peaks[A100.name, EAGER, HEAD, shard_name(model, 1)](1024)
     assert eager == pytest.approx(12 * rows * model.vocab, rel=1e-3)

@@ -1,9 +1,8 @@
-"""The memory model of a step: by hand, against transformers' own layer, and against FSDP2's code."""
+"""The memory model of a step: by hand, against transformers' own layer and FSDP2's code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,8 +80,8 @@ def test_bytes_of_a_small_step_by_hand() -> None:
     # 8 tokens on a rank. Its states are 16 bytes of a quarter of 468, the reference's are 2.
     assert (found.states, found.reference) == (16 * 117, 2 * 117)
     assert found.checkpoints == 3 * 2 * 8 * 4 // 2
-    # Half of the head's 40 bf16 weights and of the next layer's 128; of each token half of (4 + 2) D
-    # of the norm; all of the hidden states.
+    # Half of the head's 40 bf16 weights and of the next layer's 128; of each token half of
+    # (4 + 2) D of the norm; all of the hidden states.
     assert found.at_head == 40 + 128 + 8 * 6 * 4 // 2 + 2 * 8 * 4 + 100
     # Of a token half of: 14 D, 12 of 6, 4 of queries and keys, 4 of 2 heads; and all of 4 D.
     kept = 8 * (14 * 4 + 12 * 6 + 4 * 4 + 4 * 2 + 4 * 2) // 2 + 8 * 4 * 4
