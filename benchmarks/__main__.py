@@ -34,7 +34,7 @@ from benchmarks.profile_step import run_profile
 from benchmarks.report import README, Places, check_all, write_all
 from benchmarks.results import KERNELS, RESULTS, Results, load
 from benchmarks.scaling import GPUS, KINDS, SCALING, Heads, run_scaling
-from benchmarks.scaling_page import layouts_table
+from benchmarks.scaling_tables import layouts_table
 from benchmarks.step_memory import BESIDE, FULL, LLAMAS, LORA
 from benchmarks.trainer_steps import run_trainer
 

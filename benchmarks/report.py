@@ -14,7 +14,7 @@ from benchmarks.device import MACHINES
 from benchmarks.kernel_page import REPLAY, check_page, write_page
 from benchmarks.mass_page import NAME, check_mass_page, load_masses, write_mass_page
 from benchmarks.results import RESULTS, ROOT, Row, load
-from benchmarks.scaling import SCALING
+from benchmarks.scaling import SCALING, load_scaling
 from benchmarks.scaling_page import NAME as SCALING_NAME
 from benchmarks.scaling_page import check_scaling, write_scaling
 from benchmarks.tables import (
@@ -74,9 +74,11 @@ def check_all(places: Places, say: Callable[[str], None] = print) -> bool:
         NAME: check_mass_page(docs / NAME, places.masses),
         SCALING_NAME: check_scaling(docs / SCALING_NAME, results.parent / SCALING.name),
     }
+    missing = {} if load_masses(places.masses) else {NAME: "masses"}
+    missing |= {} if load_scaling(results.parent / SCALING.name) else {SCALING_NAME: "scaling"}
     for name, agrees in current.items():
-        if name == NAME and agrees and load_masses(places.masses) is None:
-            say(f"{name} does not exist: `python -m benchmarks masses` has not been run")
+        if name in missing and agrees:
+            say(f"{name} does not exist: `python -m benchmarks {missing[name]}` has not been run")
         else:
             say(f"{name} agrees with the results" if agrees else f"{name} is out of date")
     return all(current.values())

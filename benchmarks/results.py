@@ -1,4 +1,7 @@
-"""Results on disk: one JSON file per section, rows with the machine and versions they hold for."""
+"""Results on disk: one JSON file per section, rows with the machine and versions they hold for.
+
+One file: what rows of every section hold, and the check that they do.
+"""
 
 from __future__ import annotations
 

@@ -8,59 +8,31 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.device import LIBRARY, MACHINES, WIDE, Machine
+from benchmarks.device import LIBRARY, MACHINES, WIDE
 from benchmarks.results import ROOT, Row
-from benchmarks.scaling import (
-    EAGER,
-    GPUS,
-    KINDS,
-    LIGER,
-    OURS,
-    SPLITS,
-    TRL,
-    Case,
-    Heads,
-    Moved,
-    layouts_of,
-    load_scaling,
-    moved,
+from benchmarks.scaling import EAGER, GPUS, KINDS, LIGER, OURS, SPLITS, TRL, Heads, load_scaling
+from benchmarks.scaling_tables import (
+    EXAMPLES,
+    GB,
+    KILO,
+    cases_of,
+    contexts_table,
+    fewest_table,
+    head_share,
+    moved_in_full,
+    moved_table,
+    parts_table,
+    same_training,
+    share_added,
+    time_table,
+    timed_examples,
 )
-from benchmarks.step_memory import (
-    BESIDE,
-    FULL,
-    LLAMAS,
-    LORA,
-    RESERVE,
-    Layout,
-    Llama,
-    Recipe,
-    backbone_seconds,
-    usable,
-)
+from benchmarks.step_memory import FULL, LLAMAS, LORA, RESERVE, Layout, Llama, usable
 from benchmarks.tables import origin, table
 
 NAME = "scaling.md"
 PAGE = ROOT.parent / "docs" / NAME
 LONGEST_PICTURE, STEP_PICTURE = "scaling.png", "scaling-step.png"
-GB = 1e9
-KILO = 1024
-CONTEXTS = tuple(KILO * count for count in (8, 32, 128, 512, 1024))
-# Of each model: a layout, and a context that fits there with some heads.
-EXAMPLES = (
-    (LLAMAS[0], Layout(1, 8, 1), 128 * KILO),
-    (LLAMAS[1], Layout(4, 8, 2), 128 * KILO),
-    (LLAMAS[2], Layout(2, 16, 8), 128 * KILO),
-)
-# Layouts whose bytes are shown over the context.
-SHOWN = (
-    (LLAMAS[0], Layout(8, 1, 1)),
-    (LLAMAS[0], Layout(1, 8, 1)),
-    (LLAMAS[1], Layout(8, 8, 1)),
-    (LLAMAS[1], Layout(4, 2, 8)),
-    (LLAMAS[2], Layout(4, 64, 1)),
-    (LLAMAS[2], Layout(2, 16, 8)),
-)
-
 _INTRODUCTION = """\
 # From 8B to 405B, on paper
 
@@ -89,7 +61,7 @@ More pairs at a time are data parallel ranks beside these."""
 _BYTES = """\
 ## A step, part by part
 
-GB of a GPU at {context} tokens, full fine-tuning with known reference log-probs. *States* are fp32
+GB of a GPU, full fine-tuning with known reference log-probs. *States* are fp32
 weights, gradients and moments; *head* what it takes beyond the gathered weight and the last norm,
 its gradients among it. The layouts are data × context × tensor parallel. A second model as the
 reference adds its bf16 shard; LoRA leaves bf16 weights and an adapter."""
@@ -182,14 +154,14 @@ def scaling_text(contents: Mapping[str, Any]) -> str:
         _STEP.format(step=STEP_PICTURE),
         _FEWEST.format(most=GPUS[-1], heads=names.replace(", ", " / ")),
         fewest_table(rows),
-        _BYTES.format(context=f"{EXAMPLES[0][2] // KILO}k"),
-        _parts_table(heads),
+        _BYTES,
+        parts_table(heads),
         _TIMES.format(rate=LIBRARY, fused=fused),
-        _time_table(heads),
-        _MOVED.format(sequences=max(_moved(*each).sequences for each in EXAMPLES)),
-        _moved_table(),
+        time_table(heads),
+        _MOVED.format(sequences=max(moved_in_full(*each).sequences for each in EXAMPLES)),
+        moved_table(),
         _OVER_CONTEXTS.format(heads=names.replace(", ", " / "), usable=limits),
-        _contexts_table(heads),
+        contexts_table(heads),
         _ASSUMED.format(assumptions=_assumptions()),
         _CHECKED.format(
             bound=BOUND, parameters=", ".join(f"{model.parameters:,}" for model in LLAMAS)
@@ -207,8 +179,8 @@ def answers(rows: Sequence[Row], heads: Heads) -> list[str]:
     alike = sum(each.share == 1 for each in found[TRL])
     apart = min((c for c in found[TRL] if c.longest), key=lambda each: each.share)
     ours = "; ".join(each.about for each in found[OURS] if each.ends) or "none"
-    shares = [_head_share(heads, *example) for example in _timed()]
-    added = max(_added(*example) for example in EXAMPLES)
+    shares = [head_share(heads, *example) for example in timed_examples()]
+    added = max(share_added(*example) for example in EXAMPLES)
     recipes = "full fine-tuning with a reference known or beside, LoRA"
     return [
         f"**The head ends the context first** in {ended[EAGER]} of {len(found[OURS])} cases with"
@@ -244,48 +216,11 @@ def _compared(rows: Sequence[Row], name: str) -> Iterator[_Compared]:
     for row in (row for row in rows if row["candidate"] == name):
         found = zip(row["gpus"], row["longest"], row["ended_by"], strict=True)
         for (gpus, longest, ended), ours in zip(
-            found, _same(rows, row, OURS)["longest"], strict=True
+            found, same_training(rows, row, OURS)["longest"], strict=True
         ):
             about = f"{row['shape']} on {gpus} {row['gpu']}, {row['recipe']}"
             if ours:
                 yield _Compared(about, ended == "head" or not longest, longest, ours)
-
-
-def _same(rows: Sequence[Row], row: Row, name: str) -> Row:
-    """The row about the same training with another head."""
-    about = [row[key] for key in ("shape", "gpu", "recipe")]
-    return next(
-        other
-        for other in rows
-        if other["candidate"] == name
-        and [other[key] for key in ("shape", "gpu", "recipe")] == about
-    )
-
-
-def fewest(row: Row, context: int) -> int | None:
-    """The fewest GPUs on which a context fits."""
-    pairs = zip(row["gpus"], row["longest"], strict=True)
-    return next((gpus for gpus, longest in pairs if longest >= context), None)
-
-
-def fewest_table(rows: Sequence[Row]) -> str:
-    """A line for each model, GPU and recipe."""
-    lines = []
-    for row in rows:
-        if row["candidate"] == OURS:
-            cells = []
-            for context in CONTEXTS:
-                found = [fewest(_same(rows, row, kind.name), context) for kind in KINDS]
-                cells.append(" / ".join("–" if each is None else str(each) for each in found))
-            lines.append([row["shape"], row["gpu"], row["recipe"], *cells])
-    lines.sort(key=lambda line: [model.name for model in LLAMAS].index(line[0]))
-    header = ("model", "GPU", "training", *(f"{context // KILO}k" for context in CONTEXTS))
-    return table(header, lines, left=3)
-
-
-def _cases(heads: Heads, model: Llama, machine: Machine, recipe: Recipe = FULL) -> Iterator[Case]:
-    for kind in KINDS:
-        yield Case(heads, model, recipe, machine, kind)
 
 
 def step_bars(
@@ -293,7 +228,7 @@ def step_bars(
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """A title, and GB by what they are of each bar: of a head on an H200, and of a layer."""
     heads, bars = Heads.of(contents["heads"]["rows"]), {}
-    for case in _cases(heads, model, MACHINES[-1]):
+    for case in cases_of(heads, model, MACHINES[-1]):
         step = case.step(layout, context)
         fixed = {"weights, gradients, optimizer": step.states, "checkpoints": step.checkpoints}
         rest = {"gathered weights, last norm": step.at_head - step.head, "head": step.head}
@@ -304,123 +239,6 @@ def step_bars(
     bars = {name: bars[name] for name in (*(kind.name for kind in KINDS), "a layer")}
     title = f"{model.name}, {context // KILO}k tokens, {layout.gpus} GPUs ({layout})"
     return title, bars
-
-
-def _parts_table(heads: Heads) -> str:
-    header = ["model", "GPU", "layout", "states", "reference", "LoRA", "checkpoints", "layer"]
-    header += [f"head: {kind.name}" for kind in KINDS] + ["at most: ours"]
-    lines = []
-    for model, layout, context in EXAMPLES:
-        for machine in MACHINES:
-            steps = [case.step(layout, context) for case in _cases(heads, model, machine)]
-            ours = steps[0]
-            beside = next(_cases(heads, model, machine, BESIDE)).step(layout, context)
-            lora = next(_cases(heads, model, machine, LORA)).step(layout, context)
-            sizes = [ours.states, beside.reference, lora.states, ours.checkpoints, ours.at_layer]
-            sizes += [*(step.head for step in steps), ours.peak]
-            lines.append([model.name, machine.name, str(layout), *(_gb(size) for size in sizes)])
-    return table(header, lines, left=3)
-
-
-def layouts_table(heads: Heads, model: Llama, machine: Machine, recipe: Recipe, gpus: int) -> str:
-    """A line for each layout: GB of a GPU over the context, and the longest that fits, by head."""
-    lines = []
-    for layout in layouts_of(gpus):
-        cases = list(_cases(heads, model, machine, recipe))
-        cells = []
-        for context in CONTEXTS:
-            peaks = [case.step(layout, context).peak for case in cases]
-            fits = [peak <= usable(machine) for peak in peaks]
-            marked = zip((_gb(peak, ".0f") for peak in peaks), fits, fits, strict=True)
-            cells.append(" / ".join(_marked(*each) for each in marked))
-        longest = " / ".join(f"{case.longest(layout) // KILO}k" for case in cases)
-        lines.append([str(layout), *cells, longest])
-    header = ("layout", *(f"{context // KILO}k" for context in CONTEXTS), "longest")
-    return table(header, lines, left=1)
-
-
-def _contexts_table(heads: Heads) -> str:
-    header = ("model", "layout", *(f"{context // KILO}k" for context in CONTEXTS))
-    lines = []
-    for model, layout in SHOWN:
-        cells = []
-        for context in CONTEXTS:
-            fits, sizes = {}, []
-            for machine in MACHINES:
-                for case in _cases(heads, model, machine):
-                    peak = case.step(layout, context).peak
-                    fits[machine.name, case.kind.name] = peak <= usable(machine)
-                    sizes.append(_gb(peak, ".0f"))
-            small, large = ([fits[m.name, kind.name] for kind in KINDS] for m in MACHINES)
-            # Of ours, which follows the GPU, the larger one's.
-            shown = zip(sizes[len(KINDS) :], small, large, strict=True)
-            cells.append(" / ".join(_marked(*each) for each in shown))
-        lines.append([model.name, str(layout), *cells])
-    return table(header, lines, left=2)
-
-
-def _marked(text: str, small: bool, large: bool) -> str:
-    return text if small else f"*{text}*" if large else f"**{text}**"
-
-
-def _timed() -> Iterator[tuple[Llama, Layout, int, Machine]]:
-    """Examples, and each at a short context too."""
-    for model, layout, context in EXAMPLES:
-        for length in (CONTEXTS[0], context):
-            for machine in MACHINES:
-                yield model, layout, length, machine
-
-
-def _head_share(
-    heads: Heads, model: Llama, layout: Layout, context: int, machine: Machine, kind: int = 0
-) -> float:
-    """Of the head's time and the layers'."""
-    layers = 1e3 * backbone_seconds(model, FULL, layout, context, machine)
-    ms = list(_cases(heads, model, machine))[kind].head_ms(layout, context)
-    return ms / (ms + layers)
-
-
-def _time_table(heads: Heads) -> str:
-    header = ["model", "GPU", "layout", "context", "layers, ms", "P, ms"]
-    header += [f"{kind.name}, {unit}" for kind in KINDS for unit in ("P", "share")]
-    lines = []
-    for model, layout, context, machine in _timed():
-        cells = []
-        for place, case in enumerate(_cases(heads, model, machine)):
-            unit = case.p_ms(layout, context)
-            cells.append(f"{case.head_ms(layout, context) / unit:.2f}")
-            cells.append(f"{_head_share(heads, model, layout, context, machine, place):.1%}")
-        layers = 1e3 * backbone_seconds(model, FULL, layout, context, machine)
-        about = [model.name, machine.name, str(layout), f"{context // KILO}k"]
-        lines.append([*about, f"{layers:.0f}", f"{unit:.1f}", *cells])
-    return table(header, lines, left=3)
-
-
-def _moved(model: Llama, layout: Layout, context: int) -> Moved:
-    return moved(model, FULL, layout, context)
-
-
-def _added(model: Llama, layout: Layout, context: int) -> float:
-    """Bytes that our collectives add, as a share of what is moved without them."""
-    found = _moved(model, layout, context)
-    added = found.vocabulary + found.sequences + found.statistics
-    return added / (found.fsdp + found.tp + found.cp)
-
-
-def _moved_table() -> str:
-    header = (
-        *("model", "layout", "context", "FSDP", "tensor parallel", "context parallel"),
-        *("ours: sharded head", "in its place: gathered", "ours adds"),
-    )
-    lines = []
-    for example in EXAMPLES:
-        model, layout, context = example
-        found = _moved(*example)
-        sizes = (found.fsdp, found.tp, found.cp, found.vocabulary, found.whole)
-        about = [model.name, str(layout), f"{context // KILO}k"]
-        cells = [f"{size / 1e6:,.0f}" for size in sizes]
-        lines.append([*about, *cells, f"{_added(*example):.1%}"])
-    return table(header, lines, left=2)
 
 
 def _assumptions() -> str:
@@ -455,7 +273,3 @@ def _assumptions() -> str:
 
 def _limits() -> str:
     return " and ".join(f"{usable(m) / GB:.1f} GB ({m.name})" for m in MACHINES)
-
-
-def _gb(size: float, form: str = ".1f") -> str:
-    return format(size / GB, form)

@@ -43,7 +43,8 @@ from benchmarks.scaling import (  # noqa: E402
     moved,
     shard_name,
 )
-from benchmarks.scaling_page import BOUND, check_scaling, fewest, write_scaling  # noqa: E402
+from benchmarks.scaling_page import BOUND, check_scaling, write_scaling  # noqa: E402
+from benchmarks.scaling_tables import fewest  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 from benchmarks.step_memory import (  # noqa: E402
     FULL,
