@@ -299,6 +299,11 @@ def load_scaling(folder: Path = SCALING) -> Mapping[str, Any]:
     return load(folder) if folder.is_dir() else {}
 
 
+# Bytes of a row's maximum, sum and target's logit, in fp32; and of the one all-reduce that a group
+# of sequences makes forward, and again backward, up to 255 sequences.
+_ROW, _SUMS = 3 * 4, 4096
+
+
 @dataclass(frozen=True)
 class Moved:
     """Bytes that a GPU receives in a step, by who asks for them.
@@ -308,7 +313,7 @@ class Moved:
         tp: activations gathered and scattered around the products of every layer, three times.
         cp: keys and values of the other ranks, twice forward, and backward with their gradients.
         vocabulary: of a head whose rows are sharded: statistics of rows, gradient of hidden.
-        sequences: sums, lengths and their gradients over the ranks that share sequences.
+        sequences: sums and lengths over the ranks that share sequences, and their gradients.
         statistics: of a loss that keeps some: a number for each pair of the other ranks.
         whole: what gathering the head over the tensor parallel ranks takes instead, and its
             gradient.
@@ -337,15 +342,8 @@ def moved(model: Llama, recipe: Recipe, layout: Layout, context: int) -> Moved:
         fsdp=NARROW * (weights + reduced) // tp * (shards - 1) // shards,
         tp=activations * (tp - 1) // tp,
         cp=keys * (cp - 1),
-        vocabulary=gathered_statistics(tokens, tp) + 2 * 4 * tokens * size * (tp - 1) // tp,
-        # Two fp32 numbers of each sequence forward, one backward.
-        sequences=2 * 3 * 4 * SEQUENCES * (cp - 1) // cp,
+        vocabulary=_ROW * tokens * (tp - 1) + 2 * 4 * tokens * size * (tp - 1) // tp,
+        sequences=2 * 2 * _SUMS * (cp - 1) // cp,
         statistics=4 * (layout.dp - 1),
         whole=NARROW * model.head * (1 + trains) * (tp - 1) // tp,
     )
-
-
-def gathered_statistics(rows: int, tp: int) -> int:
-    """Maximum, sum and target's logit of each row from each other rank, fp32, and the two int64
-    numbers by which ranks see that they have the same labels."""
-    return (tp - 1) * (3 * 4 * rows + 2 * 8)

@@ -61,10 +61,11 @@ More pairs at a time are data parallel ranks beside these."""
 _BYTES = """\
 ## A step, part by part
 
-GB of a GPU, full fine-tuning with known reference log-probs. *States* are fp32
-weights, gradients and moments; *head* what it takes beyond the gathered weight and the last norm,
-its gradients among it. The layouts are data × context × tensor parallel. A second model as the
-reference adds its bf16 shard; LoRA leaves bf16 weights and an adapter."""
+GB of a GPU, full fine-tuning with known reference log-probs. *States* are fp32 weights, gradients
+and moments; *layer* is what its backward takes beyond states and checkpoints; *head* what the head
+takes beyond its gathered weight and the last norm, its gradients among it; *at most* the peak.
+Layouts are data × context × tensor parallel. A second model as the reference adds its bf16 shard;
+LoRA leaves bf16 weights and an adapter."""
 _OVER_CONTEXTS = """\
 ## Bytes of a GPU, over the context
 
@@ -84,10 +85,10 @@ _MOVED = """\
 
 MB that a GPU receives in a step. A head whose rows are sharded gathers three fp32 numbers of each
 row from the other tensor parallel ranks and adds ∂hidden up in fp32; *gathered* is what fetching
-the whole head, and adding its gradient up, takes in its place. Sequences that are shared add
-{sequences} bytes at most (two numbers of each forward, one backward), and a loss that keeps a
-statistic 4 for each pair of another data parallel rank. References that are known move nothing; a
-second model gathers its weights once, 2 bytes each."""
+the whole head, and adding its gradient up, takes in its place. Ranks that share sequences add their
+sums up: {sequences:.0f} KB a step at most. A loss that keeps a statistic gathers 4 bytes for each
+pair of another data parallel rank. References that are known move nothing; a second model gathers
+its weights once more, 2 bytes each."""
 _ASSUMED = """\
 ## What is assumed
 
@@ -107,7 +108,8 @@ _CHECKED = """\
 - A layer: transformers' own, checkpointed, at full size on tensors without data, within 0.1%.
 - A step: FSDP2's own code with transformers' Llama on a CPU, one of eight ranks, live bytes counted
   at every operator: within 3%, with the peak at the head and in a layer.
-- Collectives: those of the sharded head as its code calls them, to the byte.
+- Collectives: those of the sharded head and of shared sequences as their code calls them, to the
+  byte but for the tens by which ranks see that their labels agree.
 - Parameters: the published {parameters}."""
 # How far a recorded peak may be from the line between two others, as a share of the memory and of
 # itself.
@@ -158,7 +160,7 @@ def scaling_text(contents: Mapping[str, Any]) -> str:
         parts_table(heads),
         _TIMES.format(rate=LIBRARY, fused=fused),
         time_table(heads),
-        _MOVED.format(sequences=max(moved_in_full(*each).sequences for each in EXAMPLES)),
+        _MOVED.format(sequences=max(moved_in_full(*each).sequences for each in EXAMPLES) / 1e3),
         moved_table(),
         _OVER_CONTEXTS.format(heads=names.replace(", ", " / "), usable=limits),
         contexts_table(heads),

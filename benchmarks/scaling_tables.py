@@ -86,8 +86,8 @@ def cases_of(heads: Heads, model: Llama, machine: Machine, recipe: Recipe = FULL
 
 
 def parts_table(heads: Heads) -> str:
-    header = ["model", "GPU", "layout", "context", "states", "reference", "LoRA", "checkpoints"]
-    header += ["layer"]
+    header = ["model", "GPU", "layout", "context", "states", "second model", "states, LoRA"]
+    header += ["checkpoints", "layer"]
     header += [f"head: {kind.name}" for kind in KINDS] + ["at most: ours"]
     lines = []
     for model, layout, context in EXAMPLES:
