@@ -113,7 +113,7 @@ _CHECKED = """\
 - Parameters: the published {parameters}."""
 # How far a recorded peak may be from the line between two others, as a share of the memory and of
 # itself.
-BOUND = 0.005
+BOUND = 0.006
 
 
 def write_scaling(page: Path, results: Path) -> None:
