@@ -233,7 +233,6 @@ def test_a_sharded_heads_collectives_are_those_that_are_counted(ranks: int) -> N
 
 def test_shared_sequences_add_what_is_counted(ranks: int) -> None:
     """The real code again: the sums of two sequences over four ranks, and their gradient."""
-    pytest.importorskip("fused_prefopt.ops.sequence_group")
     shape = Shape("part", 2, 64, 32, 1000, labelled=1.0)
     problem = meta_problem(shape)
     problem.hidden.requires_grad_()
