@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from forked import forked
 from gathered_attention import gathered_attention
@@ -37,6 +36,7 @@ import fused_prefopt as fp
 from fused_prefopt.data import PairCollator
 from fused_prefopt.integrations.sequence_parallel import SharedBatches
 
+ParallelismConfig = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
