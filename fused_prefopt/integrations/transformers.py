@@ -70,8 +70,8 @@ def attach(
     and a collator of `fused_prefopt.data`; other batches go the model's own way. Given a trainer
     it also logs the loss's metrics, in evaluation with its prefix, keeps the loss's statistics in
     the checkpoints, and cuts batches where accelerate's `ParallelismConfig` lets ranks share
-    sequences (`cp_size`, `sp_size`; see `integrations.sequence_parallel`). In a loop of your own under FSDP call
-    ``model(**past_wrappers(batch))``: it rounds what it sees.
+    sequences (`cp_size`, `sp_size`; see `integrations.sequence_parallel`). In a loop of your own
+    under FSDP call ``model(**past_wrappers(batch))``: it rounds what it sees.
 
     Args:
         model: any Hugging Face causal language model, PEFT-wrapped ones too, or the
@@ -98,9 +98,9 @@ def attach(
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
             GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
-            first row of a data set lacks what the loss needs, ranks share sequences of a layout or a
-            model that cannot be cut, batches would tear apart the single
-            completions of a prompt for a loss on pairs, or the reference does not fit.
+            first row of a data set lacks what the loss needs, ranks share sequences of a layout or
+            a model that cannot be cut, batches would tear apart the single completions of a prompt
+            for a loss on pairs, or the reference does not fit.
     """
     trainer, shared = model if isinstance(model, Trainer) else None, SharedBatches()
     if trainer is not None:

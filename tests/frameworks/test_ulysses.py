@@ -24,9 +24,9 @@ BATCH = 4
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "all, statistics": (2, "transformers", {"loss": "alpha-dpo", "log_tokens": True}),
     "partitioned": (3, "transformers", {"loss": "simpo", "gradient_accumulation_steps": 2}),
-    "reference": (1, "dpo", {"loss": "dpo"}),
+    "reference": (3, "dpo", {"loss": "dpo"}),
     "adapter": (2, "transformers", {"loss": "tdpo1", "reference": "adapter"}),
-    "mismatched": (2, "kto", {"train_sampling_strategy": "sequential"}),
+    "mismatched": (1, "kto", {"train_sampling_strategy": "sequential"}),
     "cached": (2, "transformers", {"loss": "dpo"}),
 }
 STEPS = 4
