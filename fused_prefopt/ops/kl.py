@@ -30,6 +30,7 @@ from fused_prefopt.ops.engines import load_engine, role_engine
 from fused_prefopt.ops.gradients import Gradients, GradientSums, Wanted, row_factors
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, Spec
 from fused_prefopt.ops.inputs import (
+    Call,
     LogpOptions,
     head_tensors,
     labelled_rows,
@@ -98,7 +99,8 @@ def sequence_kl(
     `kl` and through `policy`; the reference is a constant.
 
     Both heads compute in the dtype of `hidden`, or autocast's; they may differ in hidden size,
-    bias, softcap, scale, temperature and low-rank terms, not in vocabulary.
+    bias, softcap, scale, temperature and low-rank terms, not in vocabulary. Heads whose rows are
+    spread over ranks are both, over the same ranks and in the same rows.
 
     Args:
         hidden: (S, T, D) last hidden states of the policy, or packed (N, D).
@@ -121,8 +123,8 @@ def sequence_kl(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is wrong; the two vocabularies
-            differ; a head is sharded over ranks; a label is outside the vocabulary (a device-side
-            assert on CUDA).
+            differ; only one head is spread over ranks, or both in different rows; a label is
+            outside the vocabulary (a device-side assert on CUDA).
 
     Source: TDPO (Zeng et al. 2024, arXiv:2404.11999), eq. 12; the mixtures ε-DPO (Lee et al. 2025,
     arXiv:2502.13177), eq. 3 and 4.
@@ -136,13 +138,10 @@ def sequence_kl(
         workspace_mb=workspace_mb,
         engine=engine,
     )
-    head = read_head(head)
     if perturbation is not None:
         require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
     call = read_call(hidden, head, labels, options)
-    reference = _reference(hidden, ref_hidden, ref_head, head.vocab)
-    if call.shard.group:
-        raise ValueError("head: sequence_kl takes whole heads, got one sharded over ranks")
+    reference = _reference(hidden, ref_hidden, ref_head, call)
     with torch.no_grad():
         others = head_tensors(ref_hidden, reference)
         refuse_forward_mode(others)
@@ -161,16 +160,14 @@ def sequence_kl(
     return SequenceKl(kls, logps, references, lengths, *of_mixtures)
 
 
-def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
+def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, call: Call) -> LMHead:
     """The reference's head on this rank, checked against the policy's."""
-    head = read_head(ref_head, "ref_head")
-    if head.vocab != vocab:
+    head, shard = local_part(read_head(ref_head, "ref_head"))
+    call.shard.require_alike(shard, call.vocab, head.vocab, hidden)
+    if head.vocab != call.vocab:
         raise ValueError(
-            f"ref_head: got {head.vocab} vocabulary entries, wanted the {vocab} of `head`"
+            f"ref_head: got {head.vocab} vocabulary entries, wanted the {call.vocab} of `head`"
         )
-    head, shard = local_part(head)
-    if shard.group:
-        raise ValueError("ref_head: sequence_kl takes whole heads, got one sharded over ranks")
     require_floating("ref_hidden", ref_hidden)
     require_shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], head.weight.shape[1]))
     require_device("ref_hidden", ref_hidden, hidden.device)
@@ -414,6 +411,7 @@ def forward(head: KlRows) -> KlResult:
     for _, tiles in head.slabs():
         for rows, policy, reference in tiles:
             engine.fold_both(policy, reference, other, statistics[rows])
+    statistics = head.policy.shard.merge_kl(statistics)
     mixtures = statistics.mixtures
     return KlResult(
         statistics.kls(),

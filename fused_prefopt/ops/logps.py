@@ -165,7 +165,7 @@ def token_policy(
     Arguments, layout and errors are those of `token_logps`.
 
     Raises:
-        ValueError: in addition, the head is sharded over ranks, or another path is asked for.
+        ValueError: in addition, another path is asked for.
     """
     options = LogpOptions(
         shift=shift,
@@ -212,14 +212,12 @@ def token_statistics(
         engine=engine,
     )
     call = read_call(hidden, head, labels, options)
-    if call.shard.group:
-        raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
     index = labelled_rows(call.layout.targets, ignore_index, call.count)
     spec = replace(call.spec("evaluate", call.workspace(False)), entropy=True)
     rows = HeadRows.of(call.tensors, call.layout.targets, index, spec)
     with fixed_precision(hidden, call.math.dtype):
         found = call.checked(fold_details(rows))
-    statistics, details = found.statistics, found.details
+    statistics, details = call.shard.merge(found.statistics, found.details)
     assert details is not None
 
     def dense(values: Tensor) -> Tensor:
@@ -231,8 +229,8 @@ def token_statistics(
         dense(statistics.logps()),
         dense(details.entropies(statistics)),
         dense(details.squares.log() - 2 * statistics.sum.log()),
-        dense(details.logit_sum / call.vocab),
-        dense(details.best == rows.targets),
+        dense(details.logit_sum / call.whole_vocab),
+        dense(details.best == call.layout.targets[index]),
     )
 
 

@@ -1,0 +1,233 @@
+"""Heads whose rows are spread over ranks, as `DTensor` and as rows of a process group, and whole.
+
+What is computed of a head is one function of a `Spread`: `WHOLE` for the truth on one process, and
+one of a rank's for its part of the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from divergences import Two
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from truth import TRANSFORMS, Case, make_case
+
+import fused_prefopt as fp
+
+# Not a multiple of the ranks: the last part of a DTensor has fewer rows.
+VOCAB = 31
+# (first row, rows) by rank, for each number of ranks: unequal, and not in the ranks' order.
+ROWS = {1: [(0, 31)], 2: [(12, 19), (0, 12)], 3: [(8, 4), (12, 19), (0, 8)]}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Way in which a head's rows are held.
+
+    Attributes:
+        kind: `whole`, `dtensor` or `group`.
+        mesh: the ranks that share the head; None for a whole one.
+        alone: a group of this rank, the data-parallel ranks of losses; None for a whole one.
+    """
+
+    kind: str = "whole"
+    mesh: DeviceMesh | None = None
+    alone: dist.ProcessGroup | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row and number of rows of this rank in its group."""
+        return ROWS[self.mesh.size()][self.mesh.get_local_rank()]
+
+    def part(self, value: Tensor, whole: bool = False) -> Tensor:
+        """What this rank holds of a tensor by rows; of one that is `whole` everywhere all."""
+        if self.kind == "dtensor":
+            return distribute_tensor(value, self.mesh, [Replicate() if whole else Shard(0)])
+        if self.kind == "group" and not whole:
+            first, rows = self.rows
+            return value[first : first + rows].clone()
+        return value.clone()
+
+    def full(self, value: Tensor, whole: bool = False) -> Tensor:
+        """The reverse of `part`."""
+        if self.kind == "dtensor":
+            return value.full_tensor()
+        if self.kind == "whole" or whole:
+            return value
+        parts: list[Any] = [None] * self.mesh.size()
+        dist.all_gather_object(parts, (self.rows[0], value), group=self.group)
+        return torch.cat([part for _, part in sorted(parts, key=lambda each: each[0])])
+
+    def head(self, tensors: dict[str, Tensor], **options: Any) -> fp.LMHead:
+        """The head of these parts."""
+        if self.kind == "group":
+            options |= {"group": self.group, "first_row": self.rows[0]}
+        terms = (fp.LowRank(tensors["a"], tensors["b"], 0.5),) if "a" in tensors else ()
+        return fp.LMHead(tensors["weight"], tensors.get("bias"), **options, low_rank=terms)
+
+
+WHOLE = Spread()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A case's head in a way of holding it: leaves, and their whole gradients."""
+
+    spread: Spread
+    tensors: dict[str, Tensor]
+    head: fp.LMHead
+
+    @classmethod
+    def of(cls, spread: Spread, case: Case, low_rank: bool, trains: bool = True) -> Parts:
+        whole = {"weight": case.weight}
+        if case.bias is not None:
+            whole["bias"] = case.bias
+        if low_rank:
+            generator = torch.Generator().manual_seed(1)
+            whole["a"] = torch.randn(3, case.weight.shape[1], generator=generator)
+            whole["b"] = torch.randn(case.weight.shape[0], 3, generator=generator) / 3
+        tensors = {
+            name: spread.part(value.to(case.weight.dtype), name == "a").requires_grad_(
+                trains or name == "a"
+            )
+            for name, value in whole.items()
+        }
+        return cls(spread, tensors, spread.head(tensors, **case.options))
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: self.spread.full(value.grad, name == "a")
+            for name, value in self.tensors.items()
+            if value.grad is not None
+        }
+
+
+def case_of(transform: str, dtype: torch.dtype = torch.float64) -> Case:
+    return make_case(4, 9, 12, VOCAB, dtype=dtype, largest=12.0, **TRANSFORMS[transform])
+
+
+def two_of(transform: str, other: str) -> Two:
+    """A policy and its reference of another hidden size, padded alike."""
+    policy = case_of(transform)
+    changed = dict(TRANSFORMS[other], padding=TRANSFORMS[transform].get("padding", 0))
+    reference = make_case(4, 9, 14, VOCAB, dtype=torch.float64, largest=12.0, seed=7, **changed)
+    return Two(policy, replace(reference, labels=policy.labels))
+
+
+def of_log_probs(
+    spread: Spread,
+    transform: str,
+    low_rank: bool,
+    path: str,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """SimPO's loss, sums of log-probs, and all gradients."""
+    case = case_of(transform, dtype)
+    parts = Parts.of(spread, case, low_rank, trains=path != "stash")
+    hidden = case.hidden.clone().requires_grad_()
+    out = fp.PreferenceLoss("simpo", path=path, **options)(hidden, parts.head, case.labels)
+    out.loss.backward()
+    sums = fp.sequence_logps(hidden.detach(), parts.head, case.labels).sums
+    found = {"loss": out.loss.detach(), "sums": sums.detach(), "hidden": hidden.grad}
+    return found | parts.gradients()
+
+
+def of_tokens(
+    spread: Spread, transform: str, low_rank: bool, workspace_mb: float | None = None
+) -> dict[str, Tensor]:
+    """Log-probs and entropies with their gradients, and all statistics of tokens."""
+    case = case_of(transform)
+    parts = Parts.of(spread, case, low_rank)
+    hidden = case.hidden.clone().requires_grad_()
+    given = parts.head, case.labels
+    policy = fp.token_policy(hidden, *given, workspace_mb=workspace_mb)
+    weights = torch.linspace(-1, 1, case.labels.numel(), dtype=torch.float64).view(4, 9)
+    (policy.logps * weights + policy.entropies * weights.cos()).sum().backward()
+    statistics = fp.token_statistics(hidden.detach(), *given, workspace_mb=workspace_mb)
+    found = {"logps": policy.logps.detach(), "entropies": policy.entropies.detach()}
+    found |= {f"statistics/{name}": value for name, value in vars(statistics).items()}
+    return found | {"hidden": hidden.grad} | parts.gradients()
+
+
+def of_divergence(
+    spread: Spread,
+    transform: str,
+    other: str,
+    low_rank: bool,
+    perturbation: float | None,
+    workspace_mb: float | None = None,
+) -> dict[str, Tensor]:
+    """`sequence_kl` and all gradients through both of its differentiable results."""
+    policy, reference = two_of(transform, other)
+    parts = Parts.of(spread, policy, low_rank)
+    ref_head = Parts.of(spread, reference, low_rank, trains=False).head
+    hidden = policy.hidden.clone().requires_grad_()
+    out = fp.sequence_kl(
+        hidden,
+        parts.head,
+        reference.hidden,
+        ref_head,
+        policy.labels,
+        perturbation=perturbation,
+        workspace_mb=workspace_mb,
+    )
+    weights = torch.linspace(0.3, 1.2, 4, dtype=torch.float64)
+    (out.kl * weights + out.policy * weights.sin()).sum().backward()
+    found = {k: v.detach() for k, v in vars(out).items() if v is not None}
+    return found | {"hidden": hidden.grad} | parts.gradients()
+
+
+def of_loss(spread: Spread, name: str, **options: Any) -> dict[str, Tensor]:
+    """A loss by name beside its reference's hidden states: losses, metrics and gradients."""
+    policy, reference = two_of("all", "bias")
+    parts = Parts.of(spread, policy, False)
+    ref_head = Parts.of(spread, reference, False, trains=False).head
+    hidden = policy.hidden.clone().requires_grad_()
+    loss_fn = fp.PreferenceLoss(name, **options)
+    # The ranks of a mesh hold the same pairs: a statistic sees each once.
+    loss_fn.process_group = spread.alone
+    out = loss_fn(hidden, parts.head, policy.labels, ref_hidden=reference.hidden, ref_head=ref_head)
+    out.loss.backward()
+    found = {"loss": out.loss.detach(), "losses": out.losses.detach(), "hidden": hidden.grad}
+    return found | out.metrics | parts.gradients()
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, int]]]:
+    """(name, bytes) of each collective that is started, and ("wait", 0) of those waited for."""
+    calls: list[tuple[str, int]] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    class Waited:
+        def __init__(self, work: Any) -> None:
+            self._work = work
+
+        def wait(self) -> None:
+            calls.append(("wait", 0))
+            self._work.wait()
+
+    def all_gather(parts: list[Tensor], own: Tensor, **options: Any) -> None:
+        calls.append(("all_gather", own.numel() * own.itemsize))
+        gather(parts, own, **options)
+
+    def all_reduce(values: Tensor, **options: Any) -> Any:
+        calls.append(("all_reduce", values.numel() * values.itemsize))
+        work = reduce(values, **options)
+        return None if work is None else Waited(work)
+
+    with mock.patch.object(dist, "all_gather", all_gather):
+        with mock.patch.object(dist, "all_reduce", all_reduce):
+            yield calls
