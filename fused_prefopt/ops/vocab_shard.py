@@ -181,13 +181,11 @@ class VocabShard:
             ValueError: only one of the heads is spread over ranks, or over the ranks of another
                 group, or some rank holds other rows of it.
         """
-        kinds = [
-            f"spread over ranks {each._ranks()}" if each.group else "whole"
-            for each in (self, other)
-        ]
-        if kinds[0] != kinds[1]:
+        # Another group, such as another mesh's, may be of the same ranks.
+        if self.group != other.group and self._ranks() != other._ranks():
             raise ValueError(
-                f"ref_head: got one that is {kinds[1]}, wanted it to be {kinds[0]} as `head` is"
+                f"ref_head: got one that is {other._kind()}, wanted it to be {self._kind()} as"
+                " `head` is"
             )
         if not self.group:
             return
@@ -207,7 +205,10 @@ class VocabShard:
         return _gathered(torch.stack(own), self.group).unbind(1)
 
     def _ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._resolve())
+        return dist.get_process_group_ranks(self._resolve()) if self.group else []
+
+    def _kind(self) -> str:
+        return f"spread over ranks {self._ranks()}" if self.group else "whole"
 
     def _resolve(self) -> dist.ProcessGroup:
         return _resolved(self.group)

@@ -18,9 +18,11 @@ from divergences import Two
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from truth import TRANSFORMS, Case, make_case
+from truth import TRANSFORMS, Case, make_case, true_logits
 
 import fused_prefopt as fp
+from fused_prefopt.integrations.metrics import token_metrics
+from fused_prefopt.models.batch import CollatedRows
 
 # Not a multiple of the ranks: the last part of a DTensor has fewer rows.
 VOCAB = 31
@@ -36,11 +38,15 @@ class Spread:
         kind: `whole`, `dtensor` or `group`.
         mesh: the ranks that share the head; None for a whole one.
         alone: a group of this rank, the data-parallel ranks of losses; None for a whole one.
+        dtype: of the numbers.
+        engine: that computes.
     """
 
     kind: str = "whole"
     mesh: DeviceMesh | None = None
     alone: dist.ProcessGroup | None = None
+    dtype: torch.dtype = torch.float64
+    engine: str = "auto"
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -118,11 +124,11 @@ def case_of(transform: str, dtype: torch.dtype = torch.float64) -> Case:
     return make_case(4, 9, 12, VOCAB, dtype=dtype, largest=12.0, **TRANSFORMS[transform])
 
 
-def two_of(transform: str, other: str) -> Two:
+def two_of(transform: str, other: str, dtype: torch.dtype = torch.float64) -> Two:
     """A policy and its reference of another hidden size, padded alike."""
-    policy = case_of(transform)
+    policy = case_of(transform, dtype)
     changed = dict(TRANSFORMS[other], padding=TRANSFORMS[transform].get("padding", 0))
-    reference = make_case(4, 9, 14, VOCAB, dtype=torch.float64, largest=12.0, seed=7, **changed)
+    reference = make_case(4, 9, 14, VOCAB, dtype=dtype, largest=12.0, seed=7, **changed)
     return Two(policy, replace(reference, labels=policy.labels))
 
 
@@ -131,16 +137,18 @@ def of_log_probs(
     transform: str,
     low_rank: bool,
     path: str,
-    dtype: torch.dtype = torch.float64,
-    **options: Any,
+    workspace_mb: float | None = None,
+    drop_mass: float = 0.0,
 ) -> dict[str, Tensor]:
     """SimPO's loss, sums of log-probs, and all gradients."""
-    case = case_of(transform, dtype)
+    case = case_of(transform, spread.dtype)
     parts = Parts.of(spread, case, low_rank, trains=path != "stash")
     hidden = case.hidden.clone().requires_grad_()
-    out = fp.PreferenceLoss("simpo", path=path, **options)(hidden, parts.head, case.labels)
+    options = {"engine": spread.engine, "workspace_mb": workspace_mb}
+    loss_fn = fp.PreferenceLoss("simpo", path=path, drop_mass=drop_mass, **options)
+    out = loss_fn(hidden, parts.head, case.labels)
     out.loss.backward()
-    sums = fp.sequence_logps(hidden.detach(), parts.head, case.labels).sums
+    sums = fp.sequence_logps(hidden.detach(), parts.head, case.labels, **options).sums
     found = {"loss": out.loss.detach(), "sums": sums.detach(), "hidden": hidden.grad}
     return found | parts.gradients()
 
@@ -149,14 +157,18 @@ def of_tokens(
     spread: Spread, transform: str, low_rank: bool, workspace_mb: float | None = None
 ) -> dict[str, Tensor]:
     """Log-probs and entropies with their gradients, and all statistics of tokens."""
-    case = case_of(transform)
+    case = case_of(transform, spread.dtype)
+    # Some labels are the most likely token.
+    likely = true_logits(case)[:, :3].argmax(-1)
+    case.labels[:, 1:4] = likely.where(case.labels[:, 1:4] != -100, -100)
     parts = Parts.of(spread, case, low_rank)
     hidden = case.hidden.clone().requires_grad_()
     given = parts.head, case.labels
-    policy = fp.token_policy(hidden, *given, workspace_mb=workspace_mb)
-    weights = torch.linspace(-1, 1, case.labels.numel(), dtype=torch.float64).view(4, 9)
+    options = {"engine": spread.engine, "workspace_mb": workspace_mb}
+    policy = fp.token_policy(hidden, *given, **options)
+    weights = torch.linspace(-1, 1, case.labels.numel()).view(4, 9).to(spread.dtype)
     (policy.logps * weights + policy.entropies * weights.cos()).sum().backward()
-    statistics = fp.token_statistics(hidden.detach(), *given, workspace_mb=workspace_mb)
+    statistics = fp.token_statistics(hidden.detach(), *given, **options)
     found = {"logps": policy.logps.detach(), "entropies": policy.entropies.detach()}
     found |= {f"statistics/{name}": value for name, value in vars(statistics).items()}
     return found | {"hidden": hidden.grad} | parts.gradients()
@@ -171,7 +183,7 @@ def of_divergence(
     workspace_mb: float | None = None,
 ) -> dict[str, Tensor]:
     """`sequence_kl` and all gradients through both of its differentiable results."""
-    policy, reference = two_of(transform, other)
+    policy, reference = two_of(transform, other, spread.dtype)
     parts = Parts.of(spread, policy, low_rank)
     ref_head = Parts.of(spread, reference, low_rank, trains=False).head
     hidden = policy.hidden.clone().requires_grad_()
@@ -183,26 +195,30 @@ def of_divergence(
         policy.labels,
         perturbation=perturbation,
         workspace_mb=workspace_mb,
+        engine=spread.engine,
     )
-    weights = torch.linspace(0.3, 1.2, 4, dtype=torch.float64)
+    weights = torch.linspace(0.3, 1.2, 4).to(spread.dtype)
     (out.kl * weights + out.policy * weights.sin()).sum().backward()
     found = {k: v.detach() for k, v in vars(out).items() if v is not None}
     return found | {"hidden": hidden.grad} | parts.gradients()
 
 
-def of_loss(spread: Spread, name: str, **options: Any) -> dict[str, Tensor]:
+def of_loss(spread: Spread, name: str, use_weighting: bool = False) -> dict[str, Tensor]:
     """A loss by name beside its reference's hidden states: losses, metrics and gradients."""
-    policy, reference = two_of("all", "bias")
+    policy, reference = two_of("all", "bias", spread.dtype)
     parts = Parts.of(spread, policy, False)
     ref_head = Parts.of(spread, reference, False, trains=False).head
     hidden = policy.hidden.clone().requires_grad_()
-    loss_fn = fp.PreferenceLoss(name, **options)
+    loss_fn = fp.PreferenceLoss(name, use_weighting=use_weighting, engine=spread.engine)
     # The ranks of a mesh hold the same pairs: a statistic sees each once.
     loss_fn.process_group = spread.alone
     out = loss_fn(hidden, parts.head, policy.labels, ref_hidden=reference.hidden, ref_head=ref_head)
     out.loss.backward()
     found = {"loss": out.loss.detach(), "losses": out.losses.detach(), "hidden": hidden.grad}
-    return found | out.metrics | parts.gradients()
+    extras = dict.fromkeys(("groups", "rewards", "weights", "desirable"))
+    rows = CollatedRows(hidden.detach(), policy.labels, None, {"shift": True})
+    tokens, _ = token_metrics(loss_fn, rows, hidden.detach(), parts.head, extras)
+    return found | out.metrics | tokens | parts.gradients()
 
 
 @contextmanager
