@@ -144,18 +144,12 @@ class LMHead:
                 )
             return
         if not isinstance(self.group, dist.ProcessGroup):
-            raise ValueError(
-                f"group: got {self.group!r}, wanted a ProcessGroup that this rank is part of"
-            )
+            raise ValueError(f"group: got {self.group!r}, wanted a ProcessGroup of this rank")
         if self.first_row is None:
-            raise ValueError(
-                "first_row: got None with a group, wanted the vocabulary index of this rank's"
-                " first row"
-            )
+            raise ValueError("first_row: got None with a group, wanted this rank's first row")
         require_count("first_row", self.first_row)
-        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
-        tensors += [value for term in self.low_rank for value in (term.a, term.b)]
-        if any(hasattr(value, "device_mesh") for value in tensors):
+        terms = [value for term in self.low_rank for value in (term.a, term.b)]
+        if any(hasattr(value, "device_mesh") for value in (self.weight, self.bias, *terms)):
             raise ValueError(
                 "group: got one with a DTensor, which knows the ranks that share it; wanted either"
             )

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from divergences import Two
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from truth import TRANSFORMS, Case, make_case, true_logits
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from truth import SMALLEST, TRANSFORMS, Case, make_case, true_logits
 
 import fused_prefopt as fp
 from fused_prefopt.integrations.metrics import token_metrics
@@ -138,19 +138,29 @@ def of_log_probs(
     low_rank: bool,
     path: str,
     workspace_mb: float | None = None,
-    drop_mass: float = 0.0,
 ) -> dict[str, Tensor]:
     """SimPO's loss, sums of log-probs, and all gradients."""
     case = case_of(transform, spread.dtype)
     parts = Parts.of(spread, case, low_rank, trains=path != "stash")
     hidden = case.hidden.clone().requires_grad_()
     options = {"engine": spread.engine, "workspace_mb": workspace_mb}
-    loss_fn = fp.PreferenceLoss("simpo", path=path, drop_mass=drop_mass, **options)
+    loss_fn = fp.PreferenceLoss("simpo", path=path, **options)
     out = loss_fn(hidden, parts.head, case.labels)
     out.loss.backward()
     sums = fp.sequence_logps(hidden.detach(), parts.head, case.labels, **options).sums
     found = {"loss": out.loss.detach(), "sums": sums.detach(), "hidden": hidden.grad}
     return found | parts.gradients()
+
+
+def of_sums(spread: Spread, drop_mass: float = 0.0, labelled: bool = True) -> dict[str, Tensor]:
+    """Sums of log-probs in the smallest tiles, and the gradients of their sum."""
+    case = case_of("plain", spread.dtype)
+    labels = case.labels if labelled else torch.full_like(case.labels, -100)
+    parts, hidden = Parts.of(spread, case, False), case.hidden.clone().requires_grad_()
+    options = {"path": "recompute", "workspace_mb": SMALLEST, "drop_mass": drop_mass}
+    sums = fp.sequence_logps(hidden, parts.head, labels, **options).sums
+    sums.sum().backward()
+    return {"sums": sums.detach(), "hidden": hidden.grad} | parts.gradients()
 
 
 def of_tokens(
