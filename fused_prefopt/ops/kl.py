@@ -46,7 +46,7 @@ from fused_prefopt.ops.precision import HeadMath, fixed_precision
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
-from fused_prefopt.ops.vocab_shard import local_part
+from fused_prefopt.ops.vocab_shard import local_part, sharing_ranks
 from fused_prefopt.types import AnyHead, LMHead
 
 
@@ -140,6 +140,29 @@ def sequence_kl(
     )
     if perturbation is not None:
         require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
+    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+    sums = _run(hidden, head, ref_hidden, ref_head, labels, options, perturbation or 0.0, rows)
+    kls, logps, references, lengths, mixtures = sums[:5]
+    if rows is not None:
+        kls, logps, references, lengths = rows.all_sums((kls, logps, references))
+    of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
+    return SequenceKl(kls, logps, references, lengths, *of_mixtures)
+
+
+def _run(
+    hidden: Tensor,
+    head: AnyHead,
+    ref_hidden: Tensor,
+    ref_head: AnyHead,
+    labels: Tensor,
+    options: LogpOptions,
+    perturbation: float,
+    rows: WeightedRows | None,
+) -> tuple[Tensor, ...]:
+    """What `head_kl` returns for a call; of rows apart where tokens have weights."""
+    if torch.compiler.is_compiling() and sharing_ranks(read_head(head)) is not None:
+        given = hidden, head, ref_hidden, ref_head, labels, options, perturbation, rows
+        return torch.compiler.disable(_run)(*given)
     call = read_call(hidden, head, labels, options)
     reference = _reference(hidden, ref_hidden, ref_head, call)
     with torch.no_grad():
@@ -147,17 +170,10 @@ def sequence_kl(
         refuse_forward_mode(others)
         others = others.detached()
     math = HeadMath.of(reference, call.math.dtype)
-    spec = call.spec(
-        "recompute", call.workspace(False), reference=math, perturbation=perturbation or 0.0
-    )
-    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+    spec = call.spec("recompute", call.workspace(False), reference=math, perturbation=perturbation)
     ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
-    sums = call.checked(head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed()))
-    kls, logps, references, lengths, mixtures = sums[:5]
-    if rows is not None:
-        kls, logps, references, lengths = rows.all_sums((kls, logps, references))
-    of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
-    return SequenceKl(kls, logps, references, lengths, *of_mixtures)
+    where = call.layout.targets, ids
+    return call.checked(head_kl(*call.tensors, *others, *where, *spec.packed()))
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, call: Call) -> LMHead:

@@ -20,11 +20,13 @@ from fused_prefopt.ops.inputs import (
     labelled_rows,
     layout_of,
     read_call,
+    read_head,
 )
 from fused_prefopt.ops.passes import fold_details
 from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan, room_of
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.token_weights import WeightedRows
+from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
 
 
@@ -319,6 +321,8 @@ def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
 def _run(
     hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
+    if torch.compiler.is_compiling() and sharing_ranks(read_head(head)) is not None:
+        return torch.compiler.disable(_run)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
     plan = _plan(call)
     tensors = call.tensors.detached() if plan.path == "evaluate" else call.tensors

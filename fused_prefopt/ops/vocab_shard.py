@@ -10,11 +10,16 @@ What the ranks exchange, each rank its own numbers to all others, n labelled row
 - backward, one sum of n · (D + r) · 4 bytes, the gradient of hidden (and of low-rank terms'
   projections); in a few parts, which start while the last gradients of the weight are formed. With
   `drop_mass` two of 4 bytes a row besides. The gradients of the head's rows stay on their rank.
+
+A compiled call of a spread head runs as it would without the compiler, which may move ops that do
+not depend on each other, and in another way on a rank with other rows: their collectives would meet
+in the wrong order. With ``fullgraph=True`` the compiler refuses it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,6 +28,9 @@ from torch import Tensor
 from fused_prefopt.checks import is_on_host, require
 from fused_prefopt.ops.tile import Details, KlStatistics, MixtureStatistics, RowStatistics
 from fused_prefopt.types import LMHead, LowRank
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # A sum over ranks is parted into so many at most, each of as many bytes at least: smaller ones take
 # as long as their start does.
@@ -130,7 +138,7 @@ class VocabShard:
         valid = -1 if head.valid_vocab is None else head.valid_vocab
         numbers = [places.new_full((), each) for each in (self.first, rows, valid)]
         own = torch.stack((places.sum(), (targets * places).sum(), *numbers))
-        every = gather_from_ranks(own, self.group)
+        every = self._gathered(own)
         require((every[:, :2] == own[:2]).all(), lambda: _DIFFERENT)
         require(
             (every[:, 4] == valid).all(),
@@ -192,7 +200,7 @@ class VocabShard:
         alike = (self.first, rows) == (other.first, others)
         own = torch.full((1,), int(alike), dtype=torch.int64, device=like.device)
         require(
-            gather_from_ranks(own, self.group).all(),
+            self._gathered(own).all(),
             lambda: (
                 f"ref_head: got rows [{other.first}, {other.first + others}) on this rank beside"
                 f" [{self.first}, {self.first + rows}) of `head`, wanted every rank to hold the"
@@ -202,7 +210,13 @@ class VocabShard:
 
     def _every(self, *own: Tensor) -> tuple[Tensor, ...]:
         """(ranks, n) of every rank's numbers (n,)."""
-        return _gathered(torch.stack(own), self.group).unbind(1)
+        return self._gathered(torch.stack(own)).unbind(1)
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """(ranks, …) of every rank's tensor, in the group's order; all of one shape."""
+        every = own.new_empty(self.size, *own.shape)
+        dist.all_gather(list(every.unbind()), own, group=self._resolve())
+        return every
 
     def _ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self._resolve()) if self.group else []
@@ -211,7 +225,7 @@ class VocabShard:
         return f"spread over ranks {self._ranks()}" if self.group else "whole"
 
     def _resolve(self) -> dist.ProcessGroup:
-        return _resolved(self.group)
+        return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
 
 
 WHOLE = VocabShard()
@@ -256,6 +270,17 @@ class RowSums:
         self._works.clear()
 
 
+def sharing_ranks(head: LMHead) -> dist.ProcessGroup | None:
+    """The group whose ranks hold the rows of a head between them; None of a whole one."""
+    if head.group is not None or not _is_distributed(head.weight):
+        return head.group
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(head.weight, DTensor)
+    sharded = _sharded(head.weight)
+    return head.weight.device_mesh.get_group(sharded[0]) if sharded else None
+
+
 def local_part(head: LMHead) -> tuple[LMHead, VocabShard]:
     """This rank's rows of a head, and where they stand; any other head as it is.
 
@@ -271,12 +296,11 @@ def local_part(head: LMHead) -> tuple[LMHead, VocabShard]:
         return _local(head, left), VocabShard(head.group.group_name, head.first_row)
     if not _is_distributed(head.weight):
         return head, WHOLE
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
 
     weight = head.weight
     assert isinstance(weight, DTensor)
-    mesh, placements = weight.device_mesh, weight.placements
-    sharded = [dim for dim, place in enumerate(placements) if not isinstance(place, Replicate)]
+    mesh, placements, sharded = weight.device_mesh, weight.placements, _sharded(weight)
     if not sharded:
         return _local(head, head.valid_vocab), WHOLE
     if len(sharded) > 1 or placements[sharded[0]] != Shard(0):
@@ -298,6 +322,14 @@ def local_part(head: LMHead) -> tuple[LMHead, VocabShard]:
 def _is_distributed(value: Tensor) -> bool:
     # Without importing what a single process never needs.
     return hasattr(value, "placements") and hasattr(value, "device_mesh")
+
+
+def _sharded(weight: DTensor) -> list[int]:
+    """Dimensions of the mesh along which its ranks do not hold the same."""
+    from torch.distributed.tensor import Replicate
+
+    places = enumerate(weight.placements)
+    return [dim for dim, place in places if not isinstance(place, Replicate)]
 
 
 def _others(head: LMHead) -> list[tuple[str, Tensor]]:
@@ -329,33 +361,6 @@ def _local(head: LMHead, vocab: int | None) -> LMHead:
 def _to_local(value: Tensor) -> Tensor:
     local: Tensor = value.to_local() if _is_distributed(value) else value  # type: ignore[attr-defined]
     return local
-
-
-def _resolved(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-
-
-def _gathered(own: Tensor, group: str) -> Tensor:
-    ranks = _resolved(group)
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(ranks))]
-    dist.all_gather(parts, own, group=ranks)
-    return torch.stack(parts)
-
-
-@torch.library.custom_op("fused_prefopt::gather_from_ranks", mutates_args=())
-def gather_from_ranks(own: Tensor, group: str) -> Tensor:
-    """(ranks, …) of every rank's tensor, in the group's order; an op, for compilers to keep.
-
-    Args:
-        own: any shape, equal on all ranks.
-        group: name of the process group.
-    """
-    return _gathered(own, group)
-
-
-@gather_from_ranks.register_fake
-def _(own: Tensor, group: str) -> Tensor:
-    return own.new_empty(dist.get_world_size(_resolved(group)), *own.shape)
 
 
 def _merged(maxima: Tensor, sums: Tensor, targets: Tensor) -> tuple[RowStatistics, Tensor]:
