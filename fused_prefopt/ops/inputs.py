@@ -25,7 +25,7 @@ from fused_prefopt.ops.engines import ENGINES, choose_engine, device_memory
 from fused_prefopt.ops.head_rows import HeadTensors, Spec
 from fused_prefopt.ops.plan import MIB, PATHS, default_workspace
 from fused_prefopt.ops.precision import HeadMath
-from fused_prefopt.ops.vocab_shard import VocabShard, local_part
+from fused_prefopt.ops.vocab_shard import VocabShard, local_part, sharing_ranks
 from fused_prefopt.types import AnyHead, LMHead
 
 Outputs = TypeVar("Outputs")
@@ -190,6 +190,11 @@ def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOption
     refuse_forward_mode(tensors)
     pending = None if at_once else check
     return Call(options, tensors, head.vocab, vocab, shard, layout, count, math, engine, pending)
+
+
+def traced_and_spread(head: AnyHead) -> bool:
+    """Whether a compiler traces a call of a head that is spread over ranks: see `vocab_shard`."""
+    return torch.compiler.is_compiling() and sharing_ranks(read_head(head)) is not None
 
 
 def read_head(value: AnyHead, name: str = "head") -> LMHead:

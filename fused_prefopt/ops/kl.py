@@ -38,6 +38,7 @@ from fused_prefopt.ops.inputs import (
     read_head,
     refuse_forward_mode,
     sequences_of,
+    traced_and_spread,
 )
 from fused_prefopt.ops.passes import Kept, Upstream
 from fused_prefopt.ops.passes import backward as gradients_of_logps
@@ -46,7 +47,7 @@ from fused_prefopt.ops.precision import HeadMath, fixed_precision
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
-from fused_prefopt.ops.vocab_shard import local_part, sharing_ranks
+from fused_prefopt.ops.vocab_shard import local_part
 from fused_prefopt.types import AnyHead, LMHead
 
 
@@ -160,7 +161,7 @@ def _run(
     rows: WeightedRows | None,
 ) -> tuple[Tensor, ...]:
     """What `head_kl` returns for a call; of rows apart where tokens have weights."""
-    if torch.compiler.is_compiling() and sharing_ranks(read_head(head)) is not None:
+    if traced_and_spread(head):
         given = hidden, head, ref_hidden, ref_head, labels, options, perturbation, rows
         return torch.compiler.disable(_run)(*given)
     call = read_call(hidden, head, labels, options)

@@ -20,13 +20,12 @@ from fused_prefopt.ops.inputs import (
     labelled_rows,
     layout_of,
     read_call,
-    read_head,
+    traced_and_spread,
 )
 from fused_prefopt.ops.passes import fold_details
 from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan, room_of
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.token_weights import WeightedRows
-from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
 
 
@@ -213,8 +212,16 @@ def token_statistics(
         workspace_mb=workspace_mb,
         engine=engine,
     )
+    return _statistics(hidden, head, labels, options)
+
+
+def _statistics(
+    hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
+) -> TokenStatistics:
+    if traced_and_spread(head):
+        return torch.compiler.disable(_statistics)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
-    index = labelled_rows(call.layout.targets, ignore_index, call.count)
+    index = labelled_rows(call.layout.targets, options.ignore_index, call.count)
     spec = replace(call.spec("evaluate", call.workspace(False)), entropy=True)
     rows = HeadRows.of(call.tensors, call.layout.targets, index, spec)
     with fixed_precision(hidden, call.math.dtype):
@@ -225,7 +232,7 @@ def token_statistics(
     def dense(values: Tensor) -> Tensor:
         everywhere = values.new_zeros(call.layout.targets.shape)
         everywhere[index] = values
-        return _at_labels(everywhere, labels, shift)
+        return _at_labels(everywhere, labels, options.shift)
 
     return TokenStatistics(
         dense(statistics.logps()),
@@ -321,7 +328,7 @@ def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
 def _run(
     hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
-    if torch.compiler.is_compiling() and sharing_ranks(read_head(head)) is not None:
+    if traced_and_spread(head):
         return torch.compiler.disable(_run)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
     plan = _plan(call)

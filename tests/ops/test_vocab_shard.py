@@ -137,7 +137,9 @@ def compiled(spread: Spread) -> list[tuple[Tensor, Tensor]]:
         head = spread.head(tensors, **policy.options)
         other = spread.head(ref_weight, **options)
         out = fp.sequence_kl(hidden, head, reference.hidden, other, policy.labels)
-        return out.kl + fp.sequence_logps(hidden, head, policy.labels).sums
+        statistics = fp.token_statistics(hidden, head, policy.labels)
+        sums = fp.sequence_logps(hidden, head, policy.labels).sums
+        return out.kl + sums + statistics.collisions.sum(1)
 
     found = []
     with pytest.raises(torch._dynamo.exc.Unsupported):
