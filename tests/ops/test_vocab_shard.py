@@ -25,6 +25,7 @@ from spread_heads import (
     of_divergence,
     of_log_probs,
     of_loss,
+    of_spread_tokens,
     of_sums,
     of_tokens,
     recorded,
@@ -66,6 +67,8 @@ SINGLE: list[Case] = [
     (of_divergence, ("all", "softcap", False, 0.3)),
 ]
 DROPPING: Case = (of_sums, (0.2,))
+# Vocabulary × tokens, 2 × 2 ranks.
+BOTH: list[Case] = [(of_spread_tokens, (name,)) for name in ("epsilon-dpo", "tdpo2", "simpo")]
 # Paths whose last slab adds rows of hidden in each of the ways that there are.
 OVERLAPPING: list[Case] = [
     (of_log_probs, ("all", True, "recompute", SMALLEST)),
@@ -246,6 +249,9 @@ def _work(rank: int, folder: str) -> None:
         case = case_of("plain")
         replicated = distribute_tensor(case.weight, meshes[3], [Replicate()])
         found["replicated"] = fp.sequence_logps(case.hidden, replicated, case.labels).sums
+    for kind, place in product(KINDS, range(len(BOTH))):
+        spread, (compute, case) = Spread(kind, pairs["vocab"], alone), BOTH[place]
+        found["both", kind, place] = compute(spread, *case, pairs["tokens"].get_group())
     if rank < 2:
         for kind in KINDS:
             found["compiled", kind] = compiled(Spread(kind, meshes[2], alone))
@@ -358,6 +364,13 @@ def test_a_few_numbers_a_row_are_exchanged(ranks):
             assert found[name] == [("all_gather", 40), *alike, gathered]
             summed = ("all_reduce", 4 * rows * (12 + 3))
             assert found[f"{name}, backward"] == [summed, ("wait", 0)]
+
+
+@pytest.mark.parametrize("place", range(len(BOTH)))
+def test_heads_and_sequences_that_are_both_spread(ranks, place):
+    compute, case = BOTH[place]
+    for kind in KINDS:
+        assert_equal_to(compute(WHOLE, *case), [each["both", kind, place] for each in ranks], 1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -231,6 +231,46 @@ def of_loss(spread: Spread, name: str, use_weighting: bool = False) -> dict[str,
     return found | out.metrics | tokens | parts.gradients()
 
 
+def of_spread_tokens(
+    spread: Spread, name: str, tokens: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """`of_loss` of tokens that are spread over another group; all gradients are the whole's.
+
+    Args:
+        name: of the loss.
+        tokens: its two ranks hold the first 4 of 9 tokens of all sequences, and the others.
+    """
+    policy, reference = two_of("all", "bias")
+    parts = Parts.of(spread, policy, True)
+    ref_head = Parts.of(spread, reference, False, trains=False).head
+    labels = torch.cat((policy.labels[:, 1:], torch.full_like(policy.labels[:, :1], -100)), 1)
+    own = slice(None) if tokens is None else (slice(4), slice(4, None))[dist.get_rank(tokens)]
+    hidden = policy.hidden[:, own].clone().requires_grad_()
+    loss_fn = fp.PreferenceLoss(name, workspace_mb=SMALLEST)
+    loss_fn.process_group = spread.alone
+    out = loss_fn(
+        hidden,
+        parts.head,
+        labels[:, own],
+        ref_hidden=reference.hidden[:, own],
+        ref_head=ref_head,
+        shift=False,
+        sequence_group=tokens,
+    )
+    out.loss.backward()
+    found = {"loss": out.loss.detach(), "losses": out.losses.detach()} | out.metrics
+    gradients = parts.gradients()
+    if tokens is None:
+        return found | gradients | {"hidden": hidden.grad}
+    # The mean over the ranks is what data parallelism takes; a row of hidden is on one of them.
+    for value in gradients.values():
+        dist.all_reduce(value, group=tokens)
+        value /= 2
+    rows: list[Any] = [None, None]
+    dist.all_gather_object(rows, hidden.grad / 2, group=tokens)
+    return found | gradients | {"hidden": torch.cat(rows, 1)}
+
+
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, int]]]:
     """(name, bytes) of each collective that is started, and ("wait", 0) of those waited for."""
