@@ -1,7 +1,7 @@
 """A head whose rows are spread over processes against the whole head on one.
 
-Everything in one set of four processes: most of the time is theirs to start. The interpreter's
-kernels have two of their own, in their own run.
+Everything in one set of four processes, and so in one file of more than 450 lines: most of the time
+is theirs to start. The interpreter's kernels have two of their own, in their own run.
 """
 
 from __future__ import annotations
