@@ -20,6 +20,7 @@ from fused_prefopt.data.columns import (
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
+    SPENT,
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
@@ -42,6 +43,7 @@ from fused_prefopt.models.batch import (
     gold_fields,
     gold_part,
     logps_through,
+    without_sequences,
 )
 from fused_prefopt.models.causal_lm import head_running, wants_router_loss
 from fused_prefopt.models.model_call import (
@@ -239,6 +241,10 @@ def _outputs(
     rows = collated_rows(model, batch, prompt=PROMPT in loss_fn.loss.needs, router=router)
     part = gold_part(batch) if GOLD in loss_fn.loss.needs else None
     gold = None if part is None else collated_rows(model, part, prompt=False)
+    if batch.get(SPENT):
+        rows, gold, of_tokens = without_sequences(rows), gold and without_sequences(gold), False
+        extras = {name: _none(value) for name, value in extras.items()}
+        compared = None if compared is None else (compared[0], compared[1][:0])
     device = rows.hidden.device
     _move(loss_fn, device)
     extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
@@ -251,7 +257,7 @@ def _outputs(
         output = replace(output, loss=loss)
     if rows.router is not None:
         coefficient, aux_loss = rows.router
-        if router_coefficient is not None:
+        if router_coefficient is not None and not batch.get(SPENT):
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
@@ -307,6 +313,11 @@ class _LossInHead:
         output = self.loss_fn(hidden, head, rows.labels, **given)
         self.found = output, tokens
         return output.loss
+
+
+def _none(value: Tensor | None) -> Tensor | None:
+    """A field of no sequence; what belongs to the batch stays."""
+    return value[:0] if isinstance(value, Tensor) and value.dim() else value
 
 
 def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:

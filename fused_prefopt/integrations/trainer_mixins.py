@@ -113,9 +113,10 @@ class PreparesExactly:
 class TakesLossAlone:
     """Mixin for a trainer whose every batch becomes the attached loss: no logits are built.
 
-    In front of `MindsNonfinite`, which judges the loss.
+    In front of `WeighsBatches`, which weighs the loss, and `MindsNonfinite`, which judges it.
     """
 
+    weighed: Any
     judge_before_backward: Any
     compute_loss_context_manager: Any
 
@@ -134,7 +135,7 @@ class TakesLossAlone:
         """The fused loss of a batch."""
         arguments = past_wrappers(self.of_loss(model, inputs))
         outputs = model(**arguments)
-        loss = exact_loss(outputs["loss"], arguments)
+        loss = self.weighed(exact_loss(outputs["loss"], arguments))
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 

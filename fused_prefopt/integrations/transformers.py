@@ -38,6 +38,7 @@ from fused_prefopt.integrations.trainer_checks import (
     require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.integrations.uneven_ranks import WeighsBatches
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
 from fused_prefopt.models.head_check import require_trained_head
@@ -144,7 +145,7 @@ def attach(
     return attachment
 
 
-class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
+class LogsPreferences(WeighsBatches, KeepsLossState, PreparesExactly, MindsNonfinite):
     """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
 
     compute_loss_func: Any
@@ -161,6 +162,7 @@ class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
         loss, outputs = super().compute_loss(model, inputs, True, **kwargs)  # type: ignore[misc]
         if loss is outputs["loss"]:
             loss = exact_loss(loss, inputs)
+        loss = self.weighed(loss)
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -176,9 +178,7 @@ class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
         There are no logits, so what it returns, and `predict` with it, has no predictions.
         """
         self.attachment.forget_metrics("eval")
-        output = super().evaluation_loop(  # type: ignore[misc]
-            *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.attachment.pop_metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         return output

@@ -141,6 +141,30 @@ def collated_rows(
     return CollatedRows(*packed)
 
 
+def without_sequences(rows: CollatedRows) -> CollatedRows:
+    """No sequence, of hidden states that still have a gradient: 0, in every weight behind them.
+
+    Args:
+        rows: of a batch that stands for none.
+    """
+    layout = rows.layout | {"num_labels": 0}
+    if layout.get(SEQUENCE_IDS) is not None:
+        layout |= {SEQUENCE_IDS: layout[SEQUENCE_IDS][:0], NUM_SEQUENCES: 0}
+
+    def none(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:0]
+
+    return CollatedRows(
+        rows.hidden[:0],
+        rows.labels[:0],
+        none(rows.prompt_labels),
+        layout,
+        None if rows.router is None else (0.0, rows.router[1]),
+        None if rows.num_prompt_labels is None else 0,
+        none(rows.token_weights),
+    )
+
+
 def gold_part(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     """The gold completions of a batch of pairs as a batch of their own; None without any.
 

@@ -81,7 +81,9 @@ class MarginQueue(Statistic):
     def _take(self, observed: Tensor) -> MarginPool:
         current, start = observed.detach().to(torch.float64), 0
         if self.training and not self.sees_all_ranks:
-            current, start = gather_over_ranks(current, self.process_group)
+            current, start = gather_over_ranks(
+                current, self.process_group, contents="reward margins"
+            )
         generator = self.generator.clone_state()
         pool = MarginPool(torch.cat([current, self._draw(current.shape[0], generator)]), start)
         if self.training:

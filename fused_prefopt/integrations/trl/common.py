@@ -22,7 +22,9 @@ from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     COMPLETIONS_IDS,
     GOLD,
+    GROUPS,
     LAYOUT,
+    SPENT,
     TOKEN_WEIGHTS,
     WEIGHTS_OF_IDS,
 )
@@ -62,6 +64,8 @@ from fused_prefopt.integrations.trl.rows import (
     WeightedTokens,
     require_values,
 )
+from fused_prefopt.integrations.uneven_ranks import WeighsBatches
+from fused_prefopt.losses.counts import counts_groups
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.batch import gold_part, logps_through
 from fused_prefopt.models.causal_lm import input_vocab
@@ -77,7 +81,13 @@ _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir
 
 
 class FusesLoss(
-    TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, TakesLists, KeepsTeachingRows
+    TakesLossAlone,
+    WeighsBatches,
+    KeepsLossState,
+    PreparesExactly,
+    MindsNonfinite,
+    TakesLists,
+    KeepsTeachingRows,
 ):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
@@ -239,16 +249,23 @@ class FusesLoss(
             inputs: of TRL's collator.
         """
         batch = (self._of_lists if self._has_lists else self._of_loss)(model, inputs)
-        if self.model.training:
+        if self.model.training and not batch.get(SPENT):
             gold = gold_part(batch) if GOLD in self.needs else None
             for part in (batch, gold) if gold else (batch,):
                 self._new_tokens = self._new_tokens + number_of_tokens(part)
         return batch
 
+    def rows_are_counted(self) -> bool:
+        """Whether each row of a data set is one of what the loss is a mean over."""
+        if self._is_vision_dataset or self._is_own_collator:
+            return False
+        loss = self.attachment.loss_fn.loss
+        return self._has_lists == counts_groups(loss, {GROUPS}) or loss.pairwise
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the metrics of a `predict` before it are not its."""
         self.attachment.forget_metrics("eval")
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss's metrics since the last log, means over steps and ranks."""

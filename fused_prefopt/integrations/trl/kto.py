@@ -43,6 +43,7 @@ from fused_prefopt.data.columns import (
     SCORE_CHOSEN,
     SCORE_REJECTED,
     SCORES,
+    SPENT,
     TOKEN_WEIGHTS,
     TRL_REFERENCES,
     WEIGHT,
@@ -56,6 +57,7 @@ from fused_prefopt.data.columns import (
     row_at,
     stacked,
 )
+from fused_prefopt.data.labels import count_groups
 from fused_prefopt.data.truncation import cut_side
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
@@ -156,7 +158,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         reference_kl = reference.pop(KL, None)
         if reference_kl is not None:
             policy = self._logps(model, _mismatched(inputs))["completion"]
-            difference = policy - reference_kl
+            # A rank whose data have ended has none.
+            difference = (policy - reference_kl)[: 0 if inputs.get(SPENT) else None]
             count = torch.full_like(difference, 1.0)
             total = sum_over_ranks(torch.stack([difference.sum(), count.sum()]))
             batch[KL] = (total[0] / total[1]).clamp(min=0)
@@ -395,4 +398,4 @@ class _PointFields:
         for name in TRL_REFERENCES:
             if name in first:
                 batch[name] = stacked(examples, name)
-        return batch
+        return count_groups(batch)
