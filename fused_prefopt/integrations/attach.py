@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fused_prefopt.data.columns import (
     COMPLETION_MASK,
@@ -192,6 +193,8 @@ class Attachment:
             return own(*args, **without_side_channel(kwargs))
         batch = batch_behind(kwargs)
         self.loss_fn.train(model.training)
+        if model.training and not torch.compiler.is_compiling():
+            _refuse_join(self.loss_fn)
         extras, compared = self._with_reference(batch)
         output, weighed = _outputs(
             model,
@@ -318,6 +321,23 @@ class _LossInHead:
 def _none(value: Tensor | None) -> Tensor | None:
     """A field of no sequence; what belongs to the batch stays."""
     return value[:0] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _refuse_join(loss_fn: PreferenceLoss) -> None:
+    """Raise ValueError where ranks may leave early, by DDP's `join`, that others exchange with.
+
+    A rank that has left answers DDP's own collectives, with which the loss's would be mixed up.
+    """
+    find = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+    wrapper = find()
+    joins = wrapper is not None and wrapper._join_config.enable
+    exchanges = loss_fn.statistics is not None or loss_fn.loss.coupled or loss_fn.uneven_ranks
+    if joins and exchanges:
+        raise ValueError(
+            f"join: got DDP's `join` (accelerate's `join_uneven_inputs`) with {loss_fn.name}, for"
+            " which every rank takes part in every batch; needs a loop without it, in which a rank"
+            f" that has no more batches repeats one as {{**batch, {SPENT!r}: True}}"
+        )
 
 
 def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:

@@ -5,7 +5,7 @@ All of it in one pair of processes, as most of the time is theirs to start.
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import children, exit_codes, join_group
 from tiny_models import list_features, pair_features, point_features, tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
-from trainers import arguments, history, spawned
+from trainers import OF_TRL, arguments, build, history, in_order, pairs, points
 
 import fused_prefopt as fp
 from fused_prefopt.data import ListCollator, PairCollator, PointCollator
@@ -35,7 +36,7 @@ from fused_prefopt.reference import add_reference_logps
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.slow
 
-RATE = 0.5
+RATE, DEADLINE = 0.5, 300
 # Of batches of three: two groups, one, three, two.
 GROUPS = [0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 6, 7]
 KINDS: dict[str, tuple[Callable[..., list[dict]], Any]] = {
@@ -145,6 +146,23 @@ def trained(case: str, folder: Path) -> dict[str, Any]:
     return {"weights": dict(run.model.state_dict()), "logged": logged}
 
 
+def trained_by_trl(kind: str, folder: Path, size: int, **options: Any) -> dict[str, Any]:
+    """14 rows in order; two ranks have 4 and 2 of them in their last batch."""
+    data = pairs(14) if kind == "dpo" else points(14, label=[True, False] * 7)
+    run = build(
+        kind,
+        folder,
+        data,
+        model=model(),
+        reference=tiny_llama(5).double(),
+        loss="dpo" if kind == "dpo" else "apo-zero-unpaired",
+        per_device_train_batch_size=size,
+        **{"optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0, "max_steps": 2} | options,
+    )
+    in_order(run).train()
+    return {"weights": dict(run.model.state_dict()), "loss": history(run, "loss")}
+
+
 def alone(case: str) -> dict[str, Any]:
     """One process that takes each step of one batch."""
     name, kind, *_, steps = CASES[case]
@@ -213,6 +231,25 @@ def refused(call: Callable[[], Any]) -> str:
     raise AssertionError("nothing was raised")
 
 
+def resumed(loss_fn: fp.PreferenceLoss) -> None:
+    """A step where one rank alone goes on from a saved state."""
+    batch = fp.LogpBatch(torch.zeros(4), torch.ones(4, dtype=torch.int64))
+    if dist.get_rank() == 1:
+        before = fp.PreferenceLoss("gamma-simpo", queue_size=8)
+        before.statistics.sees_all_ranks = True
+        before.from_logps(batch)
+        loss_fn.load_state_dict(before.state_dict())
+    loss_fn.from_logps(batch)
+
+
+def joined() -> None:
+    policy = model()
+    attach(policy, loss_of("gamma-simpo"))
+    wrapped = ddp(policy)
+    with wrapped.join():
+        wrapped(**PairCollator(0)(pair_features(2)))
+
+
 def refusals(folder: Path) -> dict[str, str]:
     """What every rank says, within its first exchange."""
     data = rows("pairs", 12)
@@ -223,37 +260,40 @@ def refusals(folder: Path) -> dict[str, str]:
 
     twice = run(data)
     twice.attachment.loss_fn.uneven_ranks = True
-    own = fp.types.LogpBatch(torch.zeros(2), torch.ones(2, dtype=torch.int64))
+    own = fp.LogpBatch(torch.zeros(2), torch.ones(2, dtype=torch.int64))
     if dist.get_rank() == 1:
-        own = fp.types.LogpBatch(own.policy, own.lengths, weights=torch.ones(2))
+        own = fp.LogpBatch(own.policy, own.lengths, weights=torch.ones(2))
     return {
         "lengths": refused(run(data, **UNEVEN).train),
         "evaluated": refused(lambda: run(data, **UNEVEN).evaluate(data)),
         "no batch": refused(run(stream(data, (12, 0)), max_steps=2).train),
         "evaluated stream": refused(lambda: run(data).evaluate(stream(data, (8, 4)))),
         "twice": refused(twice.train),
+        "queues": refused(lambda: resumed(fp.PreferenceLoss("gamma-simpo", queue_size=8))),
+        "join": refused(joined),
         "fields": refused(lambda: fp.PreferenceLoss("cpo").from_logps(own)),
     }
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "localhost"}
-    dist.init_process_group("gloo")
+def work(rank: int, folder: str) -> None:
     path = Path(folder)
+    join_group(rank, 2, path)
     found: dict[str, Any] = {case: trained(case, path / f"run-{rank}") for case in CASES}
+    if importlib.util.find_spec("trl"):
+        for kind in OF_TRL:
+            found[kind] = trained_by_trl(kind, path / f"run-{rank}", 4, **UNEVEN)
     for case in LOOPS:
         for name, wrap in WRAPS.items():
             found[f"{case}, {name}"] = loop(case, wrap, rank)
     found["refusals"] = refusals(path / f"run-{rank}")
     torch.save(found, path / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    return spawned(work, tmp_path_factory.mktemp("ranks"))
+    path = tmp_path_factory.mktemp("ranks")
+    assert exit_codes(children(work, [(0, str(path)), (1, str(path))]), DEADLINE) == [0, 0]
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def close(got: Any, wanted: Any, where: str = "") -> None:
@@ -273,6 +313,16 @@ def test_a_step_of_uneven_ranks_is_that_of_one_process(case, ranks):
             assert found["logged"][name] == pytest.approx(values, abs=2e-4), name
 
 
+@pytest.mark.parametrize("kind", OF_TRL)
+def test_so_it_is_in_trainers_on_top_of_trls(kind, ranks, tmp_path):
+    pytest.importorskip("trl")
+    wanted = trained_by_trl(kind, tmp_path, 8)
+    for found in (each[kind] for each in ranks):
+        for name, value in wanted["weights"].items():
+            close(found["weights"][name], value, name)
+        assert found["loss"] == pytest.approx(wanted["loss"], abs=2e-4)
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("case", LOOPS)
 def test_a_loop_of_ones_own_is_exact_where_it_says_that_ranks_differ(case, wrap, ranks):
@@ -289,6 +339,8 @@ REFUSALS = {
     "no batch": "^train_dataset: got no batch on rank 1, and 1 on another, needs rows for each",
     "evaluated stream": "^eval_dataset: got no more batches on rank 1 while there are some on rank",
     "twice": "^uneven_ranks: got True in a trainer",
+    "queues": "^ranks: got reward margins and draws of the queue in state .* on rank 0, reward mar",
+    "join": "^join: got DDP's `join` .* with gamma-simpo",
     "fields": "^ranks: got pairs with policy, lengths in torch.float64 on rank 0, pairs .*weights",
 }
 

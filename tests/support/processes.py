@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 # What the server has in memory from which children are forked, with what these import.
-_PRELOADED = ["tiny_models", "trainers", "fused_prefopt.integrations.transformers"]
+_PRELOADED = ["tiny_models", "trainers", "fused_prefopt.integrations.transformers", "trl"]
 
 
 def children(work: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> list[Any]:
