@@ -163,6 +163,13 @@ def trained_by_trl(kind: str, folder: Path, size: int, **options: Any) -> dict[s
     return {"weights": dict(run.model.state_dict()), "loss": history(run, "loss")}
 
 
+def precomputed(kind: str, folder: Path) -> dict[str, Any]:
+    """What TRL computes ahead, of a data set in memory, whose cache no two processes share."""
+    data = pairs(10) if kind == "dpo" else points(10, label=[True, False] * 5)
+    run = build(kind, folder, data, reference=tiny_llama(5), precompute_ref_log_probs=True)
+    return {name: list(run.train_dataset[name]) for name in run.train_dataset.column_names}
+
+
 def alone(case: str) -> dict[str, Any]:
     """One process that takes each step of one batch."""
     name, kind, *_, steps = CASES[case]
@@ -282,6 +289,7 @@ def work(rank: int, folder: str) -> None:
     if importlib.util.find_spec("trl"):
         for kind in OF_TRL:
             found[kind] = trained_by_trl(kind, path / f"run-{rank}", 4, **UNEVEN)
+            found[f"{kind}, ahead"] = precomputed(kind, path / f"run-{rank}")
     for case in LOOPS:
         for name, wrap in WRAPS.items():
             found[f"{case}, {name}"] = loop(case, wrap, rank)
@@ -321,6 +329,20 @@ def test_so_it_is_in_trainers_on_top_of_trls(kind, ranks, tmp_path):
         for name, value in wanted["weights"].items():
             close(found["weights"][name], value, name)
         assert found["loss"] == pytest.approx(wanted["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", OF_TRL)
+def test_ranks_without_a_shared_disk_have_what_trl_computes_ahead(kind, ranks, tmp_path):
+    pytest.importorskip("trl")
+    wanted, (first, second) = (
+        precomputed(kind, tmp_path),
+        [each[f"{kind}, ahead"] for each in ranks],
+    )
+    assert first == second and first.keys() == wanted.keys()
+    names = [name for name in wanted if name.startswith("ref_")]
+    assert names
+    for name in names:
+        assert first[name] == pytest.approx(wanted[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

@@ -51,6 +51,7 @@ from fused_prefopt.integrations.trainer_mixins import (
     TakesLossAlone,
 )
 from fused_prefopt.integrations.transformers import attach
+from fused_prefopt.integrations.trl.handover import handed_over, unshared_folder
 from fused_prefopt.integrations.trl.images import (
     ImageRows,
     collator_fingerprint,
@@ -298,12 +299,28 @@ class FusesLoss(
             # Of images the data are not yet what the model is given.
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
+        self._require_even_rows(dataset, name, batch_size)
+        if not isinstance(dataset, IterableDataset):
+            own += tuple(filter(None, (unshared_folder(dataset),)))
+        precompute = super()._precompute_ref_logps  # type: ignore[misc]
         with _kept_apart(dataset, own), _given(self, data_collator=collator):
-            found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+            found = handed_over(lambda: precompute(dataset, name, batch_size), dataset)
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
+
+    def _require_even_rows(self, dataset: Any, name: str, batch_size: int) -> None:
+        """Raise ValueError where TRL would gather other numbers of rows of each rank."""
+        of_step = batch_size * self.accelerator.num_processes
+        if self.accelerator.num_processes == 1 or self.accelerator.even_batches:
+            return
+        if not isinstance(dataset, IterableDataset) and len(dataset) % of_step:
+            raise ValueError(
+                "accelerator_config: got even_batches=False with precompute_ref_log_probs=True and"
+                f" {len(dataset)} rows of {name}, which TRL gathers by {of_step}; needs"
+                " even_batches=True, or a multiple of that number"
+            )
 
     def _own_reference_logps(
         self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
