@@ -1,4 +1,7 @@
-"""A preference loss inside a model's own forward, and the reference that it compares with."""
+"""A preference loss inside a model's own forward, and the reference that it compares with.
+
+It is one file, as the reference is often the policy itself, asked from inside that forward.
+"""
 
 from __future__ import annotations
 
