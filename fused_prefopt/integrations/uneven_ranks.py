@@ -67,6 +67,8 @@ class WeighsBatches:
     _shares: Iterator[float] = iter(())
     _dealt_by: Any = None
     _exchange: _Exchange | None = None
+    # A group of ranks, and the same for tensors on the CPU.
+    _hosts: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] | None = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The trainer's own, an optimizer step's batches, which are weighed as they come."""
@@ -100,11 +102,12 @@ class WeighsBatches:
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; every batch of a rank meets one of every other."""
-        if world_size() > 1:
+        group = self.attachment.loss_fn.process_group
+        if world_size(group) > 1:
             if has_length(dataloader):
-                _require_one_length("eval_dataset", gather_objects(len(dataloader)))
+                _require_one_length("eval_dataset", gather_objects(len(dataloader), group))
             else:
-                dataloader = _Together(dataloader, host_group())
+                dataloader = _Together(dataloader, self._host_group(group))
         return super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
 
     def weighed(self, loss: Tensor) -> Tensor:
@@ -143,7 +146,13 @@ class WeighsBatches:
         every = gather_objects((even, length), group)
         _require_one_length("train_dataset", [each for _, each in every])
         if not all(each for each, _ in every):
-            self._exchange = _Exchange(host_group(group))
+            self._exchange = _Exchange(self._host_group(group))
+
+    def _host_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        """`host_group`, made once."""
+        if self._hosts is None or self._hosts[0] is not group:
+            self._hosts = group, host_group(group)
+        return self._hosts[1]
 
 
 class _Exchange:

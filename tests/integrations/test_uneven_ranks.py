@@ -177,7 +177,11 @@ def precomputed(kind: str, folder: Path) -> dict[str, Any]:
 def alone(case: str) -> dict[str, Any]:
     """One process that takes each step of one batch."""
     name, kind, *_, steps = CASES[case]
-    data, policy, loss_fn = rows_of(case), model(), loss_of(name)
+    return stepped(name, kind, rows_of(case), steps)
+
+
+def stepped(name: str, kind: str, data: list[dict], steps: list[list[int]]) -> dict[str, Any]:
+    policy, loss_fn = model(), loss_of(name)
     logged: dict[str, list[float]] = {"loss": [], "rewards/accuracies": [], "rewards/mean": []}
     for step in steps:
         batch = KINDS[kind][1]([data[row] for row in step])
@@ -325,6 +329,16 @@ def test_a_step_of_uneven_ranks_is_that_of_one_process(case, ranks):
                 continue  # As TRL logs them: a mean over the batches.
             # transformers rounds the loss that it logs.
             assert found["logged"][name] == pytest.approx(values, abs=2e-4), name
+
+
+def test_an_accumulated_step_of_one_process_is_that_of_one_batch(tmp_path):
+    data, sizes = rows("pairs", 6), {"per_device_train_batch_size": 4}
+    run = trainer(tmp_path, data, "dpo", "pairs", gradient_accumulation_steps=2, **sizes)
+    run.train()
+    wanted = stepped("dpo", "pairs", data, [[*range(6)]])
+    for name, value in wanted["weights"].items():
+        close(run.model.state_dict()[name], value, name)
+    assert history(run, "loss") == pytest.approx(wanted["logged"]["loss"], abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", OF_TRL)
