@@ -189,7 +189,8 @@ class PreferenceTrainer(LogsPreferences, Trainer):
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
     optimizer's state. Rows are pairs, single completions, or lists of completions (see
-    `data.ListCollator`), of which a batch counts the lists.
+    `data.ListCollator`), of which a batch counts the lists. A step of the optimizer is the mean
+    over all its pairs, however many of them a rank or an accumulated batch holds.
 
     Args:
         model, train_dataset, eval_dataset, processing_class, *more, **kwargs: of

@@ -121,9 +121,10 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
-    over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
-    logits. Still TRL's: the data set's last row, where it is alone in its batch, is its own
-    neighbour, which makes `kl` its log-ratio.
+    over all ranks' completions also in an evaluation's last batch, a step is the mean over all its
+    completions and not of its batches' means, and log-probs have fp32 logits. Still TRL's: the
+    data set's last row, where it is alone in its batch, is its own neighbour, which makes `kl` its
+    log-ratio.
 
     Args:
         *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`, None for
