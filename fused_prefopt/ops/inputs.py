@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
@@ -25,6 +26,7 @@ from fused_prefopt.ops.engines import ENGINES, choose_engine, device_memory
 from fused_prefopt.ops.head_rows import HeadTensors, Spec
 from fused_prefopt.ops.plan import MIB, PATHS, default_workspace
 from fused_prefopt.ops.precision import HeadMath
+from fused_prefopt.ops.sequence_group import require_group
 from fused_prefopt.ops.vocab_shard import VocabShard, local_part
 from fused_prefopt.types import AnyHead, LMHead
 
@@ -49,8 +51,10 @@ class LogpOptions:
     engine: str = "auto"
     drop_mass: float = 0.0
     entropy: bool = False
+    sequence_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
+        require_group(self.sequence_group, shift=self.shift)
         if self.workspace_mb is not None:
             require_number("workspace_mb", self.workspace_mb, low=0, above=True)
         require_choice("path", self.path, ("auto", *PATHS))
@@ -277,6 +281,11 @@ def packed_layout(labels: Tensor, sequence_ids: Tensor, options: LogpOptions) ->
     if num_sequences is not None and num_sequences < 0:
         raise ValueError(f"num_sequences: got {num_sequences}, wanted None or a number >= 0")
     sequence_ids = sequence_ids.long()
+    if num_sequences is None and options.sequence_group is not None:
+        raise ValueError(
+            "num_sequences: got None with a sequence_group, wanted S: this rank may have no token"
+            " of some sequences"
+        )
     if num_sequences is None:
         num_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     require(

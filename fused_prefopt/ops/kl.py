@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_prefopt.checks import (
@@ -42,6 +43,7 @@ from fused_prefopt.ops.passes import Kept, Upstream
 from fused_prefopt.ops.passes import backward as gradients_of_logps
 from fused_prefopt.ops.plan import PassSize, beside_statistics, cut
 from fused_prefopt.ops.precision import HeadMath, fixed_precision
+from fused_prefopt.ops.sequence_group import KL, over_group
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
@@ -88,6 +90,7 @@ def sequence_kl(
     engine: str = "auto",
     token_weights: Tensor | None = None,
     perturbation: float | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> SequenceKl:
     """KL divergence of a policy from its reference over the labelled tokens of each sequence.
 
@@ -115,6 +118,7 @@ def sequence_kl(
             both heads, which cost no matmul more. Where a token's logits are the same, they are the
             mixtures' to the last bit. What the policy may not say (a bias of −inf), no mixture may;
             what the reference alone may not say makes `extrapolated` NaN, as ∞ is no logit.
+        sequence_group: as in `sequence_logps`; one all-reduce for all sums, and one backward.
 
     Returns:
         kl, policy, reference and lengths, each (S,), and with a perturbation the two mixtures'.
@@ -122,7 +126,8 @@ def sequence_kl(
     Raises:
         ValueError: an argument's shape, dtype, device or value is wrong; the two vocabularies
             differ; a head is sharded over ranks; a label is outside the vocabulary (a device-side
-            assert on CUDA).
+            assert on CUDA); ranks of the `sequence_group` disagree on the number of sequences or
+            on the call.
 
     Source: TDPO (Zeng et al. 2024, arXiv:2404.11999), eq. 12; the mixtures ε-DPO (Lee et al. 2025,
     arXiv:2502.13177), eq. 3 and 4.
@@ -135,6 +140,7 @@ def sequence_kl(
         ignore_index=ignore_index,
         workspace_mb=workspace_mb,
         engine=engine,
+        sequence_group=sequence_group,
     )
     head = read_head(head)
     if perturbation is not None:
@@ -158,7 +164,8 @@ def sequence_kl(
     if rows is not None:
         kls, logps, references, lengths = rows.all_sums((kls, logps, references))
     of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
-    return SequenceKl(kls, logps, references, lengths, *of_mixtures)
+    own = kls, logps, references, lengths, *of_mixtures
+    return SequenceKl(*over_group(own, sequence_group, KL + (rows is not None)))
 
 
 def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
