@@ -1,4 +1,7 @@
-"""`PreferenceLoss`: the op, the statistics and a loss, as one module."""
+"""`PreferenceLoss`: the op, the statistics and a loss, as one module.
+
+One file of more than 450 lines, as it is one class: what its options mean stands in one place.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_number
-from fused_prefopt.distributed import shared_ranks, sum_over_ranks, world_size
+from fused_prefopt.distributed import shared_ranks, world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
@@ -26,7 +29,7 @@ from fused_prefopt.losses import (
     pairs_of_lists,
     perturbation_of,
 )
-from fused_prefopt.losses.counts import count_of, is_mixed
+from fused_prefopt.losses.counts import is_mixed, share_of_rank
 from fused_prefopt.losses.lists import require_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
@@ -328,8 +331,7 @@ class PreferenceLoss(nn.Module):
         # One that spans the batch is of all ranks already.
         if self.loss.coupled or not (self.uneven_ranks and self.training):
             return result
-        own, group = count_of(self.loss, batch), self.process_group
-        share = own * world_size(group) / sum_over_ranks(own, group).clamp(min=1)
+        share = share_of_rank(self.loss, batch, self.process_group)
         return replace(result, loss=result.loss * share.to(result.loss.dtype))
 
     def _of_batch(self, batch: LogpBatch) -> LossOutput:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fused_prefopt.distributed import sum_over_ranks, world_size
 from fused_prefopt.losses.groups import places
 from fused_prefopt.losses.protocol import Loss
 from fused_prefopt.losses.weighted_sum import WeightedSum
@@ -29,15 +31,18 @@ def is_mixed(loss: Loss) -> bool:
     return not loss.pairwise and len({"groups" in term.wants for term in terms}) > 1
 
 
-def count_of(loss: Loss, batch: LogpBatch) -> Tensor:
-    """0-d float64 number of what `loss` is a mean over in a batch; no device is waited for.
+def share_of_rank(loss: Loss, batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Tensor:
+    """0-d float64 ``n W / Σ n`` of a rank with n of what a loss is a mean over, of W ranks.
+
+    Every rank must make the call; no device is waited for.
 
     Args:
         loss: no coupled one, not `is_mixed`.
-        batch: pairs, lists or completions; there may be none.
+        batch: this rank's pairs, lists or completions; there may be none.
+        group: the ranks that take part; None means all of them.
     """
     size = batch.size // 2 if loss.pairwise else batch.size
-    count = batch.policy.new_full((), size, dtype=torch.float64)
+    own = batch.policy.new_full((), size, dtype=torch.float64)
     if batch.size and counts_groups(loss, batch.given) and batch.groups is not None:
-        count = places(batch.groups).max().to(torch.float64) + 1
-    return count
+        own = places(batch.groups).max().to(torch.float64) + 1
+    return own * world_size(group) / sum_over_ranks(own, group).clamp(min=1)
