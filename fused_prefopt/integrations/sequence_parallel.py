@@ -151,7 +151,8 @@ class SharedBatches:
         if SEQUENCE_IDS in batch:
             raise ValueError(_LAYOUT.format("packed sequences"))
         place = rank(self.sequences), world_size(self.sequences)
-        return shard_of(batch, *place, order=self.attention.order)
+        attention = self.attention
+        return shard_of(batch, *place, order=attention.order, multiple_of=attention.multiple_of)
 
     def running(self) -> AbstractContextManager[None]:
         """Context in which models' forward and backward passes are of shards."""
