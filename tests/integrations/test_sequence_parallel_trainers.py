@@ -25,6 +25,7 @@ from forked import forked
 from gathered_attention import gathered_attention
 from ring_kernels import ring_kernels
 from tiny_models import pair_features, tiny_llama
+from torch.utils.data import DataLoader
 from trainers import (
     TIMES,
     assert_bit_equal,
@@ -295,20 +296,27 @@ def refused(folder: Path) -> dict[str, str]:
             "transformers",
             {"loss": "dpo", "reference": tiny_llama(attn_implementation="eager")},
         ),
+        "dealt out": ("kto", {"loss": "kto", "accelerator_config": {"dispatch_batches": True}}),
     }
     found = {}
     for name, (kind, options) in cases.items():
-        data = pairs(16) if kind == "dpo" else pair_features(16)
+        data = {"dpo": pairs, "kto": points}.get(kind, pair_features)(16)
         try:
             build(kind, folder / name, data, **parallel(4) | {"loss": "simpo"} | options)
         except ValueError as error:
             found[name] = str(error)
-    left = build("transformers", folder / "left", pair_features(16), loss="simpo", **parallel(4))
+    run = build("transformers", folder / "left", pair_features(16), loss="simpo", **parallel(4))
     batch = PairCollator(0)(pair_features(2))
     try:
-        left.shared.shard(batch | {"attention_mask": batch["attention_mask"].flip(1)})
+        run.shared.shard(batch | {"attention_mask": batch["attention_mask"].flip(1)})
     except ValueError as error:
         found["left"] = str(error)
+    rows = pair_features(BATCH, seed=dist.get_rank())
+    run.get_train_dataloader = lambda: DataLoader(rows, BATCH, collate_fn=PairCollator(0))
+    try:
+        run.train()
+    except ValueError as error:
+        found["unlike"] = str(error)
     return found
 
 
@@ -328,7 +336,9 @@ def on_copies(rank: int) -> dict[str, Any]:
     shared.tell(SimpleNamespace(loss_fn=loss_fn))
     for _ in range(2):
         loss = loss_fn.from_logps(batch_of(rank // 2)).loss
-    return {"loss": loss, "state": loss_fn.state_dict(), "first": shared.is_first}
+    return {"loss": loss, "state": loss_fn.state_dict(), "first": shared.is_first} | {
+        "repeats": shared.repeats
+    }
 
 
 @functools.cache
@@ -405,6 +415,8 @@ def test_statistics_see_pairs_once_that_tensor_parallel_ranks_share(ranks):
         wanted = loss_fn.from_logps(batch_of(None)).loss
     found = [rank["tp"] for rank in ranks]
     assert [each["first"] for each in found] == [True, False, True, False]
+    # As many ranks have counted each token.
+    assert {each["repeats"] for each in found} == {2}
     torch.testing.assert_close((found[0]["loss"] + found[2]["loss"]) / 2, wanted)
     for each in found:
         torch.testing.assert_close(each["state"], dict(loss_fn.state_dict()))
@@ -420,6 +432,8 @@ def test_what_cannot_be_cut_is_refused_by_name(ranks):
         "window": "layers of sliding_attention",
         "reference": "'eager', wanted 'sdpa'",
         "left": "padding in front of tokens",
+        "dealt out": "got dispatch_batches=True",
+        "unlike": "got different batches on ranks that share sequences",
     }
     for found in (rank["refused"] for rank in ranks):
         assert found.keys() == wanted.keys()
