@@ -281,12 +281,17 @@ class FusesLoss(
             # Of images the data are not yet what the model is given.
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
-        with _kept_apart(dataset, own), _given(self, data_collator=collator):
+        with _kept_apart(dataset, own, self._reference_folder), _given(self, data_collator=collator):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
+
+    @property
+    def _reference_folder(self) -> Path:
+        """Where references are kept that have no data set's file beside which they could be."""
+        return Path(self.args.output_dir) / "reference_logps"
 
     def _own_reference_logps(
         self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
@@ -299,7 +304,7 @@ class FusesLoss(
                 features,
                 collator,
                 batch_size=batch_size,
-                cache_dir=Path(self.args.output_dir) / "reference_logps",
+                cache_dir=self._reference_folder,
                 progress=not self.args.disable_tqdm,
                 description=f"reference log-probs of {name}",
             )
@@ -395,11 +400,26 @@ class _NoLayer:
     """A class of which no layer is."""
 
 
-def _kept_apart(dataset: Any, own: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
+@contextmanager
+def _kept_apart(dataset: Any, own: tuple[Any, ...], folder: Path) -> Iterator[None]:
+    """TRL keeps what it precomputes by the model and by this of the data, its own with it.
+
+    Beside the data's own file. Data that have none are in memory, for which `datasets` names a
+    folder of this process alone, where no other process and no later run would look.
+    """
     if isinstance(dataset, IterableDataset):
-        return nullcontext()
-    return _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
+        yield
+        return
+    with _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own))):
+        if dataset.cache_files:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        dataset._get_cache_file_path = lambda print_: str(folder / f"cache-{print_}.arrow")
+        try:
+            yield
+        finally:
+            del dataset._get_cache_file_path
 
 
 @contextmanager

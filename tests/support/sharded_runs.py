@@ -1,0 +1,311 @@
+"""Trainings under FSDP and DeepSpeed by a trainer, in two processes on the CPU and in one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from tiny_models import pair_features, tiny_llama
+from torch import nn
+from trainers import TIMES, build, in_order, lora, pairs, spawned
+from transformers import PrinterCallback
+
+from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
+
+
+def _fsdp(version: int, **more: Any) -> dict[str, Any]:
+    """Options of a trainer under FSDP, whose decoder layers are units of their own."""
+    config = {"version": version, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    if version == 1:
+        # From rank 0 it is sent by way of an accelerator.
+        config["sync_module_states"] = False
+    return {"fsdp": True, "fsdp_config": config | more}
+
+
+def _zero(stage: int, **more: Any) -> dict[str, Any]:
+    """Options of a trainer under DeepSpeed's ZeRO, with all else as the trainer's own say."""
+    zero: dict[str, Any] = {"stage": stage} | more
+    if stage == 3:
+        # No parameter is too small to be partitioned.
+        zero |= {"stage3_param_persistence_threshold": 0}
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = dict.fromkeys(names, "auto") | {"zero_allow_untested_optimizer": True}
+    return {"deepspeed": config | {"zero_optimization": zero}}
+
+
+# Units of at least so many parameters: the head and the embedding are among them.
+_BY_SIZE = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 500}
+_OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "fsdp1": _fsdp(1),
+    "fsdp1, units by size": _fsdp(1, **_BY_SIZE),
+    "fsdp1, flat parameters": _fsdp(1, use_orig_params=False),
+    "fsdp1, sharded checkpoints": _fsdp(1, state_dict_type="SHARDED_STATE_DICT"),
+    "fsdp1, its checkpointing": _fsdp(1, activation_checkpointing=True),
+    "fsdp2": _fsdp(2),
+    "fsdp2, tied": _fsdp(2),
+    "fsdp2, units by size": _fsdp(2, **_BY_SIZE),
+    "fsdp2, sharded checkpoints": _fsdp(2, state_dict_type="SHARDED_STATE_DICT"),
+    "fsdp2, its checkpointing": _fsdp(2, activation_checkpointing=True),
+    "fsdp2, offloaded": _fsdp(2, cpu_offload=True),
+    "zero2": _zero(2),
+    "zero2, tied": _zero(2),
+    "zero2, offloaded": _zero(2, **_OFFLOADED),
+    "zero3": _zero(3),
+    "zero3, tied": _zero(3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training.
+
+    Args:
+        engine: of `ENGINES`.
+        kind: of trainer, as in `trainers.build`.
+        tuned: "full", "lora" or "head", an adapter on the head too.
+        reference: "model", "adapter" or "cache".
+        options: more options of the trainer's configuration.
+    """
+
+    engine: str
+    kind: str
+    tuned: str
+    reference: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        more = [f"{name}={value}" for name, value in self.options]
+        return ", ".join([self.engine, self.kind, self.tuned, self.reference, *more])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """DeepSpeed computes nothing in float64, and FSDP1 clips none of its gradients."""
+        return torch.float64 if self.engine.startswith("fsdp2") else torch.float32
+
+    @property
+    def steps(self) -> int:
+        return 4
+
+
+# Of each of four steps two micro-batches, in all: with eight pairs two epochs of sixteen.
+BATCH = 4
+
+
+def trainer_of(case: Case, folder: Path, world: int) -> Any:
+    """The trainer of a case, on one process with the batches of all.
+
+    Its statistics take part in the loss. Adam's ε is large beside rounding: a step is then as
+    smooth a function of the gradients as SGD's is.
+    """
+    options: dict[str, Any] = {"max_steps": case.steps, "per_device_train_batch_size": BATCH // world}
+    options |= {"per_device_eval_batch_size": BATCH // world, "gradient_accumulation_steps": 2}
+    options |= {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "loss": "alpha-dpo"}
+    options |= dict(case.options)
+    if world > 1:
+        options |= {"ddp_backend": "gloo"} | copy.deepcopy(ENGINES[case.engine])
+    reference: Any = None
+    given: dict[str, Any] = {}
+    if case.reference == "adapter" and case.kind in ("transformers", "attached"):
+        reference = "adapter"
+    elif case.reference != "adapter":
+        reference = tiny_llama(5).to(case.dtype)
+    if case.reference == "cache":
+        if case.kind == "transformers":
+            given["reference_cache"] = str(folder / "cache")
+        else:
+            options["precompute_ref_log_probs"] = True
+            reference = reference if case.tuned == "full" else None
+    data = pair_features(16) if case.kind in ("transformers", "attached") else pairs()
+    own = {"model": _model(case), "reference": reference, "given": given}
+    run = in_order(build(case.kind, folder / "out", data, **own, **options))
+    run.remove_callback(PrinterCallback)
+    return run
+
+
+def _model(case: Case) -> nn.Module:
+    if case.tuned == "full":
+        return tiny_llama(tie_word_embeddings="tied" in case.engine).to(case.dtype)
+    targets = ["q_proj", "lm_head"] if case.tuned == "head" else ["q_proj"]
+    return lora(3, target_modules=targets, lora_dropout=0.0).to(case.dtype)
+
+
+@contextmanager
+def _accelerators_of_the_cpu() -> Iterator[None]:
+    """accelerate shards by FSDP on accelerators alone; here each process is taken for one."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    state, wrapper = AcceleratorState.__init__, FullyShardedDataParallel.__init__
+
+    def take_for_accelerators(self: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("fsdp_plugin") is not None:
+            PartialState()
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        state(self, *args, **kwargs)
+
+    def wrap_where_it_is(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrapper(self, *args, **kwargs | {"device_id": torch.device("cpu")})
+
+    AcceleratorState.__init__ = take_for_accelerators
+    FullyShardedDataParallel.__init__ = wrap_where_it_is
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__, FullyShardedDataParallel.__init__ = state, wrapper
+
+
+class _Passes:
+    """Forward passes of backbones without a gradient: those of references."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.count += type(module).__name__ == "LlamaModel" and not torch.is_grad_enabled()
+
+    def pop(self) -> int:
+        found, self.count = self.count, 0
+        return found
+
+
+def _plain(name: str) -> str:
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+def weights_of(run: Any) -> dict[str, torch.Tensor]:
+    """All of a trained model's weights, whole, by their names without wrappers."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = run.model
+
+    def found() -> dict[str, torch.Tensor]:
+        values = ((_plain(name), value.detach()) for name, value in model.named_parameters())
+        return {name: _full(value).clone() for name, value in values}
+
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return found()
+    if any(hasattr(value, "ds_id") for value in model.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return found()
+    return found()
+
+
+def _full(value: Any) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _here(value: Any) -> torch.Tensor:
+    return torch.as_tensor(value.to_local() if hasattr(value, "to_local") else value).clone()
+
+
+def state_here(run: Any) -> dict[str, torch.Tensor]:
+    """What this process has of the trained weights, as the optimizer holds them, and its state."""
+    optimizer = run.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    held = [each.detach() for group in optimizer.param_groups for each in group["params"]]
+    state = {f"weight {number}": _here(value) for number, value in enumerate(held)}
+    # ZeRO-3's parameters are no longer those that the state is of.
+    for number, moments in enumerate(optimizer.state.values()):
+        state |= {f"{number} {name}": _here(value) for name, value in moments.items()}
+    return state
+
+
+def outcome(run: Any) -> dict[str, Any]:
+    """What a trained trainer has learnt and logged."""
+    held = list(run.model.parameters())
+    parts = [each for each in held if hasattr(each, "full_tensor") or hasattr(each, "ds_id")]
+    return {
+        "log": [
+            {name: value for name, value in row.items() if name not in TIMES - {"train_loss"}}
+            for row in run.state.log_history
+        ],
+        "is parted": bool(parts) or type(run.model).__name__ == "FullyShardedDataParallel",
+        "engine": type(run.model_wrapped).__name__,
+        "here": state_here(run),
+        "statistics": dict(run.attachment.loss_fn.state_dict()),
+        "weights": weights_of(run),
+    }
+
+
+def trained(case: Case, folder: Path, world: int = 1, resume: bool = False) -> dict[str, Any]:
+    """The outcome of a case, and how often references were run, ahead and in training."""
+    passes = _Passes()
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(passes)
+    try:
+        run = trainer_of(case, folder, world)
+        ahead = passes.pop()
+        checkpoint = str(folder / "out" / f"checkpoint-{case.steps // 2}") if resume else None
+        run.train(resume_from_checkpoint=checkpoint)
+        return outcome(run) | {"ahead": ahead, "in training": passes.pop()}
+    finally:
+        hook.remove()
+
+
+def _work(rank: int, port: int, folder: str, cases: Iterable[Case], resume: bool) -> None:
+    torch.set_num_threads(1)
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    transformers.utils.logging.set_verbosity_error()
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+    found: dict[str, Any] = {}
+    with _accelerators_of_the_cpu():
+        for case in cases:
+            # accelerate's, by which it knows the engine of the last training.
+            for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+                del os.environ[name]
+            try:
+                import time; t0 = time.time()
+                found[str(case)] = trained(case, Path(folder) / str(case), 2, resume)
+                gc.collect()
+                dist.barrier()
+                if rank == 0: print(case, round(time.time() - t0, 1), flush=True)
+            except Exception:
+                found[str(case)] = traceback.format_exc()
+                # The other process may wait in a collective of this training: it ends here.
+                torch.save(found, f"{folder}/{rank}.pt")
+                return
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_processes(
+    cases: Iterable[Case], folder: Path, *, resume: bool = False
+) -> Callable[[Case], list[dict[str, Any]]]:
+    """Each rank's `trained` of a case; all of them in one pair of new processes.
+
+    Args:
+        cases: of which one after another is trained.
+        folder: of what they write.
+        resume: from the checkpoints that an earlier call has left there.
+    """
+    work = partial(_work, cases=tuple(cases), resume=resume)
+    ranks = spawned(work, folder)
+
+    def of(case: Case) -> list[dict[str, Any]]:
+        found = [each.get(str(case), "was not reached") for each in ranks]
+        failed = [each for each in found if isinstance(each, str)]
+        assert not failed, "\n".join(failed)
+        return found
+
+    return of
