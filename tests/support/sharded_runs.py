@@ -6,23 +6,21 @@ import copy
 import gc
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from tiny_models import pair_features, tiny_llama
 from torch import nn
-from trainers import TIMES, build, in_order, lora, pairs, spawned
+from trainers import OF_TRL, TIMES, build, in_order, lora, pairs, spawned, spoil_losses
 from transformers import PrinterCallback
-
-from fused_prefopt.integrations.trainer_mixins import LOSS_STATE
 
 
 def _fsdp(version: int, **more: Any) -> dict[str, Any]:
@@ -78,17 +76,19 @@ class Case:
         kind: of trainer, as in `trainers.build`.
         tuned: "full", "lora" or "head", an adapter on the head too.
         reference: "model", "adapter" or "cache".
-        options: more options of the trainer's configuration.
+        checkpoints: the layers' activations are computed again in the backward pass.
+        spoilt: micro-batches, from 1, that are NaN; their steps are skipped.
     """
 
     engine: str
     kind: str
     tuned: str
     reference: str
-    options: tuple[tuple[str, Any], ...] = ()
+    checkpoints: bool = False
+    spoilt: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        more = [f"{name}={value}" for name, value in self.options]
+        more = ["checkpoints"] * self.checkpoints + [f"spoilt {each}" for each in self.spoilt]
         return ", ".join([self.engine, self.kind, self.tuned, self.reference, *more])
 
     @property
@@ -97,12 +97,17 @@ class Case:
         return torch.float64 if self.engine.startswith("fsdp2") else torch.float32
 
     @property
-    def steps(self) -> int:
-        return 4
+    def is_half_saved(self) -> bool:
+        """Whether accelerate's checkpoints lack what trains."""
+        return self.engine.startswith("fsdp1") and self.tuned != "full"
+
+    @property
+    def is_of_trl(self) -> bool:
+        return self.kind in OF_TRL
 
 
-# Of each of four steps two micro-batches, in all: with eight pairs two epochs of sixteen.
-BATCH = 4
+# Two epochs of sixteen pairs, with two micro-batches a step; a checkpoint is kept of the middle.
+STEPS, BATCH = 4, 4
 
 
 def trainer_of(case: Case, folder: Path, world: int) -> Any:
@@ -111,28 +116,34 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
     Its statistics take part in the loss. Adam's ε is large beside rounding: a step is then as
     smooth a function of the gradients as SGD's is.
     """
-    options: dict[str, Any] = {"max_steps": case.steps, "per_device_train_batch_size": BATCH // world}
-    options |= {"per_device_eval_batch_size": BATCH // world, "gradient_accumulation_steps": 2}
-    options |= {"learning_rate": 1e-2, "adam_epsilon": 1e-2, "loss": "alpha-dpo"}
-    options |= dict(case.options)
+    options: dict[str, Any] = {"max_steps": STEPS, "gradient_accumulation_steps": 2}
+    options |= {f"per_device_{each}_batch_size": BATCH // world for each in ("train", "eval")}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    options |= {"save_steps": STEPS // 2, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
+    options |= {"loss": "alpha-dpo", "gradient_checkpointing": case.checkpoints}
     if world > 1:
         options |= {"ddp_backend": "gloo"} | copy.deepcopy(ENGINES[case.engine])
+    if case.spoilt:
+        options["on_nonfinite"] = "skip"
+    data = pairs if case.is_of_trl else pair_features
+    given: dict[str, Any] = {"eval_dataset": data(8)}
     reference: Any = None
-    given: dict[str, Any] = {}
-    if case.reference == "adapter" and case.kind in ("transformers", "attached"):
-        reference = "adapter"
-    elif case.reference != "adapter":
+    if case.reference != "adapter":
         reference = tiny_llama(5).to(case.dtype)
+    elif not case.is_of_trl:
+        reference = "adapter"
     if case.reference == "cache":
-        if case.kind == "transformers":
-            given["reference_cache"] = str(folder / "cache")
-        else:
+        if case.is_of_trl:
             options["precompute_ref_log_probs"] = True
+            # TRL takes none beside an adapter.
             reference = reference if case.tuned == "full" else None
-    data = pair_features(16) if case.kind in ("transformers", "attached") else pairs()
+        else:
+            given["reference_cache"] = str(folder / "cache")
     own = {"model": _model(case), "reference": reference, "given": given}
-    run = in_order(build(case.kind, folder / "out", data, **own, **options))
+    run = in_order(build(case.kind, folder / "out", data(16), **own, **options))
     run.remove_callback(PrinterCallback)
+    if case.spoilt:
+        spoil_losses(run, set(case.spoilt))
     return run
 
 
@@ -143,29 +154,34 @@ def _model(case: Case) -> nn.Module:
     return lora(3, target_modules=targets, lora_dropout=0.0).to(case.dtype)
 
 
-@contextmanager
-def _accelerators_of_the_cpu() -> Iterator[None]:
-    """accelerate shards by FSDP on accelerators alone; here each process is taken for one."""
+def _take_the_cpu_for_an_accelerator(patch: pytest.MonkeyPatch) -> None:
+    """Let accelerate shard by FSDP, which it does on accelerators alone.
+
+    What FSDP1 moves to the CPU of a state there is a view of memory that it frees.
+    """
     from accelerate.state import AcceleratorState, DistributedType, PartialState
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    state, wrapper = AcceleratorState.__init__, FullyShardedDataParallel.__init__
+    of_state, of_wrapper = AcceleratorState.__init__, FullyShardedDataParallel.__init__
+    of_states = FullyShardedDataParallel.state_dict_type
 
-    def take_for_accelerators(self: Any, *args: Any, **kwargs: Any) -> None:
+    def state(self: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("fsdp_plugin") is not None:
             PartialState()
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        state(self, *args, **kwargs)
+        of_state(self, *args, **kwargs)
 
-    def wrap_where_it_is(self: Any, *args: Any, **kwargs: Any) -> None:
-        wrapper(self, *args, **kwargs | {"device_id": torch.device("cpu")})
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        of_wrapper(self, *args, **kwargs | {"device_id": torch.device("cpu")})
 
-    AcceleratorState.__init__ = take_for_accelerators
-    FullyShardedDataParallel.__init__ = wrap_where_it_is
-    try:
-        yield
-    finally:
-        AcceleratorState.__init__, FullyShardedDataParallel.__init__ = state, wrapper
+    def states(model: Any, kind: Any, *configs: Any) -> Any:
+        for config in filter(None, configs):
+            config.offload_to_cpu = False
+        return of_states(model, kind, *configs)
+
+    patch.setattr(AcceleratorState, "__init__", state)
+    patch.setattr(FullyShardedDataParallel, "__init__", wrapper)
+    patch.setattr(FullyShardedDataParallel, "state_dict_type", staticmethod(states))
 
 
 class _Passes:
@@ -222,11 +238,12 @@ def state_here(run: Any) -> dict[str, torch.Tensor]:
     optimizer = run.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    held = [each.detach() for group in optimizer.param_groups for each in group["params"]]
-    state = {f"weight {number}": _here(value) for number, value in enumerate(held)}
+    held = [each for group in optimizer.param_groups for each in group["params"]]
+    state = {f"weight {number}": _here(value.detach()) for number, value in enumerate(held)}
     # ZeRO-3's parameters are no longer those that the state is of.
-    for number, moments in enumerate(optimizer.state.values()):
-        state |= {f"{number} {name}": _here(value) for name, value in moments.items()}
+    order = held if all(each in optimizer.state for each in held) else list(optimizer.state)
+    for number, each in enumerate(order):
+        state |= {f"{number} {name}": _here(value) for name, value in optimizer.state[each].items()}
     return state
 
 
@@ -254,9 +271,16 @@ def trained(case: Case, folder: Path, world: int = 1, resume: bool = False) -> d
     try:
         run = trainer_of(case, folder, world)
         ahead = passes.pop()
-        checkpoint = str(folder / "out" / f"checkpoint-{case.steps // 2}") if resume else None
-        run.train(resume_from_checkpoint=checkpoint)
-        return outcome(run) | {"ahead": ahead, "in training": passes.pop()}
+        checkpoint = str(folder / "out" / f"checkpoint-{STEPS // 2}") if resume else None
+        try:
+            run.train(resume_from_checkpoint=checkpoint)
+        except ValueError as error:
+            if not (resume and case.is_half_saved):
+                raise
+            return {"refused": str(error), "ahead": ahead, "in training": passes.pop()}
+        found = outcome(run) | {"ahead": ahead, "in training": passes.pop()}
+        run.save_model(str(folder / "model"))
+        return found
     finally:
         hook.remove()
 
@@ -268,17 +292,16 @@ def _work(rank: int, port: int, folder: str, cases: Iterable[Case], resume: bool
     transformers.utils.logging.set_verbosity_error()
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     found: dict[str, Any] = {}
-    with _accelerators_of_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        _take_the_cpu_for_an_accelerator(patch)
         for case in cases:
             # accelerate's, by which it knows the engine of the last training.
             for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
                 del os.environ[name]
             try:
-                import time; t0 = time.time()
                 found[str(case)] = trained(case, Path(folder) / str(case), 2, resume)
                 gc.collect()
                 dist.barrier()
-                if rank == 0: print(case, round(time.time() - t0, 1), flush=True)
             except Exception:
                 found[str(case)] = traceback.format_exc()
                 # The other process may wait in a collective of this training: it ends here.
@@ -309,3 +332,15 @@ def on_two_processes(
         return found
 
     return of
+
+
+def saved(case: Case, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a case that `save_model` has left, whole, by their names."""
+    model = folder / str(case) / "model"
+    if case.tuned == "full":
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    else:
+        import peft
+
+        loaded = peft.PeftModel.from_pretrained(tiny_llama().to(case.dtype), model)
+    return dict(loaded.named_parameters())
