@@ -49,7 +49,7 @@ PARTS = {
     "Axolotl": ("frameworks/test_axolotl.py",),
     "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
     "ms-swift": ("frameworks/test_ms_swift.py", "frameworks/test_swift_options.py"),
-    ENGINES: ("frameworks/test_deepspeed.py", "frameworks/test_engines.py"),
+    ENGINES: ("frameworks/test_deepspeed.py", "integrations/test_sharded_trainers.py"),
 }
 # What needs no framework but transformers.
 CORE = ("op", INTERPRETED, "losses", "transformers' trainers")

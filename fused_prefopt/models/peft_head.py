@@ -277,21 +277,14 @@ def require_kept_prefix(backbone: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def require_saved_whole(option: str, model: nn.Module) -> None:
-    """Raise ValueError if checkpoints hold a part of an adapter, or its prompt without its layers.
+    """Raise ValueError if checkpoints hold a prompt without the layers that it trains through.
 
-    Loaded into the model that trains, the prompt would go through those layers once more. Of an
-    adapter under FSDP1 accelerate saves what no unit of layers has, and loads none of it.
+    Loaded into the model that trains, the prompt would go through those layers once more.
 
     Args:
         option: of a trainer, for the message.
         model: in its wrappers.
     """
-    if _FSDP1S in model._modules and hasattr(model, "peft_config"):
-        raise ValueError(
-            f"{option}: got an adapter under FSDP1, of which accelerate's checkpoints hold a part;"
-            " needs fsdp_config={'version': 2}, DeepSpeed, or a start from the checkpoint's"
-            " adapter_model.safetensors"
-        )
     for learner in prompt_learners(model):
         encoder = learner.prompt_encoder[learner.active_adapter]
         layers = [name for name, _ in encoder.named_children() if name != "embedding"]

@@ -78,6 +78,8 @@ class Case:
         reference: "model", "adapter" or "cache".
         checkpoints: the layers' activations are computed again in the backward pass.
         spoilt: micro-batches, from 1, that are NaN; their steps are skipped.
+        half: in bf16.
+        device: "cpu", or "cuda" for a GPU a process.
     """
 
     engine: str
@@ -86,20 +88,19 @@ class Case:
     reference: str
     checkpoints: bool = False
     spoilt: tuple[int, ...] = ()
+    half: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         more = ["checkpoints"] * self.checkpoints + [f"spoilt {each}" for each in self.spoilt]
+        more += ["half"] * self.half
         return ", ".join([self.engine, self.kind, self.tuned, self.reference, *more])
 
     @property
     def dtype(self) -> torch.dtype:
         """DeepSpeed computes nothing in float64, and FSDP1 clips none of its gradients."""
-        return torch.float64 if self.engine.startswith("fsdp2") else torch.float32
-
-    @property
-    def is_half_saved(self) -> bool:
-        """Whether accelerate's checkpoints lack what trains."""
-        return self.engine.startswith("fsdp1") and self.tuned != "full"
+        exact = self.engine.startswith("fsdp2") and not self.half
+        return torch.float64 if exact else torch.float32
 
     @property
     def is_of_trl(self) -> bool:
@@ -121,8 +122,12 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
     options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
     options |= {"save_steps": STEPS // 2, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
     options |= {"loss": "alpha-dpo", "gradient_checkpointing": case.checkpoints}
+    options |= {"use_cpu": case.device == "cpu", "bf16": case.half}
     if world > 1:
-        options |= {"ddp_backend": "gloo"} | copy.deepcopy(ENGINES[case.engine])
+        options |= copy.deepcopy(ENGINES[case.engine])
+        options |= {"ddp_backend": "gloo" if case.device == "cpu" else "nccl"}
+        if case.half and "deepspeed" in options:
+            options["deepspeed"]["bf16"] = {"enabled": True}
     if case.spoilt:
         options["on_nonfinite"] = "skip"
     data = pairs if case.is_of_trl else pair_features
@@ -212,7 +217,7 @@ def weights_of(run: Any) -> dict[str, torch.Tensor]:
 
     def found() -> dict[str, torch.Tensor]:
         values = ((_plain(name), value.detach()) for name, value in model.named_parameters())
-        return {name: _full(value).clone() for name, value in values}
+        return {name: _full(value).cpu().clone() for name, value in values}
 
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
@@ -230,7 +235,7 @@ def _full(value: Any) -> torch.Tensor:
 
 
 def _here(value: Any) -> torch.Tensor:
-    return torch.as_tensor(value.to_local() if hasattr(value, "to_local") else value).clone()
+    return torch.as_tensor(value.to_local() if hasattr(value, "to_local") else value).cpu().clone()
 
 
 def state_here(run: Any) -> dict[str, torch.Tensor]:
@@ -259,7 +264,7 @@ def outcome(run: Any) -> dict[str, Any]:
         "is parted": bool(parts) or type(run.model).__name__ == "FullyShardedDataParallel",
         "engine": type(run.model_wrapped).__name__,
         "here": state_here(run),
-        "statistics": dict(run.attachment.loss_fn.state_dict()),
+        "statistics": {k: v.cpu() for k, v in run.attachment.loss_fn.state_dict().items()},
         "weights": weights_of(run),
     }
 
@@ -272,12 +277,7 @@ def trained(case: Case, folder: Path, world: int = 1, resume: bool = False) -> d
         run = trainer_of(case, folder, world)
         ahead = passes.pop()
         checkpoint = str(folder / "out" / f"checkpoint-{STEPS // 2}") if resume else None
-        try:
-            run.train(resume_from_checkpoint=checkpoint)
-        except ValueError as error:
-            if not (resume and case.is_half_saved):
-                raise
-            return {"refused": str(error), "ahead": ahead, "in training": passes.pop()}
+        run.train(resume_from_checkpoint=checkpoint)
         found = outcome(run) | {"ahead": ahead, "in training": passes.pop()}
         run.save_model(str(folder / "model"))
         return found
@@ -285,15 +285,20 @@ def trained(case: Case, folder: Path, world: int = 1, resume: bool = False) -> d
         hook.remove()
 
 
-def _work(rank: int, port: int, folder: str, cases: Iterable[Case], resume: bool) -> None:
+def _work(rank: int, port: int, folder: str, cases: tuple[Case, ...], resume: bool) -> None:
     torch.set_num_threads(1)
-    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    device = cases[0].device
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DS_ACCELERATOR": device}
     os.environ |= where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     transformers.utils.logging.set_verbosity_error()
-    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, timeout=timedelta(minutes=2))
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        _take_the_cpu_for_an_accelerator(patch)
+        if device == "cpu":
+            _take_the_cpu_for_an_accelerator(patch)
         for case in cases:
             # accelerate's, by which it knows the engine of the last training.
             for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:

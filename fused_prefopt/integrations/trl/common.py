@@ -42,6 +42,7 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     refuse_functions_of_logits,
     require_rows,
+    require_saved_adapter,
 )
 from fused_prefopt.integrations.trainer_mixins import (
     KeepsLossState,
@@ -138,6 +139,7 @@ class FusesLoss(
             _any_head(self),
         ):
             super().__init__(*given.args, **given.kwargs)
+        require_saved_adapter(self)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
         if self.ref_model is not None:
@@ -281,7 +283,10 @@ class FusesLoss(
             # Of images the data are not yet what the model is given.
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
-        with _kept_apart(dataset, own, self._reference_folder), _given(self, data_collator=collator):
+        with (
+            _kept_apart(dataset, own, self._reference_folder),
+            _given(self, data_collator=collator),
+        ):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
