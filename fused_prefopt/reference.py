@@ -72,8 +72,8 @@ def add_reference_logps(
     autocast they are those of autocast: make the call under the one that the training runs under.
 
     Args:
-        model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
-            mode and back.
+        model: the reference, on the device to run on, dense, sharded by FSDP or in DeepSpeed's
+            engine; it is put in eval mode and back.
         features: token ids, as `tokenise_pairs`, `tokenise_points` or `tokenise_lists` return them.
         collator: that of the features, any layout; lists go completion by completion.
         tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
@@ -90,7 +90,7 @@ def add_reference_logps(
         ValueError: `cache_file` belongs to another model, precision, tokenizer or data (the
             message says which), a cache's file is damaged, both caches are given, ranks hold
             different features, a cache is to belong to a model whose weights are not here
-            (ZeRO-3, offloading), or the model gives a log-prob that is not finite.
+            (FSDP1, offloading), or the model gives a log-prob that is not finite.
     """
     if cache_dir is not None and cache_file is not None:
         raise ValueError("cache_file: got a file and a cache_dir, needs one of them")

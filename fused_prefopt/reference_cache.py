@@ -138,8 +138,8 @@ def _require_weights(model: nn.Module) -> None:
             kind = " on the meta device" if weight.is_meta else ""
             raise ValueError(
                 f"model: got {name} of shape {tuple(weight.shape)}{kind}, needs its values to"
-                " recognise a cache by: compute log-probs before FSDP1 shards the model or accelerate"
-                " offloads it, or without a cache"
+                " recognise a cache by: compute log-probs before FSDP1 shards the model or"
+                " accelerate offloads it, or without a cache"
             )
 
 

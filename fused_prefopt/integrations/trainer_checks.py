@@ -84,8 +84,8 @@ def require_saved_adapter(trainer: Any) -> None:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1 and hasattr(trainer.model, "peft_config"):
         raise ValueError(
-            "fsdp_config: got version 1 with an adapter, most of which PEFT would leave out of every"
-            " checkpoint; needs version 2"
+            "fsdp_config: got version 1 with an adapter, most of which PEFT would leave out of"
+            " every checkpoint; needs version 2"
         )
 
 

@@ -93,8 +93,9 @@ def attach(
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
             GPUs, it makes its models itself or has a function of logits (`compute_metrics`), its
-            model has an adapter under FSDP1, the first row of a data set lacks what the loss needs, batches would tear apart the single
-            completions of a prompt for a loss on pairs, or the reference does not fit.
+            model has an adapter under FSDP1, the first row of a data set lacks what the loss needs,
+            batches would tear apart the single completions of a prompt for a loss on pairs, or the
+            reference does not fit.
     """
     trainer = model if isinstance(model, Trainer) else None
     if trainer is not None:

@@ -14,7 +14,7 @@ _OF_TRAINING = ("optimizer", "scheduler")
 
 
 def runnable(model: nn.Module, accelerator: Any) -> nn.Module:
-    """A reference that runs: itself, or DeepSpeed's engine around it, whose hooks gather its weights.
+    """A reference that runs: itself, or DeepSpeed's engine around it, which gathers its weights.
 
     Args:
         model: a model whose weights ZeRO-3 may have partitioned, or an engine around one.

@@ -55,7 +55,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp1, its checkpointing": _fsdp(1, activation_checkpointing=True),
     "fsdp2": _fsdp(2),
     "fsdp2, tied": _fsdp(2),
-    "fsdp2, units by size": _fsdp(2, **_BY_SIZE),
     "fsdp2, sharded checkpoints": _fsdp(2, state_dict_type="SHARDED_STATE_DICT"),
     "fsdp2, its checkpointing": _fsdp(2, activation_checkpointing=True),
     "fsdp2, offloaded": _fsdp(2, cpu_offload=True),
@@ -64,6 +63,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2, offloaded": _zero(2, **_OFFLOADED),
     "zero3": _zero(3),
     "zero3, tied": _zero(3),
+    # Policy and reference are partitioned from the beginning.
+    "zero3, loaded so": _zero(3),
 }
 
 
@@ -103,6 +104,11 @@ class Case:
         return torch.float64 if exact else torch.float32
 
     @property
+    def loss(self) -> str:
+        """One with statistics, but where at first the policy is its reference: of rounding."""
+        return "dpo" if self.is_of_trl and self.tuned != "full" else "alpha-dpo"
+
+    @property
     def is_of_trl(self) -> bool:
         return self.kind in OF_TRL
 
@@ -121,7 +127,7 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
     options |= {f"per_device_{each}_batch_size": BATCH // world for each in ("train", "eval")}
     options |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
     options |= {"save_steps": STEPS // 2, "learning_rate": 1e-2, "adam_epsilon": 1e-2}
-    options |= {"loss": "alpha-dpo", "gradient_checkpointing": case.checkpoints}
+    options |= {"loss": case.loss, "gradient_checkpointing": case.checkpoints}
     options |= {"use_cpu": case.device == "cpu", "bf16": case.half}
     if world > 1:
         options |= copy.deepcopy(ENGINES[case.engine])
@@ -137,6 +143,9 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
         reference = tiny_llama(5).to(case.dtype)
     elif not case.is_of_trl:
         reference = "adapter"
+    model = _model(case)
+    if case.engine == "zero3, loaded so" and world > 1:
+        model, reference = _partitioned(folder, case.engine, model, reference)
     if case.reference == "cache":
         if case.is_of_trl:
             options["precompute_ref_log_probs"] = True
@@ -144,12 +153,28 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
             reference = reference if case.tuned == "full" else None
         else:
             given["reference_cache"] = str(folder / "cache")
-    own = {"model": _model(case), "reference": reference, "given": given}
+    own = {"model": model, "reference": reference, "given": given}
     run = in_order(build(case.kind, folder / "out", data(16), **own, **options))
     run.remove_callback(PrinterCallback)
     if case.spoilt:
         spoil_losses(run, set(case.spoilt))
     return run
+
+
+def _partitioned(folder: Path, engine: str, *models: Any) -> list[nn.Module]:
+    """Models as `from_pretrained` gives them once there is a configuration of ZeRO-3."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = copy.deepcopy(ENGINES[engine]["deepspeed"])
+    decided = {name: value for name, value in config.items() if value != "auto"}
+    # It counts as long as it lives.
+    _alive = HfDeepSpeedConfig(decided | {"train_micro_batch_size_per_gpu": 1})
+    found = []
+    for number, model in enumerate(models):
+        where = folder / f"{number} of rank {dist.get_rank()}"
+        model.save_pretrained(where)
+        found.append(transformers.AutoModelForCausalLM.from_pretrained(where))
+    return found
 
 
 def _model(case: Case) -> nn.Module:
@@ -245,8 +270,8 @@ def state_here(run: Any) -> dict[str, torch.Tensor]:
         optimizer = optimizer.optimizer
     held = [each for group in optimizer.param_groups for each in group["params"]]
     state = {f"weight {number}": _here(value.detach()) for number, value in enumerate(held)}
-    # ZeRO-3's parameters are no longer those that the state is of.
-    order = held if all(each in optimizer.state for each in held) else list(optimizer.state)
+    # ZeRO-3's parameters are no longer those that the state is of, and FSDP1's may be empty here.
+    order = [each for each in held if each in optimizer.state] or list(optimizer.state)
     for number, each in enumerate(order):
         state |= {f"{number} {name}": _here(value) for name, value in optimizer.state[each].items()}
     return state
