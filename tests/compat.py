@@ -190,7 +190,8 @@ class Environment:
                 "--numprocesses",
                 "auto",
                 "--dist",
-                "worksteal",
+                # What a file's tests share there, trainings of two processes, is made once.
+                "loadfile" if part == ENGINES else "worksteal",
             ]
             + ["-p", "no:cacheprovider", f"--junitxml={report}", *chosen, *files],
             env=os.environ | settings,

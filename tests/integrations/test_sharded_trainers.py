@@ -46,7 +46,6 @@ FURTHER = [
         Case(engine, "transformers", "full", "model")
         for engine in (
             "fsdp1, flat parameters",
-            "fsdp1, sharded checkpoints",
             "fsdp1, its checkpointing",
             "fsdp2, tied",
             "fsdp2, its checkpointing",

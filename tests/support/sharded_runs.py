@@ -51,7 +51,6 @@ ENGINES: dict[str, dict[str, Any]] = {
     "fsdp1": _fsdp(1),
     "fsdp1, units by size": _fsdp(1, **_BY_SIZE),
     "fsdp1, flat parameters": _fsdp(1, use_orig_params=False),
-    "fsdp1, sharded checkpoints": _fsdp(1, state_dict_type="SHARDED_STATE_DICT"),
     "fsdp1, its checkpointing": _fsdp(1, activation_checkpointing=True),
     "fsdp2": _fsdp(2),
     "fsdp2, tied": _fsdp(2),
