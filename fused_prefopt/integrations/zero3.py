@@ -20,12 +20,14 @@ def runnable(model: nn.Module, accelerator: Any) -> nn.Module:
         model: a model whose weights ZeRO-3 may have partitioned, or an engine around one.
         accelerator: of the trainer, whose DeepSpeed config counts.
     """
+    plugin = accelerator.state.deepspeed_plugin
     partitioned = any(hasattr(value, "ds_id") for value in model.parameters())
-    if not partitioned or model is not _without_engine(model):
+    # An engine has the model in it.
+    if plugin is None or not partitioned or hasattr(model, "zero_optimization"):
         return model
     import deepspeed
 
-    config = _decided(deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config))
+    config = _decided(deepcopy(plugin.deepspeed_config))
     config = {name: value for name, value in config.items() if name not in _OF_TRAINING}
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=model, config=config)
@@ -48,11 +50,6 @@ def running(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
         if found is not model:
             found.destroy()  # type: ignore[operator]
             model.train(training)
-
-
-def _without_engine(model: nn.Module) -> nn.Module:
-    inner: Any = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(model, "zero_optimization") else model
 
 
 def _decided(config: Any) -> Any:
