@@ -27,11 +27,7 @@ USUAL = [
     Case("fsdp2", "transformers", "head", "adapter"),
 ]
 USUAL_OF_TRL = [Case("fsdp2", "dpo", "full", "cache")]
-FULL = (
-    ("transformers", "full", "cache"),
-    ("dpo", "full", "model"),
-    ("dpo", "full", "cache"),
-)
+FULL = (("transformers", "full", "cache"), ("dpo", "full", "model"))
 ADAPTED = (
     ("transformers", "lora", "cache"),
     ("attached", "head", "model"),
@@ -39,6 +35,8 @@ ADAPTED = (
     ("dpo", "lora", "cache"),
 )
 FURTHER = [
+    *(Case("zero3, loaded so", *each) for each in FULL),
+    Case("zero3, loaded so", "attached", "full", "model"),
     *(Case(engine, *each) for engine in ("fsdp1", "fsdp2", "zero2", "zero3") for each in FULL),
     # Of adapters in FSDP1's wrappers PEFT saves a part.
     *(Case(engine, *each) for engine in ("fsdp2", "zero2", "zero3") for each in ADAPTED),
@@ -54,8 +52,6 @@ FURTHER = [
             "zero3, tied",
         )
     ),
-    *(Case("zero3, loaded so", *each) for each in FULL),
-    Case("zero3, loaded so", "attached", "full", "model"),
     *(
         Case(engine, "transformers", "head", "adapter", checkpoints=True)
         for engine in ("fsdp2", "fsdp2, sharded checkpoints", "zero2", "zero3")

@@ -164,16 +164,14 @@ def _partitioned(folder: Path, engine: str, *models: Any) -> list[nn.Module]:
     """Models as `from_pretrained` gives them once there is a configuration of ZeRO-3."""
     from transformers.integrations import HfDeepSpeedConfig
 
+    where = [folder / f"{number} of rank {dist.get_rank()}" for number in range(len(models))]
+    for each, model in zip(where, models, strict=True):
+        model.save_pretrained(each)
     config = copy.deepcopy(ENGINES[engine]["deepspeed"])
     decided = {name: value for name, value in config.items() if value != "auto"}
     # It counts as long as it lives.
     _alive = HfDeepSpeedConfig(decided | {"train_micro_batch_size_per_gpu": 1})
-    found = []
-    for number, model in enumerate(models):
-        where = folder / f"{number} of rank {dist.get_rank()}"
-        model.save_pretrained(where)
-        found.append(transformers.AutoModelForCausalLM.from_pretrained(where))
-    return found
+    return [transformers.AutoModelForCausalLM.from_pretrained(each) for each in where]
 
 
 def _model(case: Case) -> nn.Module:
