@@ -6,7 +6,8 @@ number of rows and dtype, `methods` what the losses take of a step, `trainer` wh
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
 `gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
 `python -m benchmarks replay [--check]` predicts steps with a large head on GPUs, without one, and
-`--check` fails where a goal is missed.
+`--check` fails where a goal is missed; `scaling` finds what fits from 8B to 405B on 1 to 512 GPUs,
+and `fits` shows every layout of some.
 `python -m benchmarks kernels [--check]` compiles the kernels for GPUs and fails on a spill,
 `python -m benchmarks report [--check]` shows all of it, and
 `python -m benchmarks compare A.json B.json` fails on what became worse.
@@ -24,6 +25,7 @@ from typing import Any
 
 from benchmarks import cpu_runs, gpu_runs
 from benchmarks.compare import claims_of, compare_files, goals_of
+from benchmarks.device import MACHINES
 from benchmarks.frameworks import run_frameworks
 from benchmarks.head_points import run_kl
 from benchmarks.kernel_page import PAGE, REPLAY
@@ -31,6 +33,9 @@ from benchmarks.mass_study import MASSES, run_study
 from benchmarks.profile_step import run_profile
 from benchmarks.report import README, Places, check_all, write_all
 from benchmarks.results import KERNELS, RESULTS, Results, load
+from benchmarks.scaling import GPUS, KINDS, SCALING, Heads, run_scaling
+from benchmarks.scaling_tables import layouts_table
+from benchmarks.step_memory import BESIDE, FULL, LLAMAS, LORA
 from benchmarks.trainer_steps import run_trainer
 
 Add = Callable[..., argparse.ArgumentParser]
@@ -99,6 +104,13 @@ def _add_showing(add: Add) -> None:
     text = "predict steps with a large head on GPUs, in about a minute"
     replay = add("replay", text, _replay, REPLAY)
     replay.add_argument("--check", action="store_true", help="fail where a goal is missed")
+    text = "contexts that fit from 8B to 405B on 1 to 512 GPUs, on paper, in three minutes"
+    add("scaling", text, lambda o: run_scaling(o.results, _say), SCALING)
+    fits = add("fits", "bytes of a GPU in every layout, on paper", _fits, SCALING)
+    fits.add_argument("model", choices=[_short(model.name) for model in LLAMAS])
+    fits.add_argument("gpus", type=int, choices=GPUS)
+    fits.add_argument("--gpu", choices=[machine.name for machine in MACHINES], default="H200")
+    fits.add_argument("--training", choices=list(_TRAININGS), default="full")
     kernels = add("kernels", "compile the kernels for GPUs, without one", _kernels)
     kernels.add_argument("--check", action="store_true", help="write no results")
     text = "write tables, pages and pictures from the results"
@@ -140,6 +152,24 @@ def _replay(options: argparse.Namespace) -> int:
     for goal in goals:
         _say(str(goal))
     return int(options.check and not all(goal.holds for goal in goals))
+
+
+_TRAININGS = {"full": FULL, "reference": BESIDE, "lora": LORA}
+
+
+def _fits(options: argparse.Namespace) -> None:
+    heads = Heads.of(load(options.results)["heads"]["rows"])
+    model = next(each for each in LLAMAS if _short(each.name) == options.model)
+    machine = next(each for each in MACHINES if each.name == options.gpu)
+    recipe = _TRAININGS[options.training]
+    _say(f"{model.name} on {options.gpus} {machine.name}, {recipe.name}: GB of a GPU by head,")
+    _say(f"{' / '.join(kind.name for kind in KINDS)}; **too much**. On paper, not measured.\n")
+    _say(layouts_table(heads, model, machine, recipe, options.gpus))
+
+
+def _short(name: str) -> str:
+    """`8b` for Llama-3.1-8B."""
+    return name.rpartition("-")[2].lower()
 
 
 def _kernels(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from benchmarks.candidates import CANDIDATES, DEFAULTS, IN_SWEEP, OF_TRL  # noqa
 from benchmarks.device import MACHINES  # noqa: E402
 from benchmarks.mass_study import DROPS  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
+from benchmarks.scaling import GPUS  # noqa: E402
 from benchmarks.shapes import HEADS  # noqa: E402
 from benchmarks.trainers import TRAINERS  # noqa: E402
 from fused_prefopt.cli.pictures import legends_below
@@ -336,3 +337,109 @@ def draw_replay(rows: Sequence[Row], path: Path) -> None:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
         save(figure, path, top=0.94)
+
+
+# Colour, line, marker and width: ours lies below those that reach as far.
+HEAD_LINES = {
+    "ours": ("#56b4d3", "-", "o", 4.5),
+    "TRL": (_OTHER, "--", "^", 1.5),
+    "Liger": ("#8a6bb8", "-", "s", 1.5),
+    "eager": ("#6b6b6b", "-", "D", 1.5),
+}
+
+
+def draw_longest(rows: Sequence[Row], path: Path) -> None:
+    """The longest context over the number of GPUs, a panel for each kind of GPU and model."""
+    models = list(dict.fromkeys(row["shape"] for row in rows))
+    with pyplot.rc_context(STYLE):
+        size = (3.3 * len(models), 3.0 * len(MACHINES))
+        figure, axes = pyplot.subplots(
+            len(MACHINES), len(models), figsize=size, sharex="col", sharey=True
+        )
+        for panels, machine in zip(axes, MACHINES, strict=True):
+            for panel, model in zip(panels, models, strict=True):
+                for name, (colour, line, marker, width) in HEAD_LINES.items():
+                    row = next(
+                        row
+                        for row in rows
+                        if (row["candidate"], row["gpu"], row["shape"])
+                        == (name, machine.name, model)
+                    )
+                    found = zip(row["gpus"], row["longest"], strict=True)
+                    places, values = zip(*(each for each in found if each[1]), strict=True)
+                    style = {"color": colour, "linestyle": line, "marker": marker}
+                    wide = {"linewidth": width, "markersize": 3 + width}
+                    panel.plot(places, values, **style, **wide, label=name)
+                panel.set_title(f"{model}, {machine.name}")
+                panel.set_xscale("log", base=2)
+                panel.set_yscale("log", base=2)
+                counts = [gpus for gpus in GPUS if gpus >= min(places) / 2]
+                panel.set_xticks(counts, [str(gpus) for gpus in counts])
+                ticks = {2**power: _tokens(2**power) for power in range(11, 26, 2)}
+                panel.set_yticks(list(ticks), list(ticks.values()))
+                panel.minorticks_off()
+                panel.grid(color=FAINT)
+        for panel in axes[-1]:
+            panel.set_xlabel("GPUs")
+        for panels in axes:
+            panels[0].set_ylabel("longest context, tokens")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+        save(figure, path, top=0.95)
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 2**10}k" if count < 2**20 else f"{count // 2**20}M"
+
+
+def draw_step(
+    examples: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]],
+    limits: Mapping[str, float],
+    path: Path,
+) -> None:
+    """Stacked bars of a step's bytes at the head, by head, beside those of a layer's backward.
+
+    Args:
+        examples: of each panel its title, and GB of each bar by what they are.
+        limits: GB that a step may take, by GPU.
+    """
+    colours = {
+        "weights, gradients, optimizer": "#b9c2c9",
+        "checkpoints": FAINT,
+        "gathered weights, last norm": "#e7c9a4",
+        "head": OURS,
+        "layer": _OTHER,
+    }
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(len(examples), 1, figsize=(9.0, 2.0 * len(examples)))
+        for panel, (title, bars) in zip(axes, examples, strict=True):
+            for place, parts in enumerate(bars.values()):
+                left = 0.0
+                for name, size in parts.items():
+                    panel.barh(place, size, 0.7, left, color=colours[name], label=name)
+                    left += size
+                text = f"{left:.0f}"
+                panel.annotate(text, (left, place), (3, 0), textcoords="offset points", va="center")
+            for name, limit in limits.items():
+                panel.axvline(limit, color="#444444", linestyle=":", linewidth=1)
+                panel.annotate(
+                    name,
+                    (limit, 1),
+                    (0, 2),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                )
+            panel.set_yticks(range(len(bars)), list(bars))
+            panel.invert_yaxis()
+            panel.set_title(title, pad=12)
+            panel.grid(axis="x", color=FAINT)
+            panel.tick_params(axis="y", length=0)
+        axes[-1].set_xlabel("GB of a GPU at the head, and in the backward of a layer")
+        found: dict[str, Any] = {}
+        for panel in axes:
+            found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        named = [(found[name], name) for name in colours]
+        figure.legend(*zip(*named, strict=True), loc="upper center", ncols=5, frameon=False)
+        save(figure, path, top=0.96)

@@ -64,7 +64,7 @@ def cases() -> list[ReplayCase]:
         if shape.softcap is None:
             dense = replace(shape, length=shape.length // 2 + 1, labelled=1.0)
             for name, given in (("all rows", shape), ("labelled rows", dense)):
-                liger = Candidate(f"Liger: {name}", _liger, HEAD)
+                liger = Candidate(f"Liger: {name}", liger_dpo, HEAD)
                 found.append(ReplayCase(liger, given, host=False, bare=True))
         found += [
             ReplayCase(forced(path, engine), shape, host=False)
@@ -127,7 +127,7 @@ def replayed(case: ReplayCase, machine: Machine, unit: float) -> Row:
 
 def recorded(case: ReplayCase, machine: Machine) -> Recording:
     """The recording of a case on a machine."""
-    problem = _problem(case.shape, torch.device("meta"))
+    problem = meta_problem(case.shape)
     with _peers_on_a_gpu():
         return record(partial(step, case.candidate, problem), case.shape.labelled_rows, machine)
 
@@ -145,7 +145,7 @@ def unit_seconds(machine: Machine, shape: Shape) -> float:
     return play(machine, record(products, rows, machine).events).seconds
 
 
-def _liger(problem: Problem) -> tuple[Tensor, Tensor]:
+def liger_dpo(problem: Problem) -> tuple[Tensor, Tensor]:
     """Liger's DPO, not compiled: a compiler would hide its matmuls."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -160,6 +160,11 @@ def _gradient_bytes(case: ReplayCase) -> int:
     hidden = shape.rows * shape.hidden_size if trains != NOTHING else 0
     weight = shape.vocab * shape.hidden_size if trains == HEAD else 0
     return 2 * (hidden + weight)
+
+
+def meta_problem(shape: Shape) -> Problem:
+    """Of a shape, in bf16, without data."""
+    return _problem(shape, torch.device("meta"))
 
 
 def _problem(shape: Shape, device: torch.device) -> Problem:

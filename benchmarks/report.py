@@ -14,6 +14,9 @@ from benchmarks.device import MACHINES
 from benchmarks.kernel_page import REPLAY, check_page, write_page
 from benchmarks.mass_page import NAME, check_mass_page, load_masses, write_mass_page
 from benchmarks.results import RESULTS, ROOT, Row, load
+from benchmarks.scaling import SCALING, load_scaling
+from benchmarks.scaling_page import NAME as SCALING_NAME
+from benchmarks.scaling_page import check_scaling, write_scaling
 from benchmarks.tables import (
     context_sections,
     framework_section,
@@ -37,7 +40,7 @@ class Places:
     Attributes:
         readme: gets the tables of `results`.
         page: of the kernels.
-        docs: folder of benchmarks.md and drop_mass.md.
+        docs: folder of benchmarks.md, drop_mass.md and scaling.md.
         results: folder of the CPU's results; those of GPUs lie beside it.
         kernels: folder of what the compiled kernels take.
         masses: folder of the study of `drop_mass`.
@@ -58,6 +61,7 @@ def write_all(places: Places) -> None:
     write_page(places.page, places.kernels, results.parent)
     write_benchmarks(docs / "benchmarks.md", results.parent)
     write_mass_page(docs / NAME, places.masses)
+    write_scaling(docs / SCALING_NAME, results.parent / SCALING.name)
 
 
 def check_all(places: Places, say: Callable[[str], None] = print) -> bool:
@@ -68,10 +72,13 @@ def check_all(places: Places, say: Callable[[str], None] = print) -> bool:
         places.page.name: check_page(places.page, places.kernels, results.parent),
         "benchmarks.md": check_benchmarks(docs / "benchmarks.md", results.parent),
         NAME: check_mass_page(docs / NAME, places.masses),
+        SCALING_NAME: check_scaling(docs / SCALING_NAME, results.parent / SCALING.name),
     }
+    missing = {} if load_masses(places.masses) else {NAME: "masses"}
+    missing |= {} if load_scaling(results.parent / SCALING.name) else {SCALING_NAME: "scaling"}
     for name, agrees in current.items():
-        if name == NAME and agrees and load_masses(places.masses) is None:
-            say(f"{name} does not exist: `python -m benchmarks masses` has not been run")
+        if name in missing and agrees:
+            say(f"{name} does not exist: `python -m benchmarks {missing[name]}` has not been run")
         else:
             say(f"{name} agrees with the results" if agrees else f"{name} is out of date")
     return all(current.values())

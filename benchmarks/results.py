@@ -1,4 +1,7 @@
-"""Results on disk: one JSON file per section, rows with the machine and versions they hold for."""
+"""Results on disk: one JSON file per section, rows with the machine and versions they hold for.
+
+One file: what rows of every section hold, and the check that they do.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _LIBRARIES = ("torch", "triton", "trl", "transformers", "liger_kernel", "cut-cro
 # A section without one of them has nothing there.
 _KEY = (
     *("candidate", "shape", "dtype", "sequences", "length", "labelled_rows"),
-    *("capacity_bytes", "gpu"),
+    *("capacity_bytes", "gpu", "recipe"),
 )
 # What must be equal for rows of two runs to stand in one file.
 _SAME = ("commit", "code", "machine", "versions")
@@ -211,6 +214,37 @@ class ReplayRow(Sized):
     host_ms: Figure
 
 
+class ScaledHeadRow(TypedDict):
+    """Of a head in the replay, at each length of a rank's two sequences, its gradients among the
+    bytes."""
+
+    candidate: str
+    head: str
+    shape: str
+    gpu: str
+    trains: str
+    hidden_size: int
+    vocab: int
+    dtype: str
+    lengths: list
+    peak_bytes: list
+    ms: list
+
+
+class ScalingRow(TypedDict):
+    """Of the memory model: the largest context on each number of GPUs, in which layout, and in
+    which moment of a step a longer one does not fit; 0 and nothing where none fits."""
+
+    candidate: str
+    shape: str
+    gpu: str
+    recipe: str
+    gpus: list
+    longest: list
+    layouts: list
+    ended_by: list
+
+
 class KlRow(Sized, Timed):
     """Of the exact KL divergence."""
 
@@ -235,6 +269,8 @@ SECTIONS: dict[str, type] = {
     "framework": FrameworkRow,
     "context": ContextRow,
     "replay": ReplayRow,
+    "scaling-head": ScaledHeadRow,
+    "scaling": ScalingRow,
     "kl": KlRow,
 }
 

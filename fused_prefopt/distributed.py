@@ -21,6 +21,17 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
+def shared_ranks(*groups: dist.ProcessGroup | None) -> int:
+    """Number of ranks that are in all these groups, None means all of them; 1 by itself."""
+    if world_size() == 1:
+        return 1
+    members = (
+        range(world_size()) if group is None else dist.get_process_group_ranks(group)
+        for group in groups
+    )
+    return len(set.intersection(*map(set, members)))
+
+
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum of `values` over the ranks, the same bits on each of them.
 
@@ -36,6 +47,62 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
     total = values.clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+def sum_with_gradient(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of `values` over the ranks, differentiable any number of times.
+
+    The backward sums the upstream gradients of all ranks, as each rank's total is made of every
+    rank's values: where all ranks go on to one loss ℓ, each has the gradient of ``Σ_ranks ℓ`` by
+    its own values. One all-reduce forward, and one backward in which every rank must take part.
+    Compiled, the graph breaks here.
+
+    Args:
+        values: any shape, equal on all ranks, floating; left unchanged.
+        group: the ranks that take part; None means all of them.
+
+    Returns:
+        A tensor of the same shape and dtype, the same bits on every rank.
+    """
+    if world_size(group) == 1:
+        return values
+    total = _SumOverRanks.apply
+    if torch.compiler.is_compiling():
+        # Disabled by a decorator, importing this would import Triton.
+        total = torch.compiler.disable(total)
+    found: Tensor = total(values, group)
+    return found
+
+
+def gather_with_gradient(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Concatenation of the ranks' tensors, differentiable as `sum_with_gradient`.
+
+    Args:
+        values: (n, …), of one shape on all ranks.
+        group: the ranks that take part; None means all of them.
+
+    Returns:
+        (n · ranks, …) in rank order.
+    """
+    places = values.new_zeros((world_size(group), *values.shape))
+    own = torch.arange(places.shape[0], device=values.device) == rank(group)
+    own = own.view(-1, *[1] * values.dim())
+    # Zeros are added to each: by the one sum that is differentiable.
+    return sum_with_gradient(values.where(own, places), group).flatten(0, 1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        return sum_over_ranks(values.contiguous(), group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_with_gradient(grad, ctx.group), None
 
 
 def gather_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:

@@ -1,4 +1,7 @@
-"""`PreferenceLoss`: the op, the statistics and a loss, as one module."""
+"""`PreferenceLoss`: the op, the statistics and a loss, as one module.
+
+It is one file of more than 450 lines: a third of them tell what its two calls take.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_number
-from fused_prefopt.distributed import world_size
+from fused_prefopt.distributed import shared_ranks, world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
@@ -31,9 +34,11 @@ from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_me
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
-from fused_prefopt.ops.inputs import LogpOptions
+from fused_prefopt.ops.inputs import LogpOptions, read_head
 from fused_prefopt.ops.logps import shared_and_tail_logps
+from fused_prefopt.ops.sequence_group import COLLISIONS, over_group
 from fused_prefopt.ops.torch_engine import TorchEngine
+from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
 
 _EXTRAS = tuple(
@@ -53,6 +58,9 @@ class PreferenceLoss(nn.Module):
     takes, is that of one process with all pairs, or lists, where the ranks hold equally many, and
     for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it
     exchanges the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
+    Where ranks share sequences too (`forward`'s `sequence_group`), `process_group` is the ranks
+    whose pairs differ, and the mean is that over all ranks of both. It is those ranks as well where
+    ranks share the rows of a head (`LMHead`).
 
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as
@@ -138,7 +146,7 @@ class PreferenceLoss(nn.Module):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks whose batches are one; None means all of them."""
+        """The ranks whose batches are one, each of other pairs; None means all ranks."""
         return self._process_group
 
     @process_group.setter
@@ -164,6 +172,8 @@ class PreferenceLoss(nn.Module):
         num_prompt_labels: int | None = None,
         ignore_index: int = -100,
         token_weights: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
         **extras: Tensor | None,
     ) -> LossOutput:
         """The loss of a batch of hidden states, without logits in memory.
@@ -187,14 +197,22 @@ class PreferenceLoss(nn.Module):
             token_weights: as in `sequence_logps`, of the completions' tokens; prompts count whole.
                 A `reference`, `sequence_kl` or `collision` that is given must be weighted alike,
                 as must `extrapolated` and `interpolated`.
+            position_ids: as in `shared_and_tail_logps`, for `ld_alpha` with a `sequence_group`.
+            sequence_group: ranks that hold other tokens of the same sequences, as in
+                `sequence_logps`; `ref_hidden`, `prompt_labels` and `token_weights` are of this
+                rank's tokens, the extras and the output of whole sequences, on each rank. A loss
+                that remembers or spans batches needs a `process_group`, to see each pair once. An
+                all-reduce of 4 KB for each pass over a head (policy, prompts, reference,
+                collisions, gold), and one in the backward of those that train.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
                 weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
                 computes it: an evaluation more.
 
         Raises:
-            ValueError: the loss needs a field that is missing, an argument does not fit, or tokens
-                have weights with `ld_alpha`.
+            ValueError: the loss needs a field that is missing, an argument does not fit, tokens
+                have weights with `ld_alpha`, or `process_group` has other ranks of the
+                `sequence_group` or of those that share the head.
             TypeError: an extra that `LogpBatch` does not have.
         """
         for unknown in extras.keys() - set(_EXTRAS):
@@ -206,6 +224,9 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
+        self._check_ranks(sequence_group, "sequence_group")
+        if self.training:
+            self._check_ranks(sharing_ranks(read_head(head)), "head's group")
         if "groups" in given:
             self.require_lists()
         measured = _MEASURED if ref_hidden is not None else frozenset()
@@ -219,6 +240,7 @@ class PreferenceLoss(nn.Module):
             num_sequences=num_sequences,
             num_labels=num_labels,
             ignore_index=ignore_index,
+            sequence_group=sequence_group,
         )
         if prompt is None and prompt_labels is not None and "prompt" in self.loss.needs:
             counted = {**options, "num_labels": num_prompt_labels}
@@ -239,15 +261,17 @@ class PreferenceLoss(nn.Module):
             out = sequence_logps(hidden, head, labels, **weighted)
             sums, lengths = out.sums, out.lengths
         else:
+            weighted["position_ids"] = position_ids
             shared, beyond = shared_and_tail_logps(hidden, head, labels, **weighted)
             tail = beyond.sums
             sums, lengths = shared.sums + tail, shared.lengths + beyond.lengths
         _warn_without_labels(lengths)
         if "collision" in self.loss.wants and "collision" not in given:
             # They have no gradient, so neither a path nor mass to drop.
-            del options["path"], options["drop_mass"]
+            del options["path"], options["drop_mass"], options["sequence_group"]
             sizes = sums.shape[0], token_weights
-            extras["collision"] = _collisions(hidden, head, labels, *sizes, options)
+            own = _collisions(hidden, head, labels, *sizes, options)
+            (extras["collision"],) = over_group([own], sequence_group, COLLISIONS)
         batch = LogpBatch(sums, lengths, prompt=prompt, **extras)
         if tail is not None and self.ld_alpha is not None:
             batch = length_desensitized(batch, tail, None, alpha=self.ld_alpha)
@@ -267,6 +291,18 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"{missing}: got None with `{there}`, wanted both or neither")
         if ref_hidden is not None and self.ld_alpha is not None:
             raise ValueError("ref_hidden: got one with `ld_alpha`, wanted `reference` instead")
+
+    def _check_ranks(self, sharing: dist.ProcessGroup | None, name: str) -> None:
+        """Raise ValueError where ranks that are `sharing` pairs would count each several times."""
+        if sharing is None or not (self.loss.coupled or self.statistics is not None):
+            return
+        both = shared_ranks(self.process_group, sharing)
+        if both > 1:
+            raise ValueError(
+                f"process_group: got {both} ranks of this rank's {name} in it (None is all"
+                f" ranks) for {self.name}, which would see each pair {both} times; wanted the ranks"
+                " whose pairs differ: the mesh's data dimension, of one rank where there is none"
+            )
 
     def from_logps(self, batch: LogpBatch) -> LossOutput:
         """The loss of known log-probs.

@@ -19,6 +19,7 @@ from fused_prefopt.data.corrupted import make_pairs, make_points
 from fused_prefopt.data.labels import labels_of, prompt_labels_of
 from fused_prefopt.data.list_rows import lists_of_points, points_of_lists
 from fused_prefopt.data.records import load_dataset_records, pairs_of_points, points_of_pairs
+from fused_prefopt.data.sequence_shards import shard_of, token_places
 from fused_prefopt.data.tokenise import (
     tokenise_lists,
     tokenise_pairs,
@@ -47,7 +48,9 @@ __all__ = [
     "points_of_pairs",
     "preference",
     "prompt_labels_of",
+    "shard_of",
     "split_documents",
+    "token_places",
     "tokenise_lists",
     "tokenise_pairs",
     "tokenise_points",

@@ -77,13 +77,15 @@ COLLISIONS = ("collision_chosen", "collision_rejected")
 INPUT_IDS, ATTENTION_MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 COMPLETION_MASK, LABEL_COUNTS = "completion_mask", "label_counts"
 SEQUENCE_IDS, NUM_SEQUENCES = "sequence_ids", "num_sequences"
+# Of a shard, which has a part of each sequence's tokens: labels of what each token predicts.
+SHARD_LABELS = SHIFT_LABELS, SHIFT_PROMPT_LABELS = ("shift_labels", "shift_prompt_labels")
 # The same where a pair shares its prompt in one row.
 SEGMENTS, PREDICTORS = "segments", "predictors"
 TARGETS, TARGET_SEQUENCES = "targets", "target_sequences"
 LAYOUT = (
     *(INPUT_IDS, ATTENTION_MASK, POSITION_IDS, COMPLETION_MASK, LABEL_COUNTS),
     *(SEQUENCE_IDS, NUM_SEQUENCES, SEGMENTS, PREDICTORS, TARGETS, TARGET_SEQUENCES),
-    TOKEN_WEIGHTS,
+    *(*SHARD_LABELS, TOKEN_WEIGHTS),
 )
 # Examples of which a collator made the batch, by number, where it left others out.
 KEPT_ROWS = "kept_rows"

@@ -1,4 +1,7 @@
-"""A preference loss inside a model's own forward, and the reference that it compares with."""
+"""A preference loss inside a model's own forward, and the reference that it compares with.
+
+One file of more than 450 lines: the reference may be the policy itself, within the same call.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.data.columns import (
@@ -17,6 +21,7 @@ from fused_prefopt.data.columns import (
     GROUPS,
     INPUT_IDS,
     MADE_UP_REWARDS,
+    POSITION_IDS,
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
@@ -66,7 +71,11 @@ OF_REFERENCE = frozenset(_REFERENCE_FIELDS)
 
 
 def preference_outputs(
-    model: nn.Module, loss_fn: PreferenceLoss, batch: Mapping[str, Any]
+    model: nn.Module,
+    loss_fn: PreferenceLoss,
+    batch: Mapping[str, Any],
+    *,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> LossOutput:
     """Backbone, then loss, of a batch from `PairCollator` or `PointCollator`.
 
@@ -74,12 +83,15 @@ def preference_outputs(
         model: causal language model with a backbone and an output embedding, in its wrappers.
         loss_fn: which loss.
         batch: `input_ids`, `completion_mask`, `attention_mask` or `position_ids`, and the extras
-            that the collators document; padded (S, L) or packed (1, N).
+            that the collators document; padded (S, L) or packed (1, N); or a shard of one.
+        sequence_group: of a shard, the ranks that have the other tokens.
 
     Raises:
-        ValueError: the loss needs a field that the batch does not have.
+        ValueError: the loss needs a field that the batch does not have, or what `collated_rows`
+            raises.
     """
-    return _outputs(model, loss_fn, batch, given_fields(batch), of_tokens=False)[0]
+    options: dict[str, Any] = {"of_tokens": False, "sequence_group": sequence_group}
+    return _outputs(model, loss_fn, batch, given_fields(batch), **options)[0]
 
 
 def lacks_reference(loss_fn: PreferenceLoss, missing: Collection[str]) -> str:
@@ -116,6 +128,8 @@ class Attachment:
     Attributes:
         loss_fn: the loss; it follows the model's train and eval mode.
         reference: as given.
+        sequence_group: ranks that have the other tokens of batches that are shards (those with
+            `shift_labels`), for the loss and the reference; None until it is set.
     """
 
     def __init__(
@@ -128,6 +142,7 @@ class Attachment:
     ) -> None:
         self.loss_fn = loss_fn
         self.reference = reference
+        self.sequence_group: dist.ProcessGroup | None = None
         self._log_tokens = log_tokens
         self._router_coefficient = router_coefficient
         self._metrics = {"train": StepMetrics(), "eval": StepMetrics()}
@@ -199,6 +214,7 @@ class Attachment:
             compared=compared,
             of_tokens=self._log_tokens,
             router_coefficient=self._router_coefficient,
+            sequence_group=self.sequence_group,
         )
         self._metrics["train" if model.training else "eval"].add(*weighed)
         if channel is not None:
@@ -219,9 +235,11 @@ class Attachment:
             return extras, None
         if self.reference is None:
             raise ValueError(lacks_reference(self.loss_fn, missing))
+        group = self.sequence_group
         if OF_BOTH_HEADS & missing:
-            return extras, (self.reference, self.reference.hidden(batch))
-        return extras | self.reference.logps(batch, prompt=PROMPT_REFERENCE in missing), None
+            return extras, (self.reference, self.reference.hidden(batch, group))
+        wanted = PROMPT_REFERENCE in missing
+        return extras | self.reference.logps(batch, prompt=wanted, sequence_group=group), None
 
 
 def _outputs(
@@ -233,12 +251,15 @@ def _outputs(
     compared: Compared | None = None,
     of_tokens: bool,
     router_coefficient: float | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> tuple[LossOutput, Weighed]:
     """The loss of a batch, and its metrics with what each is a mean over."""
     router = wants_router_loss(model) if router_coefficient is None else router_coefficient != 0
-    rows = collated_rows(model, batch, prompt=PROMPT in loss_fn.loss.needs, router=router)
-    part = gold_part(batch) if GOLD in loss_fn.loss.needs else None
-    gold = None if part is None else collated_rows(model, part, prompt=False)
+    needs: Collection[str] = loss_fn.loss.needs
+    shared: dict[str, Any] = {"sequence_group": sequence_group}
+    rows = collated_rows(model, batch, prompt=PROMPT in needs, router=router, **shared)
+    part = gold_part(batch) if GOLD in needs else None
+    gold = None if part is None else collated_rows(model, part, prompt=False, **shared)
     device = rows.hidden.device
     _move(loss_fn, device)
     extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
@@ -296,6 +317,7 @@ class _LossInHead:
         if self.of_tokens:
             tokens = token_metrics(self.loss_fn, rows, hidden, head, self.extras)
         given: dict[str, Any] = {**rows.layout, **self.extras, TOKEN_WEIGHTS: rows.token_weights}
+        given |= {POSITION_IDS: rows.position_ids, "sequence_group": rows.sequence_group}
         if self.compared is not None:
             source, given["ref_hidden"] = self.compared
             given["ref_head"] = source.head()
@@ -369,15 +391,29 @@ class Reference:
         self.model: nn.Module = source if isinstance(source, nn.Module) else self._peft
         self._is_placed = self._peft is not None
 
-    def logps(self, batch: Mapping[str, Any], *, prompt: bool) -> dict[str, Tensor]:
-        """`reference`, and `prompt_reference` where prompts are wanted, (S,) fp32 in nats."""
-        sums = self._asked(batch, prompt=prompt, **self._options)
+    def logps(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        prompt: bool,
+        sequence_group: dist.ProcessGroup | None = None,
+    ) -> dict[str, Tensor]:
+        """`reference`, and `prompt_reference` where prompts are wanted, (S,) fp32 in nats.
+
+        Args:
+            batch: of a collator, or a shard of one.
+            prompt: whether prompts are wanted.
+            sequence_group: of a shard, the ranks that have the other tokens.
+        """
+        sums = self._asked(batch, prompt=prompt, sequence_group=sequence_group, **self._options)
         names = {"completion": REFERENCE, "prompt": PROMPT_REFERENCE}
         return {names[part]: values for part, values in sums.items()}
 
-    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
-        """The rows that the head would meet, (S, L, D) or packed (N, D)."""
-        return self._asked(batch, **HIDDEN)["hidden"]
+    def hidden(
+        self, batch: Mapping[str, Any], sequence_group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        """The rows that the head would meet, (S, L, D) or packed (N, D); arguments of `logps`."""
+        return self._asked(batch, **HIDDEN, sequence_group=sequence_group)["hidden"]
 
     @torch.no_grad()
     def _asked(self, batch: Mapping[str, Any], **wanted: Any) -> dict[str, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.data.columns import (
@@ -25,11 +26,14 @@ from fused_prefopt.data.columns import (
     REFERENCE,
     SEGMENTS,
     SEQUENCE_IDS,
+    SHIFT_LABELS,
+    SHIFT_PROMPT_LABELS,
     TARGET_SEQUENCES,
     TARGETS,
     TOKEN_WEIGHTS,
 )
 from fused_prefopt.data.labels import counts_of, labels_of, prompt_labels_of
+from fused_prefopt.distributed import gather_with_gradient
 from fused_prefopt.models.causal_lm import (
     backbone_outputs,
     head_running,
@@ -54,6 +58,11 @@ from fused_prefopt.models.model_call import (
     without_side_channel,
 )
 from fused_prefopt.models.peft_head import is_prompted, prompted, with_prompt
+from fused_prefopt.models.shard_check import (
+    require_shard,
+    require_shared_attention,
+    require_whole,
+)
 from fused_prefopt.ops import sequence_logps
 from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.types import LMHead, LogpBatch
@@ -77,6 +86,8 @@ class CollatedRows:
         router: coefficient and value of the router loss of a mixture of experts, or None.
         num_prompt_labels: `num_labels` of the prompt tokens.
         token_weights: of the labels, in their shape, or None.
+        position_ids: of a shard, places of its tokens in their sequences, as the labels; or None.
+        sequence_group: of a shard, the ranks that have the other tokens; None where rows are whole.
     """
 
     hidden: Tensor
@@ -86,12 +97,23 @@ class CollatedRows:
     router: tuple[float, Tensor] | None = None
     num_prompt_labels: int | None = None
     token_weights: Tensor | None = None
+    position_ids: Tensor | None = None
+    sequence_group: dist.ProcessGroup | None = None
 
 
 def collated_rows(
-    model: nn.Module, batch: Mapping[str, Any], *, prompt: bool, router: bool = False
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    prompt: bool,
+    router: bool = False,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> CollatedRows:
     """Run the backbone on a batch from `PairCollator`, `PointCollator` or TRL's collators.
+
+    A batch with `shift_labels` is a shard (`data.sequence_shards.shard_of`): the backbone gets its
+    `position_ids` and no `attention_mask`, as its attention must be one over all ranks of the
+    group, in which no token sees the padding behind it.
 
     Args:
         model: causal language model with a backbone and an output embedding, in its wrappers.
@@ -99,11 +121,16 @@ def collated_rows(
             collators add for their layouts; or one of `batch_behind`.
         prompt: whether the prompts' log-probs are wanted too.
         router: whether the router loss is wanted too.
+        sequence_group: ranks that have the other tokens of a shard; whole batches heed none.
 
     Raises:
         ValueError: prompts or a router loss are wanted of pairs that share a prompt in one row, or
-            the model or its images do not fit the layout.
+            the model or its images do not fit the layout; or a shard comes without a group or
+            positions, or is not one of those that `shard_of` makes.
     """
+    if SHIFT_LABELS in batch:
+        return _shard_rows(model, batch, prompt, router, sequence_group)
+    require_whole(batch, sequence_group)
     batch = with_prompt(model, batch)
     _require_rows_of_images(batch)
     if SEGMENTS in batch:
@@ -141,6 +168,57 @@ def collated_rows(
     return CollatedRows(*packed)
 
 
+def _shard_rows(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    prompt: bool,
+    router: bool,
+    group: dist.ProcessGroup | None,
+) -> CollatedRows:
+    """`collated_rows` of a shard."""
+    group = require_shard(model, batch, group, prompt=prompt)
+    packed = SEQUENCE_IDS in batch
+    if packed:
+        require_separate_sequences(model, batch[INPUT_IDS])
+    seen = {name: value for name, value in batch.items() if name != ATTENTION_MASK}
+    require_shared_attention(model, seen, group)
+    outputs = backbone_outputs(model, seen, **({"output_router_logits": True} if router else {}))
+    routed = None
+    if router:
+        routed = router_loss(model, *_of_all_ranks(outputs.router_logits, batch, group))
+    labels, prompt_labels = batch[SHIFT_LABELS], batch[SHIFT_PROMPT_LABELS] if prompt else None
+    each = [outputs.last_hidden_state, labels, prompt_labels, batch.get(TOKEN_WEIGHTS)]
+    each.append(batch[POSITION_IDS].expand_as(labels))
+    count, prompt_count = counts_of(batch)
+    layout: dict[str, Any] = {"shift": False, "num_labels": count}
+    if packed:
+        layout |= {"sequence_ids": batch[SEQUENCE_IDS][0], "num_sequences": batch[NUM_SEQUENCES]}
+        each = [None if value is None else value[0] for value in each]
+    hidden, labels, prompt_labels, weights, places = each
+    found = hidden, labels, prompt_labels, layout, routed, prompt_count, weights, places, group
+    return CollatedRows(*found)
+
+
+def _of_all_ranks(
+    router_logits: Sequence[Tensor], batch: Mapping[str, Any], group: dist.ProcessGroup
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Router logits of every rank's tokens, differentiable, and the attention mask of those.
+
+    The router loss is a product of means over all tokens: no sum of those of shards. It takes
+    what one process takes for it, and an all-reduce of that size for each layer.
+    """
+    mask = batch.get(ATTENTION_MASK)
+    if mask is None:
+        raise ValueError(
+            "attention_mask: got none in a shard of a model that adds a router loss, needs it to"
+            " tell tokens from what fills the shards; give padded batches, or a router_coefficient"
+            " of 0"
+        )
+    # One rank's rows behind those of another: their order is nothing to means.
+    every = tuple(gather_with_gradient(logits, group) for logits in router_logits)
+    return every, gather_with_gradient(mask, group)
+
+
 def gold_part(batch: Mapping[str, Any]) -> dict[str, Any] | None:
     """The gold completions of a batch of pairs as a batch of their own; None without any.
 
@@ -171,6 +249,7 @@ def gold_fields(rows: CollatedRows, head: LMHead, **options: Any) -> dict[str, T
         **options: of `sequence_logps`.
     """
     options |= {**rows.layout, "token_weights": rows.token_weights}
+    options["sequence_group"] = rows.sequence_group
     out = sequence_logps(rows.hidden, head, rows.labels, **options)
     return {GOLD: out.sums.repeat(2), GOLD_LENGTHS: out.lengths.repeat(2)}
 
@@ -208,6 +287,7 @@ def completion_logps(
     *,
     prompt: bool = False,
     ld_alpha: float | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """A model's log-probs of a batch, at the cost of a forward pass without logits.
@@ -217,6 +297,7 @@ def completion_logps(
         batch: as in `collated_rows`.
         prompt: also those of the prompts (all tokens but the first).
         ld_alpha: of pairs, weight of the tokens by which a completion is longer than its partner.
+        sequence_group: as in `collated_rows`; the sums are those of whole sequences.
         **options: of `sequence_logps`, such as `workspace_mb`.
 
     Returns:
@@ -226,13 +307,15 @@ def completion_logps(
     Raises:
         ValueError: tokens have weights with `ld_alpha`.
     """
-    rows = collated_rows(model, batch, prompt=prompt)
+    rows = collated_rows(model, batch, prompt=prompt, sequence_group=sequence_group)
     sums: dict[str, Tensor] = {}
 
     def forward(hidden: Tensor) -> Tensor:
         head, given = LMHead.of(model), {**rows.layout, **options}
+        given["sequence_group"] = rows.sequence_group
         weighted = {**given, "token_weights": rows.token_weights}
         if ld_alpha is not None:
+            weighted["position_ids"] = rows.position_ids
             shared, tail = shared_and_tail_logps(hidden, head, rows.labels, **weighted)
             sums["completion"] = shared.sums + ld_alpha * tail.sums
         else:
@@ -258,7 +341,7 @@ def logps_through(model: nn.Module, batch: Mapping[str, Any], **wanted: Any) -> 
     Args:
         model: causal language model, wrapped or not.
         batch: as in `collated_rows`.
-        **wanted: options of `completion_logps`, or `HIDDEN`.
+        **wanted: options of `completion_logps`, or `HIDDEN`, which may have a `sequence_group`.
     """
     inner = unwrapped(model)
     if not has_front(inner):
@@ -277,14 +360,16 @@ def answer(
 
     Args:
         model: causal language model without wrappers.
-        request: options of `completion_logps`, or `HIDDEN`.
+        request: as the options of `logps_through`.
         batch: of `batch_behind`.
 
     Returns:
         Name → tensor.
     """
-    if request == HIDDEN:
-        return {"hidden": collated_rows(model, batch, prompt=False).hidden}
+    if HIDDEN.items() <= request.items():
+        group = request.get("sequence_group")
+        rows = collated_rows(model, batch, prompt=False, sequence_group=group)
+        return {"hidden": rows.hidden}
     return completion_logps(model, batch, **request)
 
 

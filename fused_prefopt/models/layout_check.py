@@ -61,14 +61,14 @@ def _require_alike(
     attention = getattr(text_config(model), "_attn_implementation", None)
     if torch.compiler.is_compiling() or passed.get(backbone, False) == attention:
         return
-    distance, tolerance = math.inf, 0.0
+    distance, rounding = math.inf, 0.0
     if _takes_positions(backbone):
         first, second = trials()
         distance = float((second - first).norm() / first.norm())
-        tolerance = _tolerance(first)
-    if distance > tolerance:
+        rounding = tolerance(first)
+    if distance > rounding:
         raise ValueError(refused.format(f"{type(model).__name__} with {attention}"))
-    if distance <= tolerance:
+    if distance <= rounding:
         passed[backbone] = attention
 
 
@@ -79,7 +79,7 @@ def _takes_positions(backbone: nn.Module) -> bool:
     )
 
 
-def _tolerance(hidden: Tensor) -> float:
+def tolerance(hidden: Tensor) -> float:
     """Above rounding, as experts may round otherwise in other company; below what is seen."""
     dtypes, device = {hidden.dtype}, hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -92,12 +92,12 @@ def _hidden_of_second(model: nn.Module, input_ids: Tensor, token: int) -> Tensor
     """(length, D) hidden states of the first tokens, behind a sequence of those from `token` on."""
     positions = torch.arange(_LENGTH, device=input_ids.device)
     ids, position_ids = torch.cat((positions + token, positions))[None], positions.repeat(2)[None]
-    with evaluating(backbone_of(model)), _uncached(ids.device.type):
+    with evaluating(backbone_of(model)), uncached(ids.device.type):
         hidden = last_hidden(model, {INPUT_IDS: ids, POSITION_IDS: position_ids})
     return hidden[0, _LENGTH:]
 
 
-def _uncached(device: str) -> torch.autocast:
+def uncached(device: str) -> torch.autocast:
     """Autocast as it is, but for a trial.
 
     Older torch's keeps what it casts there, without a gradient, for the pass that trains.
@@ -174,5 +174,5 @@ def _hidden_of_rejected(model: nn.Module, input_ids: Tensor, chosen: list[int]) 
     sides = (prompt, torch.tensor(chosen)), (prompt, torch.ones_like(prompt))
     row = shared_layout([sides], pad_token_id=0, multiple=4)
     row = {name: value.to(input_ids.device) for name, value in row.items()}
-    with evaluating(backbone_of(model)), _uncached(row[INPUT_IDS].device.type):
+    with evaluating(backbone_of(model)), uncached(row[INPUT_IDS].device.type):
         return shared_rows(model, row)[row[SEGMENTS] == IN_REJECTED]

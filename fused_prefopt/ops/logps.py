@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_prefopt.checks import require_integer, require_shape
@@ -20,10 +21,17 @@ from fused_prefopt.ops.inputs import (
     labelled_rows,
     layout_of,
     read_call,
+    traced_and_spread,
 )
 from fused_prefopt.ops.passes import fold_details
 from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan, room_of
 from fused_prefopt.ops.precision import fixed_precision
+from fused_prefopt.ops.sequence_group import (
+    LOGPS,
+    numbers_in_sequences,
+    over_group,
+    require_positions,
+)
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
 
@@ -43,6 +51,7 @@ def sequence_logps(
     engine: str = "auto",
     drop_mass: float = 0.0,
     token_weights: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> SequenceLogps:
     """Summed log-probabilities of the labelled tokens of each sequence.
 
@@ -78,6 +87,15 @@ def sequence_logps(
         token_weights: numbers >= 0 in the shape of `labels`, which they belong to (0 counts like no
             label, 2 like the label twice; where there is no label they are not heeded). The sums
             are ``Σ_t w_t log p_t``, the lengths ``Σ_t w_t``. They cost nothing; constants.
+        sequence_group: ranks that hold other tokens of the same S sequences (context or sequence
+            parallelism), each token on one of them, in any order. Sums and lengths are those of
+            the whole sequences, the same bits on each rank, by one all-reduce of 4 KB forward and
+            one backward (two of each where 2 S > 510). Every rank must make the call, with S known
+            (`num_sequences` where packed), labels shifted before the split (``shift=False``), and
+            `num_labels` of its own rows; it may have no label, or no token. The backward sums what
+            comes from above over the group: where all its ranks go on to the same loss, the mean
+            of the parameters' gradients over all ranks, of all data too, is that of the mean loss,
+            as DDP, FSDP and ZeRO take it. No factor belongs anywhere.
 
     Returns:
         sums (S,) fp32, lengths (S,) int64, means (S,), and the plan that was followed. Float64
@@ -85,7 +103,8 @@ def sequence_logps(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is wrong; a label is outside the
-            vocabulary (a device-side assert on CUDA); the forced path cannot serve this call.
+            vocabulary (a device-side assert on CUDA); the forced path cannot serve this call; or
+            ranks of the `sequence_group` disagree on the number of sequences or on the call.
     """
     options = LogpOptions(
         shift=shift,
@@ -97,12 +116,16 @@ def sequence_logps(
         path=path,
         engine=engine,
         drop_mass=drop_mass,
+        sequence_group=sequence_group,
     )
     rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
     plan, outputs = _run(hidden, head, labels, options)
     if rows is None:
-        return SequenceLogps(outputs[1], outputs[2], plan)
-    return SequenceLogps(rows.sums(outputs[0]), rows.lengths(outputs[0].dtype), plan)
+        own = outputs[1:3]
+    else:
+        own = rows.sums(outputs[0]), rows.lengths(outputs[0].dtype)
+    sums, lengths = over_group(own, sequence_group, LOGPS + (rows is not None))
+    return SequenceLogps(sums, lengths, plan)
 
 
 def token_logps(
@@ -165,7 +188,7 @@ def token_policy(
     Arguments, layout and errors are those of `token_logps`.
 
     Raises:
-        ValueError: in addition, the head is sharded over ranks, or another path is asked for.
+        ValueError: in addition, another path is asked for.
     """
     options = LogpOptions(
         shift=shift,
@@ -211,28 +234,34 @@ def token_statistics(
         workspace_mb=workspace_mb,
         engine=engine,
     )
+    return _statistics(hidden, head, labels, options)
+
+
+def _statistics(
+    hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
+) -> TokenStatistics:
+    if traced_and_spread(head):
+        return torch.compiler.disable(_statistics)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
-    if call.shard.group:
-        raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
-    index = labelled_rows(call.layout.targets, ignore_index, call.count)
+    index = labelled_rows(call.layout.targets, options.ignore_index, call.count)
     spec = replace(call.spec("evaluate", call.workspace(False)), entropy=True)
     rows = HeadRows.of(call.tensors, call.layout.targets, index, spec)
     with fixed_precision(hidden, call.math.dtype):
         found = call.checked(fold_details(rows))
-    statistics, details = found.statistics, found.details
+    statistics, details = call.shard.merge(found.statistics, found.details)
     assert details is not None
 
     def dense(values: Tensor) -> Tensor:
         everywhere = values.new_zeros(call.layout.targets.shape)
         everywhere[index] = values
-        return _at_labels(everywhere, labels, shift)
+        return _at_labels(everywhere, labels, options.shift)
 
     return TokenStatistics(
         dense(statistics.logps()),
         dense(details.entropies(statistics)),
         dense(details.squares.log() - 2 * statistics.sum.log()),
-        dense(details.logit_sum / call.vocab),
-        dense(details.best == rows.targets),
+        dense(details.logit_sum / call.whole_vocab),
+        dense(details.best == call.layout.targets[index]),
     )
 
 
@@ -245,6 +274,8 @@ def shared_and_tail_logps(
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
     ignore_index: int = -100,
+    position_ids: Tensor | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
     **options: Any,
 ) -> tuple[SequenceLogps, SequenceLogps]:
     """`sequence_logps` of the tokens up to the length of the partner, and of those beyond.
@@ -256,14 +287,17 @@ def shared_and_tail_logps(
 
     Args:
         hidden, head, labels, shift, sequence_ids, num_sequences, ignore_index: as there.
+        position_ids: (S, T) or (N,) place of each row's token in its whole sequence, which a
+            `sequence_group` needs: which tokens are beyond, its ranks tell one another.
+        sequence_group: as there; a gather more, of 8 bytes for each label of all its ranks.
         **options: the others of `sequence_logps`, but `token_weights`.
 
     Returns:
         The shared parts and the tails, S sequences each, with one plan.
 
     Raises:
-        ValueError: the number of sequences is odd, tokens have weights, or what `sequence_logps`
-            raises.
+        ValueError: the number of sequences is odd, tokens have weights, a group has no positions or
+            two tokens of a sequence have one, or what `sequence_logps` raises.
 
     Source: LD-DPO (Liu et al. 2024, arXiv:2409.06411), whose α weighs the tails.
     """
@@ -277,6 +311,7 @@ def shared_and_tail_logps(
         sequence_ids=sequence_ids,
         num_sequences=num_sequences,
         ignore_index=ignore_index,
+        sequence_group=sequence_group,
     )
     require_integer("labels", labels)
     require_shape("labels", labels, hidden.shape[:-1])
@@ -286,14 +321,20 @@ def shared_and_tail_logps(
         raise ValueError(
             f"labels: got {sequences} sequences, needs an even number: chosen first, then rejected"
         )
+    if sequence_group is None:
+        beyond = _in_tail(layout, ignore_index)
+    else:
+        places = require_positions(position_ids, labels)
+        beyond = _in_tail_over_ranks(layout, ignore_index, places, sequence_group)
     out = sequence_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         layout.targets,
         shift=False,
-        sequence_ids=layout.ids() + sequences * _in_tail(layout, ignore_index),
+        sequence_ids=layout.ids() + sequences * beyond,
         num_sequences=2 * sequences,
         ignore_index=ignore_index,
+        sequence_group=sequence_group,
         **options,
     )
     shared = SequenceLogps(out.sums[:sequences], out.lengths[:sequences], out.plan)
@@ -312,6 +353,20 @@ def _in_tail(layout: Layout, ignore_index: int) -> Tensor:
     return torch.empty_like(beyond).scatter(0, order, beyond)
 
 
+def _in_tail_over_ranks(
+    layout: Layout, ignore_index: int, position_ids: Tensor, group: dist.ProcessGroup
+) -> Tensor:
+    """`_in_tail` of a shard, from the places of all ranks' labelled tokens."""
+    ids, labelled = layout.ids(), layout.targets != ignore_index
+    index, numbers, every = numbers_in_sequences(labelled, ids, position_ids, group)
+    lengths = every.bincount(minlength=layout.num_sequences)
+    pairs = layout.num_sequences // 2
+    shared = lengths[:pairs].minimum(lengths[pairs:]).repeat(2)
+    beyond = torch.zeros_like(labelled)
+    beyond[index] = numbers >= shared[ids[index]]
+    return beyond
+
+
 def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
     values = values.view(labels.shape)
     # Each row's value goes to the label it predicts; a sequence's last row has none to give.
@@ -321,6 +376,8 @@ def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
 def _run(
     hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
+    if traced_and_spread(head):
+        return torch.compiler.disable(_run)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
     plan = _plan(call)
     tensors = call.tensors.detached() if plan.path == "evaluate" else call.tensors

@@ -110,7 +110,7 @@ MEASURING = {
     "profile": [],
 }
 # In test_frameworks, test_mass_study, test_aot, test_replay and test_compare; the report below.
-ELSEWHERE = {"frameworks", "masses", "kernels", "replay", "report", "compare"}
+ELSEWHERE = {"frameworks", "masses", "kernels", "replay", "scaling", "fits", "report", "compare"}
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,7 @@ def test_the_report_of_everything(
         "kernels.md agrees with the results",
         "benchmarks.md agrees with the results",
         "drop_mass.md does not exist: `python -m benchmarks masses` has not been run",
+        "scaling.md does not exist: `python -m benchmarks scaling` has not been run",
     ]
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("# Title\n\n") and readme.endswith(f"{END}\n\nAfter.\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from inspect import signature
@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
-from datasets.fingerprint import Hasher
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -27,7 +26,7 @@ from fused_prefopt.data.columns import (
     WEIGHTS_OF_IDS,
 )
 from fused_prefopt.distributed import sum_over_ranks
-from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.attach import OF_REFERENCE, place
 from fused_prefopt.integrations.layouts import (
     keep_batches_whole,
     layout_of,
@@ -36,6 +35,7 @@ from fused_prefopt.integrations.layouts import (
 )
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.sequence_parallel import SharesBatches, share_batches
 from fused_prefopt.integrations.trainer_checks import (
     CheckedTokens,
     CountedLabels,
@@ -56,6 +56,7 @@ from fused_prefopt.integrations.trl.images import (
     has_images,
     images_precomputed,
 )
+from fused_prefopt.integrations.trl.kept_references import kept_apart
 from fused_prefopt.integrations.trl.lists import FIELDS_OF_LISTS, TakesLists, refuse_lists
 from fused_prefopt.integrations.trl.rows import (
     Cut,
@@ -78,7 +79,13 @@ _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir
 
 
 class FusesLoss(
-    TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, TakesLists, KeepsTeachingRows
+    SharesBatches,
+    TakesLossAlone,
+    KeepsLossState,
+    PreparesExactly,
+    MindsNonfinite,
+    TakesLists,
+    KeepsTeachingRows,
 ):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
@@ -102,6 +109,8 @@ class FusesLoss(
     # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
     _tp_size: int = 1
     _name: ClassVar[str]
+    # A data set with the columns that TRL's `_precompute_ref_logps` adds.
+    _with_own_references: Callable[[Any, str, int], Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = signature(super().__init__).bind(*args, **kwargs)
@@ -167,6 +176,7 @@ class FusesLoss(
             log_tokens=config.log_tokens,
             router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
+        self.shared.tell(self.attachment)
         mind_nonfinite(self, config.on_nonfinite)
 
     def _default_config(self, model: Any) -> FusedOptions:
@@ -196,10 +206,13 @@ class FusesLoss(
                 )
             self.data_collator = self._collator(self._layout)
         keep_batches_whole(self, pairwise=self.config_type.pairwise)
+        shared = share_batches(self)
         models = [self.model]
         if self.needs_reference and self.ref_model is not None:
             models.append(self.ref_model)
-        require_layout(self, *map(self.accelerator.unwrap_model, models))
+        models = [*map(self.accelerator.unwrap_model, models)]
+        require_layout(self, *models)
+        shared.take(*models)
         if not self._is_vision_dataset:
             cut = Cut.of(self.args, self.config_type.pairwise)
             self.data_collator = WeightedTokens(self.data_collator, cut)
@@ -250,7 +263,7 @@ class FusesLoss(
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the metrics of a `predict` before it are not its."""
         self.attachment.forget_metrics("eval")
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss's metrics since the last log, means over steps and ranks."""
@@ -272,6 +285,9 @@ class FusesLoss(
         self._lay_out()
         if self._has_lists:
             return self._with_list_references(dataset, name, batch_size)
+        if self.shared.copies > 1:
+            # TRL gathers the values of every rank, of which several have one batch.
+            return self._with_own_references(dataset, name, batch_size)
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         # TRL's key has the rows, which its collator cuts afterwards.
@@ -284,7 +300,7 @@ class FusesLoss(
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
         with (
-            _kept_apart(dataset, own, self._reference_folder),
+            kept_apart(dataset, own, self._reference_folder),
             _given(self, data_collator=collator),
         ):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
@@ -298,11 +314,27 @@ class FusesLoss(
         """Where references are kept that have no data set's file beside which they could be."""
         return Path(self.args.output_dir) / "reference_logps"
 
+    def _require_own_references(self, dataset: Any) -> None:
+        """Raise ValueError where `_own_reference_logps` does not compute what TRL's loop does."""
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
+                " length"
+            )
+        if self._op_options["ld_alpha"] is not None:
+            raise ValueError(
+                f"precompute_ref_log_probs: got True with ld_alpha={self._op_options['ld_alpha']}"
+                " and ranks that share batches, needs False"
+            )
+
     def _own_reference_logps(
         self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
     ) -> list[dict[str, Any]]:
         """`add_reference_logps` of the reference, kept in the output's folder."""
         model = self.model if self.ref_model is None else self.ref_model
+        if self.shared.attention is not None:
+            # The ranks exchange its values, which not every backend does on the CPU.
+            place(model, self.accelerator.device)
         with self._as_reference(model), self.accelerator.autocast():
             return add_reference_logps(
                 model,
@@ -312,6 +344,7 @@ class FusesLoss(
                 cache_dir=self._reference_folder,
                 progress=not self.args.disable_tqdm,
                 description=f"reference log-probs of {name}",
+                shared=self.shared,
             )
 
     def _require_image_values(self) -> None:
@@ -358,7 +391,9 @@ class FusesLoss(
         """`completion_logps` through the model's wrappers."""
         fields = {name: batch[name] for name in (*LAYOUT, *INPUTS) if name in batch}
         with self.accelerator.autocast():
-            return logps_through(model, fields, prompt=prompt, **self._op_options)
+            group = self.shared.sequences
+            options = self._op_options | {"prompt": prompt, "sequence_group": group}
+            return logps_through(model, fields, **options)
 
     def _reference_logps(
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
@@ -403,28 +438,6 @@ def _of_config(args: Any) -> dict[str, Any]:
 
 class _NoLayer:
     """A class of which no layer is."""
-
-
-@contextmanager
-def _kept_apart(dataset: Any, own: tuple[Any, ...], folder: Path) -> Iterator[None]:
-    """TRL keeps what it precomputes by the model and by this of the data, its own with it.
-
-    Beside the data's own file. Data that have none are in memory, for which `datasets` names a
-    folder of this process alone, where no other process and no later run would look.
-    """
-    if isinstance(dataset, IterableDataset):
-        yield
-        return
-    with _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own))):
-        if dataset.cache_files:
-            yield
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        dataset._get_cache_file_path = lambda print_: str(folder / f"cache-{print_}.arrow")
-        try:
-            yield
-        finally:
-            del dataset._get_cache_file_path
 
 
 @contextmanager
