@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from inspect import signature
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
 
@@ -56,7 +55,7 @@ from fused_prefopt.integrations.trl.images import (
     has_images,
     images_precomputed,
 )
-from fused_prefopt.integrations.trl.kept_references import kept_apart
+from fused_prefopt.integrations.trl.kept_references import folder_of, kept_apart
 from fused_prefopt.integrations.trl.lists import FIELDS_OF_LISTS, TakesLists, refuse_lists
 from fused_prefopt.integrations.trl.rows import (
     Cut,
@@ -300,7 +299,7 @@ class FusesLoss(
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
         with (
-            kept_apart(dataset, own, self._reference_folder),
+            kept_apart(dataset, own, folder_of(self.args)),
             _given(self, data_collator=collator),
         ):
             found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
@@ -308,11 +307,6 @@ class FusesLoss(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
         return found
-
-    @property
-    def _reference_folder(self) -> Path:
-        """Where references are kept that have no data set's file beside which they could be."""
-        return Path(self.args.output_dir) / "reference_logps"
 
     def _require_own_references(self, dataset: Any) -> None:
         """Raise ValueError where `_own_reference_logps` does not compute what TRL's loop does."""
@@ -341,7 +335,7 @@ class FusesLoss(
                 features,
                 collator,
                 batch_size=batch_size,
-                cache_dir=self._reference_folder,
+                cache_dir=folder_of(self.args),
                 progress=not self.args.disable_tqdm,
                 description=f"reference log-probs of {name}",
                 shared=self.shared,

@@ -11,6 +11,15 @@ from datasets import IterableDataset
 from datasets.fingerprint import Hasher
 
 
+def folder_of(args: Any) -> Path:
+    """Where references are kept that have no data set's file beside which they could be.
+
+    Args:
+        args: of a trainer.
+    """
+    return Path(args.output_dir) / "reference_logps"
+
+
 @contextmanager
 def kept_apart(dataset: Any, own: tuple[Any, ...], folder: Path) -> Iterator[None]:
     """TRL keeps what it precomputes by the model and by this of the data, its own with it.
