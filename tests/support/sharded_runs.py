@@ -164,9 +164,11 @@ def _partitioned(folder: Path, engine: str, *models: Any) -> list[nn.Module]:
     """Models as `from_pretrained` gives them once there is a configuration of ZeRO-3."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    where = [folder / f"{number} of rank {dist.get_rank()}" for number in range(len(models))]
+    where = [folder / name for name in ("policy", "reference")]
     for each, model in zip(where, models, strict=True):
+        # The first rank saves.
         model.save_pretrained(each)
+    dist.barrier()
     config = copy.deepcopy(ENGINES[engine]["deepspeed"])
     decided = {name: value for name, value in config.items() if value != "auto"}
     # It counts as long as it lives.
