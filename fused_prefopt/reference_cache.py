@@ -7,6 +7,7 @@ that and of the columns.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ _KIND = "fused_prefopt reference log-probs 3"
 _EARLIER = b"fused_prefopt reference log-probs"
 _INDICES = "indices"
 _THREADS = 8
+# Attempts to read a file that others replace.
+_READS = 5
 # Config entries that say where a model comes from or how it was saved, not what it computes; the
 # weights' own dtypes are hashed with them.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -276,7 +279,9 @@ class ReferenceCache:
     """One finished file, or parts beside it until it is finished.
 
     Every file is written elsewhere and renamed, so that none is ever half-written, and any number
-    of processes may write the same cache: they write the same values.
+    of processes may write the same cache: they write the same values. There are no locks: who does
+    not see another's file yet computes what is in it. Every file has a hash of what is in it, and
+    is read whole, so that one of which a disk shows a part is an error.
 
     Args:
         path: of the finished file.
@@ -359,7 +364,12 @@ class ReferenceCache:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        try:
+            beside.replace(path)
+        except FileNotFoundError:
+            # On NFS, where the server has done it and its answer was lost: the second attempt.
+            if not path.is_file():
+                raise
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -372,8 +382,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    # Not mapped into memory: another process may delete the file meanwhile.
-    content = path.read_bytes()
+    content = _content(path)
     again = "delete it, and its log-probs are computed again"
     if content.startswith(_EARLIER):
         raise ValueError(
@@ -399,6 +408,19 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     ):
         raise ValueError(f"{path}: got a damaged or truncated file, needs a whole one; {again}")
     return metadata, columns
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes, as they are or were; FileNotFoundError where there is none (any more)."""
+    for _ in range(_READS):
+        try:
+            # Not mapped into memory: another process may replace or delete the file meanwhile.
+            return path.read_bytes()
+        except OSError as error:
+            # On NFS, of a file that another machine has replaced or deleted while it was open.
+            if error.errno != errno.ESTALE:
+                raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _metadata(content: bytes) -> dict[str, str] | None:

@@ -25,7 +25,7 @@ from fused_prefopt.data.columns import (
     REWARDS,
     SEGMENTS,
 )
-from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.labels import count_groups, count_labels
 from fused_prefopt.integrations.attach import OF_REFERENCE, lacks_reference
 from fused_prefopt.losses import check_needs
 from fused_prefopt.models.batch import given_fields, gold_part
@@ -299,4 +299,4 @@ class CountedLabels:
             part = {each[len(prefix) :]: batch[each] for each in batch if each.startswith(prefix)}
             if part[COMPLETION_MASK].device.type == "cpu" and SEGMENTS not in part:
                 batch[prefix + LABEL_COUNTS] = count_labels(part)
-        return batch
+        return count_groups(batch)

@@ -46,6 +46,7 @@ from fused_prefopt.integrations.trainer_checks import (
     require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.integrations.uneven_ranks import WeighsBatches
 from fused_prefopt.integrations.zero3 import runnable, running
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
@@ -164,7 +165,9 @@ def attach(
     return attachment
 
 
-class LogsPreferences(SharesBatches, KeepsLossState, PreparesExactly, MindsNonfinite):
+class LogsPreferences(
+    SharesBatches, WeighsBatches, KeepsLossState, PreparesExactly, MindsNonfinite
+):
     """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
 
     compute_loss_func: Any
@@ -187,6 +190,7 @@ class LogsPreferences(SharesBatches, KeepsLossState, PreparesExactly, MindsNonfi
         if loss is outputs["loss"]:
             loss = exact_loss(loss, inputs)
         self.shared.before_backward(loss)
+        loss = self.weighed(loss)
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -213,7 +217,8 @@ class PreferenceTrainer(LogsPreferences, Trainer):
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
     optimizer's state. Rows are pairs, single completions, or lists of completions (see
-    `data.ListCollator`), of which a batch counts the lists.
+    `data.ListCollator`), of which a batch counts the lists. A step of the optimizer is the mean
+    over all its pairs, however many of them a rank or an accumulated batch holds.
 
     Args:
         model, train_dataset, eval_dataset, processing_class, *more, **kwargs: of
