@@ -100,8 +100,8 @@ def add_reference_logps(
     autocast they are those of autocast: make the call under the one that the training runs under.
 
     Args:
-        model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
-            mode and back.
+        model: the reference, on the device to run on, dense, sharded by FSDP or in DeepSpeed's
+            engine; it is put in eval mode and back.
         features: token ids, as `tokenise_pairs`, `tokenise_points` or `tokenise_lists` return them.
         collator: that of the features, any layout; lists go completion by completion.
         tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
@@ -120,7 +120,7 @@ def add_reference_logps(
         ValueError: `cache_file` belongs to another model, precision, tokenizer or data (the
             message says which), a cache's file is damaged, both caches are given, ranks hold
             different features, a cache is to belong to a model whose weights are not here
-            (ZeRO-3, offloading), or the model gives a log-prob that is not finite. What one rank
+            (FSDP1, offloading), or the model gives a log-prob that is not finite. What one rank
             meets, all raise.
         RuntimeError: another rank has failed in another way, such as by a full disk.
     """

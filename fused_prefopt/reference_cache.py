@@ -52,12 +52,13 @@ def model_fingerprint(model: nn.Module, *, progress: bool = False) -> str:
     hashing releases Python's lock; no more than those few tensors are copied from the device.
 
     Args:
-        model: dense or sharded by FSDP2, in which case every rank must make the call; PEFT's and
-            DDP's wrappers do not count, but a prompt that PEFT's adapter learned does.
+        model: dense, sharded by FSDP2 or partitioned by ZeRO-3, in which cases every rank must make
+            the call; PEFT's, DDP's and DeepSpeed's wrappers do not count, but a prompt that PEFT's
+            adapter learned does.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a weight has no values here, partitioned by ZeRO-3 or offloaded.
+        ValueError: a weight has no values here, as one that is offloaded.
     """
     learners, model = prompt_learners(model), unwrapped(model)
     _require_weights(model)
@@ -133,11 +134,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _require_weights(model: nn.Module) -> None:
     """Raise ValueError where a weight is a placeholder, the same whatever its values are."""
     for name, weight in model.named_parameters():
+        # DeepSpeed's mark of what it can gather.
+        if hasattr(weight, "ds_id"):
+            continue
         if not weight.numel() or weight.is_meta:
             kind = " on the meta device" if weight.is_meta else ""
             raise ValueError(
                 f"model: got {name} of shape {tuple(weight.shape)}{kind}, needs its values to"
-                " recognise a cache by: compute log-probs before ZeRO-3 partitions the model or"
+                " recognise a cache by: compute log-probs before FSDP1 shards the model or"
                 " accelerate offloads it, or without a cache"
             )
 
@@ -176,7 +180,8 @@ def _lasting(settings: Any) -> Any:
 
 def _hashed(model: nn.Module, progress: bool) -> Iterator[tuple[str, str]]:
     """Name and hash of every tensor, by name."""
-    state = sorted(model.state_dict().items())
+    # As parameters: ZeRO-3's know where their values are.
+    state = sorted(model.state_dict(keep_vars=True).items())
     names = iter(_bar(state, progress))
     threads = min(_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
@@ -187,6 +192,11 @@ def _hashed(model: nn.Module, progress: bool) -> Iterator[tuple[str, str]]:
 
 
 def _whole(value: Any) -> Any:
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            return value.detach().clone()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

@@ -132,7 +132,7 @@ def test_jobs_do_not_write_over_each_others_parts(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(reference, "_finish", lambda *_, **__: None)
         for share in ([0, 1, 6], [0, 3, 6]):
-            patch.setattr(reference, "_share", lambda _, share=share: share)
+            patch.setattr(reference, "_share", lambda *_, share=share: share)
             run(cache_file=file, save_every=9)
     assert len(list(tmp_path.iterdir())) == 2
     assert run(cache_file=file) == (run()[0], 3)

@@ -1,30 +1,22 @@
-"""The reference of TRL's trainers: at every step, or computed ahead.
-
-What TRL computes ahead its rank 0 writes to the folder of the data set's cache, where the others
-read it: each process has a folder of its own for a data set in memory, each machine for one on a
-disk of its own.
-"""
+"""The reference of TRL's trainers: at every step, or computed ahead."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate.utils import is_peft_model
-from datasets import Dataset, Features, IterableDataset, concatenate_datasets
-from datasets.fingerprint import Hasher
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
 from fused_prefopt.data.columns import LAYOUT, TOKEN_WEIGHTS, WEIGHTS_OF_IDS
-from fused_prefopt.distributed import gather_objects, gather_outcomes, rank, world_size
 from fused_prefopt.integrations.attach import place
 from fused_prefopt.integrations.sequence_parallel import SharedBatches
 from fused_prefopt.integrations.trl.images import ImageRows, collator_fingerprint
+from fused_prefopt.integrations.trl.kept_references import folder_of, handed_over, kept_apart
 from fused_prefopt.integrations.trl.rows import Cut, require_values
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.batch import logps_through
@@ -79,11 +71,12 @@ class HasReference:
             collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
             own += (collator_fingerprint(collator),)
         self._require_even_rows(dataset, name, batch_size)
-        if not isinstance(dataset, IterableDataset):
-            own += tuple(filter(None, (_unshared_folder(dataset),)))
         precompute = super()._precompute_ref_logps  # type: ignore[misc]
-        with _kept_apart(dataset, own), with_attributes(self, data_collator=collator):
-            found = _handed_over(lambda: precompute(dataset, name, batch_size), dataset)
+        with (
+            kept_apart(dataset, own, folder_of(self.args)),
+            with_attributes(self, data_collator=collator),
+        ):
+            found = handed_over(lambda: precompute(dataset, name, batch_size), dataset)
         require_values(
             name, found, [each for each in found.column_names if each.startswith("ref_")]
         )
@@ -128,7 +121,7 @@ class HasReference:
                 features,
                 collator,
                 batch_size=batch_size,
-                cache_dir=Path(self.args.output_dir) / "reference_logps",
+                cache_dir=folder_of(self.args),
                 progress=not self.args.disable_tqdm,
                 description=f"reference log-probs of {name}",
                 shared=self.shared,
@@ -194,13 +187,6 @@ class HasReference:
             yield
 
 
-def _kept_apart(dataset: Any, own: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
-    if isinstance(dataset, IterableDataset):
-        return nullcontext()
-    return with_attributes(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
-
-
 @contextmanager
 def with_attributes(config: Any, **options: Any) -> Iterator[None]:
     """The attributes set inside, as they were afterwards."""
@@ -212,59 +198,3 @@ def with_attributes(config: Any, **options: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
-
-
-def _unshared_folder(dataset: Dataset) -> str:
-    """Text that is new in each run, the same on all ranks, where they share no folder; else "".
-
-    What TRL keeps by it no later run finds: some ranks would have it and leave the others waiting.
-    Every rank must make the call.
-
-    Args:
-        dataset: with TRL's columns.
-    """
-    if world_size() == 1:
-        return ""
-    mark = gather_objects(uuid.uuid4().hex)[0]
-    path = Path(dataset._get_cache_file_path(f"of-all-ranks-{mark}"))
-
-    def put() -> None:
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-
-    gather_outcomes(put)
-    seen = gather_outcomes(path.is_file)
-    if rank() == 0:
-        path.unlink(missing_ok=True)
-    return "" if all(seen) else mark
-
-
-def _handed_over(compute: Callable[[], Dataset], dataset: Dataset) -> Dataset:
-    """The data set with the columns that TRL computes; from rank 0, where another finds no file.
-
-    Args:
-        compute: TRL's method, which every rank calls.
-        dataset: what it adds columns to.
-
-    Raises:
-        FileNotFoundError: rank 0 does not find its own file.
-    """
-    found, missing = None, None
-    try:
-        found = compute()
-    except FileNotFoundError as error:
-        missing = error
-    if not any(gather_objects(found is None)):
-        assert found is not None
-        return found
-    own: tuple[dict[str, list[float]], Features] | None = None
-    if found is not None and rank() == 0:
-        new = [name for name in found.column_names if name not in dataset.column_names]
-        own = {name: found[name] for name in new}, Features({n: found.features[n] for n in new})
-    columns = gather_objects(own)[0]
-    if columns is None:
-        raise FileNotFoundError("the log-probs that rank 0 computed are gone") from missing
-    if found is not None:
-        return found
-    return concatenate_datasets([dataset, Dataset.from_dict(columns[0], columns[1])], axis=1)
