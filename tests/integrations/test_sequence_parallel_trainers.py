@@ -25,6 +25,7 @@ from forked import forked
 from gathered_attention import gathered_attention
 from ring_kernels import ring_kernels
 from tiny_models import pair_features, tiny_llama
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from trainers import (
     TIMES,
@@ -41,8 +42,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fused_prefopt as fp
-from fused_prefopt.data import PairCollator
+from fused_prefopt.data import PairCollator, shard_of
+from fused_prefopt.integrations.sequence_attention import RingAttention
 from fused_prefopt.integrations.sequence_parallel import SharedBatches
+from fused_prefopt.integrations.transformers import attach, past_wrappers
 
 ParallelismConfig = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig
 pytest.importorskip("trl")
@@ -320,6 +323,37 @@ def refused(folder: Path) -> dict[str, str]:
     return found
 
 
+def looped(place: int | None) -> dict[str, Any]:
+    """Gradients of a loop of one's own, as the docs have it: of one of two data ranks, or of both.
+
+    There the mean over all ranks, which data parallelism takes.
+    """
+    sdpa = {"attn_implementation": "sdpa"}
+    policy, reference = tiny_llama(**sdpa), tiny_llama(5, **sdpa)
+    policy.train()
+    policy.gradient_checkpointing_enable()
+    attachment = attach(policy, fp.PreferenceLoss("alpha-dpo"), reference=reference)
+    rows = pair_features(8)
+    if place is None:
+        policy(**past_wrappers(PairCollator(0)(rows)))["loss"].backward()
+        return {name: value.grad for name, value in policy.named_parameters()}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "cp"))
+    attachment.loss_fn.process_group = mesh["dp_shard"].get_group()
+    attachment.sequence_group = mesh["cp"].get_group()
+    ring = RingAttention(mesh["cp"])
+    for each in (policy, reference):
+        ring.take(each)
+    batch = PairCollator(0)(rows[4 * place : 4 * place + 4])
+    number = mesh["cp"].get_local_rank()
+    shard = shard_of(batch, number, 2, order=ring.order, multiple_of=ring.multiple_of)
+    with attention("ring of fp32", 2), ring.running():
+        policy(**past_wrappers(shard))["loss"].backward()
+    found = {name: value.grad for name, value in policy.named_parameters()}
+    for value in found.values():
+        dist.all_reduce(value)
+    return {name: value / WORLD for name, value in found.items()}
+
+
 def batch_of(place: int | None) -> fp.LogpBatch:
     """Log-probs of the pairs of one of two data ranks, or of both."""
     torch.manual_seed(1)
@@ -360,6 +394,7 @@ def _work(rank: int, folder: Path) -> dict[Any, Any]:
         "resumed": resumed(folder / "resumed"),
         "refused": refused(folder),
         "tp": on_copies(rank),
+        "loop": looped(rank // 2),
     }
     ParallelismConfig._validate_accelerator, own = validate, AcceleratorState.__init__
 
@@ -402,6 +437,14 @@ def test_ranks_that_share_sequences_train_as_one_process(ranks, case, tmp_path):
                 assert found["references"][name] == pytest.approx(values, rel=1e-6), name
 
             assert found["seen"] == wanted["seen"]
+
+
+def test_a_loop_of_ones_own_has_the_gradients_of_one_process(ranks):
+    wanted = looped(None)
+    for found in (rank["loop"] for rank in ranks):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, **RING_TOLERANCE)
 
 
 def test_a_resumed_run_is_bit_equal(ranks):
