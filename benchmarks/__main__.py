@@ -29,13 +29,13 @@ from benchmarks.device import MACHINES
 from benchmarks.frameworks import run_frameworks
 from benchmarks.head_points import run_kl
 from benchmarks.kernel_page import PAGE, REPLAY
+from benchmarks.llama_step import BESIDE, FULL, LLAMAS, LORA
 from benchmarks.mass_study import MASSES, run_study
 from benchmarks.profile_step import run_profile
 from benchmarks.report import README, Places, check_all, write_all
 from benchmarks.results import KERNELS, RESULTS, Results, load
 from benchmarks.scaling import GPUS, KINDS, SCALING, Heads, run_scaling
-from benchmarks.scaling_tables import layouts_table
-from benchmarks.step_memory import BESIDE, FULL, LLAMAS, LORA
+from benchmarks.scaling_page import layouts_table
 from benchmarks.trainer_steps import run_trainer
 
 Add = Callable[..., argparse.ArgumentParser]
