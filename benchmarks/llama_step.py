@@ -32,8 +32,8 @@ _MLP = 4 * 2 + 2 * 2
 _QUERIES, _KEYS = 2 * 2, 2 * 2
 # Of each head: the fp32 logsumexp of flash attention.
 _LOGSUMEXP = 4
-# Of the hidden size, at the head: the last norm's fp32 copy and its bf16 result before the weight.
-_LAST_NORM = 4 + 2
+# Of the hidden size, at the head: the last norm's fp32 copy, and its bf16 result before the weight.
+_LAST_NORM, _LAST_SCALED = 4, 2
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def step_bytes(
     tp, size, tokens = layout.tp, model.hidden_size, tokens_of(layout, context)
     trains = recipe.rank is None
     layer, rows = NARROW * model.layer // tp, NARROW * model.head // tp
-    normed = _LAST_NORM * tokens * size // tp
+    normed = (_LAST_NORM + _LAST_SCALED * trains) * tokens * size // tp
     # FSDP2 casts the unit that runs even where there is nothing to gather; where there is, it still
     # has the buffer of the head in the forward, and already the layer that is next in the backward.
     gathers = layout.shards > 1

@@ -429,7 +429,7 @@ def _assumptions() -> str:
         " less",
         "head, TRL": "`ChunkedLogProbFunction`; the gathered head, a rank's own tokens",
         "head, Liger": "`LigerFusedLinearDPOLoss`, compiled, as by default; the gathered head, a"
-        " rank's own tokens. Its per-token function takes 512 rows at a time and ends no context",
+        " rank's own tokens. Its per-token function holds the logits of 512 rows, as TRL's a tile",
         "head, eager": "bf16 logits, fp32 log-softmax, not compiled (6 bytes an entry if it is);"
         " under tensor parallelism sharded, as torch's `loss_parallel`",
     }

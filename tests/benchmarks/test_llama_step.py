@@ -110,7 +110,7 @@ def test_bytes_of_a_small_step_by_hand() -> None:
     assert frozen.at_layer == 2 * 8 * 4 + kept - 8 * 4 * 4 // 2 + 2 * 128
     # A mesh of one casts the unit that runs; there is no buffer of it, and no next one.
     alone = step_bytes(SMALL, LORA, Layout(), 8, HeadBytes(0))
-    assert alone.at_head == 2 * 40 + 16 * 6 * 4 + 2 * 16 * 4
+    assert alone.at_head == 2 * 40 + 16 * 4 * 4 + 2 * 16 * 4
     assert alone.at_layer == 2 * 16 * 4 + layer_bytes(SMALL, 16, 1, trains=False) + 2 * 128
 
 

@@ -268,6 +268,14 @@ def test_the_command_line_shows_every_layout(capsys: pytest.CaptureFixture[str])
     assert cells[-1] == longest
 
 
+def test_a_table_without_recorded_heads_says_what_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert main(["fits", "8b", "1", "--results", str(folder)]) == 1
+        assert "`python -m benchmarks scaling`" in capsys.readouterr().out
+
+
 def test_the_command_records_and_searches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
