@@ -273,7 +273,7 @@ def test_a_table_without_recorded_heads_says_what_makes_them(
 ) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         assert main(["fits", "8b", "1", "--results", str(folder)]) == 1
-        assert "`python -m benchmarks scaling`" in capsys.readouterr().out
+        assert "make it: python -m benchmarks scaling" in capsys.readouterr().out
 
 
 def test_the_command_records_and_searches(
