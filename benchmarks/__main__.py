@@ -160,9 +160,8 @@ _TRAININGS = {"full": FULL, "reference": BESIDE, "lora": LORA}
 def _fits(options: argparse.Namespace) -> int:
     contents = load_scaling(options.results)
     if "heads" not in contents:
-        _say(
-            f"results: {options.results} has no heads.json, `python -m benchmarks scaling` makes it"
-        )
+        _say(f"results: got no heads.json in {options.results}")
+        _say("make it: python -m benchmarks scaling")
         return 1
     heads = Heads.of(contents["heads"]["rows"])
     model = next(each for each in LLAMAS if _short(each.name) == options.model)
