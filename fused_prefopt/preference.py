@@ -1,4 +1,7 @@
-"""`PreferenceLoss`: the op, the statistics and a loss, as one module."""
+"""`PreferenceLoss`: the op, the statistics and a loss, as one module.
+
+It is one file of more than 450 lines: a third of them tell what its two calls take.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,11 @@ from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_me
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
-from fused_prefopt.ops.inputs import LogpOptions
+from fused_prefopt.ops.inputs import LogpOptions, read_head
 from fused_prefopt.ops.logps import shared_and_tail_logps
 from fused_prefopt.ops.sequence_group import COLLISIONS, over_group
 from fused_prefopt.ops.torch_engine import TorchEngine
+from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
 
 _EXTRAS = tuple(
@@ -55,7 +59,8 @@ class PreferenceLoss(nn.Module):
     for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it
     exchanges the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
     Where ranks share sequences too (`forward`'s `sequence_group`), `process_group` is the ranks
-    whose pairs differ, and the mean is that over all ranks of both.
+    whose pairs differ, and the mean is that over all ranks of both. It is those ranks as well where
+    ranks share the rows of a head (`LMHead`).
 
     Args:
         name: of a registered loss, or an alias; see `available_losses()`. "loss/model", such as
@@ -207,7 +212,7 @@ class PreferenceLoss(nn.Module):
         Raises:
             ValueError: the loss needs a field that is missing, an argument does not fit, tokens
                 have weights with `ld_alpha`, or `process_group` has other ranks of the
-                `sequence_group`.
+                `sequence_group` or of those that share the head.
             TypeError: an extra that `LogpBatch` does not have.
         """
         for unknown in extras.keys() - set(_EXTRAS):
@@ -219,7 +224,9 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
-        self._check_ranks(sequence_group)
+        self._check_ranks(sequence_group, "sequence_group")
+        if self.training:
+            self._check_ranks(sharing_ranks(read_head(head)), "head's group")
         if "groups" in given:
             self.require_lists()
         measured = _MEASURED if ref_hidden is not None else frozenset()
@@ -285,14 +292,14 @@ class PreferenceLoss(nn.Module):
         if ref_hidden is not None and self.ld_alpha is not None:
             raise ValueError("ref_hidden: got one with `ld_alpha`, wanted `reference` instead")
 
-    def _check_ranks(self, sequence_group: dist.ProcessGroup | None) -> None:
-        """Raise ValueError where ranks that share sequences would count each pair several times."""
-        if sequence_group is None or not (self.loss.coupled or self.statistics is not None):
+    def _check_ranks(self, sharing: dist.ProcessGroup | None, name: str) -> None:
+        """Raise ValueError where ranks that are `sharing` pairs would count each several times."""
+        if sharing is None or not (self.loss.coupled or self.statistics is not None):
             return
-        both = shared_ranks(self.process_group, sequence_group)
+        both = shared_ranks(self.process_group, sharing)
         if both > 1:
             raise ValueError(
-                f"process_group: got {both} ranks of this rank's sequence_group in it (None is all"
+                f"process_group: got {both} ranks of this rank's {name} in it (None is all"
                 f" ranks) for {self.name}, which would see each pair {both} times; wanted the ranks"
                 " whose pairs differ: the mesh's data dimension, of one rank where there is none"
             )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fused_prefopt.checks import (
     is_on_host,
     require,
+    require_count,
     require_device,
     require_floating,
     require_integer,
@@ -67,20 +69,32 @@ class LMHead:
     ``logits = cap(logit_scale * (hidden @ weight.T + bias)) / temperature`` over the first
     `valid_vocab` rows of `weight`, where ``cap(z) = softcap * tanh(z / softcap)``.
 
+    A head whose rows are spread over ranks (tensor parallelism) stays spread, as a `DTensor` that
+    is sharded over its rows, or as each rank's rows with their `group`. Every rank passes the same
+    hidden states and labels: under Megatron's sequence parallelism, which scatters hidden states
+    over the same ranks, they are gathered first. Log-probs, losses and the gradients of hidden and
+    of a low-rank term's `a` are those of the whole head, the same bits on every rank: nothing is
+    left to sum. See `ops.vocab_shard` for what the ranks exchange.
+
     Args:
-        weight: (V, D) output embedding. A `DTensor` that is sharded over its rows (tensor
-            parallelism) stays sharded: each rank passes the same hidden states and labels, meets
-            its own rows, and the ranks exchange three numbers a labelled row.
+        weight: (V, D) output embedding, whole, or a `DTensor` sharded over its rows; with a `group`
+            (V_local, D), this rank's rows.
         bias: (V,) added to the logits, or None. Sharded as the weight is.
         softcap: bound of the logits (Gemma 2's `final_logit_softcapping`), or None.
         logit_scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         temperature: the capped logits are divided by it.
         valid_vocab: rows of `weight` from this index on are padding: they take part in no
-            log-softmax and get zero gradient. None means all V rows are real.
-        low_rank: terms added to ``hidden @ weight.T``; they meet the op as r more columns.
+            log-softmax and get zero gradient. None means all V rows are real. Of a spread head it
+            counts rows of the whole one; every rank must hold some that are real.
+        low_rank: terms added to ``hidden @ weight.T``; they meet the op as r more columns. Their
+            `b` is sharded as the weight is, their `a` whole on every rank.
+        group: ranks that share the head, each with rows of its own, as many as it likes, in any
+            order; together they are all rows of the vocabulary, each once.
+        first_row: vocabulary index of this rank's first row; goes with `group`.
 
     Raises:
-        ValueError: a shape, dtype or number is out of its range.
+        ValueError: a shape, dtype or number is out of its range; one of `group` and `first_row`
+            is missing.
     """
 
     weight: Tensor
@@ -90,6 +104,8 @@ class LMHead:
     temperature: float = 1.0
     valid_vocab: int | None = None
     low_rank: tuple[LowRank, ...] = ()
+    group: dist.ProcessGroup | None = None
+    first_row: int | None = None
 
     def __post_init__(self) -> None:
         require_shape("weight", self.weight, ("V", "D"))
@@ -107,20 +123,64 @@ class LMHead:
             raise ValueError(
                 f"weight: got shape {tuple(self.weight.shape)}, wanted V > 0 and D > 0"
             )
-        if self.valid_vocab is not None and not 0 < self.valid_vocab <= rows:
-            raise ValueError(f"valid_vocab: got {self.valid_vocab}, wanted None or 1..{rows}")
+        self._check_group()
+        if self.valid_vocab is not None:
+            # The ranks of a group find out together whether they hold as many.
+            shared = self.group is not None
+            if not 0 < self.valid_vocab or (self.valid_vocab > rows and not shared):
+                wanted = "a number > 0" if shared else f"1..{rows}"
+                raise ValueError(f"valid_vocab: got {self.valid_vocab}, wanted None or {wanted}")
         for term in self.low_rank:
             require_shape("a", term.a, ("r", self.weight.shape[1]))
             require_shape("b", term.b, (rows, "r"))
             require_device("b", term.b, self.weight.device)
 
+    def _check_group(self) -> None:
+        if self.group is None:
+            if self.first_row is not None:
+                raise ValueError(
+                    f"first_row: got {self.first_row} without a group, wanted the `group` whose"
+                    " ranks hold the other rows"
+                )
+            return
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise ValueError(f"group: got {self.group!r}, wanted a ProcessGroup of this rank")
+        if self.first_row is None:
+            raise ValueError("first_row: got None with a group, wanted this rank's first row")
+        require_count("first_row", self.first_row)
+        terms = [value for term in self.low_rank for value in (term.a, term.b)]
+        if any(hasattr(value, "device_mesh") for value in (self.weight, self.bias, *terms)):
+            raise ValueError(
+                "group: got one with a DTensor, which knows the ranks that share it; wanted either"
+            )
+
     @property
     def vocab(self) -> int:
-        """Number of vocabulary rows that take part in the log-softmax."""
-        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+        """Number of vocabulary rows that take part in the log-softmax.
+
+        Raises:
+            ValueError: a `group` shares the head, and `valid_vocab` is None.
+        """
+        if self.valid_vocab is not None:
+            return self.valid_vocab
+        if self.group is not None:
+            raise ValueError(
+                f"vocab: got {self.weight.shape[0]} rows of a head that a group shares, wanted"
+                " `valid_vocab`: this rank does not know how many the others hold"
+            )
+        return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Eager logits (..., vocab) of hidden (..., D): what the op never builds."""
+        """Eager logits (..., vocab) of hidden (..., D): what the op never builds.
+
+        Raises:
+            ValueError: a `group` shares the head: its logits are on no rank.
+        """
+        if self.group is not None:
+            raise ValueError(
+                f"logits: got {self.weight.shape[0]} rows of a head that a group shares, wanted a"
+                " whole head; gather its rows first"
+            )
         bias = None if self.bias is None else self.bias[: self.vocab]
         logits = torch.nn.functional.linear(hidden, self.weight[: self.vocab], bias)
         for term in self.low_rank:

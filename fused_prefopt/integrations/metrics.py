@@ -204,7 +204,7 @@ def token_metrics(
         loss_fn: whose options the pass takes.
         rows: the batch.
         hidden: its last hidden states.
-        head: the head, whole.
+        head: the head.
         extras: the batch's fields of `LogpBatch`. Its weights count, and those of the tokens. Of
             pairs the first half is chosen, of lists the best, of single completions the desirable.
 

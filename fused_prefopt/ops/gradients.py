@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_prefopt.checks import is_on_host
 from fused_prefopt.ops.head_rows import HeadRows
 from fused_prefopt.ops.torch_engine import product
+from fused_prefopt.ops.vocab_shard import RowSums
 
 # Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
 # but their products with small probabilities are denormals, which a CPU multiplies 20x slower.
@@ -100,8 +101,11 @@ class GradientSums:
         self._head, self._unit, self._scattered = head, unit, scattered
         self._columns = wanted.columns(tensors.weight.shape[1])
         self._hidden = head.new(head.rows, head.hidden_size) if wanted.rows else None
-        if self._hidden is not None and scattered:
-            self._hidden.zero_()
+        self._hidden_sums: RowSums | None = None
+        if self._hidden is not None:
+            if scattered:
+                self._hidden.zero_()
+            self._hidden_sums = head.shard.sum_rows(self._hidden)
         self._wanted = wanted
 
         def padded(value: Tensor | None, needed: bool) -> Tensor | None:
@@ -147,19 +151,24 @@ class GradientSums:
             hidden: (c, D + r) in the operand dtype.
             weight: (v, D + r) in the operand dtype.
         """
-        if self._slab_weight is not None:
-            columns = hidden[:, self._columns]
-            product(gradient.t(), columns, self._slab_weight, accumulate=not self._empty)
-        self._empty = False
+        # First the rows of hidden: other ranks wait for the last slab's.
         if self._hidden is not None:
             later = self._scattered or self._slab.start > 0
             sums = self._hidden[rows]
             total = self._head.add_product(gradient, weight, sums, accumulate=later)
-            if self._scattered:
+            if isinstance(rows, Tensor):
                 self._hidden[rows] = total
+            elif self._hidden_sums is not None and self._last:
+                self._hidden_sums.ready(rows.stop)
+        if self._slab_weight is not None:
+            columns = hidden[:, self._columns]
+            product(gradient.t(), columns, self._slab_weight, accumulate=not self._empty)
+        self._empty = False
 
     def finish(self) -> None:
         """Write the slab's sums, in the units that are wanted."""
+        if self._hidden_sums is not None and self._last:
+            self._hidden_sums.ready(self._head.rows)
         weight, bias = self._slab_weight, self._slab_bias
         if self._empty and weight is not None:
             weight.zero_()
@@ -177,13 +186,19 @@ class GradientSums:
         found = Gradients()
         if self._hidden is not None:
             head = self._head
-            head.shard.add(self._hidden)
+            if self._hidden_sums is not None:
+                self._hidden_sums.wait()
             factor = self.factor
             if self._unit is not None:
                 unit = self._unit.repeat(head.rows)
                 factor = unit if factor is None else factor * unit
             found = spread(head, self._hidden, self._wanted, factor)
         return found._replace(weight=self._weight, bias=self._bias, low_weight=self._low_weight)
+
+    @property
+    def _last(self) -> bool:
+        """Whether the slab is the vocabulary's last on this rank."""
+        return self._slab.stop == self._head.vocab
 
     def _buffer(self, slab: slice) -> Tensor | None:
         """In the gradient itself where nothing is rounded twice, else (v, columns) beside it."""

@@ -27,7 +27,7 @@ from fused_prefopt.ops.head_rows import HeadTensors, Spec
 from fused_prefopt.ops.plan import MIB, PATHS, default_workspace
 from fused_prefopt.ops.precision import HeadMath
 from fused_prefopt.ops.sequence_group import require_group
-from fused_prefopt.ops.vocab_shard import VocabShard, local_part
+from fused_prefopt.ops.vocab_shard import VocabShard, local_part, sharing_ranks
 from fused_prefopt.types import AnyHead, LMHead
 
 Outputs = TypeVar("Outputs")
@@ -91,6 +91,7 @@ class Call:
         options: as given.
         tensors: of the head, on this rank.
         vocab: rows of them that are no padding.
+        whole_vocab: the same of the whole head; 0-d where its rows are spread over ranks.
         shard: where they stand in the vocabulary.
         layout: where each row's target is.
         count: labelled rows, or -1 where a compiler traces and they cannot be counted.
@@ -102,6 +103,7 @@ class Call:
     options: LogpOptions
     tensors: HeadTensors
     vocab: int
+    whole_vocab: int | Tensor
     shard: VocabShard
     layout: Layout
     count: int
@@ -173,19 +175,16 @@ class Call:
 
 def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions) -> Call:
     """Check the arguments and lay out the rows; raises what `sequence_logps` documents."""
-    head = read_head(head)
-    vocab = head.vocab
-    head, shard = local_part(head)
-    if options.entropy and shard.group:
-        raise ValueError("head: entropies need a whole head, got one sharded over ranks")
+    given = read_head(head)
+    head, shard = local_part(given)
     _check(hidden, head, labels, options.sequence_ids)
     ignore_index = options.ignore_index
     layout = layout_of(labels, options)
+    vocab = shard.whole_vocab(given, head.weight.shape[0], layout.targets)
     check = partial(_check_labels, layout.targets, ignore_index, options.num_labels, vocab)
     at_once = is_on_host(hidden) or torch.compiler.is_compiling()
     if at_once:
         check()
-    shard.require_same(layout.targets)
     count = -1 if options.num_labels is None else options.num_labels
     if count < 0 and not torch.compiler.is_compiling():
         count = int((layout.targets != ignore_index).sum())
@@ -194,7 +193,12 @@ def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOption
     tensors = head_tensors(hidden, head)
     refuse_forward_mode(tensors)
     pending = None if at_once else check
-    return Call(options, tensors, head.vocab, shard, layout, count, math, engine, pending)
+    return Call(options, tensors, head.vocab, vocab, shard, layout, count, math, engine, pending)
+
+
+def traced_and_spread(head: AnyHead) -> bool:
+    """Whether a compiler traces a call of a head that is spread over ranks: see `vocab_shard`."""
+    return torch.compiler.is_compiling() and sharing_ranks(read_head(head)) is not None
 
 
 def read_head(value: AnyHead, name: str = "head") -> LMHead:
@@ -306,7 +310,9 @@ def shift_left(values: Tensor, fill: int) -> Tensor:
     return shifted
 
 
-def _check_labels(targets: Tensor, ignore_index: int, num_labels: int | None, vocab: int) -> None:
+def _check_labels(
+    targets: Tensor, ignore_index: int, num_labels: int | None, vocab: int | Tensor
+) -> None:
     """Raise ValueError, with the label where it can be read without waiting for a device.
 
     Elsewhere the device asserts, without a wait.
@@ -319,12 +325,13 @@ def _check_labels(targets: Tensor, ignore_index: int, num_labels: int | None, vo
     """
     labelled = targets != ignore_index
     # A label that there is none of implies nothing.
-    fits = labelled <= (targets.clamp(0, vocab - 1) == targets)
+    fits = labelled <= ((targets >= 0) & (targets < vocab))
 
     def message() -> str:
-        outside = f"labels: got a label outside [0, {vocab})"
         if not is_on_host(fits):
-            return outside
+            bound = f"[0, {vocab})" if isinstance(vocab, int) else "the vocabulary"
+            return f"labels: got a label outside {bound}"
+        outside = f"labels: got a label outside [0, {int(vocab)})"
         first = int(targets[~fits][0])
         return f"{outside}: {first}; is the tokenizer another model's, or `ignore_index` another?"
 

@@ -31,6 +31,7 @@ from fused_prefopt.ops.engines import load_engine, role_engine
 from fused_prefopt.ops.gradients import Gradients, GradientSums, Wanted, row_factors
 from fused_prefopt.ops.head_rows import HeadRows, HeadTensors, Spec
 from fused_prefopt.ops.inputs import (
+    Call,
     LogpOptions,
     head_tensors,
     labelled_rows,
@@ -38,6 +39,7 @@ from fused_prefopt.ops.inputs import (
     read_head,
     refuse_forward_mode,
     sequences_of,
+    traced_and_spread,
 )
 from fused_prefopt.ops.passes import Kept, Upstream
 from fused_prefopt.ops.passes import backward as gradients_of_logps
@@ -101,7 +103,8 @@ def sequence_kl(
     `kl` and through `policy`; the reference is a constant.
 
     Both heads compute in the dtype of `hidden`, or autocast's; they may differ in hidden size,
-    bias, softcap, scale, temperature and low-rank terms, not in vocabulary.
+    bias, softcap, scale, temperature and low-rank terms, not in vocabulary. Heads whose rows are
+    spread over ranks are both, over the same ranks and in the same rows.
 
     Args:
         hidden: (S, T, D) last hidden states of the policy, or packed (N, D).
@@ -125,9 +128,9 @@ def sequence_kl(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is wrong; the two vocabularies
-            differ; a head is sharded over ranks; a label is outside the vocabulary (a device-side
-            assert on CUDA); ranks of the `sequence_group` disagree on the number of sequences or
-            on the call.
+            differ; only one head is spread over ranks, or both in different rows; a label is
+            outside the vocabulary (a device-side assert on CUDA); ranks of the `sequence_group`
+            disagree on the number of sequences or on the call.
 
     Source: TDPO (Zeng et al. 2024, arXiv:2404.11999), eq. 12; the mixtures ε-DPO (Lee et al. 2025,
     arXiv:2502.13177), eq. 3 and 4.
@@ -142,24 +145,10 @@ def sequence_kl(
         engine=engine,
         sequence_group=sequence_group,
     )
-    head = read_head(head)
     if perturbation is not None:
         require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
-    call = read_call(hidden, head, labels, options)
-    reference = _reference(hidden, ref_hidden, ref_head, head.vocab)
-    if call.shard.group:
-        raise ValueError("head: sequence_kl takes whole heads, got one sharded over ranks")
-    with torch.no_grad():
-        others = head_tensors(ref_hidden, reference)
-        refuse_forward_mode(others)
-        others = others.detached()
-    math = HeadMath.of(reference, call.math.dtype)
-    spec = call.spec(
-        "recompute", call.workspace(False), reference=math, perturbation=perturbation or 0.0
-    )
     rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
-    ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
-    sums = call.checked(head_kl(*call.tensors, *others, call.layout.targets, ids, *spec.packed()))
+    sums = _run(hidden, head, ref_hidden, ref_head, labels, options, perturbation or 0.0, rows)
     kls, logps, references, lengths, mixtures = sums[:5]
     if rows is not None:
         kls, logps, references, lengths = rows.all_sums((kls, logps, references))
@@ -168,16 +157,41 @@ def sequence_kl(
     return SequenceKl(*over_group(own, sequence_group, KL + (rows is not None)))
 
 
-def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, vocab: int) -> LMHead:
+def _run(
+    hidden: Tensor,
+    head: AnyHead,
+    ref_hidden: Tensor,
+    ref_head: AnyHead,
+    labels: Tensor,
+    options: LogpOptions,
+    perturbation: float,
+    rows: WeightedRows | None,
+) -> tuple[Tensor, ...]:
+    """What `head_kl` returns for a call; of rows apart where tokens have weights."""
+    if traced_and_spread(head):
+        given = hidden, head, ref_hidden, ref_head, labels, options, perturbation, rows
+        return torch.compiler.disable(_run)(*given)
+    call = read_call(hidden, head, labels, options)
+    reference = _reference(hidden, ref_hidden, ref_head, call)
+    with torch.no_grad():
+        others = head_tensors(ref_hidden, reference)
+        refuse_forward_mode(others)
+        others = others.detached()
+    math = HeadMath.of(reference, call.math.dtype)
+    spec = call.spec("recompute", call.workspace(False), reference=math, perturbation=perturbation)
+    ids, spec = (call.layout.sequence_ids, spec) if rows is None else rows.apart(spec)
+    where = call.layout.targets, ids
+    return call.checked(head_kl(*call.tensors, *others, *where, *spec.packed()))
+
+
+def _reference(hidden: Tensor, ref_hidden: Tensor, ref_head: AnyHead, call: Call) -> LMHead:
     """The reference's head on this rank, checked against the policy's."""
-    head = read_head(ref_head, "ref_head")
-    if head.vocab != vocab:
+    head, shard = local_part(read_head(ref_head, "ref_head"))
+    call.shard.require_alike(shard, call.vocab, head.vocab, hidden)
+    if head.vocab != call.vocab:
         raise ValueError(
-            f"ref_head: got {head.vocab} vocabulary entries, wanted the {vocab} of `head`"
+            f"ref_head: got {head.vocab} vocabulary entries, wanted the {call.vocab} of `head`"
         )
-    head, shard = local_part(head)
-    if shard.group:
-        raise ValueError("ref_head: sequence_kl takes whole heads, got one sharded over ranks")
     require_floating("ref_hidden", ref_hidden)
     require_shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], head.weight.shape[1]))
     require_device("ref_hidden", ref_hidden, hidden.device)
@@ -421,6 +435,7 @@ def forward(head: KlRows) -> KlResult:
     for _, tiles in head.slabs():
         for rows, policy, reference in tiles:
             engine.fold_both(policy, reference, other, statistics[rows])
+    statistics = head.policy.shard.merge_kl(statistics)
     mixtures = statistics.mixtures
     return KlResult(
         statistics.kls(),

@@ -21,6 +21,7 @@ from fused_prefopt.ops.inputs import (
     labelled_rows,
     layout_of,
     read_call,
+    traced_and_spread,
 )
 from fused_prefopt.ops.passes import fold_details
 from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan, room_of
@@ -190,7 +191,7 @@ def token_policy(
     Arguments, layout and errors are those of `token_logps`.
 
     Raises:
-        ValueError: in addition, the head is sharded over ranks, or another path is asked for.
+        ValueError: in addition, another path is asked for.
     """
     options = LogpOptions(
         shift=shift,
@@ -236,28 +237,34 @@ def token_statistics(
         workspace_mb=workspace_mb,
         engine=engine,
     )
+    return _statistics(hidden, head, labels, options)
+
+
+def _statistics(
+    hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
+) -> TokenStatistics:
+    if traced_and_spread(head):
+        return torch.compiler.disable(_statistics)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
-    if call.shard.group:
-        raise ValueError("head: token_statistics takes whole heads, got one sharded over ranks")
-    index = labelled_rows(call.layout.targets, ignore_index, call.count)
+    index = labelled_rows(call.layout.targets, options.ignore_index, call.count)
     spec = replace(call.spec("evaluate", call.workspace(False)), entropy=True)
     rows = HeadRows.of(call.tensors, call.layout.targets, index, spec)
     with fixed_precision(hidden, call.math.dtype):
         found = call.checked(fold_details(rows))
-    statistics, details = found.statistics, found.details
+    statistics, details = call.shard.merge(found.statistics, found.details)
     assert details is not None
 
     def dense(values: Tensor) -> Tensor:
         everywhere = values.new_zeros(call.layout.targets.shape)
         everywhere[index] = values
-        return _at_labels(everywhere, labels, shift)
+        return _at_labels(everywhere, labels, options.shift)
 
     return TokenStatistics(
         dense(statistics.logps()),
         dense(details.entropies(statistics)),
         dense(details.squares.log() - 2 * statistics.sum.log()),
-        dense(details.logit_sum / call.vocab),
-        dense(details.best == rows.targets),
+        dense(details.logit_sum / call.whole_vocab),
+        dense(details.best == call.layout.targets[index]),
     )
 
 
@@ -377,6 +384,8 @@ def _at_labels(values: Tensor, labels: Tensor, shift: bool) -> Tensor:
 def _run(
     hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions
 ) -> tuple[Plan, tuple[Tensor, ...]]:
+    if traced_and_spread(head):
+        return torch.compiler.disable(_run)(hidden, head, labels, options)
     call = read_call(hidden, head, labels, options)
     plan = _plan(call)
     tensors = call.tensors.detached() if plan.path == "evaluate" else call.tensors

@@ -87,8 +87,8 @@ class Folded:
 
     def finished(self, shard: VocabShard) -> tuple[Tensor, Tensor, Kept]:
         """Log-probs (n,) and entropies (n,) or (0,) of whole rows, and what `backward` needs."""
-        merged = shard.merge(self.statistics)
-        entropies = None if self.details is None else self.details.entropies(merged)
+        merged, details = shard.merge(self.statistics, self.details)
+        entropies = None if details is None else details.entropies(merged)
         logps, logsumexps = merged.finish()
 
         def given(value: Tensor | None, dimensions: int = 1) -> Tensor:

@@ -13,10 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from divergences import Two, computed_kl, make_two, near, ours, true_kl, weights_of
 from loss_cases import random_batch
 from rounding import bound_of, gradient_bound
@@ -33,10 +36,18 @@ from truth import (
     true_result,
 )
 
-from fused_prefopt import LogpBatch, PreferenceLoss, available_losses, sequence_kl, sequence_logps
+from fused_prefopt import (
+    LMHead,
+    LogpBatch,
+    PreferenceLoss,
+    available_losses,
+    sequence_kl,
+    sequence_logps,
+)
 from fused_prefopt import token_statistics as statistics_of
 from fused_prefopt.data import PairCollator, PointCollator
 from fused_prefopt.models.batch import collated_rows
+from fused_prefopt.ops import vocab_shard
 from fused_prefopt.ops.engines import ENGINES
 from fused_prefopt.ops.plan import PATHS, Plan, default_workspace
 
@@ -445,6 +456,54 @@ def test_a_head_on_the_second_gpu(path, engine):
         grads = [each.grad for each in (hidden, weight) if each.grad is not None]
         found.append([each.detach().cpu() for each in (out.sums, *grads)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def spread_steps(device: torch.device, rows: slice, **shared) -> dict:
+    """Values and gradients of the rows of a head on every path and engine, and of two heads."""
+    two, found = make_two(4, 11, 16, VOCAB), {}
+    hidden, others, labels = (
+        each.to(device) for each in (two.policy.hidden, two.reference.hidden, two.policy.labels)
+    )
+    ref_head = LMHead(two.reference.weight[rows].to(device), **shared)
+    for path, engine in product(("stash", "local", "recompute", "kl"), ENGINES):
+        leaf, weight = hidden.clone().requires_grad_(), two.policy.weight[rows].to(device)
+        head = LMHead(weight.requires_grad_(path != "stash"), **shared)
+        if path == "kl":
+            out = sequence_kl(leaf, head, others, ref_head, labels, engine=engine)
+            value = out.kl + out.policy
+        else:
+            value = sequence_logps(leaf, head, labels, path=path, engine=engine).sums
+        value.square().sum().backward()
+        found[path, engine] = [value.detach().cpu(), leaf.grad.cpu()]
+        found[path, engine] += [] if weight.grad is None else [weight.grad.cpu()]
+    return found
+
+
+def _hold_rows(rank: int, backend: str, folder: str) -> None:
+    """One of two ranks, each with a GPU and rows of a head, the second with the first of them."""
+    device = torch.device(DEVICE, rank)
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    init = f"file://{folder}/init"
+    dist.init_process_group(backend, init_method=init, rank=rank, world_size=2)
+    vocab_shard._LEAST_BYTES = 64  # several parts of a sum at a time
+    first = VOCAB // 3
+    rows = slice(first, None) if rank == 0 else slice(first)
+    shared = {"group": dist.group.WORLD, "first_row": rows.start or 0}
+    torch.save(spread_steps(device, rows, **shared), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_head_whose_rows_two_gpus_hold(tmp_path):
+    mp.spawn(_hold_rows, args=("nccl", str(tmp_path)), nprocs=2)
+    last, first = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for key, whole in spread_steps(torch.device(DEVICE, 0), slice(None)).items():
+        assert all(torch.equal(*both) for both in zip(last[key][:2], first[key][:2], strict=True))
+        of_rows = zip(first[key][2:], last[key][2:], strict=True)
+        found = last[key][:2] + [torch.cat(both) for both in of_rows]
+        for got, wanted in zip(found, whole, strict=True):
+            assert (got - wanted).norm() <= 1e-5 * wanted.norm(), key
 
 
 SANITIZED = """

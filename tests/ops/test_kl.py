@@ -6,6 +6,7 @@ One file of more than 450 lines: all of it compares one function with one truth.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -507,8 +508,10 @@ def mesh_of_one():
 
 
 @pytest.mark.parametrize("name", ["head", "ref_head"])
-def test_a_head_sharded_over_ranks_is_refused(name, mesh_of_one):
+def test_one_whole_head_beside_one_that_is_spread_is_refused(name, mesh_of_one):
     given = arguments()
     given[name] = distribute_tensor(given[name], mesh_of_one, [Shard(0)])
-    with pytest.raises(ValueError, match=f"^{name}: sequence_kl takes whole heads"):
+    got, wanted = ("whole", "spread over ranks [0]")[:: 1 if name == "head" else -1]
+    message = f"ref_head: got one that is {got}, wanted it to be {wanted} as `head` is"
+    with pytest.raises(ValueError, match=re.escape(message)):
         sequence_kl(**given)
