@@ -36,7 +36,7 @@ from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
 from fused_prefopt.ops.inputs import LogpOptions, read_head
 from fused_prefopt.ops.logps import shared_and_tail_logps
-from fused_prefopt.ops.sequence_group import COLLISIONS, over_group
+from fused_prefopt.ops.sequence_group import COLLISIONS, over_group, telling
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
@@ -270,7 +270,8 @@ class PreferenceLoss(nn.Module):
             # They have no gradient, so neither a path nor mass to drop.
             del options["path"], options["drop_mass"], options["sequence_group"]
             sizes = sums.shape[0], token_weights
-            own = _collisions(hidden, head, labels, *sizes, options)
+            with telling(sequence_group, labels.device):
+                own = _collisions(hidden, head, labels, *sizes, options)
             (extras["collision"],) = over_group([own], sequence_group, COLLISIONS)
         batch = LogpBatch(sums, lengths, prompt=prompt, **extras)
         if tail is not None and self.ld_alpha is not None:

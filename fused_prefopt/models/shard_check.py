@@ -133,9 +133,10 @@ def require_shared_attention(
 
     An attention that nobody has spread over the ranks sees its own shard alone, and trains all the
     same. No config tells, so the model is tried, at twice a forward pass: other tokens on the first
-    rank must change hidden states elsewhere. Once in train and once in eval mode, in which DeepSpeed
-    can leave it out, each time on the first batch with a sequence that begins on the first rank and
-    goes on. The trial leaves buffers and random numbers alone. Under torch.compile there is none.
+    rank must change hidden states elsewhere. Once in each mode (DeepSpeed's can be off in eval), on
+    the first batch with a sequence that begins on the first rank and goes on; other batches cost
+    two small sums until then. Buffers and random numbers are left alone. Under torch.compile it is
+    not tried.
 
     Args:
         model: causal language model; every rank makes the call.

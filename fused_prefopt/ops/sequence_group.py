@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_prefopt.checks import require, require_integer, require_shape
+from fused_prefopt.checks import is_on_host, require, require_integer, require_shape
 from fused_prefopt.distributed import (
     gather_over_ranks,
     sum_over_ranks,
@@ -85,7 +85,7 @@ def over_group(rows: Sequence[Tensor], group: dist.ProcessGroup | None, call: in
     # Σ_r (n_r − n)², 0 where all are n; exact in float64.
 
     def message() -> str:
-        if total.isnan():
+        if is_on_host(total) and total.isnan():
             return "sequence_group: got an error on another of its ranks, which says what is wrong"
         return (
             f"sequence_group: got {sequences} sequences on this rank and another number, or another"

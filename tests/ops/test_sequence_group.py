@@ -147,6 +147,7 @@ def refusals(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
         "number": lambda: logps(rows.weight, rows, fewer, **more),
         "weights": lambda: (logps if first else weighted)(rows.weight, rows, padded, **more),
         "call": lambda: (kl if first else logps)(rows.weight, rows, padded, **more),
+        "tails": lambda: (tails if first else logps)(rows.weight, rows, padded, **more),
         "shift": lambda: sequence_logps(rows.hidden, rows.weight, rows.labels, **more),
         "uncounted": lambda: logps(
             rows.weight, rows, packed, **more, sequence_ids=ids["sequence_ids"]
@@ -167,6 +168,31 @@ def refusals(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     with pytest.raises(TypeError) as error:
         sequence_logps(rows.hidden, rows.weight, rows.labels, shift=False, sequence_group="cp")
     return messages | {"type": str(error.value)}
+
+
+def one_raises(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
+    """Messages of calls that are wrong on one rank alone, and of the others about it."""
+    rows, messages = Rows(), {}
+    tokens, _ = arguments(rows, "padded", None)
+    wrong = {name: tokens | {"labels": tokens["labels"] + VOCAB * (rank == 1)} for name in CALLS}
+    wrong["tails"] = tokens | {"position_ids": tokens["position_ids"][:, rank == 1 :]}
+    for name, given in wrong.items():
+        with pytest.raises(ValueError) as error:
+            CALLS[name](rows.weight, rows, given, sequence_group=group)
+        messages[name] = str(error.value)
+    # What another rank's error has ended is over: the next call is exchanged as ever.
+    logps(rows.weight, rows, tokens, sequence_group=group)
+    return messages
+
+
+def not_finite(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Sums of sequences of which one rank has a NaN in the first, and their gradient."""
+    rows = Rows()
+    rows.hidden[0] *= torch.nan if rank == 1 else 1
+    rows.hidden.requires_grad_()
+    found = logps(rows.weight, rows, arguments(rows, "padded", None)[0], sequence_group=group)
+    found["sums"].sum().backward()
+    return {"sums": found["sums"].detach(), "by_hidden": rows.hidden.grad}
 
 
 def twice(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -206,6 +232,8 @@ def _work(rank: int) -> dict[str, Any]:
     return {
         "steps": {(ranks, *case): step(*case, groups[ranks]) for ranks in groups for case in CASES},
         "refused": refusals(rank, every),
+        "one raises": one_raises(rank, every),
+        "not finite": not_finite(rank, every),
         "twice": twice(rank, every),
         "compiled": compiled(rank, every),
         "warned": warned(rank, every),
@@ -239,7 +267,7 @@ def test_shards_equal_whole_sequences(found, ranks, case):
 @pytest.mark.slow
 def test_what_would_be_wrong_is_refused_on_every_rank(found):
     for messages in (rank["refused"] for rank in found):
-        for name in ("number", "weights", "call"):
+        for name in ("number", "weights", "call", "tails"):
             assert messages[name].startswith("sequence_group: got "), name
             assert "needs the same call on the same sequences" in messages[name]
         assert "labels are shifted before the split" in messages["shift"]
@@ -248,6 +276,27 @@ def test_what_would_be_wrong_is_refused_on_every_rank(found):
         assert messages["no places"].startswith("position_ids: got None with a sequence_group")
         assert "would see each pair 4 times" in messages["several times"]
         assert messages["type"].startswith("sequence_group: got a str, wanted a torch.distributed.")
+
+
+@pytest.mark.slow
+def test_where_one_rank_raises_all_do(found):
+    for rank, messages in enumerate(each["one raises"] for each in found):
+        for name, message in messages.items():
+            own = ("position_ids: got shape", "labels: got a label outside")[name != "tails"]
+            others = "sequence_group: got an error on another of its ranks"
+            assert message.startswith(own if rank == 1 else others), name
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_stays_in_its_sequence(found):
+    rows = Rows()
+    hidden = rows.hidden.requires_grad_()
+    whole = logps(rows.weight, rows, arguments(rows, "padded", None)[0])["sums"] * WORLD
+    whole.sum().backward()
+    for each in (each["not finite"] for each in found):
+        assert each["sums"][0].isnan()
+        torch.testing.assert_close(each["sums"][1:], whole[1:].detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(each["by_hidden"][1:], hidden.grad[1:], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
