@@ -115,7 +115,8 @@ def token_places(length: int, rank: int, ranks: int, order: str = CONTIGUOUS) ->
     chunks = _chunks(rank, ranks, order)
     if length % chunks:
         raise ValueError(
-            f"length: got {length} for {ranks} ranks in {order} order, wanted a multiple of {chunks}"
+            f"length: got {length} for {ranks} ranks in {order} order, wanted a multiple of"
+            f" {chunks}"
         )
     places = torch.arange(length).view(chunks, length // chunks)
     if order == CONTIGUOUS:

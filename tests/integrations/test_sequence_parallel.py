@@ -253,10 +253,8 @@ def trial(place: Place) -> dict[str, Any]:
     counts, states, losses = [], [], []
     for name in ("short", "long", "long"):
         torch.manual_seed(3)
-        options = {"sequence_group": place.sequence}
-        losses.append(
-            preference_outputs(model, fp.PreferenceLoss("simpo"), shards[name], **options)
-        )
+        given = fp.PreferenceLoss("simpo"), shards[name]
+        losses.append(preference_outputs(model, *given, sequence_group=place.sequence).loss)
         counts.append((len(passes), int(model.model.embed_tokens.calls)))
         states.append(torch.random.get_rng_state())
     with pytest.raises(ValueError) as error:
