@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -146,11 +147,12 @@ def require_shared_attention(
     Raises:
         ValueError: on every rank, where no token sees another rank's.
     """
+    if torch.compiler.is_compiling() or world_size(group) == 1:
+        return
     backbone = backbone_of(model)
     attention = getattr(text_config(model), "_attn_implementation", None)
-    state = attention, group.group_name, backbone.training
-    passed = _PASSED.setdefault(backbone, set())
-    if torch.compiler.is_compiling() or world_size(group) == 1 or state in passed:
+    state, passed = (attention, group.group_name, backbone.training), _PASSED.get(backbone, set())
+    if state in passed:
         return
     behind = _behind_first_rank(batch, group)
     if not sum_over_ranks(behind.sum(), group):
@@ -171,7 +173,7 @@ def require_shared_attention(
             " (Ulysses, ring attention, torch's context_parallel) around each call of the model"
         )
     if seen:
-        passed.add(state)
+        _PASSED[backbone] = passed | {state}
 
 
 def _behind_first_rank(batch: Mapping[str, Any], group: dist.ProcessGroup) -> Tensor:
@@ -206,7 +208,10 @@ def _trial(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[Tenso
         devices = [device for device in places if device.type not in ("cpu", "meta")]
         kind = devices[0].type if devices else "cuda"
         with torch.random.fork_rng(devices, device_type=kind), uncached(ids.device.type):
-            found.append(last_hidden(model, batch))
+            with warnings.catch_warnings():
+                # Checkpointed layers without a gradient: there is none to lose here.
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+                found.append(last_hidden(model, batch))
         for buffer, value in kept:
             buffer.copy_(value)
     return found
