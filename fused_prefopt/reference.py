@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import require_tokens
@@ -28,7 +31,7 @@ from fused_prefopt.data.columns import (
     feature_at,
 )
 from fused_prefopt.data.list_rows import members_of, with_columns
-from fused_prefopt.distributed import gather_objects, rank, wait_for_all_ranks, world_size
+from fused_prefopt.distributed import gather_objects, gather_outcomes, rank, world_size
 from fused_prefopt.models.batch import batch_behind, completion_logps
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.model_call import evaluating, in_front, past_wrappers
@@ -43,9 +46,33 @@ from fused_prefopt.reference_cache import (
     tokenizer_fingerprint,
 )
 
+
+class SharesForwards(Protocol):
+    """Ranks that are given batches together, as those of `integrations.sequence_parallel`."""
+
+    @property
+    def data(self) -> dist.ProcessGroup | None:
+        """The ranks with other batches, this one among them; None for all ranks."""
+
+    @property
+    def sequences(self) -> dist.ProcessGroup | None:
+        """The ranks with the other tokens of this rank's sequences; None where these are whole."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of those with its batch."""
+
+    def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank's model is given of a whole batch."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """What its forward pass is in."""
+
+
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
 _Batches = list[list[int]]
+T = TypeVar("T")
 
 
 def add_reference_logps(
@@ -60,6 +87,7 @@ def add_reference_logps(
     save_every: int = 16,
     progress: bool = True,
     description: str = "reference log-probs",
+    shared: SharesForwards | None = None,
 ) -> list[dict[str, Any]]:
     """Copies of the features with the reference model's log-probs as columns, in nats.
 
@@ -72,8 +100,8 @@ def add_reference_logps(
     autocast they are those of autocast: make the call under the one that the training runs under.
 
     Args:
-        model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
-            mode and back.
+        model: the reference, on the device to run on, dense, sharded by FSDP or in DeepSpeed's
+            engine; it is put in eval mode and back.
         features: token ids, as `tokenise_pairs`, `tokenise_points` or `tokenise_lists` return them.
         collator: that of the features, any layout; lists go completion by completion.
         tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
@@ -85,12 +113,16 @@ def add_reference_logps(
         save_every: batches after which what a rank has computed is written to the cache.
         progress: show a progress bar.
         description: of the progress bar.
+        shared: the ranks that are given each batch together, and what each of them makes of it;
+            None: each rank has batches of its own.
 
     Raises:
         ValueError: `cache_file` belongs to another model, precision, tokenizer or data (the
             message says which), a cache's file is damaged, both caches are given, ranks hold
             different features, a cache is to belong to a model whose weights are not here
-            (ZeRO-3, offloading), or the model gives a log-prob that is not finite.
+            (FSDP1, offloading), or the model gives a log-prob that is not finite. What one rank
+            meets, all raise.
+        RuntimeError: another rank has failed in another way, such as by a full disk.
     """
     if cache_dir is not None and cache_file is not None:
         raise ValueError("cache_file: got a file and a cache_dir, needs one of them")
@@ -99,7 +131,7 @@ def add_reference_logps(
         lists = [members_of(each, feature_at(index)) for index, each in enumerate(features)]
     rows = features if lists is None else list(chain.from_iterable(lists))
     _check_ranks(rows)
-    run = _Pass(model, rows, collator, batch_size, progress, description)
+    run = _Pass(model, rows, collator, batch_size, progress, description, shared)
     known, cache = PartialColumns(len(rows)), None
     if cache_dir is not None or cache_file is not None:
         prints = Fingerprints(
@@ -113,10 +145,16 @@ def add_reference_logps(
         known = _load(cache, len(rows))
     missing = [number for number, each in enumerate(run.batches) if not known.is_done(each)]
     if missing:
-        _fill(known, run, _share(missing), cache, save_every)
-        known = _union(gather_objects(known))
+        # Of the ranks with one batch one writes.
+        writes = shared is None or shared.is_first
+        share = _share(missing, shared)
+        folder = cache if writes else None
+        of_tokens = shared is not None and shared.sequences is not None
+        joint = of_tokens or _is_sharded(model)
+        gather = _unless_one_raises if joint else gather_outcomes
+        known = _union(gather(lambda: _fill(known, run, share, folder, save_every)))
     if cache is not None:
-        _finish(cache, known)
+        _finish(cache, known, computed=bool(missing))
     values = {name: column.tolist() for name, column in known.columns.items()}
     if lists is None:
         return [
@@ -176,6 +214,7 @@ class _Pass:
     batch_size: int
     progress: bool
     description: str
+    shared: SharesForwards | None = None
 
     @cached_property
     def batches(self) -> _Batches:
@@ -190,7 +229,8 @@ class _Pass:
             for indices in self._shown(batches):
                 batch = self.collator([self.features[index] for index in indices])
                 require_tokens("features", batch[INPUT_IDS], vocab)
-                columns = _logps(self.model, batch, CHOSEN_IDS in self.features[0])
+                pairs = CHOSEN_IDS in self.features[0]
+                columns = _logps(self.model, batch, pairs, self.shared)
                 yield indices, {name: values.float().cpu() for name, values in columns.items()}
 
     def _shown(self, batches: _Batches) -> Iterator[list[int]]:
@@ -207,8 +247,8 @@ def _fill(
     mine: list[int],
     cache: ReferenceCache | None,
     save_every: int,
-) -> None:
-    """Compute this rank's batches, by number, and keep them in parts of the cache."""
+) -> PartialColumns:
+    """`known` with this rank's batches, by number, computed; kept in parts of the cache too."""
     unsaved: list[int] = []
     results = run.over([run.batches[number] for number in mine])
     for count, (number, (indices, columns)) in enumerate(zip(mine, results, strict=True), start=1):
@@ -216,14 +256,19 @@ def _fill(
         known.add(torch.tensor(indices), columns)
         unsaved.append(number)
         if cache is not None and (count % save_every == 0 or count == len(mine)):
-            name = f"{run.batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}"
+            # Of other ranks, jobs and worlds no two write other rows by one name.
+            rows = zlib.crc32(repr(unsaved).encode())
+            name = f"{run.batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}-{rows:08x}"
             part = torch.tensor([index for each in unsaved for index in run.batches[each]])
             cache.save_part(name, part, {k: v[part] for k, v in known.columns.items()})
             unsaved = []
+    return known
 
 
 @torch.no_grad()
-def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str, Tensor]:
+def _logps(
+    model: nn.Module, batch: Mapping[str, Any], pairs: bool, shared: SharesForwards | None
+) -> dict[str, Tensor]:
     """Log-prob sums of a batch, from inside the model's own forward.
 
     There the hooks of engines that shard the model have gathered its weights; what they would
@@ -232,12 +277,15 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str,
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     found: dict[str, Tensor] = {}
+    options: dict[str, Any] = {"prompt": not pairs}
+    if shared is not None:
+        batch, options["sequence_group"] = shared.shard(batch), shared.sequences
 
     def forward(inner: nn.Module, own: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        found.update(completion_logps(inner, batch_behind(kwargs), prompt=not pairs))
+        found.update(completion_logps(inner, batch_behind(kwargs), **options))
         return found[COMPLETION]
 
-    with in_front(model, forward):
+    with nullcontext() if shared is None else shared.running(), in_front(model, forward):
         model(**past_wrappers(batch))
     if pairs:
         return dict(zip(PAIR_REFERENCES, found[COMPLETION].chunk(2), strict=True))
@@ -257,33 +305,51 @@ def _check_finite(
                 )
 
 
-def _finish(cache: ReferenceCache, known: PartialColumns) -> None:
-    """Rank 0 writes the whole; no rank returns before the file is there."""
-    if rank() == 0 and not cache.path.is_file():
-        cache.finish(known)
-    wait_for_all_ranks()
+def _finish(cache: ReferenceCache, known: PartialColumns, *, computed: bool) -> None:
+    """Rank 0 writes the whole; no rank returns before the file is there.
+
+    Another job may have finished it meanwhile, or put that of another model in its place.
+    """
+
+    def write() -> None:
+        if rank() > 0:
+            return
+        if not cache.path.is_file():
+            cache.finish(known)
+        elif computed:
+            cache.load(len(known.done))
+
+    gather_outcomes(write)
     # A rank on a disk of its own has parts that rank 0 does not see.
     cache.clear_parts()
 
 
-def _share(missing: list[int]) -> list[int]:
+def _share(missing: list[int], shared: SharesForwards | None) -> list[int]:
     """This rank's batches, as many as any other's: forward passes of a sharded model are joint."""
-    padded = missing + missing[:1] * (-len(missing) % world_size())
-    return padded[rank() :: world_size()]
+    group = None if shared is None else shared.data
+    padded = missing + missing[:1] * (-len(missing) % world_size(group))
+    return padded[rank(group) :: world_size(group)]
 
 
 def _load(cache: ReferenceCache, size: int) -> PartialColumns:
     """Log-probs that any rank has on disk; where one refuses its file, all do."""
-    found: PartialColumns | ValueError
-    try:
-        found = cache.load(size)
-    except ValueError as error:
-        found = error
-    every = gather_objects(found)
-    for each in every:
-        if isinstance(each, ValueError):
-            raise each
-    return _union(every)
+    return _union(gather_outcomes(lambda: cache.load(size)))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of a model, which FSDP or ZeRO-3 gathers in its passes."""
+    values, modules = model.parameters(), model.modules()
+    parts = any(hasattr(each, "placements") or hasattr(each, "ds_id") for each in values)
+    return parts or any(type(each).__name__ == "FullyShardedDataParallel" for each in modules)
+
+
+def _unless_one_raises(compute: Callable[[], T]) -> list[T]:
+    """`gather_outcomes` of what ranks compute together.
+
+    The others wait for a rank that fails in the middle of it, not for what it has to tell: there
+    its end is what ends them.
+    """
+    return gather_objects(compute())
 
 
 def _union(every: list[PartialColumns]) -> PartialColumns:
@@ -306,7 +372,7 @@ def _cut_of(collator: Collator) -> tuple[int | None, str]:
 
 
 def _check_ranks(features: Sequence[Feature]) -> None:
-    if world_size() > 1 and len(set(gather_objects(data_fingerprint(features)))) > 1:
+    if world_size() > 1 and len(set(gather_outcomes(lambda: data_fingerprint(features)))) > 1:
         raise ValueError("features: got different ones on the ranks, needs all of them on each")
 
 

@@ -25,11 +25,13 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     REFERENCE,
     REWARDS,
+    SPENT,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.nonfinite import mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.sequence_parallel import share_batches
 from fused_prefopt.integrations.trainer_checks import (
     CheckedTokens,
     CountedLabels,
@@ -150,6 +152,7 @@ class FusesLabelled(TakesLossAlone, LogsPreferences):
         """
         self.label_names = [COMPLETION_MASK]
         require_trainer(self)
+        self._require_whole_batches()
         self.needs = loss_fn.loss.needs
         check_needs(loss_fn.name, self.needs, self.gives | OF_REFERENCE)
         # Not `ld_alpha`: TRL before 1.0, and what subclasses it, weighs the policy's tails alone.
@@ -167,6 +170,16 @@ class FusesLabelled(TakesLossAlone, LogsPreferences):
             router_coefficient=router_coefficient,
         )
         mind_nonfinite(self, options.on_nonfinite)
+
+    def _require_whole_batches(self) -> None:
+        """Raise ValueError where the ranks are to share batches, which these trainers do not."""
+        copies = share_batches(self).copies
+        if copies > 1:
+            raise ValueError(
+                f"parallelism_config: got {copies} ranks that share each batch, needs 1 (cp_size,"
+                " sp_size, tp_size) with this framework's trainers; `integrations.trl` and"
+                " `integrations.transformers` have trainers that share them"
+            )
 
     def of_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch as the loss takes it, with what the reference gives.
@@ -241,17 +254,20 @@ class FusesLabelledPoints(FusesLabelled):
         if REWARDS in self.needs:
             batch |= {REWARDS: 2.0 * desirable.float() - 1.0, MADE_UP_REWARDS: True}
         if KL in self.attachment.loss_fn.loss.wants:
-            batch[KL] = self._kl(model, _mismatched(inputs))
+            is_spent = bool(inputs.get(SPENT))
+            batch[KL] = self._kl(model, _mismatched(inputs), is_spent)
             mode = "train" if model.training else "eval"
-            every = torch.full_like(batch[KL], desirable.shape[0])
+            every = torch.full_like(batch[KL], 0 if is_spent else desirable.shape[0])
             self.attachment.add_metrics(mode, {KL: batch[KL]}, {KL: every})
         return batch
 
     @torch.no_grad()
-    def _kl(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """0-d, in nats, the same on all ranks."""
+    def _kl(self, model: nn.Module, batch: Mapping[str, Any], is_spent: bool) -> Tensor:
+        """0-d, in nats, the same on all ranks; a rank whose data have ended has no part in it."""
         policy = self.logps(model, batch)["completion"]
         difference = policy - self.reference_logps(model, batch)["completion"]
+        if is_spent:
+            difference = difference[:0]
         total = sum_over_ranks(torch.stack([difference.sum(), torch.ones_like(difference).sum()]))
         return (total[0] / total[1]).clamp(min=0)
 
