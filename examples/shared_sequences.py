@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 examples/shared_sequences.py  # on CPUs, or on 4 GPUs
 
 Each rank has a part of every sequence's tokens. Attention must see all of them: here each rank
-gathers keys and values, which is short and runs anywhere; Ulysses or ring attention take its place
-where sequences are long. All that the loss takes is the group, and labels that were shifted first.
+gathers keys and values, which is short and runs anywhere; where sequences are long, Ulysses or ring
+attention take its place (`fused_prefopt.integrations.sequence_attention`). All that the loss takes
+is the group, and labels that were shifted before the cut.
 """
 
 from __future__ import annotations

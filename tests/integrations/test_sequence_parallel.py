@@ -15,6 +15,7 @@ from tiny_models import VOCAB, list_features, pair_features, tiny_llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface
+from waits import watched
 
 import fused_prefopt as fp
 from fused_prefopt.data import ListCollator, PairCollator, PointCollator, shard_of
@@ -266,8 +267,8 @@ def trial(place: Place) -> dict[str, Any]:
     }
 
 
-def exchanged(place: Place) -> list[tuple[int, torch.dtype]]:
-    """Sizes of our sums in a step of DPO with a reference beside it and WPO's weights."""
+def exchanged(place: Place) -> tuple[list[tuple[int, torch.dtype]], list[str]]:
+    """Sizes of our sums in a step of DPO with a reference beside it and WPO's weights; waits."""
     sizes: list[tuple[int, torch.dtype]] = []
     reduce = dist.all_reduce
 
@@ -285,8 +286,9 @@ def exchanged(place: Place) -> list[tuple[int, torch.dtype]]:
     model(**batch)["loss"].backward()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", noted)
-        model(**batch)["loss"].backward()
-    return sizes
+        with watched(patch) as waits:
+            model(**batch)["loss"].backward()
+    return sizes, waits.found
 
 
 def _work(rank: int) -> dict[str, Any]:
@@ -343,9 +345,9 @@ def test_the_trial_is_made_once_a_mode_and_leaves_no_trace(ranks):
         assert "in_training_alone attention in eval mode, in which no token sees" in found["eval"]
 
 
-def test_a_pass_over_a_head_sums_4_kb(ranks):
+def test_a_pass_over_a_head_sums_4_kb_and_waits_for_no_device(ranks):
     # Of the reference, the policy and its collisions; and of the policy's backward.
-    assert all(rank["exchanged"] == [(512, torch.float64)] * 4 for rank in ranks)
+    assert all(rank["exchanged"] == ([(512, torch.float64)] * 4, []) for rank in ranks)
 
 
 def test_a_rank_has_no_label(ranks):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from forked import forked
 from torch import Tensor
+from waits import watched
 
 import fused_prefopt as fp
 from fused_prefopt import sequence_kl, sequence_logps
@@ -195,6 +196,21 @@ def not_finite(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
     return {"sums": found["sums"].detach(), "by_hidden": rows.hidden.grad}
 
 
+def waits(group: dist.ProcessGroup) -> dict[str, list[str]]:
+    """What Python must know of a device's values in each call, forward and backward."""
+    rows, found = Rows(), {}
+    rows.hidden.requires_grad_()
+    tokens, _ = arguments(rows, "padded", None)
+    tokens["position_ids"] = tokens["position_ids"] * WORLD + dist.get_rank(group)
+    more = {"sequence_group": group, "num_labels": int((rows.labels != -100).sum())}
+    for name, call in CALLS.items():
+        with pytest.MonkeyPatch.context() as patch, watched(patch) as seen:
+            fields = call(rows.weight, rows, tokens, **more)
+            sum(each.sum() for each in fields.values() if each.requires_grad).backward()
+        found[name] = seen.found
+    return found
+
+
 def twice(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """First and second derivative of Σ_ranks (Σ_r r x_r)³ by this rank's x, where all x are 2."""
     x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -234,6 +250,7 @@ def _work(rank: int) -> dict[str, Any]:
         "refused": refusals(rank, every),
         "one raises": one_raises(rank, every),
         "not finite": not_finite(rank, every),
+        "waits": waits(every),
         "twice": twice(rank, every),
         "compiled": compiled(rank, every),
         "warned": warned(rank, every),
@@ -276,6 +293,15 @@ def test_what_would_be_wrong_is_refused_on_every_rank(found):
         assert messages["no places"].startswith("position_ids: got None with a sequence_group")
         assert "would see each pair 4 times" in messages["several times"]
         assert messages["type"].startswith("sequence_group: got a str, wanted a torch.distributed.")
+
+
+@pytest.mark.slow
+def test_tails_alone_wait_for_a_device(found):
+    for each in (each["waits"] for each in found):
+        # Once for the number of this rank's labels, once for those of all ranks.
+        places = [wait.rpartition(":")[2] for wait in each.pop("tails")]
+        assert places == ["numbers_in_sequences", "gather_over_ranks"]
+        assert not any(each.values()), each
 
 
 @pytest.mark.slow
