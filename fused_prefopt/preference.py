@@ -217,7 +217,8 @@ class PreferenceLoss(nn.Module):
                 rank's tokens, the extras and the output of whole sequences, on each rank. A loss
                 that remembers or spans batches needs a `process_group`, to see each pair once. An
                 all-reduce of 4 KB for each pass over a head (policy, prompts, reference,
-                collisions, gold), and one in the backward of those that train.
+                collisions, gold), and one in the backward of those that train; for `ld_alpha`
+                what `shared_and_tail_logps` says.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
                 weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it

@@ -39,12 +39,14 @@ class Case:
     model: str = "llama"
     weighted: bool = False
     tokens: bool = False
+    spent: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         kind = f"{'packed' if self.packed else 'padded'}, {self.order}"
         extra = "".join(f", {name}={value}" for name, value in self.options.items())
         extra += "" if self.model == "llama" else f", {self.model}"
+        extra += ", one batch spent" if self.spent else ""
         return f"{self.loss}{extra}, {self.rows}, {WORLD // self.ranks}x{self.ranks}, {kind}"
 
 
@@ -79,6 +81,12 @@ CASES = [
     Case("beta-simpo", 4, rows="lists", packed=True),
     Case("dpo", model="adapter", weighted=True),
     Case("tdpo1", 4, model="adapter", packed=True),
+    Case("dpo", spent=True, tokens=True),
+    Case("dpo", spent=True, options={"ld_alpha": 0.3}, packed=True),
+    Case("tdpo1", spent=True, packed=True),
+    Case("gamma-simpo", spent=True, options=QUEUE, **BALANCED),
+    Case("orpo", spent=True, options={"nll": "whole_token_mean"}),
+    Case("wpo", spent=True, packed=True),
     # A product of means over tokens, which are those of one batch.
     Case("simpo", 4, model="qwen3-moe"),
     Case("simpo", 4, model="mixtral", **BALANCED),
@@ -162,12 +170,15 @@ def step(case: Case, place: Place | None) -> dict[str, Any]:
     if place is not None:
         size = len(rows) // place.batches
         rows = rows[place.batch * size :][:size]
+    elif case.spent:
+        rows = rows[: len(rows) * case.ranks // WORLD]
     batch: dict[str, Any] = collator(0, padding_free=case.packed)(rows)
-    loss_fn = fp.PreferenceLoss(case.loss, **case.options)
+    loss_fn = fp.PreferenceLoss(case.loss, uneven_ranks=case.spent, **case.options)
     attachment = attach(model, loss_fn, reference=reference, log_tokens=case.tokens)
     wrapped: nn.Module = model
     if place is not None:
         batch = shard_of(batch, place.shard, place.shards, order=case.order)
+        batch["spent"] = case.spent and place.batch > 0
         attachment.sequence_group, loss_fn.process_group = place.sequence, place.data
         wrapped = DistributedDataParallel(model)
     for _ in range(2):
