@@ -131,7 +131,9 @@ def gather_over_ranks(
     if world == 1:
         return values, 0
     described = f"{contents} in {values.dtype}"
-    own = torch.tensor([values.shape[0], zlib.crc32(described.encode())], device=values.device)
+    header = values.shape[0], zlib.crc32(described.encode())
+    # Filled on the device: a copy from the host would wait for it.
+    own = torch.stack([values.new_full((), each, dtype=torch.int64) for each in header])
     headers = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(headers, own, group=group)
     lengths, kinds = torch.stack(headers).t().tolist()

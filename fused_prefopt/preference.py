@@ -37,7 +37,7 @@ from fused_prefopt.losses.whole_batch import whole_batch
 from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
 from fused_prefopt.ops.inputs import LogpOptions, read_head
 from fused_prefopt.ops.logps import shared_and_tail_logps
-from fused_prefopt.ops.sequence_group import COLLISIONS, over_group
+from fused_prefopt.ops.sequence_group import COLLISIONS, over_group, telling
 from fused_prefopt.ops.torch_engine import TorchEngine
 from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
@@ -217,7 +217,8 @@ class PreferenceLoss(nn.Module):
                 rank's tokens, the extras and the output of whole sequences, on each rank. A loss
                 that remembers or spans batches needs a `process_group`, to see each pair once. An
                 all-reduce of 4 KB for each pass over a head (policy, prompts, reference,
-                collisions, gold), and one in the backward of those that train.
+                collisions, gold), and one in the backward of those that train; for `ld_alpha`
+                what `shared_and_tail_logps` says.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
                 weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
@@ -284,7 +285,8 @@ class PreferenceLoss(nn.Module):
             # They have no gradient, so neither a path nor mass to drop.
             del options["path"], options["drop_mass"], options["sequence_group"]
             sizes = sums.shape[0], token_weights
-            own = _collisions(hidden, head, labels, *sizes, options)
+            with telling(sequence_group, labels.device):
+                own = _collisions(hidden, head, labels, *sizes, options)
             (extras["collision"],) = over_group([own], sequence_group, COLLISIONS)
         batch = LogpBatch(sums, lengths, prompt=prompt, **extras)
         if tail is not None and self.ld_alpha is not None:

@@ -45,7 +45,7 @@ from fused_prefopt.ops.passes import Kept, Upstream
 from fused_prefopt.ops.passes import backward as gradients_of_logps
 from fused_prefopt.ops.plan import PassSize, beside_statistics, cut
 from fused_prefopt.ops.precision import HeadMath, fixed_precision
-from fused_prefopt.ops.sequence_group import KL, over_group
+from fused_prefopt.ops.sequence_group import KL, over_group, telling
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
@@ -145,15 +145,16 @@ def sequence_kl(
         engine=engine,
         sequence_group=sequence_group,
     )
-    if perturbation is not None:
-        require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
-    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
-    sums = _run(hidden, head, ref_hidden, ref_head, labels, options, perturbation or 0.0, rows)
-    kls, logps, references, lengths, mixtures = sums[:5]
-    if rows is not None:
-        kls, logps, references, lengths = rows.all_sums((kls, logps, references))
-    of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
-    own = kls, logps, references, lengths, *of_mixtures
+    with telling(sequence_group, labels.device):
+        if perturbation is not None:
+            require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
+        rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+        sums = _run(hidden, head, ref_hidden, ref_head, labels, options, perturbation or 0.0, rows)
+        kls, logps, references, lengths, mixtures = sums[:5]
+        if rows is not None:
+            kls, logps, references, lengths = rows.all_sums((kls, logps, references))
+        of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
+        own = kls, logps, references, lengths, *of_mixtures
     return SequenceKl(*over_group(own, sequence_group, KL + (rows is not None)))
 
 

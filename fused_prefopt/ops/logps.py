@@ -28,9 +28,11 @@ from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan,
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.sequence_group import (
     LOGPS,
+    TAILS,
     numbers_in_sequences,
     over_group,
     require_positions,
+    telling,
 )
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
@@ -118,12 +120,13 @@ def sequence_logps(
         drop_mass=drop_mass,
         sequence_group=sequence_group,
     )
-    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
-    plan, outputs = _run(hidden, head, labels, options)
-    if rows is None:
-        own = outputs[1:3]
-    else:
-        own = rows.sums(outputs[0]), rows.lengths(outputs[0].dtype)
+    with telling(sequence_group, labels.device):
+        rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+        plan, outputs = _run(hidden, head, labels, options)
+        if rows is None:
+            own = outputs[1:3]
+        else:
+            own = rows.sums(outputs[0]), rows.lengths(outputs[0].dtype)
     sums, lengths = over_group(own, sequence_group, LOGPS + (rows is not None))
     return SequenceLogps(sums, lengths, plan)
 
@@ -289,7 +292,8 @@ def shared_and_tail_logps(
         hidden, head, labels, shift, sequence_ids, num_sequences, ignore_index: as there.
         position_ids: (S, T) or (N,) place of each row's token in its whole sequence, which a
             `sequence_group` needs: which tokens are beyond, its ranks tell one another.
-        sequence_group: as there; a gather more, of 8 bytes for each label of all its ranks.
+        sequence_group: as there; an all-reduce of 4 KB more, and a gather of 8 bytes for each label
+            of all its ranks.
         **options: the others of `sequence_logps`, but `token_weights`.
 
     Returns:
@@ -313,18 +317,20 @@ def shared_and_tail_logps(
         ignore_index=ignore_index,
         sequence_group=sequence_group,
     )
-    require_integer("labels", labels)
-    require_shape("labels", labels, hidden.shape[:-1])
-    layout = layout_of(labels, where)
-    sequences = layout.num_sequences
-    if sequences % 2:
-        raise ValueError(
-            f"labels: got {sequences} sequences, needs an even number: chosen first, then rejected"
-        )
-    if sequence_group is None:
+    with telling(sequence_group, labels.device):
+        require_integer("labels", labels)
+        require_shape("labels", labels, hidden.shape[:-1])
+        layout = layout_of(labels, where)
+        sequences = layout.num_sequences
+        if sequences % 2:
+            raise ValueError(
+                f"labels: got {sequences} sequences, needs an even number: chosen first, then"
+                " rejected"
+            )
+        places = None if sequence_group is None else require_positions(position_ids, labels)
+    if sequence_group is None or places is None:
         beyond = _in_tail(layout, ignore_index)
     else:
-        places = require_positions(position_ids, labels)
         beyond = _in_tail_over_ranks(layout, ignore_index, places, sequence_group)
     out = sequence_logps(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -358,8 +364,10 @@ def _in_tail_over_ranks(
 ) -> Tensor:
     """`_in_tail` of a shard, from the places of all ranks' labelled tokens."""
     ids, labelled = layout.ids(), layout.targets != ignore_index
-    index, numbers, every = numbers_in_sequences(labelled, ids, position_ids, group)
-    lengths = every.bincount(minlength=layout.num_sequences)
+    own = ids.new_zeros(layout.num_sequences).scatter_add(0, ids, labelled.long())
+    # First, as it notices ranks that make another call.
+    (lengths,) = over_group([own], group, TAILS)
+    index, numbers = numbers_in_sequences(labelled, ids, position_ids, group)
     pairs = layout.num_sequences // 2
     shared = lengths[:pairs].minimum(lengths[pairs:]).repeat(2)
     beyond = torch.zeros_like(labelled)
