@@ -38,6 +38,7 @@ from truth import SMALLEST, TRAINING_PATHS
 
 import fused_prefopt as fp
 from fused_prefopt.ops import cutting, gradients, torch_engine, vocab_shard
+from fused_prefopt.ops.cublas_engine import CublasEngine
 
 pytestmark = pytest.mark.slow
 
@@ -429,6 +430,8 @@ KERNEL_CASES: list[tuple[str, Case]] = [
     ("triton", (of_log_probs, ("all", True, "recompute"))),
     ("triton", (of_log_probs, ("plain", False, "local"))),
     ("triton", (of_tokens, ("all", False))),
+    ("cublas", (of_log_probs, ("plain", False, "local"))),
+    ("cublas", (of_log_probs, ("all", True, "local"))),
     ("cublas", (of_log_probs, ("all", True, "stash"))),
     ("cublas", (of_tokens, ("plain", True))),
     ("cublas", (of_divergence, ("all", "softcap", False, 0.3))),
@@ -437,6 +440,8 @@ KERNEL_CASES: list[tuple[str, Case]] = [
 
 def _work_of_kernels(rank: int, folder: str) -> None:
     _join(rank, folder, 2)
+    # As on a GPU, where what is kept becomes the gradient.
+    CublasEngine.in_place = staticmethod(lambda math, device: math.kept == math.dtype)
     spread = Spread("group", init_device_mesh("cpu", (2,)), None, torch.float32)
     found = [compute(replace(spread, engine=name), *case) for name, (compute, case) in KERNEL_CASES]
     torch.save(found, f"{folder}/{rank}.pt")
