@@ -1,7 +1,4 @@
-"""`PreferenceLoss`: the op, the statistics and a loss, as one module.
-
-It is one file of more than 450 lines: a third of them tell what its two calls take.
-"""
+"""`PreferenceLoss`: the op, the statistics and a loss, as one module."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_number
-from fused_prefopt.distributed import shared_ranks, world_size
+from fused_prefopt.distributed import require_other_pairs, world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
@@ -224,9 +221,12 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
-        self._check_ranks(sequence_group, "sequence_group")
-        if self.training:
-            self._check_ranks(sharing_ranks(read_head(head)), "head's group")
+        if self.loss.coupled or self.statistics is not None:
+            alike = {"sequence_group": sequence_group}
+            if self.training:
+                alike["head's group"] = sharing_ranks(read_head(head))
+            for what, ranks in alike.items():
+                require_other_pairs(self.process_group, ranks, what, self.name)
         if "groups" in given:
             self.require_lists()
         measured = _MEASURED if ref_hidden is not None else frozenset()
@@ -291,18 +291,6 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"{missing}: got None with `{there}`, wanted both or neither")
         if ref_hidden is not None and self.ld_alpha is not None:
             raise ValueError("ref_hidden: got one with `ld_alpha`, wanted `reference` instead")
-
-    def _check_ranks(self, sharing: dist.ProcessGroup | None, name: str) -> None:
-        """Raise ValueError where ranks that are `sharing` pairs would count each several times."""
-        if sharing is None or not (self.loss.coupled or self.statistics is not None):
-            return
-        both = shared_ranks(self.process_group, sharing)
-        if both > 1:
-            raise ValueError(
-                f"process_group: got {both} ranks of this rank's {name} in it (None is all"
-                f" ranks) for {self.name}, which would see each pair {both} times; wanted the ranks"
-                " whose pairs differ: the mesh's data dimension, of one rank where there is none"
-            )
 
     def from_logps(self, batch: LogpBatch) -> LossOutput:
         """The loss of known log-probs.

@@ -68,6 +68,8 @@ SINGLE: list[Case] = [
     (of_divergence, ("all", "softcap", False, 0.3)),
 ]
 DROPPING: Case = (of_sums, (0.2,))
+# Paths of calls that ranks cut differently, in workspaces of their own.
+CUTS = ("stash", "recompute", "auto")
 # Vocabulary × tokens, 2 × 2 ranks.
 BOTH: list[Case] = [(of_spread_tokens, (name,)) for name in ("epsilon-dpo", "tdpo2", "simpo")]
 # Paths whose last slab adds rows of hidden in each of the ways that there are.
@@ -161,10 +163,10 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
     case, spread = case_of("plain"), Spread("group", mesh)
     hidden, labels, (first, rows) = case.hidden, case.labels, spread.rows
 
-    def message(head: Any, labels: Tensor = labels, ref_head: Any = None) -> str:
+    def message(head: Any, labels: Tensor = labels, ref_head: Any = None, **options: Any) -> str:
         try:
             if ref_head is None:
-                fp.sequence_logps(hidden, head, labels)
+                fp.sequence_logps(hidden, head, labels, **options)
             else:
                 fp.sequence_kl(hidden, head, hidden, ref_head, labels)
         except ValueError as error:
@@ -182,6 +184,7 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
     # Other rows on two ranks of the three, and the same on the third.
     sizes = {12: (11, 20), 8: (8, 3), 0: (0, 8)}[first]
     beside = fp.LMHead(torch.ones(sizes[1], 12).double(), group=group, first_row=sizes[0])
+    trained = fp.LMHead(own.clone().requires_grad_(), **shared)
     return {
         "columns": message(fp.LMHead(distribute_tensor(case.weight, mesh, [Shard(1)]))),
         "whole bias": message(fp.LMHead(sharded, torch.zeros(VOCAB))),
@@ -202,6 +205,7 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
         "other rows": message(head, ref_head=beside),
         "other size": message(head, ref_head=fp.LMHead(own[:cut], **shared)),
         "alike": message(fp.LMHead(own, **shared), ref_head=fp.LMHead(own, **shared)),
+        "no room": message(trained, path="local", workspace_mb=6 / 1024),
         "statistics": _refused(lambda: fp.PreferenceLoss("gamma-simpo")(hidden, head, labels)),
         "member": _refused_head(own, group=dist.GroupMember.NON_GROUP_MEMBER, first_row=0),
         "no first row": _refused_head(own, group=group),
@@ -247,6 +251,8 @@ def _work(rank: int, folder: str) -> None:
         spread = Spread("group", meshes[3], alone)
         found |= overlapping(spread)
         found["exchanged"] = exchanged(spread)
+        workspace_mb = (SMALLEST, None, 0.01)[rank]
+        found["cuts"] = [of_log_probs(spread, "all", True, path, workspace_mb) for path in CUTS]
         found["refusals"] = refusals(rank, meshes[3], alone)
         case = case_of("plain")
         replicated = distribute_tensor(case.weight, meshes[3], [Replicate()])
@@ -295,6 +301,12 @@ def test_in_single_precision(ranks, place):
     for world, kind in product((2, 3), KINDS):
         found = [each[world, kind, "single", place] for each in ranks[:world]]
         assert_equal_to(whole, found, 2e-6)
+
+
+@pytest.mark.parametrize("path", CUTS)
+def test_ranks_may_cut_their_rows_differently(ranks, path):
+    whole = of_log_probs(WHOLE, "all", True, path)
+    assert_equal_to(whole, [each["cuts"][CUTS.index(path)] for each in ranks[:3]], 1e-12)
 
 
 def test_the_first_of_the_largest_logits_is_the_most_likely_token(ranks):
@@ -403,6 +415,7 @@ MESSAGES = {
     "other rows": "wanted every rank to hold the same rows of both",
     "other size": "wanted every rank to hold the same rows of both",
     "alike": "",
+    "no room": "path: 'local' does not fit workspace_mb",
     "statistics": "process_group: got 3 ranks of this rank's head's group in it",
     "member": "group: got -100, wanted a ProcessGroup of this rank",
     "no first row": "first_row: got None with a group",
