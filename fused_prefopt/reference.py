@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import require_tokens
@@ -43,6 +45,29 @@ from fused_prefopt.reference_cache import (
     tokenizer_fingerprint,
 )
 
+
+class SharesForwards(Protocol):
+    """Ranks that are given batches together, as those of `integrations.sequence_parallel`."""
+
+    @property
+    def data(self) -> dist.ProcessGroup | None:
+        """The ranks with other batches, this one among them; None for all ranks."""
+
+    @property
+    def sequences(self) -> dist.ProcessGroup | None:
+        """The ranks with the other tokens of this rank's sequences; None where these are whole."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of those with its batch."""
+
+    def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank's model is given of a whole batch."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """What its forward pass is in."""
+
+
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
 _Batches = list[list[int]]
@@ -60,6 +85,7 @@ def add_reference_logps(
     save_every: int = 16,
     progress: bool = True,
     description: str = "reference log-probs",
+    shared: SharesForwards | None = None,
 ) -> list[dict[str, Any]]:
     """Copies of the features with the reference model's log-probs as columns, in nats.
 
@@ -85,6 +111,8 @@ def add_reference_logps(
         save_every: batches after which what a rank has computed is written to the cache.
         progress: show a progress bar.
         description: of the progress bar.
+        shared: the ranks that are given each batch together, and what each of them makes of it;
+            None: each rank has batches of its own.
 
     Raises:
         ValueError: `cache_file` belongs to another model, precision, tokenizer or data (the
@@ -99,7 +127,7 @@ def add_reference_logps(
         lists = [members_of(each, feature_at(index)) for index, each in enumerate(features)]
     rows = features if lists is None else list(chain.from_iterable(lists))
     _check_ranks(rows)
-    run = _Pass(model, rows, collator, batch_size, progress, description)
+    run = _Pass(model, rows, collator, batch_size, progress, description, shared)
     known, cache = PartialColumns(len(rows)), None
     if cache_dir is not None or cache_file is not None:
         prints = Fingerprints(
@@ -113,7 +141,9 @@ def add_reference_logps(
         known = _load(cache, len(rows))
     missing = [number for number, each in enumerate(run.batches) if not known.is_done(each)]
     if missing:
-        _fill(known, run, _share(missing), cache, save_every)
+        # Of the ranks with one batch one writes.
+        writes = shared is None or shared.is_first
+        _fill(known, run, _share(missing, shared), cache if writes else None, save_every)
         known = _union(gather_objects(known))
     if cache is not None:
         _finish(cache, known)
@@ -176,6 +206,7 @@ class _Pass:
     batch_size: int
     progress: bool
     description: str
+    shared: SharesForwards | None = None
 
     @cached_property
     def batches(self) -> _Batches:
@@ -190,7 +221,8 @@ class _Pass:
             for indices in self._shown(batches):
                 batch = self.collator([self.features[index] for index in indices])
                 require_tokens("features", batch[INPUT_IDS], vocab)
-                columns = _logps(self.model, batch, CHOSEN_IDS in self.features[0])
+                pairs = CHOSEN_IDS in self.features[0]
+                columns = _logps(self.model, batch, pairs, self.shared)
                 yield indices, {name: values.float().cpu() for name, values in columns.items()}
 
     def _shown(self, batches: _Batches) -> Iterator[list[int]]:
@@ -223,7 +255,9 @@ def _fill(
 
 
 @torch.no_grad()
-def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str, Tensor]:
+def _logps(
+    model: nn.Module, batch: Mapping[str, Any], pairs: bool, shared: SharesForwards | None
+) -> dict[str, Tensor]:
     """Log-prob sums of a batch, from inside the model's own forward.
 
     There the hooks of engines that shard the model have gathered its weights; what they would
@@ -232,12 +266,15 @@ def _logps(model: nn.Module, batch: Mapping[str, Any], pairs: bool) -> dict[str,
     device = next(model.parameters()).device
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     found: dict[str, Tensor] = {}
+    options: dict[str, Any] = {"prompt": not pairs}
+    if shared is not None:
+        batch, options["sequence_group"] = shared.shard(batch), shared.sequences
 
     def forward(inner: nn.Module, own: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        found.update(completion_logps(inner, batch_behind(kwargs), prompt=not pairs))
+        found.update(completion_logps(inner, batch_behind(kwargs), **options))
         return found[COMPLETION]
 
-    with in_front(model, forward):
+    with nullcontext() if shared is None else shared.running(), in_front(model, forward):
         model(**past_wrappers(batch))
     if pairs:
         return dict(zip(PAIR_REFERENCES, found[COMPLETION].chunk(2), strict=True))
@@ -266,10 +303,11 @@ def _finish(cache: ReferenceCache, known: PartialColumns) -> None:
     cache.clear_parts()
 
 
-def _share(missing: list[int]) -> list[int]:
+def _share(missing: list[int], shared: SharesForwards | None) -> list[int]:
     """This rank's batches, as many as any other's: forward passes of a sharded model are joint."""
-    padded = missing + missing[:1] * (-len(missing) % world_size())
-    return padded[rank() :: world_size()]
+    group = None if shared is None else shared.data
+    padded = missing + missing[:1] * (-len(missing) % world_size(group))
+    return padded[rank(group) :: world_size(group)]
 
 
 def _load(cache: ReferenceCache, size: int) -> PartialColumns:

@@ -30,6 +30,7 @@ from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.nonfinite import mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.sequence_parallel import share_batches
 from fused_prefopt.integrations.trainer_checks import (
     CheckedTokens,
     CountedLabels,
@@ -150,6 +151,7 @@ class FusesLabelled(TakesLossAlone, LogsPreferences):
         """
         self.label_names = [COMPLETION_MASK]
         require_trainer(self)
+        self._require_whole_batches()
         self.needs = loss_fn.loss.needs
         check_needs(loss_fn.name, self.needs, self.gives | OF_REFERENCE)
         # Not `ld_alpha`: TRL before 1.0, and what subclasses it, weighs the policy's tails alone.
@@ -167,6 +169,16 @@ class FusesLabelled(TakesLossAlone, LogsPreferences):
             router_coefficient=router_coefficient,
         )
         mind_nonfinite(self, options.on_nonfinite)
+
+    def _require_whole_batches(self) -> None:
+        """Raise ValueError where the ranks are to share batches, which these trainers do not."""
+        copies = share_batches(self).copies
+        if copies > 1:
+            raise ValueError(
+                f"parallelism_config: got {copies} ranks that share each batch, needs 1 (cp_size,"
+                " sp_size, tp_size) with this framework's trainers; `integrations.trl` and"
+                " `integrations.transformers` have trainers that share them"
+            )
 
     def of_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch as the loss takes it, with what the reference gives.

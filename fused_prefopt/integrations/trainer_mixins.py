@@ -16,6 +16,7 @@ from fused_prefopt.models.peft_head import require_saved_whole
 
 if TYPE_CHECKING:
     from fused_prefopt.integrations.attach import Attachment
+    from fused_prefopt.integrations.sequence_parallel import SharedBatches
 
 LOSS_STATE = "preference_loss.pt"
 
@@ -116,6 +117,7 @@ class TakesLossAlone:
     In front of `MindsNonfinite`, which judges the loss.
     """
 
+    shared: SharedBatches
     judge_before_backward: Any
     compute_loss_context_manager: Any
 
@@ -135,6 +137,7 @@ class TakesLossAlone:
         arguments = past_wrappers(self.of_loss(model, inputs))
         outputs = model(**arguments)
         loss = exact_loss(outputs["loss"], arguments)
+        self.shared.before_backward(loss)
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 

@@ -20,15 +20,22 @@ except (ImportError, RuntimeError):  # of a lazy module, which tells less than w
     require_packages(__name__, "transformers", "accelerate")
     raise
 
-from fused_prefopt.data.columns import COMPLETION_MASK
+from fused_prefopt.data.columns import COMPLETION_MASK, SHIFT_LABELS
 from fused_prefopt.integrations.attach import (
     OF_REFERENCE,
     Attachment,
     Reference,
+    place,
     preference_outputs,
 )
 from fused_prefopt.integrations.layouts import keep_batches_whole
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
+from fused_prefopt.integrations.sequence_parallel import (
+    SharedBatches,
+    SharesBatches,
+    require_transformers_loss,
+    share_batches,
+)
 from fused_prefopt.integrations.trainer_checks import (
     collator_for,
     leave_out_ligers_loss,
@@ -61,9 +68,10 @@ def attach(
 
     Use it with ``TrainingArguments(remove_unused_columns=False, label_names=["completion_mask"])``
     and a collator of `fused_prefopt.data`; other batches go the model's own way. Given a trainer
-    it also logs the loss's metrics, in evaluation with its prefix, and keeps the loss's
-    statistics in the checkpoints. In a loop of your own under FSDP call
-    ``model(**past_wrappers(batch))``: it rounds what it sees.
+    it also logs the loss's metrics, in evaluation with its prefix, keeps the loss's statistics in
+    the checkpoints, and cuts batches where accelerate's `ParallelismConfig` lets ranks share
+    sequences (`cp_size`, `sp_size`; see `integrations.sequence_parallel`). In a loop of your own
+    under FSDP call ``model(**past_wrappers(batch))``: it rounds what it sees.
 
     Args:
         model: any Hugging Face causal language model, PEFT-wrapped ones too, or the
@@ -90,12 +98,15 @@ def attach(
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
             GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
-            first row of a data set lacks what the loss needs, batches would tear apart the single
-            completions of a prompt for a loss on pairs, or the reference does not fit.
+            first row of a data set lacks what the loss needs, ranks share sequences of a layout or
+            a model that cannot be cut, batches would tear apart the single completions of a prompt
+            for a loss on pairs, or the reference does not fit.
     """
-    trainer = model if isinstance(model, Trainer) else None
+    trainer, shared = model if isinstance(model, Trainer) else None, SharedBatches()
     if trainer is not None:
         require_trainer(trainer)
+        shared = share_batches(trainer)
+        require_transformers_loss(trainer)
     elif on_nonfinite != "stop":
         raise ValueError(
             f"on_nonfinite: got {on_nonfinite!r} with a model, needs the trainer that holds it"
@@ -108,6 +119,7 @@ def attach(
         raise ValueError("reference: got the model that trains, needs a reference_cache with it")
     if isinstance(reference, nn.Module):
         require_trained_head(reference, "reference")
+    shared.take(policy, reference if isinstance(reference, nn.Module) else None)
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
     if loss_fn.ld_alpha is not None and needs & OF_BOTH_HEADS:
@@ -136,6 +148,7 @@ def attach(
         require_whole_lists(trainer, loss_fn)
     attachment = Attachment(policy, loss_fn, source, log_tokens, router_coefficient)
     if trainer is not None:
+        shared.tell(attachment)
         leave_out_ligers_loss(trainer.args)
         let_collator_check(trainer)
         keep_batches_whole(trainer, pairwise=loss_fn.loss.pairwise)
@@ -144,7 +157,7 @@ def attach(
     return attachment
 
 
-class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
+class LogsPreferences(SharesBatches, KeepsLossState, PreparesExactly, MindsNonfinite):
     """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
 
     compute_loss_func: Any
@@ -157,10 +170,16 @@ class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
             found = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
             self.judge_before_backward(model, found[0] if return_outputs else found)
             return found
-        inputs = past_wrappers(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)  # type: ignore[misc]
+        is_shard, inputs = SHIFT_LABELS in inputs, past_wrappers(inputs)
+        if is_shard and self.shared.by_deepspeed:
+            # The trainer's own would be the cross-entropy of these labels.
+            outputs = model(**inputs)
+            loss = outputs["loss"]
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, **kwargs)  # type: ignore[misc]
         if loss is outputs["loss"]:
             loss = exact_loss(loss, inputs)
+        self.shared.before_backward(loss)
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -176,9 +195,7 @@ class LogsPreferences(KeepsLossState, PreparesExactly, MindsNonfinite):
         There are no logits, so what it returns, and `predict` with it, has no predictions.
         """
         self.attachment.forget_metrics("eval")
-        output = super().evaluation_loop(  # type: ignore[misc]
-            *args, metric_key_prefix=metric_key_prefix, **kwargs
-        )
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.attachment.pop_metrics("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in metrics})
         return output
@@ -262,6 +279,10 @@ def _add_reference_logps(
 
     tokenizer = trainer.processing_class
     source.place(trainer.args.device)
+    shared: SharedBatches = trainer.shared
+    if shared.attention is not None:
+        # The ranks exchange its values, which not every backend does on the CPU.
+        place(source.model, trainer.args.device)
 
     def with_columns(data: Any) -> Any:
         if data is None:
@@ -276,6 +297,7 @@ def _add_reference_logps(
                 batch_size=trainer.args.per_device_eval_batch_size,
                 cache_dir=folder,
                 progress=not trainer.args.disable_tqdm,
+                shared=shared,
             )
 
     trainer.train_dataset = with_columns(trainer.train_dataset)

@@ -18,7 +18,9 @@ _IMPORTED = [
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
     "fused_prefopt.integrations.transformers",
+    "fused_prefopt.integrations.trl",
     "peft",
+    "deepspeed",
 ]
 
 

@@ -178,8 +178,9 @@ def _refuse(cfg: Any, kind: str, *, named: bool) -> None:
         )
     if (cfg.context_parallel_size or 1) > 1:
         raise ValueError(
-            f"context_parallel_size: got {cfg.context_parallel_size}, needs 1: a completion's"
-            " tokens must be on one device"
+            f"context_parallel_size: got {cfg.context_parallel_size}, needs 1: Axolotl splits"
+            " batches of labels by hooks of its own, which know nothing of completions; cp_size of"
+            " accelerate works with FusedDPOTrainer and PreferenceTrainer"
         )
 
 

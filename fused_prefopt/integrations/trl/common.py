@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from inspect import signature
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, use_adapter
@@ -27,7 +27,7 @@ from fused_prefopt.data.columns import (
     WEIGHTS_OF_IDS,
 )
 from fused_prefopt.distributed import sum_over_ranks
-from fused_prefopt.integrations.attach import OF_REFERENCE
+from fused_prefopt.integrations.attach import OF_REFERENCE, place
 from fused_prefopt.integrations.layouts import (
     keep_batches_whole,
     layout_of,
@@ -36,6 +36,7 @@ from fused_prefopt.integrations.layouts import (
 )
 from fused_prefopt.integrations.nonfinite import MindsNonfinite, mind_nonfinite
 from fused_prefopt.integrations.options import FusedOptions
+from fused_prefopt.integrations.sequence_parallel import SharesBatches, share_batches
 from fused_prefopt.integrations.trainer_checks import (
     CheckedTokens,
     CountedLabels,
@@ -77,7 +78,13 @@ _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir
 
 
 class FusesLoss(
-    TakesLossAlone, KeepsLossState, PreparesExactly, MindsNonfinite, TakesLists, KeepsTeachingRows
+    SharesBatches,
+    TakesLossAlone,
+    KeepsLossState,
+    PreparesExactly,
+    MindsNonfinite,
+    TakesLists,
+    KeepsTeachingRows,
 ):
     """Mixin for a trainer of TRL's with a loss of this package, computed without logits."""
 
@@ -101,6 +108,8 @@ class FusesLoss(
     # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
     _tp_size: int = 1
     _name: ClassVar[str]
+    # A data set with the columns that TRL's `_precompute_ref_logps` adds.
+    _with_own_references: Callable[[Any, str, int], Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = signature(super().__init__).bind(*args, **kwargs)
@@ -165,6 +174,7 @@ class FusesLoss(
             log_tokens=config.log_tokens,
             router_coefficient=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
+        self.shared.tell(self.attachment)
         mind_nonfinite(self, config.on_nonfinite)
 
     def _default_config(self, model: Any) -> FusedOptions:
@@ -194,10 +204,13 @@ class FusesLoss(
                 )
             self.data_collator = self._collator(self._layout)
         keep_batches_whole(self, pairwise=self.config_type.pairwise)
+        shared = share_batches(self)
         models = [self.model]
         if self.needs_reference and self.ref_model is not None:
             models.append(self.ref_model)
-        require_layout(self, *map(self.accelerator.unwrap_model, models))
+        models = [*map(self.accelerator.unwrap_model, models)]
+        require_layout(self, *models)
+        shared.take(*models)
         if not self._is_vision_dataset:
             cut = Cut.of(self.args, self.config_type.pairwise)
             self.data_collator = WeightedTokens(self.data_collator, cut)
@@ -248,7 +261,7 @@ class FusesLoss(
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the metrics of a `predict` before it are not its."""
         self.attachment.forget_metrics("eval")
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss's metrics since the last log, means over steps and ranks."""
@@ -270,6 +283,9 @@ class FusesLoss(
         self._lay_out()
         if self._has_lists:
             return self._with_list_references(dataset, name, batch_size)
+        if self.shared.copies > 1:
+            # TRL gathers the values of every rank, of which several have one batch.
+            return self._with_own_references(dataset, name, batch_size)
         own: tuple[Any, ...]
         own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
         # TRL's key has the rows, which its collator cuts afterwards.
@@ -288,11 +304,27 @@ class FusesLoss(
         )
         return found
 
+    def _require_own_references(self, dataset: Any) -> None:
+        """Raise ValueError where `_own_reference_logps` does not compute what TRL's loop does."""
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
+                " length"
+            )
+        if self._op_options["ld_alpha"] is not None:
+            raise ValueError(
+                f"precompute_ref_log_probs: got True with ld_alpha={self._op_options['ld_alpha']}"
+                " and ranks that share batches, needs False"
+            )
+
     def _own_reference_logps(
         self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
     ) -> list[dict[str, Any]]:
         """`add_reference_logps` of the reference, kept in the output's folder."""
         model = self.model if self.ref_model is None else self.ref_model
+        if self.shared.attention is not None:
+            # The ranks exchange its values, which not every backend does on the CPU.
+            place(model, self.accelerator.device)
         with self._as_reference(model), self.accelerator.autocast():
             return add_reference_logps(
                 model,
@@ -302,6 +334,7 @@ class FusesLoss(
                 cache_dir=Path(self.args.output_dir) / "reference_logps",
                 progress=not self.args.disable_tqdm,
                 description=f"reference log-probs of {name}",
+                shared=self.shared,
             )
 
     def _require_image_values(self) -> None:
@@ -348,7 +381,9 @@ class FusesLoss(
         """`completion_logps` through the model's wrappers."""
         fields = {name: batch[name] for name in (*LAYOUT, *INPUTS) if name in batch}
         with self.accelerator.autocast():
-            return logps_through(model, fields, prompt=prompt, **self._op_options)
+            group = self.shared.sequences
+            options = self._op_options | {"prompt": prompt, "sequence_group": group}
+            return logps_through(model, fields, **options)
 
     def _reference_logps(
         self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
@@ -15,8 +16,10 @@ from fused_prefopt.data.columns import (
     GOLD,
     GOLD_IDS,
     GOLD_LENGTHS,
+    PAIR_IDS,
     PAIR_REFERENCES,
     PROMPT,
+    PROMPT_IDS,
     PROMPT_LENGTHS,
     REF_CHOSEN_LOGPS,
     REFERENCE,
@@ -139,6 +142,17 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """(B,) chosen and (B,) rejected summed log-probs of the reference, in nats."""
         return self._reference_logps(model, inputs)["completion"].chunk(2)
+
+    def _with_own_references(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._require_own_references(dataset)
+        ids = (PROMPT_IDS, *PAIR_IDS)
+        used = [*ids, *(WEIGHTS_OF_IDS[each] for each in PAIR_IDS)]
+        features = list(dataset.select_columns([n for n in used if n in dataset.column_names]))
+        cut = {"max_length": self.args.max_length, "truncation_mode": self.args.truncation_mode}
+        collator = PairCollator(self._tokenizer.pad_token_id, **cut)
+        rows = self._own_reference_logps(features, collator, name, batch_size)
+        columns = {each: [row[each] for row in rows] for each in PAIR_REFERENCES}
+        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 
     def _fields_of_row(self, row: Mapping[str, Any]) -> set[str]:
         given = {REFERENCE, *OF_BOTH_HEADS, PROMPT, PROMPT_LENGTHS}

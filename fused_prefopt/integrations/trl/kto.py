@@ -267,32 +267,41 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
                     )
         if PROMPT_REFERENCE not in self.needs:
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
-                " length"
-            )
-        tokenwise = [
-            name for name in (COMPLETION_IDS, TOKEN_WEIGHTS) if name in dataset.column_names
-        ]
-        cut = Cut.of(self.args, pairwise=False)
         if self._has_lists:
             return self._with_list_references(dataset, name, batch_size)
+        return self._with_own_references(dataset, name, batch_size)
+
+    def _with_own_references(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._require_own_references(dataset)
+        rows = self._references_of(dataset, "", name, batch_size)
+        columns = {REF_LOGPS: [row[REFERENCE] for row in rows]}
+        if PROMPT_REFERENCE in self.needs:
+            columns[REF_PROMPT_LOGPS] = [row[PROMPT_REFERENCE] for row in rows]
+        elif self.calculate_KL:
+            rows = self._references_of(dataset, MISMATCHED, name, batch_size)
+            columns[REF_KL_LOGPS] = [row[REFERENCE] for row in rows]
+        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+
+    def _references_of(
+        self, dataset: Any, prefix: str, name: str, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """`_own_reference_logps` of the completions in the columns with a prefix."""
+        cut = Cut.of(self.args, pairwise=False)
+        tokenwise = [
+            each
+            for each in (COMPLETION_IDS, TOKEN_WEIGHTS)
+            if prefix + each in dataset.column_names
+        ]
         features = [
             {PROMPT_IDS: row[PROMPT_IDS]}
             | {
-                name: cut_side(row[PROMPT_IDS], row[name], cut.max_length, cut.mode)[1]
-                for name in tokenwise
+                each: cut_side(row[PROMPT_IDS], row[prefix + each], cut.max_length, cut.mode)[1]
+                for each in tokenwise
             }
             for row in dataset
         ]
         collator = PointCollator(self._tokenizer.pad_token_id)
-        rows = self._own_reference_logps(features, collator, name, batch_size)
-        columns = {
-            REF_LOGPS: [row[REFERENCE] for row in rows],
-            REF_PROMPT_LOGPS: [row[PROMPT_REFERENCE] for row in rows],
-        }
-        return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
+        return self._own_reference_logps(features, collator, name, batch_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The rows in order where the configuration says so, which old transformers do not read."""
