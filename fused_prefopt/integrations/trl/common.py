@@ -71,8 +71,9 @@ from fused_prefopt.models.model_call import INPUTS, evaluating
 from fused_prefopt.preference import PreferenceLoss
 from fused_prefopt.reference import add_reference_logps
 
-# A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
-_TUNERS = "BaseTunerLayer"
+# Names in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed, and
+# what makes a text of all weights.
+_TUNERS, _HASH = "BaseTunerLayer", "hash_module"
 # Options that a model's config is read with, of those that the model is loaded with.
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
 
@@ -144,7 +145,7 @@ class FusesLoss(
         with (
             _given(config, **self._given_to_trl(config, loss_fn)),
             images_precomputed(self, given.arguments),
-            _any_head(self),
+            _any_model(self),
         ):
             super().__init__(*given.args, **given.kwargs)
         if not self.needs_reference:
@@ -405,18 +406,20 @@ class FusesLoss(
 
 
 @contextmanager
-def _any_head(trainer: Any) -> Iterator[None]:
-    """Let TRL's constructor take an adapter on the head, which this package's loss trains.
+def _any_model(trainer: Any) -> Iterator[None]:
+    """Let TRL's constructor take an adapter on the head, and weights that ranks share.
 
-    TRL computes its own loss of the weight alone, so its constructor refuses such an adapter. It
-    has no door past that: no option, and no method to override between the model that it makes
-    of its arguments and the check. So the class by which its module tells adapters, a name that
-    the module imports for the check alone, is another one while the constructor runs.
-    `tests/integrations/test_doors.py` notices when TRL takes such an adapter.
+    TRL computes its own loss of the weight alone, so it refuses such an adapter; and to name what
+    it precomputes, nothing where no reference is wanted, it hashes all weights, but cannot those of
+    tensor parallelism. It has no door past: no option, and no method to override after it makes the
+    model of its arguments. So names that its module imports for these are others while it runs.
+    `tests/integrations/test_doors.py` notices when TRL takes such models.
     """
     kind = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
     module = sys.modules[kind.__module__]
-    with _given(module, **({_TUNERS: _NoLayer} if hasattr(module, _TUNERS) else {})):
+    names: dict[str, Any] = {_TUNERS: _NoLayer}
+    names |= {} if trainer.needs_reference else {_HASH: str}
+    with _given(module, **{name: each for name, each in names.items() if hasattr(module, name)}):
         yield
 
 
