@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -117,7 +121,9 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_with_gradient(grad, ctx.group), None
 
 
-def gather_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
+def gather_over_ranks(
+    values: Tensor, group: dist.ProcessGroup | None = None, *, contents: str = "values"
+) -> tuple[Tensor, int]:
     """Concatenation of the ranks' vectors, which may differ in length or be empty.
 
     On CUDA with several ranks this waits once for the lengths: the result's shape depends on them.
@@ -125,17 +131,25 @@ def gather_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) ->
     Args:
         values: (n_local,) this rank's values.
         group: the ranks that take part; None means all of them.
+        contents: what they are, in words: what one rank gives must mean to all what it means to it.
 
     Returns:
         (n,) the values in rank order, and the index at which this rank's values start.
+
+    Raises:
+        ValueError: ranks give other contents or another dtype; on all of them.
     """
     world = world_size(group)
     if world == 1:
         return values, 0
-    length = values.new_full((1,), values.shape[0], dtype=torch.int64)
-    gathered_lengths = [torch.empty_like(length) for _ in range(world)]
-    dist.all_gather(gathered_lengths, length, group=group)
-    lengths: list[int] = torch.cat(gathered_lengths).tolist()
+    described = f"{contents} in {values.dtype}"
+    own = torch.tensor([values.shape[0], zlib.crc32(described.encode())], device=values.device)
+    headers = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(headers, own, group=group)
+    lengths, kinds = torch.stack(headers).t().tolist()
+    if len(set(kinds)) > 1:
+        every = gather_objects(described, group)
+        raise ValueError(f"ranks: got {_by_rank(every)}, needs the same on all of them")
 
     padded = values.new_zeros(max(lengths))
     padded[: values.shape[0]] = values
@@ -145,20 +159,71 @@ def gather_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) ->
     return torch.cat(parts), sum(lengths[: dist.get_rank(group)])
 
 
-def gather_objects(own: Any) -> list[Any]:
+def gather_objects(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """One object of every rank, in rank order; every rank must make the call.
 
     Args:
         own: this rank's, which pickle takes: ranks need not agree on shapes or names.
+        group: the ranks that take part; None means all of them.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [own]
-    every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, own)
+    every: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(every, own, group=group)
     return every
 
 
-def wait_for_all_ranks() -> None:
-    """Return once every rank has made the call."""
-    if world_size() > 1:
-        dist.barrier()
+def gather_outcomes(compute: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What `compute` returns on every rank, in rank order; where it raises on one, all raise.
+
+    Without it the others would wait for the one that has gone.
+
+    Args:
+        compute: what is different on each rank, and does not call the others meanwhile.
+        group: the ranks that take part; None means all of them.
+
+    Raises:
+        Exception: this rank's own, as it is; else the first other rank's, of the same type where
+            that is ValueError, else RuntimeError.
+    """
+    found, error = None, None
+    try:
+        found = compute()
+    except Exception as raised:
+        error = raised
+    # As texts: not every exception goes through pickle.
+    told = None if error is None else (isinstance(error, ValueError), _told(error))
+    every: list[Any] = gather_objects((found, told), group)
+    if error is not None:
+        raise error
+    for number, (_, other) in enumerate(every):
+        if other is not None:
+            kind = ValueError if other[0] else RuntimeError
+            raise kind(f"rank {number}: {other[1]}")
+    return [each for each, _ in every]
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _by_rank(every: list[str]) -> str:
+    return ", ".join(f"{each} on rank {number}" for number, each in enumerate(every))
+
+
+def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """A group of the same ranks whose collectives take tensors on the CPU, without a device's wait.
+
+    Every rank of the group must make the call. Sockets tell at once of a rank that has died.
+
+    Args:
+        group: the ranks; None means all of them.
+
+    Returns:
+        The group itself where it takes such tensors.
+    """
+    if "gloo" in str(dist.get_backend_config(group)):
+        return group
+    ranks = None if group is None else dist.get_process_group_ranks(group)
+    # Groups of some ranks: the others make no such call.
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)

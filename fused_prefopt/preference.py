@@ -26,6 +26,7 @@ from fused_prefopt.losses import (
     pairs_of_lists,
     perturbation_of,
 )
+from fused_prefopt.losses.counts import is_mixed, share_of_rank
 from fused_prefopt.losses.lists import require_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
@@ -52,9 +53,10 @@ class PreferenceLoss(nn.Module):
     update them and in `eval()` mode to leave them alone.
 
     Under torch.distributed the mean over ranks of the loss's gradient, which data parallelism
-    takes, is that of one process with all pairs, or lists, where the ranks hold equally many, and
-    for a loss that spans the batch (`available_losses()[name].coupled`) with any numbers: it
-    exchanges the pairs' log-probs in `train()` mode. In `eval()` mode nothing is exchanged.
+    takes, is that of one process with all pairs, or lists, where the ranks hold equally many, with
+    `uneven_ranks` with any numbers, and so for a loss that spans the batch
+    (`available_losses()[name].coupled`): it exchanges the pairs' log-probs in `train()` mode. In
+    `eval()` mode nothing is exchanged.
     Where ranks share sequences too (`forward`'s `sequence_group`), `process_group` is the ranks
     whose pairs differ, and the mean is that over all ranks of both. It is those ranks as well where
     ranks share the rows of a head (`LMHead`).
@@ -80,6 +82,11 @@ class PreferenceLoss(nn.Module):
             ``{"name": "adaptive", "alpha": 0.05}``, another of `losses.added_margin`, or a part
             such as `losses.DynamicMargin`. The loss keeps its own; only one of both may keep a
             statistic.
+        uneven_ranks: ranks may hold different numbers of pairs, lists or completions, or none: in
+            `train()` mode the `loss` of a rank with n of them is its mean times ``n W / Σ n`` over
+            the W ranks of `process_group`, so that the mean over ranks is that over all pairs.
+            Every rank must make the call: one sum of one number, for which no device is waited.
+            False where they cannot differ, and in trainers, which see to it themselves.
         **hyperparameters: of the loss, of a sum of every term that has them: one β for all. They
             go before those of a published setting, and a term's own in the list before them.
 
@@ -106,6 +113,7 @@ class PreferenceLoss(nn.Module):
         ld_alpha: float | None = None,
         use_weighting: bool = False,
         margin: MarginName | None = None,
+        uneven_ranks: bool = False,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
@@ -124,6 +132,12 @@ class PreferenceLoss(nn.Module):
         self.ld_alpha = ld_alpha
         self.use_weighting = use_weighting
         self.margin = margin
+        if uneven_ranks and is_mixed(self.loss):
+            raise ValueError(
+                f"uneven_ranks: got True for {self.name}, a sum of means over groups and over"
+                " single completions, of which a rank has unlike shares; needs terms of one kind"
+            )
+        self.uneven_ranks = uneven_ranks
         self._process_group: dist.ProcessGroup | None = None
         if self.statistics is not None:
             # Of a loss that spans the batch `from_logps` has gathered it already.
@@ -301,9 +315,18 @@ class PreferenceLoss(nn.Module):
                 pairs, P of them, are those of `losses.pairs_of_lists`, which needs `rewards`.
 
         Raises:
-            ValueError: the loss needs a field that is missing, or the batch does not fit it.
+            ValueError: the loss needs a field that is missing, or the batch does not fit it; or
+                ranks that exchange their pairs give different fields.
         """
         check_needs(self.name, self.loss.needs, batch.given)
+        result = self._of_batch(batch)
+        # One that spans the batch is of all ranks already.
+        if self.loss.coupled or not (self.uneven_ranks and self.training):
+            return result
+        share = share_of_rank(self.loss, batch, self.process_group)
+        return replace(result, loss=result.loss * share.to(result.loss.dtype))
+
+    def _of_batch(self, batch: LogpBatch) -> LossOutput:
         if not self._takes_as_lists(batch.given):
             return self._of_pairs(batch)
         pairs = pairs_of_lists(batch, self.process_group, all_ranks=self._spans_ranks)
@@ -337,6 +360,7 @@ class PreferenceLoss(nn.Module):
             "ld_alpha": self.ld_alpha,
             "use_weighting": self.use_weighting or None,
             "margin": self.margin,
+            "uneven_ranks": self.uneven_ranks or None,
         }
         given = (f"{key}={value!r}" for key, value in options.items() if value is not None)
         return ", ".join([self._described, *given])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from fused_prefopt.data.columns import (
     feature_at,
 )
 from fused_prefopt.data.list_rows import members_of, with_columns
-from fused_prefopt.distributed import gather_objects, rank, wait_for_all_ranks, world_size
+from fused_prefopt.distributed import gather_objects, gather_outcomes, rank, world_size
 from fused_prefopt.models.batch import batch_behind, completion_logps
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.model_call import evaluating, in_front, past_wrappers
@@ -71,6 +72,7 @@ class SharesForwards(Protocol):
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
 _Batches = list[list[int]]
+T = TypeVar("T")
 
 
 def add_reference_logps(
@@ -98,8 +100,8 @@ def add_reference_logps(
     autocast they are those of autocast: make the call under the one that the training runs under.
 
     Args:
-        model: the reference, on the device to run on, dense or sharded by FSDP2; it is put in eval
-            mode and back.
+        model: the reference, on the device to run on, dense, sharded by FSDP or in DeepSpeed's
+            engine; it is put in eval mode and back.
         features: token ids, as `tokenise_pairs`, `tokenise_points` or `tokenise_lists` return them.
         collator: that of the features, any layout; lists go completion by completion.
         tokenizer: what made the token ids, to be part of what the cache belongs to; None leaves
@@ -118,7 +120,9 @@ def add_reference_logps(
         ValueError: `cache_file` belongs to another model, precision, tokenizer or data (the
             message says which), a cache's file is damaged, both caches are given, ranks hold
             different features, a cache is to belong to a model whose weights are not here
-            (ZeRO-3, offloading), or the model gives a log-prob that is not finite.
+            (FSDP1, offloading), or the model gives a log-prob that is not finite. What one rank
+            meets, all raise.
+        RuntimeError: another rank has failed in another way, such as by a full disk.
     """
     if cache_dir is not None and cache_file is not None:
         raise ValueError("cache_file: got a file and a cache_dir, needs one of them")
@@ -143,10 +147,14 @@ def add_reference_logps(
     if missing:
         # Of the ranks with one batch one writes.
         writes = shared is None or shared.is_first
-        _fill(known, run, _share(missing, shared), cache if writes else None, save_every)
-        known = _union(gather_objects(known))
+        share = _share(missing, shared)
+        folder = cache if writes else None
+        of_tokens = shared is not None and shared.sequences is not None
+        joint = of_tokens or _is_sharded(model)
+        gather = _unless_one_raises if joint else gather_outcomes
+        known = _union(gather(lambda: _fill(known, run, share, folder, save_every)))
     if cache is not None:
-        _finish(cache, known)
+        _finish(cache, known, computed=bool(missing))
     values = {name: column.tolist() for name, column in known.columns.items()}
     if lists is None:
         return [
@@ -239,8 +247,8 @@ def _fill(
     mine: list[int],
     cache: ReferenceCache | None,
     save_every: int,
-) -> None:
-    """Compute this rank's batches, by number, and keep them in parts of the cache."""
+) -> PartialColumns:
+    """`known` with this rank's batches, by number, computed; kept in parts of the cache too."""
     unsaved: list[int] = []
     results = run.over([run.batches[number] for number in mine])
     for count, (number, (indices, columns)) in enumerate(zip(mine, results, strict=True), start=1):
@@ -248,10 +256,13 @@ def _fill(
         known.add(torch.tensor(indices), columns)
         unsaved.append(number)
         if cache is not None and (count % save_every == 0 or count == len(mine)):
-            name = f"{run.batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}"
+            # Of other ranks, jobs and worlds no two write other rows by one name.
+            rows = zlib.crc32(repr(unsaved).encode())
+            name = f"{run.batch_size}-{unsaved[0]:06d}-{unsaved[-1]:06d}-{rows:08x}"
             part = torch.tensor([index for each in unsaved for index in run.batches[each]])
             cache.save_part(name, part, {k: v[part] for k, v in known.columns.items()})
             unsaved = []
+    return known
 
 
 @torch.no_grad()
@@ -294,11 +305,21 @@ def _check_finite(
                 )
 
 
-def _finish(cache: ReferenceCache, known: PartialColumns) -> None:
-    """Rank 0 writes the whole; no rank returns before the file is there."""
-    if rank() == 0 and not cache.path.is_file():
-        cache.finish(known)
-    wait_for_all_ranks()
+def _finish(cache: ReferenceCache, known: PartialColumns, *, computed: bool) -> None:
+    """Rank 0 writes the whole; no rank returns before the file is there.
+
+    Another job may have finished it meanwhile, or put that of another model in its place.
+    """
+
+    def write() -> None:
+        if rank() > 0:
+            return
+        if not cache.path.is_file():
+            cache.finish(known)
+        elif computed:
+            cache.load(len(known.done))
+
+    gather_outcomes(write)
     # A rank on a disk of its own has parts that rank 0 does not see.
     cache.clear_parts()
 
@@ -312,16 +333,23 @@ def _share(missing: list[int], shared: SharesForwards | None) -> list[int]:
 
 def _load(cache: ReferenceCache, size: int) -> PartialColumns:
     """Log-probs that any rank has on disk; where one refuses its file, all do."""
-    found: PartialColumns | ValueError
-    try:
-        found = cache.load(size)
-    except ValueError as error:
-        found = error
-    every = gather_objects(found)
-    for each in every:
-        if isinstance(each, ValueError):
-            raise each
-    return _union(every)
+    return _union(gather_outcomes(lambda: cache.load(size)))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold parts of a model, which FSDP or ZeRO-3 gathers in its passes."""
+    values, modules = model.parameters(), model.modules()
+    parts = any(hasattr(each, "placements") or hasattr(each, "ds_id") for each in values)
+    return parts or any(type(each).__name__ == "FullyShardedDataParallel" for each in modules)
+
+
+def _unless_one_raises(compute: Callable[[], T]) -> list[T]:
+    """`gather_outcomes` of what ranks compute together.
+
+    The others wait for a rank that fails in the middle of it, not for what it has to tell: there
+    its end is what ends them.
+    """
+    return gather_objects(compute())
 
 
 def _union(every: list[PartialColumns]) -> PartialColumns:
@@ -344,7 +372,7 @@ def _cut_of(collator: Collator) -> tuple[int | None, str]:
 
 
 def _check_ranks(features: Sequence[Feature]) -> None:
-    if world_size() > 1 and len(set(gather_objects(data_fingerprint(features)))) > 1:
+    if world_size() > 1 and len(set(gather_outcomes(lambda: data_fingerprint(features)))) > 1:
         raise ValueError("features: got different ones on the ranks, needs all of them on each")
 
 

@@ -7,6 +7,7 @@ that and of the columns.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ _KIND = "fused_prefopt reference log-probs 3"
 _EARLIER = b"fused_prefopt reference log-probs"
 _INDICES = "indices"
 _THREADS = 8
+# Attempts to read a file that others replace.
+_READS = 5
 # Config entries that say where a model comes from or how it was saved, not what it computes; the
 # weights' own dtypes are hashed with them.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
@@ -49,12 +52,13 @@ def model_fingerprint(model: nn.Module, *, progress: bool = False) -> str:
     hashing releases Python's lock; no more than those few tensors are copied from the device.
 
     Args:
-        model: dense or sharded by FSDP2, in which case every rank must make the call; PEFT's and
-            DDP's wrappers do not count, but a prompt that PEFT's adapter learned does.
+        model: dense, sharded by FSDP2 or partitioned by ZeRO-3, in which cases every rank must make
+            the call; PEFT's, DDP's and DeepSpeed's wrappers do not count, but a prompt that PEFT's
+            adapter learned does.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a weight has no values here, partitioned by ZeRO-3 or offloaded.
+        ValueError: a weight has no values here, as one that is offloaded.
     """
     learners, model = prompt_learners(model), unwrapped(model)
     _require_weights(model)
@@ -130,11 +134,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _require_weights(model: nn.Module) -> None:
     """Raise ValueError where a weight is a placeholder, the same whatever its values are."""
     for name, weight in model.named_parameters():
+        # DeepSpeed's mark of what it can gather.
+        if hasattr(weight, "ds_id"):
+            continue
         if not weight.numel() or weight.is_meta:
             kind = " on the meta device" if weight.is_meta else ""
             raise ValueError(
                 f"model: got {name} of shape {tuple(weight.shape)}{kind}, needs its values to"
-                " recognise a cache by: compute log-probs before ZeRO-3 partitions the model or"
+                " recognise a cache by: compute log-probs before FSDP1 shards the model or"
                 " accelerate offloads it, or without a cache"
             )
 
@@ -173,7 +180,8 @@ def _lasting(settings: Any) -> Any:
 
 def _hashed(model: nn.Module, progress: bool) -> Iterator[tuple[str, str]]:
     """Name and hash of every tensor, by name."""
-    state = sorted(model.state_dict().items())
+    # As parameters: ZeRO-3's know where their values are.
+    state = sorted(model.state_dict(keep_vars=True).items())
     names = iter(_bar(state, progress))
     threads = min(_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
@@ -184,6 +192,11 @@ def _hashed(model: nn.Module, progress: bool) -> Iterator[tuple[str, str]]:
 
 
 def _whole(value: Any) -> Any:
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            return value.detach().clone()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
@@ -266,7 +279,9 @@ class ReferenceCache:
     """One finished file, or parts beside it until it is finished.
 
     Every file is written elsewhere and renamed, so that none is ever half-written, and any number
-    of processes may write the same cache: they write the same values.
+    of processes may write the same cache: they write the same values. There are no locks: who does
+    not see another's file yet computes what is in it. Every file has a hash of what is in it, and
+    is read whole, so that one of which a disk shows a part is an error.
 
     Args:
         path: of the finished file.
@@ -349,7 +364,12 @@ class ReferenceCache:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        try:
+            beside.replace(path)
+        except FileNotFoundError:
+            # On NFS, where the server has done it and its answer was lost: the second attempt.
+            if not path.is_file():
+                raise
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -362,8 +382,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    # Not mapped into memory: another process may delete the file meanwhile.
-    content = path.read_bytes()
+    content = _content(path)
     again = "delete it, and its log-probs are computed again"
     if content.startswith(_EARLIER):
         raise ValueError(
@@ -389,6 +408,19 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     ):
         raise ValueError(f"{path}: got a damaged or truncated file, needs a whole one; {again}")
     return metadata, columns
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes, as they are or were; FileNotFoundError where there is none (any more)."""
+    for _ in range(_READS):
+        try:
+            # Not mapped into memory: another process may replace or delete the file meanwhile.
+            return path.read_bytes()
+        except OSError as error:
+            # On NFS, of a file that another machine has replaced or deleted while it was open.
+            if error.errno != errno.ESTALE:
+                raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _metadata(content: bytes) -> dict[str, str] | None:

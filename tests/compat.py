@@ -26,6 +26,7 @@ RESULTS = PAGE.with_suffix(".json")
 
 INTERPRETED = "kernels, interpreted"
 TRL = "TRL's trainers"
+ENGINES = "FSDP and DeepSpeed"
 # Part → its files.
 PARTS = {
     "op": (
@@ -48,6 +49,7 @@ PARTS = {
     "Axolotl": ("frameworks/test_axolotl.py",),
     "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
     "ms-swift": ("frameworks/test_ms_swift.py", "frameworks/test_swift_options.py"),
+    ENGINES: ("frameworks/test_deepspeed.py", "integrations/test_sharded_trainers.py"),
 }
 # What needs no framework but transformers.
 CORE = ("op", INTERPRETED, "losses", "transformers' trainers")
@@ -64,6 +66,7 @@ PACKAGES = (
     "axolotl",
     "llamafactory",
     "ms-swift",
+    "deepspeed",
 )
 HEAD = f"""# Compatibility
 
@@ -140,7 +143,7 @@ class Environment:
         """All that decides what it holds."""
         files = [path for path in (self.requirements, self.alone) if path.is_file()]
         below = "" if self.base is None else environment_of(self.base).made_of()
-        return below + "".join(path.read_text(encoding="utf-8") for path in files)
+        return below + "".join(map(_with_included, files))
 
     def make(self) -> None:
         """Install the packages, unless what is there was made of these requirements."""
@@ -187,7 +190,8 @@ class Environment:
                 "--numprocesses",
                 "auto",
                 "--dist",
-                "worksteal",
+                # What a file's tests share there, trainings of two processes, is made once.
+                "loadfile" if part == ENGINES else "worksteal",
             ]
             + ["-p", "no:cacheprovider", f"--junitxml={report}", *chosen, *files],
             env=os.environ | settings,
@@ -212,7 +216,16 @@ ENVIRONMENTS = (
     Environment("axolotl", "3.11", ("Axolotl",)),
     Environment("llamafactory", "3.11", ("LLaMA-Factory",)),
     Environment("ms-swift", "3.11", ("ms-swift",)),
+    Environment("distributed", "3.11", (ENGINES,)),
 )
+
+
+def _with_included(path: Path) -> str:
+    """A file of requirements, and those that it includes."""
+    text = path.read_text(encoding="utf-8")
+    lines = (line.split() for line in text.splitlines())
+    included = [path.parent / words[1] for words in lines if words[:1] == ["--requirement"]]
+    return text + "".join(map(_with_included, included))
 
 
 def environment_of(name: str) -> Environment:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 import re
 
-from compat import ENVIRONMENTS, PAGE, PARTS, RESULTS, ROOT, TRL, counts_of, page_of, went_well
+from compat import (
+    ENVIRONMENTS,
+    PAGE,
+    PARTS,
+    RESULTS,
+    ROOT,
+    TRL,
+    Environment,
+    counts_of,
+    page_of,
+    went_well,
+)
 
 from fused_prefopt.checks import OLDEST
 
@@ -71,3 +82,16 @@ def test_counts_of_a_report(tmp_path):
     assert not went_well({"exit": 0, **counts, "failed": [], "passed": 0})
     assert went_well({"exit": 0, **counts, "failed": []})
     assert not went_well({"exit": 2, "failed": []})
+
+
+def test_an_environment_is_made_anew_where_a_file_that_it_includes_has_changed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("compat.TESTS", tmp_path)
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "versions" / "one.txt").write_text("--requirement ../two.txt\nc==3\n")
+    (tmp_path / "two.txt").write_text("a==1\n")
+    environment = Environment("one", "3.11", ())
+    assert environment.made_of() == "--requirement ../two.txt\nc==3\na==1\n"
+    (tmp_path / "two.txt").write_text("a==2\n")
+    assert "a==2" in environment.made_of()

@@ -35,7 +35,7 @@ from fused_prefopt.data.columns import (
     require_columns,
     stacked,
 )
-from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.labels import count_groups, count_labels
 from fused_prefopt.data.list_rows import Member, members_of
 from fused_prefopt.data.shared_prompts import shared_layout
 from fused_prefopt.data.token_weights import of_targets, spread, token_weights
@@ -271,7 +271,7 @@ class PointCollator(_Collator):
         """
         _require_features(features, (PROMPT_IDS, COMPLETION_IDS))
         batch = self._layout(features, (COMPLETION_IDS,))
-        return batch | _fields(features, POINT_FIELDS)
+        return count_groups(batch | _fields(features, POINT_FIELDS))
 
 
 @dataclass

@@ -87,6 +87,8 @@ LAYOUT = (
     *(SEQUENCE_IDS, NUM_SEQUENCES, SEGMENTS, PREDICTORS, TARGETS, TARGET_SEQUENCES),
     *(*SHARD_LABELS, TOKEN_WEIGHTS),
 )
+# A batch's flag that it stands for none: this rank's data have ended before those of others.
+SPENT = "spent"
 # Examples of which a collator made the batch, by number, where it left others out.
 KEPT_ROWS = "kept_rows"
 # TRL's prefix of the layout of mismatched completions.

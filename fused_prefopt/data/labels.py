@@ -13,6 +13,7 @@ from fused_prefopt.checks import require_shape
 from fused_prefopt.data.columns import (
     ATTENTION_MASK,
     COMPLETION_MASK,
+    GROUPS,
     INPUT_IDS,
     LABEL_COUNTS,
     SEQUENCE_IDS,
@@ -31,6 +32,9 @@ class LabelCounts(UserDict[str, Any]):
         shape: of the batch's `completion_mask`.
         completion: labelled rows of the completions.
         prompt: of the prompts.
+
+    Attributes:
+        groups: number of the batch's groups, None where it has none or is not counted yet.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class LabelCounts(UserDict[str, Any]):
     ) -> None:
         super().__init__(items or {})
         self._shape, self._completion, self._prompt = shape, completion, prompt
+        self.groups: int | None = None
 
     def to(self, *_: Any, **__: Any) -> LabelCounts:
         """Itself: on every device's host."""
@@ -92,6 +97,30 @@ def counts_of(batch: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if not isinstance(counts, LabelCounts) or torch.compiler.is_compiling():
         return None, None
     return counts.of(batch)
+
+
+def count_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, whose counts know how many groups it has, where it has some.
+
+    Args:
+        batch: of a collator, on the CPU.
+    """
+    counts = batch.get(LABEL_COUNTS)
+    if GROUPS in batch and isinstance(counts, LabelCounts):
+        counts.groups = batch[GROUPS].unique().numel()
+    return batch
+
+
+def number_of_groups(batch: Mapping[str, Any]) -> int:
+    """The groups of a batch that has some; a GPU is waited for where nobody has counted them.
+
+    Args:
+        batch: of a collator, on any device.
+    """
+    counts = batch.get(LABEL_COUNTS)
+    if isinstance(counts, LabelCounts) and counts.groups is not None:
+        return counts.groups
+    return batch[GROUPS].unique().numel()
 
 
 def labels_of(batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:

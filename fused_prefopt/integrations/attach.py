@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fused_prefopt.data.columns import (
     COMPLETION_MASK,
@@ -25,6 +26,7 @@ from fused_prefopt.data.columns import (
     PROMPT,
     PROMPT_REFERENCE,
     REFERENCE,
+    SPENT,
     TOKEN_WEIGHTS,
     WEIGHTS,
 )
@@ -47,6 +49,7 @@ from fused_prefopt.models.batch import (
     gold_fields,
     gold_part,
     logps_through,
+    without_sequences,
 )
 from fused_prefopt.models.causal_lm import head_running, wants_router_loss
 from fused_prefopt.models.model_call import (
@@ -205,6 +208,8 @@ class Attachment:
             return own(*args, **without_side_channel(kwargs))
         batch = batch_behind(kwargs)
         self.loss_fn.train(model.training)
+        if model.training and not torch.compiler.is_compiling():
+            _refuse_join(self.loss_fn)
         extras, compared = self._with_reference(batch)
         output, weighed = _outputs(
             model,
@@ -260,6 +265,10 @@ def _outputs(
     rows = collated_rows(model, batch, prompt=PROMPT in needs, router=router, **shared)
     part = gold_part(batch) if GOLD in needs else None
     gold = None if part is None else collated_rows(model, part, prompt=False, **shared)
+    if batch.get(SPENT):
+        rows, gold, of_tokens = without_sequences(rows), gold and without_sequences(gold), False
+        extras = {name: _none(value) for name, value in extras.items()}
+        compared = None if compared is None else (compared[0], compared[1][:0])
     device = rows.hidden.device
     _move(loss_fn, device)
     extras = {name: None if value is None else value.to(device) for name, value in extras.items()}
@@ -272,7 +281,7 @@ def _outputs(
         output = replace(output, loss=loss)
     if rows.router is not None:
         coefficient, aux_loss = rows.router
-        if router_coefficient is not None:
+        if router_coefficient is not None and not batch.get(SPENT):
             coefficient = router_coefficient
         metrics = output.metrics | {"aux_loss": aux_loss.detach()}
         output = replace(output, loss=output.loss + coefficient * aux_loss, metrics=metrics)
@@ -329,6 +338,28 @@ class _LossInHead:
         output = self.loss_fn(hidden, head, rows.labels, **given)
         self.found = output, tokens
         return output.loss
+
+
+def _none(value: Tensor | None) -> Tensor | None:
+    """A field of no sequence; what belongs to the batch stays."""
+    return value[:0] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _refuse_join(loss_fn: PreferenceLoss) -> None:
+    """Raise ValueError where ranks may leave early, by DDP's `join`, that others exchange with.
+
+    A rank that has left answers DDP's own collectives, with which the loss's would be mixed up.
+    """
+    find = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+    wrapper = find()
+    joins = wrapper is not None and wrapper._join_config.enable
+    exchanges = loss_fn.statistics is not None or loss_fn.loss.coupled or loss_fn.uneven_ranks
+    if joins and exchanges:
+        raise ValueError(
+            f"join: got DDP's `join` (accelerate's `join_uneven_inputs`) with {loss_fn.name}, for"
+            " which every rank takes part in every batch; needs a loop without it, in which a rank"
+            f" that has no more batches repeats one as {{**batch, {SPENT!r}: True}}"
+        )
 
 
 def _move(loss_fn: PreferenceLoss, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from fused_prefopt.data.columns import (
     PROMPT_REFERENCE,
     REFERENCE,
     REWARDS,
+    SPENT,
 )
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.attach import OF_REFERENCE
@@ -253,17 +254,20 @@ class FusesLabelledPoints(FusesLabelled):
         if REWARDS in self.needs:
             batch |= {REWARDS: 2.0 * desirable.float() - 1.0, MADE_UP_REWARDS: True}
         if KL in self.attachment.loss_fn.loss.wants:
-            batch[KL] = self._kl(model, _mismatched(inputs))
+            is_spent = bool(inputs.get(SPENT))
+            batch[KL] = self._kl(model, _mismatched(inputs), is_spent)
             mode = "train" if model.training else "eval"
-            every = torch.full_like(batch[KL], desirable.shape[0])
+            every = torch.full_like(batch[KL], 0 if is_spent else desirable.shape[0])
             self.attachment.add_metrics(mode, {KL: batch[KL]}, {KL: every})
         return batch
 
     @torch.no_grad()
-    def _kl(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """0-d, in nats, the same on all ranks."""
+    def _kl(self, model: nn.Module, batch: Mapping[str, Any], is_spent: bool) -> Tensor:
+        """0-d, in nats, the same on all ranks; a rank whose data have ended has no part in it."""
         policy = self.logps(model, batch)["completion"]
         difference = policy - self.reference_logps(model, batch)["completion"]
+        if is_spent:
+            difference = difference[:0]
         total = sum_over_ranks(torch.stack([difference.sum(), torch.ones_like(difference).sum()]))
         return (total[0] / total[1]).clamp(min=0)
 

@@ -120,11 +120,13 @@ class MindsNonfinite:
     # Name of an option by which the optimizer steps inside the backward pass; "" without one.
     steps_in_backward: str = ""
     current_gradient_accumulation_steps: int
+    batch_share: float
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's own; a loss that is not finite returns as 0."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        return self.step_losses.add(loss, 1 / self.current_gradient_accumulation_steps)
+        weight = self.batch_share / self.current_gradient_accumulation_steps
+        return self.step_losses.add(loss, weight)
 
     def judge_before_backward(self, model: nn.Module, loss: Tensor) -> None:
         """Stop at a training loss that is not finite where the backward pass is the step."""

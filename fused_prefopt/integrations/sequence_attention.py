@@ -206,7 +206,7 @@ class UlyssesAttention:
                 module.num_key_value_groups = before
 
     def _ulysses(self, rows: int, heads: int, kv_heads: int, size: int) -> Callable[..., Any]:
-        from deepspeed.runtime.sequence_parallel import ulysses_sp  # type: ignore[import-not-found]
+        from deepspeed.runtime.sequence_parallel import ulysses_sp
 
         made: Callable[..., Any] = ulysses_sp.UlyssesSPAttentionHF(
             attn=self._own,

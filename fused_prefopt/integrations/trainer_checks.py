@@ -25,7 +25,7 @@ from fused_prefopt.data.columns import (
     REWARDS,
     SEGMENTS,
 )
-from fused_prefopt.data.labels import count_labels
+from fused_prefopt.data.labels import count_groups, count_labels
 from fused_prefopt.integrations.attach import OF_REFERENCE, lacks_reference
 from fused_prefopt.losses import check_needs
 from fused_prefopt.models.batch import given_fields, gold_part
@@ -69,6 +69,23 @@ def require_trainer(trainer: Any) -> None:
     if trainer.model_init is not None:
         raise ValueError(
             "model_init: got a function, needs a model: training would build one without the loss"
+        )
+
+
+def require_saved_adapter(trainer: Any) -> None:
+    """Raise ValueError if a trainer's checkpoints would hold a part of its model's adapter.
+
+    Of a model in FSDP1's wrappers PEFT finds no layer by its name inside them, and leaves it out of
+    what it saves and loads.
+
+    Args:
+        trainer: a `transformers.Trainer`.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1 and hasattr(trainer.model, "peft_config"):
+        raise ValueError(
+            "fsdp_config: got version 1 with an adapter, most of which PEFT would leave out of"
+            " every checkpoint; needs version 2"
         )
 
 
@@ -282,4 +299,4 @@ class CountedLabels:
             part = {each[len(prefix) :]: batch[each] for each in batch if each.startswith(prefix)}
             if part[COMPLETION_MASK].device.type == "cpu" and SEGMENTS not in part:
                 batch[prefix + LABEL_COUNTS] = count_labels(part)
-        return batch
+        return count_groups(batch)

@@ -114,10 +114,11 @@ class PreparesExactly:
 class TakesLossAlone:
     """Mixin for a trainer whose every batch becomes the attached loss: no logits are built.
 
-    In front of `MindsNonfinite`, which judges the loss.
+    In front of `WeighsBatches`, which weighs the loss, and `MindsNonfinite`, which judges it.
     """
 
     shared: SharedBatches
+    weighed: Any
     judge_before_backward: Any
     compute_loss_context_manager: Any
 
@@ -138,6 +139,7 @@ class TakesLossAlone:
         outputs = model(**arguments)
         loss = exact_loss(outputs["loss"], arguments)
         self.shared.before_backward(loss)
+        loss = self.weighed(loss)
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 

@@ -41,10 +41,13 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     let_collator_check,
     require_collated_rows,
+    require_saved_adapter,
     require_trainer,
     require_whole_lists,
 )
 from fused_prefopt.integrations.trainer_mixins import KeepsLossState, PreparesExactly
+from fused_prefopt.integrations.uneven_ranks import WeighsBatches
+from fused_prefopt.integrations.zero3 import runnable, running
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.models.causal_lm import backbone_of, readable_head
 from fused_prefopt.models.head_check import require_trained_head
@@ -79,7 +82,8 @@ def attach(
         loss_fn: the loss; it goes where the hidden states are. Not MPS, which has no float64.
         reference: where reference log-probs come from that a batch does not carry: "precomputed"
             (it must carry them), "adapter" (the model without its PEFT adapters) or a model, kept
-            whole on each rank; on the CPU it is moved to its first batch's device.
+            whole on each rank, but partitioned where ZeRO-3 loaded it so (then with a trainer); on
+            the CPU it is moved to its first batch's device.
         reference_cache: folder. The trainer's data sets then get the reference log-probs as
             columns before training, computed once for each content of model and data; training
             needs no second model. Data given later, to `evaluate` or `predict`, must bring them.
@@ -97,14 +101,16 @@ def attach(
     Raises:
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
-            GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
-            first row of a data set lacks what the loss needs, ranks share sequences of a layout or
-            a model that cannot be cut, batches would tear apart the single completions of a prompt
-            for a loss on pairs, or the reference does not fit.
+            GPUs, it makes its models itself or has a function of logits (`compute_metrics`), its
+            model has an adapter under FSDP1, the first row of a data set lacks what the loss needs,
+            ranks share sequences of a layout or a model that cannot be cut, batches would tear
+            apart the single completions of a prompt for a loss on pairs, or the reference does not
+            fit.
     """
     trainer, shared = model if isinstance(model, Trainer) else None, SharedBatches()
     if trainer is not None:
         require_trainer(trainer)
+        require_saved_adapter(trainer)
         shared = share_batches(trainer)
         require_transformers_loss(trainer)
     elif on_nonfinite != "stop":
@@ -119,6 +125,8 @@ def attach(
         raise ValueError("reference: got the model that trains, needs a reference_cache with it")
     if isinstance(reference, nn.Module):
         require_trained_head(reference, "reference")
+        if trainer is not None and reference_cache is None:
+            reference = runnable(reference, trainer.accelerator)
     shared.take(policy, reference if isinstance(reference, nn.Module) else None)
     source = None
     needs = loss_fn.loss.needs & OF_REFERENCE
@@ -157,7 +165,9 @@ def attach(
     return attachment
 
 
-class LogsPreferences(SharesBatches, KeepsLossState, PreparesExactly, MindsNonfinite):
+class LogsPreferences(
+    SharesBatches, WeighsBatches, KeepsLossState, PreparesExactly, MindsNonfinite
+):
     """Mixin for a `transformers.Trainer` with an `attachment`: logs the loss's metrics."""
 
     compute_loss_func: Any
@@ -180,6 +190,7 @@ class LogsPreferences(SharesBatches, KeepsLossState, PreparesExactly, MindsNonfi
         if loss is outputs["loss"]:
             loss = exact_loss(loss, inputs)
         self.shared.before_backward(loss)
+        loss = self.weighed(loss)
         self.judge_before_backward(model, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -206,7 +217,8 @@ class PreferenceTrainer(LogsPreferences, Trainer):
 
     It logs the loss's metrics by TRL's names and saves the loss's statistics beside the
     optimizer's state. Rows are pairs, single completions, or lists of completions (see
-    `data.ListCollator`), of which a batch counts the lists.
+    `data.ListCollator`), of which a batch counts the lists. A step of the optimizer is the mean
+    over all its pairs, however many of them a rank or an accumulated batch holds.
 
     Args:
         model, train_dataset, eval_dataset, processing_class, *more, **kwargs: of
@@ -300,10 +312,11 @@ def _add_reference_logps(
                 shared=shared,
             )
 
-    trainer.train_dataset = with_columns(trainer.train_dataset)
-    evaluated = trainer.eval_dataset
-    trainer.eval_dataset = (
-        {name: with_columns(data) for name, data in evaluated.items()}
-        if isinstance(evaluated, Mapping)
-        else with_columns(evaluated)
-    )
+    with running(source.model, trainer.accelerator) as source.model:
+        trainer.train_dataset = with_columns(trainer.train_dataset)
+        evaluated = trainer.eval_dataset
+        trainer.eval_dataset = (
+            {name: with_columns(data) for name, data in evaluated.items()}
+            if isinstance(evaluated, Mapping)
+            else with_columns(evaluated)
+        )

@@ -68,17 +68,17 @@ def whole_batch(batch: LogpBatch, group: dist.ProcessGroup | None = None) -> Who
     """Exchange a batch of pairs with the other ranks, which must all make the call.
 
     Args:
-        batch: this rank's pairs, chosen half first; there may be none. All ranks must give the
-            same fields: where one does not, its pairs' entries are NaN.
+        batch: this rank's pairs, chosen half first; there may be none.
         group: the ranks that take part; None means all of them.
 
     Raises:
-        ValueError: the number of sequences is odd.
+        ValueError: the number of sequences is odd, or ranks give different fields.
     """
     pairs = halves(batch.policy)[0].shape[0]
     numbers = 2 * len(_FIELDS)
     own = torch.stack([_column(batch, name, group) for name in _FIELDS]).reshape(numbers, pairs)
-    gathered, start = gather_over_ranks(own.t().flatten(), group)
+    given = ", ".join(name for name in _FIELDS if name in batch.given)
+    gathered, start = gather_over_ranks(own.t().flatten(), group, contents=f"pairs with {given}")
     every, start = gathered.shape[0] // numbers, start // numbers
     # One row a pair → one a field, chosen first.
     columns = gathered.reshape(every, numbers).t().reshape(len(_FIELDS), 2 * every)

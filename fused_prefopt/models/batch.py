@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -166,6 +166,32 @@ def collated_rows(
     weights = None if weights is None else weights[0]
     packed = (hidden[0], labels[0], prompt_labels, layout, routed, prompt_count, weights)
     return CollatedRows(*packed)
+
+
+def without_sequences(rows: CollatedRows) -> CollatedRows:
+    """No sequence, of hidden states that still have a gradient: 0, in every weight behind them.
+
+    Args:
+        rows: of a batch that stands for none.
+    """
+    layout = rows.layout | {"num_labels": 0}
+    if layout.get(SEQUENCE_IDS) is not None:
+        layout |= {SEQUENCE_IDS: layout[SEQUENCE_IDS][:0], NUM_SEQUENCES: 0}
+
+    def none(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:0]
+
+    return replace(
+        rows,
+        hidden=rows.hidden[:0],
+        labels=rows.labels[:0],
+        prompt_labels=none(rows.prompt_labels),
+        layout=layout,
+        router=None if rows.router is None else (0.0, rows.router[1]),
+        num_prompt_labels=None if rows.num_prompt_labels is None else 0,
+        token_weights=none(rows.token_weights),
+        position_ids=none(rows.position_ids),
+    )
 
 
 def _shard_rows(

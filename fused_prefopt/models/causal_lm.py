@@ -182,10 +182,11 @@ def head_running(
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """A model's head, a call of which runs `forward` in place of its innermost layer's own.
 
-    Engines that shard the head (FSDP2 with the head as a unit of its own, ZeRO-3) gather its
+    Engines that shard the head (FSDP with the head as a unit of its own, ZeRO-3) gather its
     weights, and average their gradients, in hooks around the forwards of the modules that hold
-    it: the output embedding, and the layers that PEFT put inside. The head is to be read
-    (`LMHead.of`) inside `forward`; the hooks see what that takes and returns.
+    it, or in the forward of a wrapper around each (FSDP1): the output embedding, and the layers
+    that PEFT put inside. The head is to be read (`LMHead.of`) inside `forward`; hooks and wrappers
+    see what that takes and returns.
 
     Args:
         model: causal language model.
@@ -194,13 +195,14 @@ def head_running(
     Raises:
         ValueError: `readable_head` does.
     """
-    modules = readable_head(model).modules
+    parts = readable_head(model)
+    modules = parts.modules
     before = [module.__dict__.get("forward") for module in modules]
-    forwards = [*(module.__call__ for module in modules[1:]), forward]
+    forwards = [*(door.__call__ for door in parts.doors[1:]), forward]
     try:
         for module, given in zip(modules, forwards, strict=True):
             module.forward = given
-        yield modules[0]
+        yield parts.doors[0]
     finally:
         for module, own in zip(modules, before, strict=True):
             module.__dict__.pop("forward", None)
@@ -275,7 +277,8 @@ def readable_head(model: nn.Module) -> AdaptedHead:
     layer = parts.layer
     tensors = [*dict(layer.named_parameters()), *dict(layer.named_buffers())]
     extra = [name for name in tensors if name not in ("weight", "bias")]
-    if not isinstance(getattr(layer, "weight", None), nn.Parameter) or extra:
+    # Of FSDP1 without `use_orig_params` it is a view of the parameters of its whole unit.
+    if not isinstance(getattr(layer, "weight", None), Tensor) or extra:
         also = f" (it also has {', '.join(extra)})" if extra else ""
         raise ValueError(
             f"model: its head is a {type(layer).__name__}, which weight and bias alone do not"

@@ -103,14 +103,22 @@ def _is_off(learner: Any) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again afterwards."""
+    """Eval mode inside, every module's own mode again afterwards.
+
+    And what trained before trains again. PEFT, which switches its adapters off and on inside, has
+    only those parameters at hand that stand in the model then: after a forward pass FSDP2's whole
+    ones may be there instead of their shards, and checkpoints leave out shards that do not train.
+    """
     training = [module for module in model.modules() if module.training]
+    trained = [value for value in model.parameters() if value.requires_grad]
     model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for value in trained:
+            value.requires_grad_(True)
 
 
 def put_in_front(model: nn.Module, run: Run) -> int:

@@ -21,6 +21,8 @@ from fused_prefopt.models.model_call import PROMPTED, REPLACED, in_front, prompt
 # What PEFT's wrapper puts in place of token ids, or beside them.
 MADE = ("inputs_embeds", "past_key_values")
 _OF_TOKENS = ("position_ids", "token_type_ids", "mm_token_type_ids")
+# Name of what FSDP1's wrapper wraps. By its class it would be known for seconds of imports.
+_FSDP1S = "_fsdp_wrapped_module"
 # Key of a layout that has no row for each sequence → the option that makes it, what it holds.
 _LAYOUTS = {
     SEQUENCE_IDS: ("padding_free", "packed sequences"),
@@ -45,11 +47,13 @@ class AdaptedHead:
         layer: the innermost layer, which has the weight and bias of the head.
         adapters: (PEFT layer, name of an active adapter), whose terms come on top.
         modules: those whose forward a run of the head goes through, the outermost first.
+        doors: what is called to run each of them: the module, or FSDP1's wrapper around it.
     """
 
     layer: nn.Module
     adapters: tuple[tuple[Any, str], ...]
     modules: tuple[nn.Module, ...]
+    doors: tuple[nn.Module, ...]
 
     def terms(self) -> tuple[LowRankTerm, ...]:
         """The adapters' terms.
@@ -70,18 +74,25 @@ def adapted_head(module: nn.Module) -> AdaptedHead:
         ValueError: an adapter is merged into the weight while adapters are switched off.
     """
     adapters: list[tuple[Any, str]] = []
-    modules = [module]
+    doors = [module]
     while True:
-        inner = _next(modules[-1])
+        layer: Any = _inside(doors[-1])
+        inner = _next(layer)
         if inner is None:
             break
-        layer: Any = modules[-1]
         names = _active(layer)
         adapters += [(layer, name) for name in names]
         if _is_lora(layer):
-            modules += [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
-        modules.append(inner)
-    return AdaptedHead(modules[-1], tuple(adapters), tuple(modules))
+            doors += [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
+        doors.append(inner)
+    return AdaptedHead(layer, tuple(adapters), tuple(map(_inside, doors)), tuple(doors))
+
+
+def _inside(module: Any) -> nn.Module:
+    """The module in FSDP1's wrapper, whose own forward gathers the weights; itself without one."""
+    while _FSDP1S in module._modules:
+        module = module.get_submodule(_FSDP1S)
+    return module
 
 
 def require_whole(name: str, value: Tensor) -> None:
@@ -158,11 +169,12 @@ def _token_term(layer: Any, name: str) -> LowRankTerm:
     A copy of the weight with the rows in it, which PEFT makes, would be a second (V, D) matrix,
     and its gradient a third.
     """
-    weight, rows = layer.base_layer.weight, layer.trainable_tokens_delta[name]
-    if not isinstance(layer.base_layer, nn.Linear) or layer.base_layer.bias is not None:
+    base: Any = _inside(layer.base_layer)
+    weight, rows = base.weight, layer.trainable_tokens_delta[name]
+    if not isinstance(base, nn.Linear) or base.bias is not None:
         raise ValueError(
             "model: trainable_token_indices on its head needs a linear layer without bias, got"
-            f" {layer.base_layer}"
+            f" {base}"
         )
     require_whole("weight of the head", weight)
     require_whole("trainable tokens of the head", rows)

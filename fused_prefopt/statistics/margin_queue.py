@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,9 @@ class MarginQueue(Statistic):
 
         Returns:
             The pool, current margins first.
+
+        Raises:
+            ValueError: the ranks' queues are not at the same step; on all of them.
         """
         take = self._take
         if torch.compiler.is_compiling():
@@ -81,7 +85,10 @@ class MarginQueue(Statistic):
     def _take(self, observed: Tensor) -> MarginPool:
         current, start = observed.detach().to(torch.float64), 0
         if self.training and not self.sees_all_ranks:
-            current, start = gather_over_ranks(current, self.process_group)
+            # Known on the host: it tells of a rank that restored another queue, or saw more steps.
+            draws = zlib.crc32(self.generator.get_state().numpy().tobytes())
+            contents = f"reward margins and draws of the queue in state {draws:08x}"
+            current, start = gather_over_ranks(current, self.process_group, contents=contents)
         generator = self.generator.clone_state()
         pool = MarginPool(torch.cat([current, self._draw(current.shape[0], generator)]), start)
         if self.training:

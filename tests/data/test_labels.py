@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from accelerate.utils import operations
-from tiny_models import tiny_llama
+from tiny_models import point_features, tiny_llama
 from torch.distributed.utils import _apply_to_tensors, _to_kwargs
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator, PointCollator, labels_of, prompt_labels_of
 from fused_prefopt.data.columns import LABEL_COUNTS
-from fused_prefopt.data.labels import LabelCounts, count_labels, counts_of
+from fused_prefopt.data.labels import LabelCounts, count_labels, counts_of, number_of_groups
 from fused_prefopt.integrations.trainer_checks import CountedLabels
 from fused_prefopt.integrations.trainer_mixins import PreparesExactly
 from fused_prefopt.models.batch import collated_rows
@@ -171,3 +171,12 @@ def test_a_wrong_number_is_told():
     rows = collated_rows(model, batch, prompt=False)
     with pytest.raises(ValueError, match="num_labels: got 7, which is not the number"):
         loss_fn(rows.hidden, model.lm_head.weight, rows.labels, **rows.layout)
+
+
+def test_groups_are_counted_with_the_labels_and_otherwise_of_the_batch():
+    batch = PointCollator(0)(point_features(7))
+    assert batch[LABEL_COUNTS].groups == 4
+    assert number_of_groups(pickle.loads(pickle.dumps(batch))) == 4
+    # As what accelerate's `dispatch_batches` leaves of them.
+    cut = {"groups": batch["groups"][:3], LABEL_COUNTS: type(batch[LABEL_COUNTS])({})}
+    assert number_of_groups(cut) == 2

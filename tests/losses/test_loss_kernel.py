@@ -446,7 +446,7 @@ def gather(monkeypatch, before: int, after: int) -> None:
     monkeypatch.setattr(
         margin_queue,
         "gather_over_ranks",
-        lambda values, group: (torch.cat([ends[0], values, ends[1]]), before),
+        lambda values, group, **_: (torch.cat([ends[0], values, ends[1]]), before),
     )
 
 

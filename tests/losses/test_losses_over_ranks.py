@@ -291,3 +291,9 @@ def test_a_batch_of_all_ranks_keeps_every_gradient():
     assert torch.equal(batch.sequence_kl, kls) and torch.equal(batch.gold, golds)
     for factor, values in enumerate((logps, kls, golds), start=1):
         assert torch.equal(values.grad, factor * slopes)
+
+
+def test_a_sum_of_means_over_unlike_things_has_no_share_of_a_rank():
+    with pytest.raises(ValueError, match="^uneven_ranks: got True for dro .* needs terms of one"):
+        PreferenceLoss("dro + kto", uneven_ranks=True)
+    PreferenceLoss("dro + 0.5 dro", uneven_ranks=True)

@@ -76,6 +76,8 @@ class FusesSwift(FusesLabelled):
                 " not by pairs, needs False"
             )
         loss_fn = options.build_loss()
+        # ms-swift weighs packed batches by their pairs itself: see `_share`.
+        self.weighs_batches = not template.packing
         super().__init__(*args, **kwargs)
         self._settle_reference(loss_fn)
         collator = _SwiftBatches(self.data_collator, template.padding_free)

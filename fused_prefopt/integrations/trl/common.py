@@ -1,33 +1,26 @@
-"""References, steps and logs that the fused trainers on top of TRL's share."""
+"""Steps and logs that the fused trainers on top of TRL's share."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
-from torch import Tensor
-from trl.trainer.utils import get_config_model_id, use_adapter
+from trl.trainer.utils import get_config_model_id
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
 from fused_prefopt.data.columns import (
     COMPLETION_IDS,
     COMPLETIONS_IDS,
     GOLD,
-    LAYOUT,
-    TOKEN_WEIGHTS,
-    WEIGHTS_OF_IDS,
+    GROUPS,
+    SPENT,
 )
 from fused_prefopt.distributed import sum_over_ranks
-from fused_prefopt.integrations.attach import OF_REFERENCE, place
+from fused_prefopt.integrations.attach import OF_REFERENCE
 from fused_prefopt.integrations.layouts import (
     keep_batches_whole,
     layout_of,
@@ -43,6 +36,7 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     refuse_functions_of_logits,
     require_rows,
+    require_saved_adapter,
 )
 from fused_prefopt.integrations.trainer_mixins import (
     KeepsLossState,
@@ -52,27 +46,26 @@ from fused_prefopt.integrations.trainer_mixins import (
 from fused_prefopt.integrations.transformers import attach
 from fused_prefopt.integrations.trl.images import (
     ImageRows,
-    collator_fingerprint,
     has_images,
     images_precomputed,
 )
 from fused_prefopt.integrations.trl.lists import FIELDS_OF_LISTS, TakesLists, refuse_lists
+from fused_prefopt.integrations.trl.references import HasReference, with_attributes
 from fused_prefopt.integrations.trl.rows import (
     Cut,
     KeepsTeachingRows,
     WeightedTokens,
     require_values,
 )
-from fused_prefopt.losses.protocol import OF_BOTH_HEADS
-from fused_prefopt.models.batch import gold_part, logps_through
+from fused_prefopt.integrations.uneven_ranks import WeighsBatches
+from fused_prefopt.losses.counts import counts_groups
+from fused_prefopt.models.batch import gold_part
 from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
-from fused_prefopt.models.model_call import INPUTS, evaluating
 from fused_prefopt.preference import PreferenceLoss
-from fused_prefopt.reference import add_reference_logps
 
 # Names in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed, and
-# what makes a text of all weights.
+# what tells weights apart.
 _TUNERS, _HASH = "BaseTunerLayer", "hash_module"
 # Options that a model's config is read with, of those that the model is loaded with.
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
@@ -81,9 +74,11 @@ _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir
 class FusesLoss(
     SharesBatches,
     TakesLossAlone,
+    WeighsBatches,
     KeepsLossState,
     PreparesExactly,
     MindsNonfinite,
+    HasReference,
     TakesLists,
     KeepsTeachingRows,
 ):
@@ -109,8 +104,6 @@ class FusesLoss(
     # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
     _tp_size: int = 1
     _name: ClassVar[str]
-    # A data set with the columns that TRL's `_precompute_ref_logps` adds.
-    _with_own_references: Callable[[Any, str, int], Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = signature(super().__init__).bind(*args, **kwargs)
@@ -143,11 +136,12 @@ class FusesLoss(
             sets = (given.arguments.get(f"{each}_dataset") for each in ("train", "eval"))
             refuse_lists("images: got some", *sets)
         with (
-            _given(config, **self._given_to_trl(config, loss_fn)),
+            with_attributes(config, **self._given_to_trl(config, loss_fn)),
             images_precomputed(self, given.arguments),
             _any_model(self),
         ):
             super().__init__(*given.args, **given.kwargs)
+        require_saved_adapter(self)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
         if self.ref_model is not None:
@@ -253,11 +247,18 @@ class FusesLoss(
             inputs: of TRL's collator.
         """
         batch = (self._of_lists if self._has_lists else self._of_loss)(model, inputs)
-        if self.model.training:
+        if self.model.training and not batch.get(SPENT):
             gold = gold_part(batch) if GOLD in self.needs else None
             for part in (batch, gold) if gold else (batch,):
                 self._new_tokens = self._new_tokens + number_of_tokens(part)
         return batch
+
+    def rows_are_counted(self) -> bool:
+        """Whether each row of a data set is one of what the loss is a mean over."""
+        if self._is_vision_dataset or self._is_own_collator:
+            return False
+        loss = self.attachment.loss_fn.loss
+        return self._has_lists == counts_groups(loss, {GROUPS}) or loss.pairwise
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the metrics of a `predict` before it are not its."""
@@ -277,132 +278,12 @@ class FusesLoss(
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         super().log(logs, start_time)
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if not self.needs_reference:
-            return dataset
-        # Here TRL's constructor is not through.
-        self._lay_out()
-        if self._has_lists:
-            return self._with_list_references(dataset, name, batch_size)
-        if self.shared.copies > 1:
-            # TRL gathers the values of every rank, of which several have one batch.
-            return self._with_own_references(dataset, name, batch_size)
-        own: tuple[Any, ...]
-        own = ("fused_prefopt", self._op_options["ld_alpha"], self.accelerator.mixed_precision)
-        # TRL's key has the rows, which its collator cuts afterwards.
-        own += astuple(Cut.of(self.args, self.config_type.pairwise))
-        if any(column in (dataset.column_names or ()) for column in WEIGHTS_OF_IDS.values()):
-            own += (TOKEN_WEIGHTS,)
-        collator = self.data_collator
-        if self._is_vision_dataset:
-            # Of images the data are not yet what the model is given.
-            collator = ImageRows.of(collator, self.config_type.pairwise, drops=False)
-            own += (collator_fingerprint(collator),)
-        with _kept_apart(dataset, own), _given(self, data_collator=collator):
-            found = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
-        require_values(
-            name, found, [each for each in found.column_names if each.startswith("ref_")]
-        )
-        return found
-
-    def _require_own_references(self, dataset: Any) -> None:
-        """Raise ValueError where `_own_reference_logps` does not compute what TRL's loop does."""
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                "precompute_ref_log_probs: got True with an iterable data set, needs one with a"
-                " length"
-            )
-        if self._op_options["ld_alpha"] is not None:
-            raise ValueError(
-                f"precompute_ref_log_probs: got True with ld_alpha={self._op_options['ld_alpha']}"
-                " and ranks that share batches, needs False"
-            )
-
-    def _own_reference_logps(
-        self, features: list[dict[str, Any]], collator: Any, name: str, batch_size: int
-    ) -> list[dict[str, Any]]:
-        """`add_reference_logps` of the reference, kept in the output's folder."""
-        model = self.model if self.ref_model is None else self.ref_model
-        if self.shared.attention is not None:
-            # The ranks exchange its values, which not every backend does on the CPU.
-            place(model, self.accelerator.device)
-        with self._as_reference(model), self.accelerator.autocast():
-            return add_reference_logps(
-                model,
-                features,
-                collator,
-                batch_size=batch_size,
-                cache_dir=Path(self.args.output_dir) / "reference_logps",
-                progress=not self.args.disable_tqdm,
-                description=f"reference log-probs of {name}",
-                shared=self.shared,
-            )
-
     def _require_image_values(self) -> None:
         """Raise ValueError, with the row's number, as TRL's data sets of texts do when prepared."""
         sets = self.eval_dataset
         sets = sets if isinstance(sets, Mapping) else {"eval": sets}
         for name, data in ({"train": self.train_dataset} | dict(sets)).items():
             require_values(name, data, self.columns)
-
-    def _reference_of(self, model: Any) -> Any:
-        """The model whose log-probs are the reference's, where a batch has none.
-
-        Raises:
-            ValueError: they were computed ahead, of the policy, which has since been trained.
-        """
-        # Not `or`: a compiled model has no truth value.
-        if self.ref_model is not None:
-            return self.ref_model
-        trained = self.state.global_step > 0 and not is_peft_model(self.model)
-        if self.precompute_ref_logps and trained:
-            raise ValueError(
-                "precompute_ref_log_probs: got rows without the reference's log-probs, after"
-                " training has changed the model that they are of; give the data set as"
-                " `eval_dataset` when the trainer is made, or a ref_model"
-            )
-        return model
-
-    def _at_every_step(self) -> Any:
-        """The reference as `attach` takes it, where a loss wants more than its log-probs."""
-        if not self.needs & OF_BOTH_HEADS:
-            return "precomputed"
-        adapted = is_peft_model(self.model)
-        if self.precompute_ref_logps or (adapted and "ref" in self.model.peft_config):
-            raise ValueError(
-                f"loss: got one that needs {', '.join(sorted(self.needs))}, which neither"
-                " precomputed log-probs nor a copy of an adapter give; needs a reference model or a"
-                " new adapter"
-            )
-        return "adapter" if self.ref_model is None else self.ref_model
-
-    def _logps(
-        self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
-    ) -> dict[str, Tensor]:
-        """`completion_logps` through the model's wrappers."""
-        fields = {name: batch[name] for name in (*LAYOUT, *INPUTS) if name in batch}
-        with self.accelerator.autocast():
-            group = self.shared.sequences
-            options = self._op_options | {"prompt": prompt, "sequence_group": group}
-            return logps_through(model, fields, **options)
-
-    def _reference_logps(
-        self, model: Any, batch: Mapping[str, Any], *, prompt: bool = False
-    ) -> dict[str, Tensor]:
-        """The same of the reference."""
-        with self._as_reference(model):
-            return self._logps(model, batch, prompt=prompt)
-
-    @contextmanager
-    def _as_reference(self, model: Any) -> Iterator[None]:
-        """`model` in eval mode, without the adapters that train where it is the policy."""
-        adapter: AbstractContextManager[Any] = nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            policy = self.accelerator.unwrap_model(self.model)
-            # TRL keeps a copy of a pretrained adapter by this name.
-            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        with evaluating(model), adapter:
-            yield
 
 
 @contextmanager
@@ -419,7 +300,8 @@ def _any_model(trainer: Any) -> Iterator[None]:
     module = sys.modules[kind.__module__]
     names: dict[str, Any] = {_TUNERS: _NoLayer}
     names |= {} if trainer.needs_reference else {_HASH: str}
-    with _given(module, **{name: each for name, each in names.items() if hasattr(module, name)}):
+    names = {name: value for name, value in names.items() if hasattr(module, name)}
+    with with_attributes(module, **names):
         yield
 
 
@@ -431,23 +313,3 @@ def _of_config(args: Any) -> dict[str, Any]:
 
 class _NoLayer:
     """A class of which no layer is."""
-
-
-def _kept_apart(dataset: Any, own: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """TRL keeps what it precomputes by the model and by this of the data, its own with it."""
-    if isinstance(dataset, IterableDataset):
-        return nullcontext()
-    return _given(dataset, _fingerprint=Hasher.hash((dataset._fingerprint, *own)))
-
-
-@contextmanager
-def _given(config: Any, **options: Any) -> Iterator[None]:
-    """The attributes set inside, as they were afterwards."""
-    before = {name: getattr(config, name) for name in options}
-    try:
-        for name, value in options.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

@@ -90,7 +90,8 @@ class FusedDPOTrainer(FusesLoss, DPOTrainer):
     where rows stream or have images it tells of the first. A loss
     without a reference keeps no reference model. Its metrics are logged instead of TRL's, by TRL's
     names; its statistics are saved with the optimizer. LoRA on the head, which TRL's own trainer
-    refuses, trains like any other.
+    refuses, trains like any other. A step is the mean over all its pairs, where TRL takes the mean
+    of its batches' means.
 
     Args:
         *args, **kwargs: of `trl.DPOTrainer`, with `args` a `FusedDPOConfig`, None for

@@ -43,6 +43,7 @@ from fused_prefopt.data.columns import (
     SCORE_CHOSEN,
     SCORE_REJECTED,
     SCORES,
+    SPENT,
     TOKEN_WEIGHTS,
     TRL_REFERENCES,
     WEIGHT,
@@ -56,6 +57,7 @@ from fused_prefopt.data.columns import (
     row_at,
     stacked,
 )
+from fused_prefopt.data.labels import count_groups
 from fused_prefopt.data.truncation import cut_side
 from fused_prefopt.distributed import sum_over_ranks
 from fused_prefopt.integrations.options import FusedOptions
@@ -119,9 +121,10 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
     The statistics of the loss are saved with the optimizer. LoRA on the head trains like any other.
 
     Beside TRL's KTO: a NaN loss stays one (TRL takes the mean over the others), the mean of `kl` is
-    over all ranks' completions also in an evaluation's last batch, and log-probs have fp32
-    logits. Still TRL's: the data set's last row, where it is alone in its batch, is its own
-    neighbour, which makes `kl` its log-ratio.
+    over all ranks' completions also in an evaluation's last batch, a step is the mean over all its
+    completions and not of its batches' means, and log-probs have fp32 logits. Still TRL's: the
+    data set's last row, where it is alone in its batch, is its own neighbour, which makes `kl` its
+    log-ratio.
 
     Args:
         *args, **kwargs: of `trl.KTOTrainer`, with `args` a `FusedKTOConfig`, None for
@@ -156,7 +159,8 @@ class FusedKTOTrainer(FusesLoss, KTOTrainer):
         reference_kl = reference.pop(KL, None)
         if reference_kl is not None:
             policy = self._logps(model, _mismatched(inputs))["completion"]
-            difference = policy - reference_kl
+            # A rank whose data have ended has none.
+            difference = (policy - reference_kl)[: 0 if inputs.get(SPENT) else None]
             count = torch.full_like(difference, 1.0)
             total = sum_over_ranks(torch.stack([difference.sum(), count.sum()]))
             batch[KL] = (total[0] / total[1]).clamp(min=0)
@@ -404,4 +408,4 @@ class _PointFields:
         for name in TRL_REFERENCES:
             if name in first:
                 batch[name] = stacked(examples, name)
-        return batch
+        return count_groups(batch)
