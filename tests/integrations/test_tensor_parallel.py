@@ -37,6 +37,10 @@ CASES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
         "dpo",
         lambda load: {"loss": "gamma-simpo", "loss_kwargs": {"queue_size": 16, "sample_size": 16}},
     ),
+    "cached": (
+        "dpo",
+        lambda load: {"loss": "dpo", "reference": load(5), "precompute_ref_log_probs": True},
+    ),
     "coupled": ("dpo", lambda load: {"loss": "beta-dpo", "reference": load(5)}),
 }
 

@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import get_config_model_id
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
@@ -290,18 +291,23 @@ class FusesLoss(
 def _any_model(trainer: Any) -> Iterator[None]:
     """Let TRL's constructor take an adapter on the head, and weights that ranks share.
 
-    TRL computes its own loss of the weight alone, so it refuses such an adapter; and to name what
-    it precomputes, nothing where no reference is wanted, it hashes all weights, but cannot those of
-    tensor parallelism. It has no door past: no option, and no method to override after it makes the
-    model of its arguments. So names that its module imports for these are others while it runs.
-    `tests/integrations/test_doors.py` notices when TRL takes such models.
+    TRL computes its own loss of the weight alone, so it refuses such an adapter; and it names what
+    it precomputes, which without a reference is nothing and where ranks share batches this package
+    does, by a hash of all weights, which it cannot take of tensor parallelism's. It has no door
+    past: no option, and no method to override after it makes the model of its arguments. So names
+    that its module imports for these are others while it runs. `tests/integrations/test_doors.py`
+    notices when TRL takes such models.
     """
     kind = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
     module = sys.modules[kind.__module__]
-    names: dict[str, Any] = {_TUNERS: _NoLayer}
-    names |= {} if trainer.needs_reference else {_HASH: str}
-    names = {name: value for name, value in names.items() if hasattr(module, name)}
-    with with_attributes(module, **names):
+    own = getattr(module, _HASH, None)
+
+    def hashed(model: Any) -> str:
+        spread = any(isinstance(each, DTensor) for each in model.parameters())
+        return "" if own is None or spread or not trainer.needs_reference else own(model)
+
+    names = {_TUNERS: _NoLayer, _HASH: hashed}
+    with with_attributes(module, **{name: names[name] for name in names.keys() & vars(module)}):
         yield
 
 
