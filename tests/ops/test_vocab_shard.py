@@ -116,6 +116,7 @@ def exchanged(spread: Spread) -> dict[str, list[tuple[str, int]]]:
     hidden, labels = policy.hidden.clone().requires_grad_(), policy.labels
     runs = {
         "logps": lambda: fp.sequence_logps(hidden, head, labels).sums,
+        "local": lambda: fp.sequence_logps(hidden, head, labels, path="local").sums,
         "tokens": lambda: fp.token_policy(hidden, head, labels).entropies,
         "kl": lambda: fp.sequence_kl(hidden, head, *others, labels).kl,
         "mixtures": lambda: fp.sequence_kl(hidden, head, *others, labels, perturbation=0.1).kl,
@@ -369,11 +370,11 @@ def test_the_sum_of_backward_runs_beside_the_last_slab_and_changes_no_bit(ranks)
 def test_a_few_numbers_a_row_are_exchanged(ranks):
     case = case_of("plain")
     rows = int((case.labels[:, 1:] != -100).sum())
-    numbers = {"logps": 3, "tokens": 7, "kl": 7, "mixtures": 13}
+    numbers = {"logps": 3, "local": 3, "tokens": 7, "kl": 7, "mixtures": 13}
     for results in ranks[:3]:
         found = results["exchanged"]
         for name, count in numbers.items():
-            alike = [("all_gather", 8)] if name in ("kl", "mixtures") else []
+            alike = [("all_gather", 8)] if name in ("local", "kl", "mixtures") else []
             gathered = ("all_gather", 4 * count * rows)
             assert found[name] == [("all_gather", 40), *alike, gathered]
             summed = ("all_reduce", 4 * rows * (12 + 3))
