@@ -32,7 +32,6 @@ ADAPTED = (
     ("transformers", "lora", "cache"),
     ("attached", "head", "model"),
     ("dpo", "head", "adapter"),
-    ("dpo", "lora", "cache"),
 )
 FURTHER = [
     *(Case("zero3, loaded so", *each) for each in FULL),
@@ -54,7 +53,7 @@ FURTHER = [
     ),
     *(
         Case(engine, "transformers", "head", "adapter", checkpoints=True)
-        for engine in ("fsdp2", "fsdp2, sharded checkpoints", "zero2", "zero3")
+        for engine in ("fsdp2, sharded checkpoints", "zero3")
     ),
     *(Case(f"fsdp{v}", "transformers", "full", "model", spoilt=(3,)) for v in (1, 2)),
 ]

@@ -155,8 +155,6 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
     own = {"model": model, "reference": reference, "given": given}
     run = in_order(build(case.kind, folder / "out", data(16), **own, **options))
     run.remove_callback(PrinterCallback)
-    if case.spoilt:
-        spoil_losses(run, set(case.spoilt))
     return run
 
 
@@ -164,9 +162,11 @@ def _partitioned(folder: Path, engine: str, *models: Any) -> list[nn.Module]:
     """Models as `from_pretrained` gives them once there is a configuration of ZeRO-3."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    where = [folder / f"{number} of rank {dist.get_rank()}" for number in range(len(models))]
+    where = [folder / name for name in ("policy", "reference")]
     for each, model in zip(where, models, strict=True):
+        # The first rank saves.
         model.save_pretrained(each)
+    dist.barrier()
     config = copy.deepcopy(ENGINES[engine]["deepspeed"])
     decided = {name: value for name, value in config.items() if value != "auto"}
     # It counts as long as it lives.
@@ -297,6 +297,9 @@ def trained(case: Case, folder: Path, world: int = 1, resume: bool = False) -> d
     hook = torch.nn.modules.module.register_module_forward_pre_hook(passes)
     try:
         run = trainer_of(case, folder, world)
+        if case.spoilt and not resume:
+            # They are in the first half.
+            spoil_losses(run, set(case.spoilt))
         ahead = passes.pop()
         checkpoint = str(folder / "out" / f"checkpoint-{STEPS // 2}") if resume else None
         run.train(resume_from_checkpoint=checkpoint)
