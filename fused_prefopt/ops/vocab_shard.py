@@ -331,6 +331,26 @@ def local_part(head: LMHead) -> tuple[LMHead, VocabShard]:
     return _local(head, head.vocab - first), VocabShard(group.group_name, first)
 
 
+def same_rows(name: str, hidden: Tensor) -> Tensor:
+    """This rank's hidden states, of a `DTensor` too, which layers of tensor parallelism pass on.
+
+    Args:
+        name: of the argument, for the message.
+        hidden: (..., D), the same on every rank.
+
+    Raises:
+        ValueError: it is a `DTensor` of which ranks hold parts.
+    """
+    if not _is_distributed(hidden):
+        return hidden
+    if any(not place.is_replicate() for place in hidden.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name}: got placements {hidden.placements}, wanted Replicate(): every rank takes all"  # type: ignore[attr-defined]
+            " rows"
+        )
+    return _to_local(hidden)
+
+
 def _is_distributed(value: Tensor) -> bool:
     # Without importing what a single process never needs.
     return hasattr(value, "placements") and hasattr(value, "device_mesh")

@@ -14,7 +14,14 @@ import torch.distributed as dist
 import transformers
 from forked import forked
 from tiny_models import pair_features, tiny_llama
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from trainers import TIMES, build, state_of
+
+import fused_prefopt as fp
+from fused_prefopt.data import PairCollator
+from fused_prefopt.integrations.transformers import attach, past_wrappers
 
 ParallelismConfig = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig
 DistributedConfig = pytest.importorskip("transformers.distributed").DistributedConfig
@@ -85,7 +92,14 @@ def _work(rank: int, folder: Path) -> dict[str, Any]:
         )
 
     assert len(load(0).lm_head.weight.to_local()) in (30, 31)
-    return {case: trained(case, folder, load, ddp_backend="gloo") for case in CASES}
+    found = {case: trained(case, folder, load, ddp_backend="gloo") for case in CASES}
+    model = tiny_llama()
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
+    attach(model, fp.PreferenceLoss("simpo"))
+    with pytest.raises(ValueError) as error:
+        model(**past_wrappers(PairCollator(0)(pair_features(2))))
+    return found | {"refused": str(error.value)}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +113,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     return forked(functools.partial(_work, folder=folder), 2, folder)
+
+
+def test_a_head_that_only_gives_logits_is_refused_by_name(ranks):
+    for found in ranks:
+        assert "model: got a head of `parallelize_module`" in found["refused"]
 
 
 @pytest.mark.parametrize("case", CASES)

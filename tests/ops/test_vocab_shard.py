@@ -25,6 +25,7 @@ from spread_heads import (
     of_divergence,
     of_log_probs,
     of_loss,
+    of_replicated,
     of_spread_tokens,
     of_sums,
     of_tokens,
@@ -50,6 +51,7 @@ CASES: list[Case] = [
     (of_log_probs, ("all", True, "stash", SMALLEST)),
     (of_log_probs, ("padded", True, "recompute", SMALLEST)),
     (of_sums, (0.0, False)),
+    (of_replicated, ()),
     (of_tokens, ("plain", False)),
     (of_tokens, ("plain", True, SMALLEST)),
     (of_tokens, ("padded", False, SMALLEST)),
@@ -175,6 +177,7 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
         return ""
 
     sharded = distribute_tensor(case.weight, mesh, [Shard(0)])
+    parts = distribute_tensor(hidden, mesh, [Shard(2)])
     own, group = case.weight[first : first + rows], spread.group
     # Of three ranks the first row of the last is 12, and its rows end the vocabulary.
     moved, cut = first + (first == 12), rows - (first == 12)
@@ -188,6 +191,7 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
     trained = fp.LMHead(own.clone().requires_grad_(), **shared)
     return {
         "columns": message(fp.LMHead(distribute_tensor(case.weight, mesh, [Shard(1)]))),
+        "parts of hidden": _refused(lambda: fp.sequence_logps(parts, sharded, labels)),
         "whole bias": message(fp.LMHead(sharded, torch.zeros(VOCAB))),
         "another batch": message(fp.LMHead(sharded), another),
         "another batch, group": message(head, another),
@@ -398,6 +402,7 @@ def test_compiled_calls_equal_eager_ones(ranks, kind):
 
 MESSAGES = {
     "columns": "wanted Shard(0) on one mesh dimension",
+    "parts of hidden": "hidden: got placements (Shard(dim=2),), wanted Replicate()",
     "whole bias": "bias: wanted a DTensor",
     "another batch": "ranks take the same batch",
     "another batch, group": "ranks take the same batch",
