@@ -325,7 +325,7 @@ def _check_labels(
     """
     labelled = targets != ignore_index
     # A label that there is none of implies nothing.
-    fits = labelled <= ((targets >= 0) & (targets < vocab))
+    fits = labelled <= (targets.remainder(vocab) == targets)
 
     def message() -> str:
         if not is_on_host(fits):
