@@ -49,7 +49,7 @@ from fused_prefopt.ops.sequence_group import KL, over_group, telling
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
-from fused_prefopt.ops.vocab_shard import local_part
+from fused_prefopt.ops.vocab_shard import local_part, same_rows
 from fused_prefopt.types import AnyHead, LMHead
 
 
@@ -172,7 +172,7 @@ def _run(
     if traced_and_spread(head):
         given = hidden, head, ref_hidden, ref_head, labels, options, perturbation, rows
         return torch.compiler.disable(_run)(*given)
-    call = read_call(hidden, head, labels, options)
+    call, ref_hidden = read_call(hidden, head, labels, options), same_rows("ref_hidden", ref_hidden)
     reference = _reference(hidden, ref_hidden, ref_head, call)
     with torch.no_grad():
         others = head_tensors(ref_hidden, reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ from fused_prefopt.ops.sequence_group import (
 )
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
+
+_NO_ROOM = (
+    "path: 'local' does not fit workspace_mb of a rank that has more of the head's rows; needs a"
+    " larger one on every rank, or 'auto'"
+)
 
 
 def sequence_logps(
@@ -430,4 +436,14 @@ def _plan(call: Call) -> Plan:
         entropy=options.entropy,
         drop_mass=options.drop_mass,
     )
-    return make_plan(demand, engine, room)
+    if options.path != "local" or not call.shard.group:
+        return make_plan(demand, engine, room)
+    # A rank with more rows may lack the room that others have: they are refused together.
+    everywhere = partial(call.shard.require_everywhere, like=tensors.hidden)
+    try:
+        plan = make_plan(demand, engine, room)
+    except ValueError as error:
+        everywhere(False, message=error.__str__)
+        raise
+    everywhere(True, message=lambda: _NO_ROOM)
+    return plan
