@@ -102,8 +102,6 @@ class FusesLoss(
     _tokenizer: Any
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
-    _tp_size: int = 1
     _name: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -273,7 +271,7 @@ class FusesLoss(
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
         new = torch.as_tensor(self._new_tokens, device=self.accelerator.device)
-        self._total_train_tokens += int(sum_over_ranks(new)) // self._tp_size
+        self._total_train_tokens += int(sum_over_ranks(new)) // self.shared.repeats
         self._new_tokens = 0
         if metrics:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
