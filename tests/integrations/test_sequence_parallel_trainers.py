@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from forked import forked
 from gathered_attention import gathered_attention
+from processes import forked
 from tiny_models import pair_features, tiny_llama
 from trainers import (
     TIMES,
