@@ -6,6 +6,7 @@
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
 # make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
+# make distributed  FSDP and DeepSpeed's ZeRO and Ulysses under trainers, on two CPU processes
 # make frameworks  trains a tiny model with Axolotl, LLaMA-Factory and ms-swift, and our loss
 # make report  tables and pictures from the committed results
 
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench compat frameworks report clean
+.PHONY: train rlhf claims test lint kernels bench compat distributed frameworks report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -44,6 +45,10 @@ bench: $(VENV)/installed
 # `make compat ARGS=gpu` runs one of its environments, which are below .compat
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
+
+# Two processes with DeepSpeed, in an environment of their own (below .compat)
+distributed:
+	$(PYTHON) tests/compat.py distributed
 
 # Axolotl, LLaMA-Factory and ms-swift, each in an environment of its own (below .compat)
 frameworks:

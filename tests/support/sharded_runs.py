@@ -155,8 +155,6 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
     own = {"model": model, "reference": reference, "given": given}
     run = in_order(build(case.kind, folder / "out", data(16), **own, **options))
     run.remove_callback(PrinterCallback)
-    if case.spoilt:
-        spoil_losses(run, set(case.spoilt))
     return run
 
 
@@ -299,6 +297,9 @@ def trained(case: Case, folder: Path, world: int = 1, resume: bool = False) -> d
     hook = torch.nn.modules.module.register_module_forward_pre_hook(passes)
     try:
         run = trainer_of(case, folder, world)
+        if case.spoilt and not resume:
+            # They are in the first half.
+            spoil_losses(run, set(case.spoilt))
         ahead = passes.pop()
         checkpoint = str(folder / "out" / f"checkpoint-{STEPS // 2}") if resume else None
         run.train(resume_from_checkpoint=checkpoint)
