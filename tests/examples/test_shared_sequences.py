@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import shared_sequences
 import torch
-from forked import forked
+from processes import forked
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator

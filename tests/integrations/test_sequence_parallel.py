@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from forked import forked
 from gathered_attention import gathered_attention
 from model_families import family
+from processes import forked
 from tiny_models import VOCAB, list_features, pair_features, tiny_llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from forked import forked
+from processes import forked
 from tiny_models import pair_features, tiny_llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate

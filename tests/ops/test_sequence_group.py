@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from forked import forked
+from processes import forked
 from torch import Tensor
 from waits import watched
 

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start
 from spread_heads import (
     VOCAB,
     WHOLE,
@@ -275,7 +275,7 @@ def _work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_work, args=(str(folder),), nprocs=4)
+    start(_work, 4, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
@@ -469,7 +469,7 @@ def _work_of_kernels(rank: int, folder: str) -> None:
 
 @pytest.mark.interpreted
 def test_kernels_on_spread_heads_equal_the_torch_engine_on_the_whole_one(tmp_path):
-    mp.spawn(_work_of_kernels, args=(str(tmp_path),), nprocs=2)
+    start(_work_of_kernels, 2, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for place, (_, (compute, case)) in enumerate(KERNEL_CASES):
         whole = compute(replace(WHOLE, dtype=torch.float32, engine="torch"), *case)
