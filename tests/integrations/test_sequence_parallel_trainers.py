@@ -4,8 +4,8 @@ Four processes: sequences over all of them, and two data ranks of two each. The 
 that gathers, in float64, under the name of `sdpa`; accelerate's and torch's context managers, and
 the order in which they deal tokens out, are the real ones. Torch's ring itself, which computes in
 fp32, goes round on the CPU with kernels of its own (`ring_kernels`), its layers run again in the
-backward pass. One file of more than 450 lines: all cases run in the same processes, as starting them
-takes longer than most.
+backward pass. One file of more than 450 lines: all cases run in the same processes, as starting
+them takes longer than most.
 """
 
 from __future__ import annotations
