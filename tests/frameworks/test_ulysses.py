@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import forked
+from processes import forked
 from tiny_models import pair_features, tiny_llama
 from trainers import TIMES, assert_bit_equal, build, in_order, lora, pairs, points
 

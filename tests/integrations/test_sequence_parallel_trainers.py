@@ -22,8 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from forked import forked
 from gathered_attention import gathered_attention
+from processes import forked
 from ring_kernels import ring_kernels
 from tiny_models import pair_features, tiny_llama
 from torch.distributed.device_mesh import init_device_mesh

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from data_tokenizer import WORDS, tiny_tokenizer
+from processes import start
 from tiny_models import pair_features, tiny_llama
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -306,5 +306,5 @@ def spawned(work: Callable[..., None], folder: Path) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(folder)), nprocs=2)
+    start(work, 2, port, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
