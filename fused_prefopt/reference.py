@@ -8,10 +8,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,6 @@ class SharesForwards(Protocol):
 Feature = Mapping[str, Any]
 Collator = Callable[[Sequence[Feature]], Mapping[str, Any]]
 _Batches = list[list[int]]
-T = TypeVar("T")
 
 
 def add_reference_logps(
@@ -150,9 +149,13 @@ def add_reference_logps(
         share = _share(missing, shared)
         folder = cache if writes else None
         of_tokens = shared is not None and shared.sequences is not None
-        joint = of_tokens or _is_sharded(model)
-        gather = _unless_one_raises if joint else gather_outcomes
-        known = _union(gather(lambda: _fill(known, run, share, folder, save_every)))
+        fill = partial(_fill, known, run, share, folder, save_every)
+        if of_tokens or _is_sharded(model):
+            # In joint passes the others wait for a rank that fails there, not for what it has to
+            # tell: its end is what ends them.
+            known = _union(gather_objects(fill()))
+        else:
+            known = _union(gather_outcomes(fill))
     if cache is not None:
         _finish(cache, known, computed=bool(missing))
     values = {name: column.tolist() for name, column in known.columns.items()}
@@ -341,15 +344,6 @@ def _is_sharded(model: nn.Module) -> bool:
     values, modules = model.parameters(), model.modules()
     parts = any(hasattr(each, "placements") or hasattr(each, "ds_id") for each in values)
     return parts or any(type(each).__name__ == "FullyShardedDataParallel" for each in modules)
-
-
-def _unless_one_raises(compute: Callable[[], T]) -> list[T]:
-    """`gather_outcomes` of what ranks compute together.
-
-    The others wait for a rank that fails in the middle of it, not for what it has to tell: there
-    its end is what ends them.
-    """
-    return gather_objects(compute())
 
 
 def _union(every: list[PartialColumns]) -> PartialColumns:

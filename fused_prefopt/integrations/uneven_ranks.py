@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import BatchSampler
 from transformers.trainer_utils import has_length
@@ -26,7 +27,7 @@ from fused_prefopt.data.columns import (
     SPENT,
 )
 from fused_prefopt.data.labels import number_of_groups
-from fused_prefopt.distributed import gather_objects, host_group, world_size
+from fused_prefopt.distributed import gather_objects, host_group, rank, world_size
 from fused_prefopt.losses.counts import counts_groups, is_mixed
 from fused_prefopt.losses.protocol import Loss
 from fused_prefopt.models.batch import given_fields
@@ -51,8 +52,7 @@ class WeighsBatches:
 
     Raises:
         ValueError: ranks have different numbers of batches where the trainer counts its steps by
-            them, a rank has no batch at all, or the loss has `uneven_ranks`, which would weigh
-            twice.
+            them, or the loss has `uneven_ranks`, which would weigh twice.
     """
 
     attachment: Attachment
@@ -67,13 +67,19 @@ class WeighsBatches:
     _shares: Iterator[float] = iter(())
     _dealt_by: Any = None
     _exchange: _Exchange | None = None
+    # What gives an epoch's batches, after the last of them on any rank.
+    _ended: Any = None
     # A group of ranks, and the same for tensors on the CPU.
     _hosts: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] | None = None
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, *args: Any, **kwargs: Any
+    ) -> tuple[list[Any], Any]:
         """The trainer's own, an optimizer step's batches, which are weighed as they come."""
-        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        if not self.weighs_batches:
+        own = super().get_batch_samples  # type: ignore[misc]
+        samples, items = own(epoch_iterator, *args, **kwargs)
+        # Of a stream transformers asks on until the training's last step, in each epoch.
+        if not self.weighs_batches or epoch_iterator is self._ended:
             return samples, items
         loss = self.attachment.loss_fn.loss
         self._begin(self.callback_handler.train_dataloader)
@@ -82,9 +88,11 @@ class WeighsBatches:
         world, total, steps = 1, sum(counts), len(samples)
         if self._exchange is not None:
             world = self._exchange.world
-            total, steps = self._exchange.totals(counts, self.args.gradient_accumulation_steps)
-            spent = self._exchange.fill(samples, steps)
+            most = self.args.gradient_accumulation_steps
+            total, steps, spent = self._exchange.of_step(samples, counts, most)
             samples, counts = samples + spent, counts + [0] * len(spent)
+        if not steps:
+            self._ended = epoch_iterator
         if loss.coupled or not total:
             self._shares = iter(())
         else:
@@ -167,34 +175,39 @@ class _Exchange:
         self.world = world_size(group)
         self._last: Any = None
 
-    def totals(self, counts: list[int], batches: int) -> tuple[int, int]:
-        """Pairs of a step on all ranks, and its most batches on any of them.
+    def of_step(
+        self, samples: list[Any], counts: list[int], most: int
+    ) -> tuple[int, int, list[Any]]:
+        """What a step is made of: its pairs on all ranks, its most batches on any, and fillers.
 
         Args:
-            counts: pairs of each of this rank's batches.
-            batches: the most that a step can have.
+            samples: this rank's batches.
+            counts: pairs of each of them.
+            most: batches that a step can have.
 
-        Raises:
-            ValueError: a rank has fewer batches than another, and had none before; on all ranks.
+        Returns:
+            With as many fillers, which count nothing, as this rank lacks batches: its data have
+            ended.
         """
-        missing = [_NO_BATCH] * (batches - len(counts))
-        own = torch.tensor([*counts, *missing, self._last is not None or bool(counts)])
+        missing = [_NO_BATCH] * (most - len(counts))
+        self._last = samples[-1] if samples else self._last
+        own = torch.tensor([*counts, *missing, self._last is not None])
         every = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(every, own, group=self._group)
-        found, ready = torch.stack(every).split([batches, 1], dim=1)
+        found, ready = torch.stack(every).split([most, 1], dim=1)
         there = (found != _NO_BATCH).sum(1)
         steps = int(there.max())
-        for number in ((there < steps) & (ready[:, 0] == 0)).nonzero()[:1, 0].tolist():
-            raise ValueError(
-                f"train_dataset: got no batch on rank {number}, and {steps} on another, needs rows"
-                " for each rank: a stream of at least as many shards as ranks, or fewer ranks"
-            )
-        return int(found.clamp(min=0).sum()), steps
+        if ((there < steps) & (ready[:, 0] == 0)).any():
+            # A rank that never had one: its stream is empty, or ended before a resumed step.
+            self._lend(int(there.argmax()))
+        spent = [{**self._last, SPENT: True} for _ in range(steps - len(samples))]
+        return int(found.clamp(min=0).sum()), steps, spent
 
-    def fill(self, samples: list[Any], steps: int) -> list[Any]:
-        """Batches that count nothing, as many as a rank lacks: its data have ended."""
-        self._last = samples[-1] if samples else self._last
-        return [{**self._last, SPENT: True} for _ in range(steps - len(samples))]
+    def _lend(self, lender: int) -> None:
+        """Give a batch of one rank to those that have none; every rank must make the call."""
+        mine = send_to_device(self._last, "cpu") if rank(self._group) == lender else None
+        lent = gather_objects(mine, self._group)[lender]
+        self._last = lent if self._last is None else self._last
 
 
 class _Together:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from processes import children, exit_codes, join_group
 from tiny_models import pair_features, tiny_llama
 from torch.nn.parallel import DistributedDataParallel
-from trainers import arguments
+from trainers import arguments, pairs_with_reference
 
 import fused_prefopt as fp
 from fused_prefopt.data import PairCollator
@@ -27,7 +27,7 @@ from fused_prefopt.reference_cache import ReferenceCache
 
 pytestmark = pytest.mark.slow
 
-WORLD, LOST, DEADLINE = 3, 1, 60
+WORLD, DEADLINE = 3, 60
 
 
 class Lost(Exception):
@@ -42,13 +42,13 @@ def fail() -> None:
     raise Lost
 
 
-def at(call: int, end: Callable[[], None]) -> Callable[..., None]:
+def at(call: int, end: Callable[[], None], lost: int = 1) -> Callable[..., None]:
     """A hook that ends the lost rank at this call of it, from 1."""
     seen: list[int] = []
 
     def hook(*_: Any) -> None:
         seen.append(1)
-        if len(seen) == call and dist.get_rank() == LOST:
+        if len(seen) == call and dist.get_rank() == lost:
             end()
 
     return hook
@@ -83,6 +83,18 @@ def batches(folder: Path, end: Callable[[], None]) -> None:
     PreferenceTrainer(tiny_llama(), given, collator, pair_features(24), loss_fn=loss_fn).train()
 
 
+def checkpoint(folder: Path, end: Callable[[], None]) -> None:
+    """While the first rank saves the loss's statistics, which the others leave to it."""
+    loss_fn = fp.PreferenceLoss("alpha-dpo")
+    loss_fn.register_state_dict_pre_hook(at(1, end, lost=LOST["checkpoint"]))
+    given = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    data = pairs_with_reference(24)
+    run = PreferenceTrainer(
+        tiny_llama(), arguments(folder, **given), PairCollator(0), data, loss_fn=loss_fn
+    )
+    run.train()
+
+
 def reference(folder: Path, end: Callable[[], None], **options: Any) -> None:
     model = tiny_llama()
     model.model.register_forward_pre_hook(at(2, end))
@@ -102,7 +114,8 @@ def cache(folder: Path, end: Callable[[], None]) -> None:
     reference(folder, lambda: None, cache_dir=folder / "cache")
 
 
-WHERE = {each.__name__: each for each in (step, log, batches, reference, cache)}
+WHERE = {each.__name__: each for each in (step, log, batches, checkpoint, reference, cache)}
+LOST = dict.fromkeys(WHERE, 1) | {"checkpoint": 0}
 ENDS = {each.__name__: each for each in (die, fail)}
 
 
@@ -124,9 +137,9 @@ def work(rank: int, where: str, end: str, folder: str) -> None:
 def test_no_rank_waits_for_one_that_is_gone(where, end, tmp_path):
     given = [(rank, where, end, str(tmp_path)) for rank in range(WORLD)]
     exit_codes(children(work, given), DEADLINE)
-    for rank in set(range(WORLD)) - {LOST}:
+    for rank in set(range(WORLD)) - {LOST[where]}:
         told = (tmp_path / f"{rank}.txt").read_text()
         if end == "fail" and where in ("reference", "cache"):
-            assert told.startswith(f"RuntimeError: rank {LOST}: Lost"), told
+            assert told.startswith(f"RuntimeError: rank {LOST[where]}: Lost"), told
         else:
             assert told.startswith(("RuntimeError", "DistBackendError")), told

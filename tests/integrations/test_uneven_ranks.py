@@ -23,10 +23,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
-from trainers import OF_TRL, arguments, build, history, in_order, pairs, points
+from trainers import (
+    OF_TRL,
+    arguments,
+    assert_bit_equal,
+    build,
+    history,
+    in_order,
+    pairs,
+    points,
+)
 
 import fused_prefopt as fp
 from fused_prefopt.data import ListCollator, PairCollator, PointCollator
+from fused_prefopt.integrations import uneven_ranks
 from fused_prefopt.integrations.transformers import (
     PreferenceTrainer,
     attach,
@@ -85,6 +95,7 @@ STREAMED = {
     "unlike, spanning": ("cpo", "pairs", (2, 4), 2, 1, [[0, 1, 2, 3], [4, 5]]),
     "unlike, accumulated": ("dpo", "pairs", (1, 8), 2, 2, [[*range(5)], [*range(5, 9)]]),
     "unlike, lists": ("dpo", "lists", (5, 2), 2, 1, [[0, 1, 5, 6], [2, 3], [4]]),
+    "unlike, an empty one": ("dpo", "pairs", (3, 0), 2, 1, [[0, 1], [2]]),
 }
 CASES = DEALT | (STREAMED if SHARDED else {})
 OPTIONS: dict[str, dict[str, Any]] = {"gamma-simpo": {"queue_size": 64, "sample_size": 64}}
@@ -172,6 +183,45 @@ def precomputed(kind: str, folder: Path) -> dict[str, Any]:
     data = pairs(10) if kind == "dpo" else points(10, label=[True, False] * 5)
     run = build(kind, folder, data, reference=tiny_llama(5), precompute_ref_log_probs=True)
     return {name: list(run.train_dataset[name]) for name in run.train_dataset.column_names}
+
+
+def continued(folder: Path) -> dict[str, Any]:
+    """Three steps, and the last of them anew: in it, and before, the second rank has no rows."""
+    runs = {}
+    for name, start in (("whole", None), ("rest", str(folder / "checkpoint-2"))):
+        data = stream(rows("pairs", 8), (6, 2))
+        options = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+        run = trainer(folder, data, "gamma-simpo", "pairs", max_steps=3, **options)
+        run.train(resume_from_checkpoint=start)
+        runs[name] = run.model.state_dict() | run.attachment.loss_fn.state_dict()
+    return runs
+
+
+def with_kl(folder: Path, sizes: tuple[int, ...] = (8,), **options: Any) -> dict[str, Any]:
+    """KTO of a stream, whose `kl` is of all ranks' completions."""
+    data = stream(list(points(8)), sizes)
+    given = {"model": model(), "reference": tiny_llama(5).double(), "max_steps": 2}
+    given |= {"optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0}
+    run = build("kto", folder, data, **given)
+    run.train()
+    names = ("loss", "kl", "rewards/chosen", "rewards/rejected")
+    logged = {name: history(run, name) for name in names}
+    return {"weights": dict(run.model.state_dict()), "logged": logged}
+
+
+def exchanges(folder: Path) -> int:
+    """How often the ranks meet in three epochs of one step."""
+    seen, of_step = [], uneven_ranks._Exchange.of_step
+
+    def counted(*given: Any) -> Any:
+        seen.append(1)
+        return of_step(*given)
+
+    uneven_ranks._Exchange.of_step = counted
+    data = stream(rows("pairs", 4), (2, 2))
+    trainer(folder, data, "dpo", "pairs", max_steps=3, per_device_train_batch_size=2).train()
+    uneven_ranks._Exchange.of_step = of_step
+    return len(seen)
 
 
 def alone(case: str) -> dict[str, Any]:
@@ -278,10 +328,7 @@ def refusals(folder: Path) -> dict[str, str]:
     own = fp.LogpBatch(torch.zeros(2), torch.ones(2, dtype=torch.int64))
     if dist.get_rank() == 1:
         own = fp.LogpBatch(own.policy, own.lengths, weights=torch.ones(2))
-    streamed = {
-        "no batch": lambda: run(stream(data, (12, 0)), max_steps=2).train(),
-        "evaluated stream": lambda: run(data).evaluate(stream(data, (8, 4))),
-    }
+    streamed = {"evaluated stream": lambda: run(data).evaluate(stream(data, (8, 4)))}
     return {name: refused(call) for name, call in streamed.items() if SHARDED} | {
         "lengths": refused(run(data, **UNEVEN).train),
         "evaluated": refused(lambda: run(data, **UNEVEN).evaluate(data)),
@@ -300,6 +347,11 @@ def work(rank: int, folder: str) -> None:
         for kind in OF_TRL:
             found[kind] = trained_by_trl(kind, path / f"run-{rank}", 4, **UNEVEN)
             found[f"{kind}, ahead"] = precomputed(kind, path / f"run-{rank}")
+        if SHARDED:
+            found["kl"] = with_kl(path / f"run-{rank}", (8, 0))
+    if SHARDED:
+        found["continued"] = continued(path / "continued")
+        found["exchanges"] = exchanges(path / f"run-{rank}")
     for case in LOOPS:
         for name, wrap in WRAPS.items():
             found[f"{case}, {name}"] = loop(case, wrap, rank)
@@ -365,6 +417,30 @@ def test_ranks_without_a_shared_disk_have_what_trl_computes_ahead(kind, ranks, t
         assert first[name] == pytest.approx(wanted[name], rel=1e-5)
 
 
+@pytest.mark.skipif(not SHARDED, reason="this accelerate deals streams evenly")
+def test_a_rank_whose_data_have_ended_goes_on_where_training_is_resumed(ranks):
+    for found in (each["continued"] for each in ranks):
+        assert_bit_equal(found["rest"], found["whole"])
+
+
+@pytest.mark.skipif(not SHARDED, reason="this accelerate deals streams evenly")
+def test_a_rank_without_rows_has_no_part_in_ktos_kl(ranks, tmp_path):
+    pytest.importorskip("trl")
+    wanted = with_kl(tmp_path)
+    assert wanted["logged"]["kl"][0] > 0
+    for found in (each["kl"] for each in ranks):
+        for name, value in wanted["weights"].items():
+            close(found["weights"][name], value, name)
+        for name, values in wanted["logged"].items():
+            assert found["logged"][name] == pytest.approx(values, abs=2e-4), name
+
+
+@pytest.mark.skipif(not SHARDED, reason="this accelerate deals streams evenly")
+def test_ranks_do_not_meet_again_in_an_epoch_that_has_ended(ranks):
+    # A step and the end of each epoch, but for the last one's.
+    assert [each["exchanges"] for each in ranks] == [5, 5]
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("case", LOOPS)
 def test_a_loop_of_ones_own_is_exact_where_it_says_that_ranks_differ(case, wrap, ranks):
@@ -378,7 +454,6 @@ def test_a_loop_of_ones_own_is_exact_where_it_says_that_ranks_differ(case, wrap,
 REFUSALS = {
     "lengths": r"^train_dataset: got different numbers of batches \(2 on rank 0, 1 on rank 1\)",
     "evaluated": r"^eval_dataset: got different numbers of batches .*'even_batches': True",
-    "no batch": "^train_dataset: got no batch on rank 1, and 1 on another, needs rows for each",
     "evaluated stream": "^eval_dataset: got no more batches on rank 1 while there are some on rank",
     "twice": "^uneven_ranks: got True in a trainer",
     "queues": "^ranks: got reward margins and draws of the queue in state .* on rank 0, reward mar",
@@ -389,7 +464,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_cannot_be_exact_is_refused_by_all_ranks_at_once(name, ranks):
-    if name in ("no batch", "evaluated stream") and not SHARDED:
+    if name == "evaluated stream" and not SHARDED:
         pytest.skip("this accelerate deals streams evenly")
     for found in ranks:
         assert re.search(REFUSALS[name], found["refusals"][name]), found["refusals"][name]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from loss_cases import VARIANTS, random_batch
+from processes import start
 
 from fused_prefopt import LogpBatch, PreferenceLoss
 from fused_prefopt.integrations.metrics import StepMetrics, metric_weights
@@ -192,7 +192,7 @@ def folder(tmp_path_factory) -> Path:
     """What two ranks, and then three, have computed and saved."""
     folder = tmp_path_factory.mktemp("ranks")
     for world in (2, 3):
-        mp.spawn(_work, args=(world, str(folder)), nprocs=world)
+        start(_work, world, world, str(folder))
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import start
 from test_reference_cache import COUNT, Killed, run
 from tiny_models import pair_features, point_features, tiny_llama
 from torch.distributed.device_mesh import init_device_mesh
@@ -74,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     run(tiny_llama(1), cache_file=path / "own-1")
     with pytest.raises(mp.ProcessExitedException) as end:
-        mp.spawn(_work, args=(str(path),), nprocs=2)
+        start(_work, 2, str(path))
     assert end.value.signal_name == "SIGKILL"
     return path
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from data_tokenizer import WORDS, tiny_tokenizer
+from processes import start
 from tiny_models import pair_features, tiny_llama
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -202,11 +202,11 @@ def beside(
     return runs
 
 
-def lora(seed: int = 0, **options: Any) -> Any:
-    """A tiny model with an adapter whose terms are not zero."""
+def lora(seed: int = 0, model: Any = None, **options: Any) -> Any:
+    """A tiny model, or this one, with an adapter whose terms are not zero."""
     peft = pytest.importorskip("peft")
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}
-    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings | options))
+    model = peft.get_peft_model(model or tiny_llama(), peft.LoraConfig(**settings | options))
     torch.manual_seed(seed)
     for name, value in model.named_parameters():
         if "lora_B" in name:
@@ -306,5 +306,5 @@ def spawned(work: Callable[..., None], folder: Path) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(folder)), nprocs=2)
+    start(work, 2, port, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 
-from fused_prefopt.distributed import gather_objects, gather_outcomes, rank, world_size
+from fused_prefopt.distributed import gather_objects, gather_outcomes, rank
 
 
 def folder_of(args: Any) -> Path:
@@ -43,7 +43,6 @@ def kept_apart(dataset: Any, own: tuple[Any, ...], folder: Path) -> Iterator[Non
         return
     before = dataset._fingerprint
     if not dataset.cache_files:
-        folder.mkdir(parents=True, exist_ok=True)
         dataset._get_cache_file_path = lambda print_: str(folder / f"cache-{print_}.arrow")
     try:
         alone = _unshared_folder(dataset)
@@ -93,14 +92,12 @@ def _unshared_folder(dataset: Any) -> str:
     Args:
         dataset: with TRL's columns.
     """
-    if world_size() == 1:
-        return ""
     mark = gather_objects(uuid.uuid4().hex)[0]
     path = Path(dataset._get_cache_file_path(f"of-all-ranks-{mark}"))
 
     def put() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
 
     gather_outcomes(put)
