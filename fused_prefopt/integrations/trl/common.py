@@ -37,7 +37,6 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     refuse_functions_of_logits,
     require_rows,
-    require_saved_adapter,
 )
 from fused_prefopt.integrations.trainer_mixins import (
     KeepsLossState,
@@ -140,7 +139,6 @@ class FusesLoss(
             _any_model(self),
         ):
             super().__init__(*given.args, **given.kwargs)
-        require_saved_adapter(self)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
         if self.ref_model is not None:
