@@ -1,6 +1,7 @@
 """Ranks with different numbers of pairs, or none: two processes are one with all of them, or raise.
 
-All of it in one pair of processes, as most of the time is theirs to start.
+One file of more than 450 lines: all of it runs in one pair of processes, as most of the time is
+theirs to start.
 """
 
 from __future__ import annotations
