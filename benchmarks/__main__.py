@@ -29,13 +29,13 @@ from benchmarks.device import MACHINES
 from benchmarks.frameworks import run_frameworks
 from benchmarks.head_points import run_kl
 from benchmarks.kernel_page import PAGE, REPLAY
+from benchmarks.llama_step import BESIDE, FULL, LLAMAS, LORA
 from benchmarks.mass_study import MASSES, run_study
 from benchmarks.profile_step import run_profile
 from benchmarks.report import README, Places, check_all, write_all
 from benchmarks.results import KERNELS, RESULTS, Results, load
-from benchmarks.scaling import GPUS, KINDS, SCALING, Heads, run_scaling
-from benchmarks.scaling_tables import layouts_table
-from benchmarks.step_memory import BESIDE, FULL, LLAMAS, LORA
+from benchmarks.scaling import GPUS, KINDS, SCALING, Heads, load_scaling, run_scaling
+from benchmarks.scaling_page import layouts_table
 from benchmarks.trainer_steps import run_trainer
 
 Add = Callable[..., argparse.ArgumentParser]
@@ -157,14 +157,20 @@ def _replay(options: argparse.Namespace) -> int:
 _TRAININGS = {"full": FULL, "reference": BESIDE, "lora": LORA}
 
 
-def _fits(options: argparse.Namespace) -> None:
-    heads = Heads.of(load(options.results)["heads"]["rows"])
+def _fits(options: argparse.Namespace) -> int:
+    contents = load_scaling(options.results)
+    if "heads" not in contents:
+        _say(f"results: got no heads.json in {options.results}")
+        _say("make it: python -m benchmarks scaling")
+        return 1
+    heads = Heads.of(contents["heads"]["rows"])
     model = next(each for each in LLAMAS if _short(each.name) == options.model)
     machine = next(each for each in MACHINES if each.name == options.gpu)
     recipe = _TRAININGS[options.training]
     _say(f"{model.name} on {options.gpus} {machine.name}, {recipe.name}: GB of a GPU by head,")
     _say(f"{' / '.join(kind.name for kind in KINDS)}; **too much**. On paper, not measured.\n")
     _say(layouts_table(heads, model, machine, recipe, options.gpus))
+    return 0
 
 
 def _short(name: str) -> str:

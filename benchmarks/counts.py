@@ -66,6 +66,7 @@ class _Design:
         workspace: whether the logits live in the workspace instead.
         hidden: whether dhidden is summed in fp32 beside the gradient.
         weight: bytes of a second gradient of the weight.
+        copies: logits in the operands' dtype that are alive beside `alive`.
     """
 
     matmuls: int
@@ -78,6 +79,7 @@ class _Design:
     workspace: bool = False
     hidden: bool = False
     weight: int = 0
+    copies: int = 0
 
 
 def _ours(matmuls: int, narrow: int, single: int, hidden: bool = True) -> _Design:
@@ -103,7 +105,8 @@ _DESIGNS = {
     "TRL: no gradient": _trl(1, 2, hidden=False),
     "TRL: frozen head": _trl(3, 6),
     "TRL": _trl(4, 7, weight=4),
-    "Liger": _Design(3, 6, 8, 12, _a_pair, labelled=False, weight=2),
+    # Logits, kept for their mean, their gradient, and the fp32 gradient of the gathered entries.
+    "Liger": _Design(3, 6, 8, 4, _a_pair, labelled=False, copies=2),
     "Liger: per token": _Design(4, 7, 26, 22, _liger_rows, labelled=False, weight=2),
     "cut-cross-entropy": _Design(4, 0, 0),
     "cut-cross-entropy: full gradient": _Design(4, 0, 0),
@@ -133,7 +136,8 @@ def count(name: str, shape: Shape, itemsize: int) -> Counts | None:
     hidden = rows * shape.hidden_size
     moved = design.matmuls * itemsize * (hidden + weight)
     moved += logits * (itemsize * design.narrow + 4 * design.single)
-    extra = design.alive * _alive(design, shape, rows) + design.weight * weight
+    alive = design.alive + design.copies * itemsize
+    extra = alive * _alive(design, shape, rows) + design.weight * weight
     extra += 4 * hidden * design.hidden + WORKSPACE * design.workspace
     if _base(name) == "ours: local":
         extra += itemsize * logits

@@ -1,8 +1,8 @@
 """From 8B to 405B on 1 to 512 GPUs, on paper: the contexts that fit with each head, and why.
 
 The replay records what a head's real code holds and takes at the shapes of a rank; the memory model
-of a step (`step_memory.py`) says what is left for it. Every token is labelled: the most rows that
-a context can have.
+of a step (`llama_step.py`) says what is left for it. What Liger's holds is counted: it is compiled.
+Every token is labelled: the most rows that a context can have.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from typing import Any
 
 from benchmarks.candidates import CANDIDATES, DEFAULTS, HEAD, HIDDEN, OF_TRL, Candidate
 from benchmarks.device import LIBRARY, MACHINES, Machine, play
-from benchmarks.results import RESULTS, Results, Row, load
-from benchmarks.shapes import Shape
-from benchmarks.step_memory import (
+from benchmarks.llama_step import (
     LLAMAS,
-    NARROW,
     RECIPES,
     SEQUENCES,
     HeadBytes,
@@ -31,6 +28,8 @@ from benchmarks.step_memory import (
     tokens_of,
     usable,
 )
+from benchmarks.results import RESULTS, Results, Row, load
+from benchmarks.shapes import Shape
 
 SCALING = RESULTS / "scaling"
 GPUS = tuple(2**power for power in range(10))
@@ -60,7 +59,7 @@ class HeadKind:
         if self.name in (OURS, TRL):
             return (DEFAULTS if self.name == OURS else OF_TRL)[trains]
         if self.name == LIGER:
-            # Only here: it is the replay's, which needs the peers.
+            # Only here: it is the replay's, which needs the peers. Of it only matmuls count.
             from benchmarks.replay import liger_dpo
 
             found = Candidate(LIGER, liger_dpo)
@@ -121,8 +120,9 @@ def head_row(
         shape = Shape(model.name, SEQUENCES, length, model.hidden_size, vocab, labelled=1.0)
         recording = recorded(ReplayCase(candidate, shape), machine)
         # What a compiler would fuse is not held against Liger, as in the replay.
-        events = [e for e in recording.events if e.size is not None or kind.name != LIGER]
-        peaks.append(recording.peak)
+        compiled = kind.name == LIGER
+        events = [e for e in recording.events if e.size is not None or not compiled]
+        peaks.append(liger_peak(shape, trains) if compiled else recording.peak)
         times.append(round(1e3 * play(machine, events).seconds, 3))
     return {
         "candidate": candidate.name,
@@ -137,6 +137,18 @@ def head_row(
         "peak_bytes": peaks,
         "ms": times,
     }
+
+
+def liger_peak(shape: Shape, trains: str) -> int:
+    """Bytes of Liger's DPO on one pair, compiled as it is by default, its gradients among them.
+
+    Inductor's code keeps the bf16 logits for their mean, and makes the fp32 gradient of the entries
+    that are gathered, and of both the bf16 gradient: 8 bytes of a logit. Inputs are copied, the
+    gradients of a pair are added to those of all.
+    """
+    logits, hidden = shape.rows * shape.vocab, 2 * shape.rows * shape.hidden_size
+    weight = 2 * shape.vocab * shape.hidden_size if trains == HEAD else 0
+    return max(8 * logits + hidden + weight, 4 * logits + 2 * (hidden + weight))
 
 
 @dataclass(frozen=True)
@@ -297,53 +309,3 @@ def run_scaling(folder: Path, say: Callable[[str], None]) -> None:
 def load_scaling(folder: Path = SCALING) -> Mapping[str, Any]:
     """Both files' contents by name; empty where they were not made."""
     return load(folder) if folder.is_dir() else {}
-
-
-# Bytes of a row's maximum, sum and target's logit, in fp32; and of the one all-reduce that a group
-# of sequences makes forward, and again backward, up to 255 sequences.
-_ROW, _SUMS = 3 * 4, 4096
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Bytes that a GPU receives in a step, by who asks for them.
-
-    Attributes:
-        fsdp: weights gathered for the forward and the backward, gradients scattered.
-        tp: activations gathered and scattered around the products of every layer, three times.
-        cp: keys and values of the other ranks, twice forward, and backward with their gradients.
-        vocabulary: of a head whose rows are sharded: statistics of rows, gradient of hidden.
-        sequences: sums and lengths over the ranks that share sequences, and their gradients.
-        statistics: of a loss that keeps some: a number for each pair of the other ranks.
-        whole: what gathering the head over the tensor parallel ranks takes instead, and its
-            gradient.
-    """
-
-    fsdp: int
-    tp: int
-    cp: int
-    vocabulary: int
-    sequences: int
-    statistics: int
-    whole: int
-
-
-def moved(model: Llama, recipe: Recipe, layout: Layout, context: int) -> Moved:
-    """Bytes that a GPU receives; of an all-reduce, as a ring moves them."""
-    tokens, size = tokens_of(layout, context), model.hidden_size
-    shards, tp, cp = layout.shards, layout.tp, layout.cp
-    trains = recipe.rank is None
-    # Layers twice, embedding and head once; the gradients of what trains.
-    weights = 2 * model.layers * model.layer + 2 * model.head + model.hidden_size
-    reduced = model.parameters if trains else model.adapter(recipe.rank or 0)
-    activations = 3 * 4 * model.layers * NARROW * tokens * size
-    keys = 4 * model.layers * tokens * 2 * NARROW * model.keys // tp
-    return Moved(
-        fsdp=NARROW * (weights + reduced) // tp * (shards - 1) // shards,
-        tp=activations * (tp - 1) // tp,
-        cp=keys * (cp - 1),
-        vocabulary=_ROW * tokens * (tp - 1) + 2 * 4 * tokens * size * (tp - 1) // tp,
-        sequences=2 * 2 * _SUMS * (cp - 1) // cp,
-        statistics=4 * (layout.dp - 1),
-        whole=NARROW * model.head * (1 + trains) * (tp - 1) // tp,
-    )

@@ -25,15 +25,27 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
-def shared_ranks(*groups: dist.ProcessGroup | None) -> int:
-    """Number of ranks that are in all these groups, None means all of them; 1 by itself."""
-    if world_size() == 1:
-        return 1
-    members = (
-        range(world_size()) if group is None else dist.get_process_group_ranks(group)
-        for group in groups
-    )
-    return len(set.intersection(*map(set, members)))
+def require_other_pairs(
+    group: dist.ProcessGroup | None, sharing: dist.ProcessGroup | None, name: str, loss: str
+) -> None:
+    """Raise ValueError where a loss over a group's ranks would see a pair several times.
+
+    Args:
+        group: ranks whose batches are to be one; None means all of them.
+        sharing: ranks that have this rank's pairs, this one among them; None is this one alone.
+        name: what they share, for the message.
+        loss: its name, for the message.
+    """
+    if sharing is None:
+        return
+    members = range(world_size()) if group is None else dist.get_process_group_ranks(group)
+    both = len(set(members) & set(dist.get_process_group_ranks(sharing)))
+    if both > 1:
+        raise ValueError(
+            f"process_group: got {both} ranks of this rank's {name} in it (None is all ranks) for"
+            f" {loss}, which would see each pair {both} times; wanted the ranks whose pairs differ:"
+            " the mesh's data dimension, of one rank where there is none"
+        )
 
 
 def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -131,7 +143,9 @@ def gather_over_ranks(
     if world == 1:
         return values, 0
     described = f"{contents} in {values.dtype}"
-    own = torch.tensor([values.shape[0], zlib.crc32(described.encode())], device=values.device)
+    header = values.shape[0], zlib.crc32(described.encode())
+    # Filled on the device: a copy from the host would wait for it.
+    own = torch.stack([values.new_full((), each, dtype=torch.int64) for each in header])
     headers = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(headers, own, group=group)
     lengths, kinds = torch.stack(headers).t().tolist()

@@ -1,7 +1,4 @@
-"""`PreferenceLoss`: the op, the statistics and a loss, as one module.
-
-It is one file of more than 450 lines: a third of them tell what its two calls take.
-"""
+"""`PreferenceLoss`: the op, the statistics and a loss, as one module."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_prefopt.checks import is_on_host, require_number
-from fused_prefopt.distributed import shared_ranks, world_size
+from fused_prefopt.distributed import require_other_pairs, world_size
 from fused_prefopt.loss_kernel import launch_loss
 from fused_prefopt.losses import (
     LossName,
@@ -34,11 +31,11 @@ from fused_prefopt.losses.lists import require_lists
 from fused_prefopt.losses.metrics import LIST_PAIRS, WEIGHTS_MEAN, divergence_metrics
 from fused_prefopt.losses.protocol import OF_BOTH_HEADS
 from fused_prefopt.losses.whole_batch import whole_batch
-from fused_prefopt.ops import sequence_kl, sequence_logps, takes_kernels, token_statistics
+from fused_prefopt.measured_fields import collisions, policy_beside_reference
+from fused_prefopt.ops import sequence_logps, takes_kernels
 from fused_prefopt.ops.inputs import LogpOptions, read_head
 from fused_prefopt.ops.logps import shared_and_tail_logps
-from fused_prefopt.ops.sequence_group import COLLISIONS, over_group
-from fused_prefopt.ops.torch_engine import TorchEngine
+from fused_prefopt.ops.sequence_group import COLLISIONS, over_group, telling
 from fused_prefopt.ops.vocab_shard import sharing_ranks
 from fused_prefopt.types import AnyHead, LogpBatch, LossOutput
 
@@ -217,7 +214,8 @@ class PreferenceLoss(nn.Module):
                 rank's tokens, the extras and the output of whole sequences, on each rank. A loss
                 that remembers or spans batches needs a `process_group`, to see each pair once. An
                 all-reduce of 4 KB for each pass over a head (policy, prompts, reference,
-                collisions, gold), and one in the backward of those that train.
+                collisions, gold), and one in the backward of those that train; for `ld_alpha`
+                what `shared_and_tail_logps` says.
             **extras: the other fields of `LogpBatch`: reference, rewards, desirable, kl,
                 prompt_reference, groups, sequence_kl, extrapolated, interpolated, collision,
                 weights, gold, gold_lengths. A loss that wants `collision` (WPO) and is not given it
@@ -238,9 +236,12 @@ class PreferenceLoss(nn.Module):
         if prompt_labels is not None:
             given.add("prompt_lengths")
         self._check_reference(ref_hidden, ref_head)
-        self._check_ranks(sequence_group, "sequence_group")
-        if self.training:
-            self._check_ranks(sharing_ranks(read_head(head)), "head's group")
+        if self.loss.coupled or self.statistics is not None:
+            alike = {"sequence_group": sequence_group}
+            if self.training:
+                alike["head's group"] = sharing_ranks(read_head(head))
+            for what, ranks in alike.items():
+                require_other_pairs(self.process_group, ranks, what, self.name)
         if "groups" in given:
             self.require_lists()
         measured = _MEASURED if ref_hidden is not None else frozenset()
@@ -267,7 +268,7 @@ class PreferenceLoss(nn.Module):
         tail, weighted = None, {**options, "token_weights": token_weights}
         if ref_hidden is not None and ref_head is not None:
             reference, missing = (ref_hidden, ref_head), self.loss.needs - given
-            sums, lengths, found = _policy_beside_reference(
+            sums, lengths, found = policy_beside_reference(
                 hidden, head, *reference, labels, missing, self._perturbation, weighted
             )
             extras |= found
@@ -284,7 +285,8 @@ class PreferenceLoss(nn.Module):
             # They have no gradient, so neither a path nor mass to drop.
             del options["path"], options["drop_mass"], options["sequence_group"]
             sizes = sums.shape[0], token_weights
-            own = _collisions(hidden, head, labels, *sizes, options)
+            with telling(sequence_group, labels.device):
+                own = collisions(hidden, head, labels, *sizes, options)
             (extras["collision"],) = over_group([own], sequence_group, COLLISIONS)
         batch = LogpBatch(sums, lengths, prompt=prompt, **extras)
         if tail is not None and self.ld_alpha is not None:
@@ -305,18 +307,6 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"{missing}: got None with `{there}`, wanted both or neither")
         if ref_hidden is not None and self.ld_alpha is not None:
             raise ValueError("ref_hidden: got one with `ld_alpha`, wanted `reference` instead")
-
-    def _check_ranks(self, sharing: dist.ProcessGroup | None, name: str) -> None:
-        """Raise ValueError where ranks that are `sharing` pairs would count each several times."""
-        if sharing is None or not (self.loss.coupled or self.statistics is not None):
-            return
-        both = shared_ranks(self.process_group, sharing)
-        if both > 1:
-            raise ValueError(
-                f"process_group: got {both} ranks of this rank's {name} in it (None is all"
-                f" ranks) for {self.name}, which would see each pair {both} times; wanted the ranks"
-                " whose pairs differ: the mesh's data dimension, of one rank where there is none"
-            )
 
     def from_logps(self, batch: LogpBatch) -> LossOutput:
         """The loss of known log-probs.
@@ -393,61 +383,6 @@ def _loss_of(loss: Any, statistics: Any, batch: LogpBatch, kernels: bool) -> Los
     return result
 
 
-def _policy_beside_reference(
-    hidden: Tensor,
-    head: AnyHead,
-    ref_hidden: Tensor,
-    ref_head: AnyHead,
-    labels: Tensor,
-    missing: Collection[str],
-    perturbation: float | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Log-probs of the policy, and of the `missing` fields those that the reference stands for.
-
-    A loss that needs a field of both heads' logits gets everything from one pass over them.
-
-    Args:
-        hidden, head, labels: of the policy.
-        ref_hidden, ref_head: of the reference, on the same labels; constants.
-        missing: fields that the loss needs and nobody has given.
-        perturbation: ε of the mixtures of logits that it needs, or None.
-        options: of `sequence_logps`.
-
-    Returns:
-        sums (S,), differentiable; lengths (S,); name → (S,), of which `sequence_kl` is
-        differentiable.
-
-    Raises:
-        ValueError: what `sequence_kl` and `sequence_logps` raise; or the loss needs a field of both
-            heads, and the options ask for another path than `recompute` or drop mass.
-    """
-    if OF_BOTH_HEADS & set(missing):
-        if options["path"] not in ("auto", "recompute") or options["drop_mass"]:
-            raise ValueError(
-                f"path: got {options['path']!r} with drop_mass {options['drop_mass']:g}, but a loss"
-                " of the policy's logits beside the reference's needs 'recompute' and all mass"
-            )
-        kept = {key: value for key, value in options.items() if key not in ("path", "drop_mass")}
-        out = sequence_kl(
-            hidden, head, ref_hidden, ref_head, labels, perturbation=perturbation, **kept
-        )
-        fields = {
-            "sequence_kl": out.kl,
-            "reference": out.reference,
-            "extrapolated": out.extrapolated,
-            "interpolated": out.interpolated,
-        }
-        found = {key: each for key, each in fields.items() if key in missing and each is not None}
-        return out.policy, out.lengths, found
-    policy = sequence_logps(hidden, head, labels, **options)
-    if "reference" not in missing:
-        return policy.sums, policy.lengths, {}
-    with torch.no_grad():
-        reference = sequence_logps(ref_hidden, ref_head, labels, **{**options, "path": "auto"})
-    return policy.sums, policy.lengths, {"reference": reference.sums}
-
-
 def _warn_without_labels(lengths: Tensor) -> None:
     """Warn of a batch without any label, where that is known without waiting for a device."""
     known = is_on_host(lengths) and not torch.compiler.is_compiling()
@@ -457,25 +392,3 @@ def _warn_without_labels(lengths: Tensor) -> None:
             " the completions cut off by a maximum length?",
             stacklevel=3,
         )
-
-
-def _collisions(
-    hidden: Tensor,
-    head: AnyHead,
-    labels: Tensor,
-    sequences: int,
-    token_weights: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """(S,) sums over tokens of ``log Σ_v π(v)²``."""
-    compute = token_statistics
-    if torch.compiler.is_compiling():
-        # It counts the labelled rows. Disabled by a decorator, importing this would import Triton.
-        compute = torch.compiler.disable(token_statistics)
-    tokens = compute(hidden, head, labels, **options).collisions
-    if token_weights is not None:
-        tokens = tokens * token_weights.to(tokens.dtype)
-    if options["sequence_ids"] is None:
-        return tokens.sum(1)
-    ids = options["sequence_ids"].long()
-    return TorchEngine.sequence_sums(tokens, ids, sequences, False)[0]

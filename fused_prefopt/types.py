@@ -87,7 +87,8 @@ class LMHead:
             log-softmax and get zero gradient. None means all V rows are real. Of a spread head it
             counts rows of the whole one; every rank must hold some that are real.
         low_rank: terms added to ``hidden @ weight.T``; they meet the op as r more columns. Their
-            `b` is sharded as the weight is, their `a` whole on every rank.
+            `b` is sharded as the weight is, their `a` whole on every rank, and their dropout must
+            draw the same there.
         group: ranks that share the head, each with rows of its own, as many as it likes, in any
             order; together they are all rows of the vocabulary, each once.
         first_row: vocabulary index of this rank's first row; goes with `group`.

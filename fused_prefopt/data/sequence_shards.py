@@ -76,9 +76,7 @@ def shard_of(
         ValueError: the batch is a shard already, or has shared prompts, images or another column of
             tokens, or padding on the left; `rank`, `order` or `multiple_of` is out of range.
     """
-    require_choice("order", order, ORDERS)
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank: got {rank}, wanted one in [0, {ranks})")
+    chunks = _chunks(rank, ranks, order)
     if multiple_of < 1:
         raise ValueError(f"multiple_of: got {multiple_of}, wanted at least 1")
     shard, others = dict(batch), dict(batch)
@@ -86,7 +84,7 @@ def shard_of(
         part = {name: others.pop(prefix + name) for name in LAYOUT if prefix + name in others}
         if INPUT_IDS in part:
             shard.pop(prefix + LABEL_COUNTS, None)
-            cut = _cut(part, rank, ranks, order, multiple_of)
+            cut = _cut(part, rank, ranks, order, chunks * multiple_of)
             shard |= {prefix + name: value for name, value in cut.items()}
     left = [name for name, each in others.items() if isinstance(each, Tensor) and each.dim() > 1]
     if left:
@@ -101,32 +99,47 @@ def shard_of(
 def token_places(length: int, rank: int, ranks: int, order: str = CONTIGUOUS) -> Tensor:
     """(length / ranks,) int64 places of a rank's tokens in whole sequences.
 
-    "contiguous": chunk `rank` of `ranks`. "balanced": of 2 · `ranks` chunks those numbered `rank`
-    and 2 · `ranks` − 1 − `rank`, so that each rank has as many scores of causal attention.
+    "contiguous": chunk `rank` of `ranks`, as Ulysses has them. "balanced": of 2 · `ranks` chunks
+    those numbered `rank` and 2 · `ranks` − 1 − `rank`, so that each rank has as many scores of
+    causal attention, as torch's context parallel (head and tail) and Megatron's have them.
 
     Args:
         length: of the padded sequences, a multiple of the number of chunks.
         rank: in [0, ranks).
         ranks: how many share the sequences.
         order: one of `ORDERS`.
+
+    Raises:
+        ValueError: an argument is out of range, or `length` no such multiple.
     """
-    places = torch.arange(length)
+    chunks = _chunks(rank, ranks, order)
+    if length % chunks:
+        raise ValueError(
+            f"length: got {length} for {ranks} ranks in {order} order, wanted a multiple of"
+            f" {chunks}"
+        )
+    places = torch.arange(length).view(chunks, length // chunks)
     if order == CONTIGUOUS:
-        return places.chunk(ranks)[rank] if length else places
-    chunks = places.view(2 * ranks, -1)
-    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
+        return places[rank]
+    return torch.cat((places[rank], places[chunks - 1 - rank]))
+
+
+def _chunks(rank: int, ranks: int, order: str) -> int:
+    """Into how many parts a sequence is cut."""
+    require_choice("order", order, ORDERS)
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank: got {rank}, wanted one in [0, {ranks})")
+    return ranks * (2 if order == BALANCED else 1)
 
 
 def _cut(
     part: Mapping[str, Any], rank: int, ranks: int, order: str, multiple_of: int
 ) -> dict[str, Any]:
-    """A rank's columns of one layout."""
+    """A rank's columns of one layout, filled up to a multiple of so many tokens."""
     _require_whole(part)
     tokens, ids = _shifted(part), part[INPUT_IDS]
     length = ids.shape[1]
-    chunks = ranks * (2 if order == BALANCED else 1)
-    # Of each shard's length a multiple, and of the number of chunks.
-    filling = -length % (chunks * multiple_of)
+    filling = -length % multiple_of
     tokens = {name: _filled(values, filling, _FILLS[name]) for name, values in tokens.items()}
     places = torch.arange(length + filling, device=ids.device)
     if SEQUENCE_IDS in part:
@@ -159,6 +172,8 @@ def _require_whole(part: Mapping[str, Any]) -> None:
     for name in (COMPLETION_MASK, ATTENTION_MASK, TOKEN_WEIGHTS, SEQUENCE_IDS):
         if name in part:
             require_shape(name, part[name], shape)
+    if POSITION_IDS in part:
+        require_shape(POSITION_IDS, part[POSITION_IDS], ("S", shape[1]))
     if SEQUENCE_IDS in part:
         if POSITION_IDS not in part or shape[0] != 1:
             raise ValueError(

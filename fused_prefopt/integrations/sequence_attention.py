@@ -29,10 +29,14 @@ class SharedAttention(Protocol):
 
     Attributes:
         order: of `data.sequence_shards.ORDERS`, in which the ranks must have the tokens.
+        multiple_of: as in `data.sequence_shards.shard_of`, of what a shard's length is a multiple.
     """
 
     @property
     def order(self) -> str: ...
+
+    @property
+    def multiple_of(self) -> int: ...
 
     def take(self, model: nn.Module) -> None:
         """Make a model ready to be given shards; raise ValueError if its attention is another."""
@@ -47,6 +51,11 @@ class RingAttention:
     Args:
         mesh: one-dimensional `DeviceMesh` of the ranks that share sequences.
     """
+
+    # The kernel that fp32 gets on CUDA (memory-efficient attention) gives log-sum-exps of so many
+    # tokens at once, filled up; torch merges them, of half a shard too, as if there were no more
+    # than tokens. "balanced" makes each half a multiple.
+    multiple_of = 32
 
     def __init__(self, mesh: Any) -> None:
         self._mesh = mesh
@@ -143,7 +152,7 @@ class UlyssesAttention:
         ValueError: the function needs a mask to be causal.
     """
 
-    order = CONTIGUOUS
+    order, multiple_of = CONTIGUOUS, 1
 
     def __init__(self, implementation: str | None, group: dist.ProcessGroup) -> None:
         if implementation is None or (implementation != "sdpa" and "flash" not in implementation):

@@ -7,6 +7,7 @@ it; each runs its shard. With `tp_size` (tensor parallelism) they are given one 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fused_prefopt.data.columns import COMPLETION_MASK, SEQUENCE_IDS, SHIFT_LABELS
+from fused_prefopt.data.columns import COMPLETION_MASK, INPUT_IDS, SEQUENCE_IDS, SHIFT_LABELS
 from fused_prefopt.data.sequence_shards import shard_of
-from fused_prefopt.distributed import rank, world_size
+from fused_prefopt.distributed import gather_objects, rank, world_size
 from fused_prefopt.integrations.layouts import has_row_for_each
 from fused_prefopt.integrations.sequence_attention import (
     RingAttention,
@@ -112,6 +113,11 @@ class SharedBatches:
         return isinstance(self.attention, UlyssesAttention)
 
     @property
+    def repeats(self) -> int:
+        """How many ranks hold each token of a batch: those of `tp_size`."""
+        return self.copies if self.sequences is None else self.copies // world_size(self.sequences)
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank is the first of those with its batch."""
         return rank() % self.copies == 0
@@ -151,7 +157,8 @@ class SharedBatches:
         if SEQUENCE_IDS in batch:
             raise ValueError(_LAYOUT.format("packed sequences"))
         place = rank(self.sequences), world_size(self.sequences)
-        return shard_of(batch, *place, order=self.attention.order)
+        attention = self.attention
+        return shard_of(batch, *place, order=attention.order, multiple_of=attention.multiple_of)
 
     def running(self) -> AbstractContextManager[None]:
         """Context in which models' forward and backward passes are of shards."""
@@ -210,11 +217,17 @@ def share_batches(trainer: Any) -> SharedBatches:
 
     Raises:
         ValueError: `SharedBatches.of` does, or the trainer's batches have a layout or images that
-            cannot be cut.
+            cannot be cut, or would be other ones on each rank.
     """
     if "shared" not in vars(trainer):
         trainer.shared = SharedBatches.of(trainer)
     shared: SharedBatches = trainer.shared
+    if shared.copies > 1 and trainer.accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: got dispatch_batches=True with ranks that share batches"
+            " (parallelism_config), to which accelerate would deal out different rows; needs"
+            " dispatch_batches=False"
+        )
     if shared.attention is not None:
         if getattr(trainer, "_is_vision_dataset", False):
             raise ValueError(_LAYOUT.format("images"))
@@ -248,6 +261,7 @@ class SharesBatches:
     """
 
     shared: SharedBatches = SharedBatches()
+    _are_compared: bool = False
     accelerator: Any
     callback_handler: Any
     gather_function: Any
@@ -269,7 +283,27 @@ class SharesBatches:
                 f"{COMPLETION_MASK}: got a batch without it ({', '.join(inputs)}), which would not"
                 " be spread over the ranks as others are; needs preference batches alone"
             )
-        return self.shared.running, self.shared.shard(inputs)
+        return self.shared.running, self._shard(inputs)
+
+    def _shard(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """`SharedBatches.shard`; the first batch that a loader gives is compared between ranks.
+
+        Raises:
+            ValueError: it is another one on another rank of the group.
+        """
+        if not self._are_compared:
+            self._are_compared = True
+            ids = inputs[INPUT_IDS]
+            own = tuple(ids.shape), zlib.crc32(ids.cpu().contiguous().numpy().tobytes())
+            every = gather_objects(own, self.shared.sequences)
+            if len(set(every)) > 1:
+                shapes = ", ".join(str(shape) for shape, _ in every)
+                raise ValueError(
+                    "parallelism_config: got different batches on ranks that share sequences"
+                    f" (input_ids of shapes {shapes}), wanted one: a data loader that accelerate"
+                    " has prepared (`accelerator.prepare`), and a collator that draws nothing"
+                )
+        return self.shared.shard(inputs)
 
     def prediction_step(
         self,
@@ -283,11 +317,12 @@ class SharesBatches:
         if self.shared.attention is None or COMPLETION_MASK not in inputs:
             return step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         with self.shared.running():
-            return step(model, self.shared.shard(inputs), True, ignore_keys=ignore_keys)
+            return step(model, self._shard(inputs), True, ignore_keys=ignore_keys)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, in whose means each row counts once."""
         self._deal(dataloader)
+        self._are_compared = False
         if self.shared.copies > 1:
             self.gather_function = self._gather_once
         return super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
@@ -320,6 +355,7 @@ class SharesBatches:
     def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any) -> Any:
         """The trainer's own, of batches that the ranks of a group share."""
         self._deal(dataloader)
+        self._are_compared = False
         return super().set_initial_training_values(args, dataloader, *more)  # type: ignore[misc]
 
     def get_sp_size(self) -> int:

@@ -72,23 +72,6 @@ def require_trainer(trainer: Any) -> None:
         )
 
 
-def require_saved_adapter(trainer: Any) -> None:
-    """Raise ValueError if a trainer's checkpoints would hold a part of its model's adapter.
-
-    Of a model in FSDP1's wrappers PEFT finds no layer by its name inside them, and leaves it out of
-    what it saves and loads.
-
-    Args:
-        trainer: a `transformers.Trainer`.
-    """
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 1 and hasattr(trainer.model, "peft_config"):
-        raise ValueError(
-            "fsdp_config: got version 1 with an adapter, most of which PEFT would leave out of"
-            " every checkpoint; needs version 2"
-        )
-
-
 def require_rows(
     trainer: Any,
     loss_fn: PreferenceLoss,

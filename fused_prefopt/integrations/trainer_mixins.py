@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_prefopt.data.columns import COMPLETION_MASK
 from fused_prefopt.data.labels import LabelCounts
+from fused_prefopt.integrations.fsdp1 import named_as_saved
 from fused_prefopt.models.model_call import exact_fields, exact_loss, past_wrappers, unwrapped
 from fused_prefopt.models.peft_head import require_saved_whole
 
@@ -51,12 +52,14 @@ class KeepsLossState:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         require_saved_whole("resume_from_checkpoint", self.model if model is None else model)
         self._loaded_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        with named_as_saved(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         require_saved_whole("load_best_model_at_end", self.model)
         self._loaded_from = self.state.best_model_checkpoint
-        super()._load_best_model()  # type: ignore[misc]
+        with named_as_saved(self.model):
+            super()._load_best_model()  # type: ignore[misc]
         self._load_loss(self.state.best_model_checkpoint, "those of the last step stay")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -67,8 +70,14 @@ class KeepsLossState:
         saved = type(model).from_pretrained(self._loaded_from, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with named_as_saved(self.model):
+            super()._save(*args, **kwargs)  # type: ignore[misc]
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        # Under FSDP the weights to resume from are saved here, too.
+        with named_as_saved(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
             torch.save(self.attachment.loss_fn.state_dict(), Path(output_dir) / LOSS_STATE)
 

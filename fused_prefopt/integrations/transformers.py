@@ -41,7 +41,6 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     let_collator_check,
     require_collated_rows,
-    require_saved_adapter,
     require_trainer,
     require_whole_lists,
 )
@@ -101,16 +100,14 @@ def attach(
     Raises:
         ValueError: the model's head or backbone cannot be told apart or read, or its checkpoint had
             no head; the trainer's `args` would drop or mistake the batch's columns or split it over
-            GPUs, it makes its models itself or has a function of logits (`compute_metrics`), its
-            model has an adapter under FSDP1, the first row of a data set lacks what the loss needs,
-            ranks share sequences of a layout or a model that cannot be cut, batches would tear
-            apart the single completions of a prompt for a loss on pairs, or the reference does not
-            fit.
+            GPUs, it makes its models itself or has a function of logits (`compute_metrics`), the
+            first row of a data set lacks what the loss needs, ranks share sequences of a layout or
+            a model that cannot be cut, batches would tear apart the single completions of a prompt
+            for a loss on pairs, or the reference does not fit.
     """
     trainer, shared = model if isinstance(model, Trainer) else None, SharedBatches()
     if trainer is not None:
         require_trainer(trainer)
-        require_saved_adapter(trainer)
         shared = share_batches(trainer)
         require_transformers_loss(trainer)
     elif on_nonfinite != "stop":

@@ -121,7 +121,8 @@ def collated_rows(
             collators add for their layouts; or one of `batch_behind`.
         prompt: whether the prompts' log-probs are wanted too.
         router: whether the router loss is wanted too.
-        sequence_group: ranks that have the other tokens of a shard; whole batches heed none.
+        sequence_group: ranks that have the other tokens of a shard; whole batches heed none. Twice
+            a forward pass more, on the first shard in each mode (`require_shared_attention`).
 
     Raises:
         ValueError: prompts or a router loss are wanted of pairs that share a prompt in one row, or

@@ -193,12 +193,23 @@ def head_running(
         forward: hidden states → any tensor.
 
     Raises:
-        ValueError: `readable_head` does.
+        ValueError: `readable_head` does; or, from inside, the head is a layer of torch's
+            `parallelize_module`.
     """
     parts = readable_head(model)
     modules = parts.modules
     before = [module.__dict__.get("forward") for module in modules]
-    forwards = [*(door.__call__ for door in parts.doors[1:]), forward]
+
+    def of_plain(hidden: Tensor) -> Tensor:
+        if hasattr(hidden, "placements"):
+            raise ValueError(
+                "model: got a head of `parallelize_module`, whose hooks take a DTensor of logits"
+                " alone; needs transformers' `tp_plan`, or `LMHead(head.weight)` and"
+                " `PreferenceLoss` in a loop of your own"
+            )
+        return forward(hidden)
+
+    forwards = [*(door.__call__ for door in parts.doors[1:]), of_plain]
     try:
         for module, given in zip(modules, forwards, strict=True):
             module.forward = given

@@ -22,7 +22,7 @@ from fused_prefopt.models.model_call import PROMPTED, REPLACED, in_front, prompt
 MADE = ("inputs_embeds", "past_key_values")
 _OF_TOKENS = ("position_ids", "token_type_ids", "mm_token_type_ids")
 # Name of what FSDP1's wrapper wraps. By its class it would be known for seconds of imports.
-_FSDP1S = "_fsdp_wrapped_module"
+FSDP1S = "_fsdp_wrapped_module"
 # Key of a layout that has no row for each sequence → the option that makes it, what it holds.
 _LAYOUTS = {
     SEQUENCE_IDS: ("padding_free", "packed sequences"),
@@ -90,8 +90,8 @@ def adapted_head(module: nn.Module) -> AdaptedHead:
 
 def _inside(module: Any) -> nn.Module:
     """The module in FSDP1's wrapper, whose own forward gathers the weights; itself without one."""
-    while _FSDP1S in module._modules:
-        module = module.get_submodule(_FSDP1S)
+    while FSDP1S in module._modules:
+        module = module.get_submodule(FSDP1S)
     return module
 
 

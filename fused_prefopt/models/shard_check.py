@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,8 +29,8 @@ from fused_prefopt.models.model_call import IMAGES, prompt_learners
 
 # Layers in which tokens of a sequence meet, and which an attention over all ranks serves.
 _LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
-# Backbone whose tokens have seen those of other ranks → its attention then, and the ranks.
-_PASSED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# Backbone whose tokens have seen those of other ranks → its attention, ranks and mode then.
+_PASSED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 def require_whole(batch: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -85,11 +86,13 @@ def require_shard(
     images = [each for each in IMAGES if batch.get(each) is not None]
     name = type(model).__name__
     layers = set(getattr(text_config(model), "layer_types", None) or ()) - _LAYERS
+    convolution = _convolution(model)
     refused = {
         "shared prompts": SEGMENTS in batch,
         f"images ({', '.join(images)})": bool(images),
         "an adapter that learns a prompt": bool(prompt_learners(model)),
         f"{', '.join(sorted(layers))} layers": bool(layers),
+        f"convolutions over tokens ({convolution})": convolution is not None,
         f"a {name}, whose backbone takes no position_ids": not _takes_positions(model),
     }
     for what, there in refused.items():
@@ -99,6 +102,20 @@ def require_shard(
                 " that are given, or whole sequences on each rank"
             )
     return group
+
+
+def _convolution(model: nn.Module) -> str | None:
+    """Name of a layer in which tokens meet outside attention, or None.
+
+    Recurrent layers of every kind that takes positions have one; older configs do not name them.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    backbone = backbone_of(model)
+    # Beside it are encoders of images and sounds.
+    text: nn.Module = getattr(backbone, "language_model", backbone)
+    names = (name for name, each in text.named_modules() if isinstance(each, nn.Conv1d))
+    return next(names, None)
 
 
 def _takes_positions(model: nn.Module) -> bool:
@@ -116,9 +133,11 @@ def require_shared_attention(
     """Raise ValueError unless a shard's tokens see those of the other ranks.
 
     An attention that nobody has spread over the ranks sees its own shard alone, and trains all the
-    same. No config tells, so the model is tried on the first batch, at twice a forward pass: other
-    tokens on the first rank must change hidden states elsewhere, if a sequence begins there and
-    goes on. Under torch.compile it is not tried.
+    same. No config tells, so the model is tried, at twice a forward pass: other tokens on the first
+    rank must change hidden states elsewhere. Once in each mode (DeepSpeed's can be off in eval), on
+    the first batch with a sequence that begins on the first rank and goes on; other batches cost
+    two small sums until then. Buffers and random numbers are left alone. Under torch.compile it is
+    not tried.
 
     Args:
         model: causal language model; every rank makes the call.
@@ -128,28 +147,33 @@ def require_shared_attention(
     Raises:
         ValueError: on every rank, where no token sees another rank's.
     """
-    backbone = backbone_of(model)
-    state = getattr(text_config(model), "_attn_implementation", None), group.group_name
-    if torch.compiler.is_compiling() or world_size(group) == 1 or _PASSED.get(backbone) == state:
+    if torch.compiler.is_compiling() or world_size(group) == 1:
         return
-    first = rank(group) == 0
+    backbone = backbone_of(model)
+    attention = getattr(text_config(model), "_attn_implementation", None)
+    state, passed = (attention, group.group_name, backbone.training), _PASSED.get(backbone, set())
+    if state in passed:
+        return
     behind = _behind_first_rank(batch, group)
+    if not sum_over_ranks(behind.sum(), group):
+        return
     ids = batch[INPUT_IDS]
-    others = (ids + 1) % input_vocab(model) if first else ids
-    before, after = (_hidden(model, {**batch, INPUT_IDS: each}) for each in (ids, others))
+    others = (ids + 1) % input_vocab(model) if rank(group) == 0 else ids
+    before, after = _trial(model, [{**batch, INPUT_IDS: each} for each in (ids, others)])
     change = (after - before).norm(dim=-1) > tolerance(before) * before.norm(dim=-1)
     # What is not finite tells nothing, and is the loss's to tell.
     behind &= (after - before).isfinite().all(-1)
     found = torch.stack((behind.any(), change.logical_and(behind).any())).long()
     expected, seen = sum_over_ranks(found, group).tolist()
     if expected and not seen:
+        mode = "train" if backbone.training else "eval"
         raise ValueError(
-            f"sequence_group: got a {type(model).__name__} with {state[0]} attention, in which no"
-            " token sees those of other ranks; needs an attention over the group (Ulysses, ring"
-            " attention, torch's context_parallel) around each call of the model"
+            f"sequence_group: got a {type(model).__name__} with {attention} attention in {mode}"
+            " mode, in which no token sees those of other ranks; needs an attention over the group"
+            " (Ulysses, ring attention, torch's context_parallel) around each call of the model"
         )
     if seen:
-        _PASSED[backbone] = state
+        _PASSED[backbone] = passed | {state}
 
 
 def _behind_first_rank(batch: Mapping[str, Any], group: dist.ProcessGroup) -> Tensor:
@@ -170,11 +194,24 @@ def _behind_first_rank(batch: Mapping[str, Any], group: dist.ProcessGroup) -> Te
 
 
 @torch.no_grad()
-def _hidden(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Hidden states in the mode that the model is in, with the same dropout at every call."""
-    device = inputs[INPUT_IDS].device
-    devices = [] if device.type == "cpu" else [device]
-    kind = device.type if devices else "cuda"
-    with torch.random.fork_rng(devices, device_type=kind), uncached(device.type):
-        torch.manual_seed(0)
-        return last_hidden(model, inputs)
+def _trial(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Hidden states of batches in the mode that the model is in, with the same dropout in each.
+
+    What the passes draw, or add to buffers (counts of routers), is as before afterwards.
+    """
+    backbone = backbone_of(model)
+    kept = [(buffer, buffer.clone()) for buffer in backbone.buffers()]
+    found = []
+    for batch in batches:
+        ids = batch[INPUT_IDS]
+        places = {ids.device, *(each.device for each in backbone.parameters())}
+        devices = [device for device in places if device.type not in ("cpu", "meta")]
+        kind = devices[0].type if devices else "cuda"
+        with torch.random.fork_rng(devices, device_type=kind), uncached(ids.device.type):
+            with warnings.catch_warnings():
+                # Checkpointed layers without a gradient: there is none to lose here.
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+                found.append(last_hidden(model, batch))
+        for buffer, value in kept:
+            buffer.copy_(value)
+    return found

@@ -16,6 +16,9 @@ from fused_prefopt.ops.vocab_shard import RowSums
 # Rows whose gradient is smaller than the largest row's by this factor change nothing in any dtype,
 # but their products with small probabilities are denormals, which a CPU multiplies 20x slower.
 _NEGLIGIBLE = 1e-18
+# Bytes of copies of rows that ranks add up piece by piece: their workspaces may be of other sizes,
+# their pieces not.
+_SHARED_PIECE = 32 << 20
 
 
 class Gradients(NamedTuple):
@@ -241,7 +244,9 @@ def spread(
             continue
         full = found[name] = torch.zeros_like(whole)
         # What passes through copies is cut: they may take no more than the workspace does.
-        step = max(1, head.spec.workspace // (12 * max(1, rows.shape[1])))
+        summed = head.shard.group and shares is not None
+        budget = _SHARED_PIECE if summed else head.spec.workspace
+        step = max(1, budget // (12 * max(1, rows.shape[1])))
         for start in range(0, head.rows, step):
             part = slice(start, start + step)
             options = {} if shares is None else _shares(head, part, columns, shares)

@@ -258,8 +258,16 @@ class HeadRows:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether what is kept of all rows is their gradient, but for a factor of each row."""
-        return self.in_place and load_engine(self.engine_of("kept")).keeps_gradients
+        """Whether what is kept of all rows is their gradient, but for a factor of each row.
+
+        Never on a spread head: each rank's factors refer to the largest logits of its own rows, so
+        its sums would be in another unit, and where they are far below another's, without a bound.
+        """
+        return (
+            not self.shard.group
+            and self.in_place
+            and load_engine(self.engine_of("kept")).keeps_gradients
+        )
 
     @property
     def in_place(self) -> bool:

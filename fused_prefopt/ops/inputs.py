@@ -27,7 +27,7 @@ from fused_prefopt.ops.head_rows import HeadTensors, Spec
 from fused_prefopt.ops.plan import MIB, PATHS, default_workspace
 from fused_prefopt.ops.precision import HeadMath
 from fused_prefopt.ops.sequence_group import require_group
-from fused_prefopt.ops.vocab_shard import VocabShard, local_part, sharing_ranks
+from fused_prefopt.ops.vocab_shard import VocabShard, local_part, same_rows, sharing_ranks
 from fused_prefopt.types import AnyHead, LMHead
 
 Outputs = TypeVar("Outputs")
@@ -175,7 +175,7 @@ class Call:
 
 def read_call(hidden: Tensor, head: AnyHead, labels: Tensor, options: LogpOptions) -> Call:
     """Check the arguments and lay out the rows; raises what `sequence_logps` documents."""
-    given = read_head(head)
+    given, hidden = read_head(head), same_rows("hidden", hidden)
     head, shard = local_part(given)
     _check(hidden, head, labels, options.sequence_ids)
     ignore_index = options.ignore_index
@@ -325,7 +325,7 @@ def _check_labels(
     """
     labelled = targets != ignore_index
     # A label that there is none of implies nothing.
-    fits = labelled <= ((targets >= 0) & (targets < vocab))
+    fits = labelled <= (targets.remainder(vocab) == targets)
 
     def message() -> str:
         if not is_on_host(fits):

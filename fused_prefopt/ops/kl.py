@@ -45,11 +45,11 @@ from fused_prefopt.ops.passes import Kept, Upstream
 from fused_prefopt.ops.passes import backward as gradients_of_logps
 from fused_prefopt.ops.plan import PassSize, beside_statistics, cut
 from fused_prefopt.ops.precision import HeadMath, fixed_precision
-from fused_prefopt.ops.sequence_group import KL, over_group
+from fused_prefopt.ops.sequence_group import KL, over_group, telling
 from fused_prefopt.ops.tile import KlGradients, KlStatistics, Tile
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.ops.torch_engine import TorchEngine
-from fused_prefopt.ops.vocab_shard import local_part
+from fused_prefopt.ops.vocab_shard import local_part, same_rows
 from fused_prefopt.types import AnyHead, LMHead
 
 
@@ -145,15 +145,16 @@ def sequence_kl(
         engine=engine,
         sequence_group=sequence_group,
     )
-    if perturbation is not None:
-        require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
-    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
-    sums = _run(hidden, head, ref_hidden, ref_head, labels, options, perturbation or 0.0, rows)
-    kls, logps, references, lengths, mixtures = sums[:5]
-    if rows is not None:
-        kls, logps, references, lengths = rows.all_sums((kls, logps, references))
-    of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
-    own = kls, logps, references, lengths, *of_mixtures
+    with telling(sequence_group, labels.device):
+        if perturbation is not None:
+            require_number("perturbation", perturbation, low=0, high=1, above=True, below=True)
+        rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+        sums = _run(hidden, head, ref_hidden, ref_head, labels, options, perturbation or 0.0, rows)
+        kls, logps, references, lengths, mixtures = sums[:5]
+        if rows is not None:
+            kls, logps, references, lengths = rows.all_sums((kls, logps, references))
+        of_mixtures = mixtures.unbind() if rows is None else map(rows.sums, mixtures.unbind())
+        own = kls, logps, references, lengths, *of_mixtures
     return SequenceKl(*over_group(own, sequence_group, KL + (rows is not None)))
 
 
@@ -171,7 +172,7 @@ def _run(
     if traced_and_spread(head):
         given = hidden, head, ref_hidden, ref_head, labels, options, perturbation, rows
         return torch.compiler.disable(_run)(*given)
-    call = read_call(hidden, head, labels, options)
+    call, ref_hidden = read_call(hidden, head, labels, options), same_rows("ref_hidden", ref_hidden)
     reference = _reference(hidden, ref_hidden, ref_head, call)
     with torch.no_grad():
         others = head_tensors(ref_hidden, reference)

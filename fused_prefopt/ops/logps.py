@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,19 @@ from fused_prefopt.ops.plan import Demand, Room, cost_of, known_cost, make_plan,
 from fused_prefopt.ops.precision import fixed_precision
 from fused_prefopt.ops.sequence_group import (
     LOGPS,
+    TAILS,
     numbers_in_sequences,
     over_group,
     require_positions,
+    telling,
 )
 from fused_prefopt.ops.token_weights import WeightedRows
 from fused_prefopt.types import AnyHead, Plan, SequenceLogps, TokenPolicy, TokenStatistics
+
+_NO_ROOM = (
+    "path: 'local' does not fit workspace_mb of a rank that has more of the head's rows; needs a"
+    " larger one on every rank, or 'auto'"
+)
 
 
 def sequence_logps(
@@ -118,12 +126,13 @@ def sequence_logps(
         drop_mass=drop_mass,
         sequence_group=sequence_group,
     )
-    rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
-    plan, outputs = _run(hidden, head, labels, options)
-    if rows is None:
-        own = outputs[1:3]
-    else:
-        own = rows.sums(outputs[0]), rows.lengths(outputs[0].dtype)
+    with telling(sequence_group, labels.device):
+        rows = None if token_weights is None else WeightedRows.of(token_weights, labels, options)
+        plan, outputs = _run(hidden, head, labels, options)
+        if rows is None:
+            own = outputs[1:3]
+        else:
+            own = rows.sums(outputs[0]), rows.lengths(outputs[0].dtype)
     sums, lengths = over_group(own, sequence_group, LOGPS + (rows is not None))
     return SequenceLogps(sums, lengths, plan)
 
@@ -289,7 +298,8 @@ def shared_and_tail_logps(
         hidden, head, labels, shift, sequence_ids, num_sequences, ignore_index: as there.
         position_ids: (S, T) or (N,) place of each row's token in its whole sequence, which a
             `sequence_group` needs: which tokens are beyond, its ranks tell one another.
-        sequence_group: as there; a gather more, of 8 bytes for each label of all its ranks.
+        sequence_group: as there; an all-reduce of 4 KB more, and a gather of 8 bytes for each label
+            of all its ranks.
         **options: the others of `sequence_logps`, but `token_weights`.
 
     Returns:
@@ -313,18 +323,20 @@ def shared_and_tail_logps(
         ignore_index=ignore_index,
         sequence_group=sequence_group,
     )
-    require_integer("labels", labels)
-    require_shape("labels", labels, hidden.shape[:-1])
-    layout = layout_of(labels, where)
-    sequences = layout.num_sequences
-    if sequences % 2:
-        raise ValueError(
-            f"labels: got {sequences} sequences, needs an even number: chosen first, then rejected"
-        )
-    if sequence_group is None:
+    with telling(sequence_group, labels.device):
+        require_integer("labels", labels)
+        require_shape("labels", labels, hidden.shape[:-1])
+        layout = layout_of(labels, where)
+        sequences = layout.num_sequences
+        if sequences % 2:
+            raise ValueError(
+                f"labels: got {sequences} sequences, needs an even number: chosen first, then"
+                " rejected"
+            )
+        places = None if sequence_group is None else require_positions(position_ids, labels)
+    if sequence_group is None or places is None:
         beyond = _in_tail(layout, ignore_index)
     else:
-        places = require_positions(position_ids, labels)
         beyond = _in_tail_over_ranks(layout, ignore_index, places, sequence_group)
     out = sequence_logps(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -358,8 +370,10 @@ def _in_tail_over_ranks(
 ) -> Tensor:
     """`_in_tail` of a shard, from the places of all ranks' labelled tokens."""
     ids, labelled = layout.ids(), layout.targets != ignore_index
-    index, numbers, every = numbers_in_sequences(labelled, ids, position_ids, group)
-    lengths = every.bincount(minlength=layout.num_sequences)
+    own = ids.new_zeros(layout.num_sequences).scatter_add(0, ids, labelled.long())
+    # First, as it notices ranks that make another call.
+    (lengths,) = over_group([own], group, TAILS)
+    index, numbers = numbers_in_sequences(labelled, ids, position_ids, group)
     pairs = layout.num_sequences // 2
     shared = lengths[:pairs].minimum(lengths[pairs:]).repeat(2)
     beyond = torch.zeros_like(labelled)
@@ -422,4 +436,14 @@ def _plan(call: Call) -> Plan:
         entropy=options.entropy,
         drop_mass=options.drop_mass,
     )
-    return make_plan(demand, engine, room)
+    if options.path != "local" or not call.shard.group:
+        return make_plan(demand, engine, room)
+    # A rank with more rows may lack the room that others have: they are refused together.
+    everywhere = partial(call.shard.require_everywhere, like=tensors.hidden)
+    try:
+        plan = make_plan(demand, engine, room)
+    except ValueError as error:
+        everywhere(False, message=error.__str__)
+        raise
+    everywhere(True, message=lambda: _NO_ROOM)
+    return plan

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_prefopt.checks import require, require_integer, require_shape
-from fused_prefopt.distributed import gather_over_ranks, sum_with_gradient, world_size
+from fused_prefopt.checks import is_on_host, require, require_integer, require_shape
+from fused_prefopt.distributed import (
+    gather_over_ranks,
+    sum_over_ranks,
+    sum_with_gradient,
+    world_size,
+)
 
 # Numbers of the one collective that every call makes: where sequences are more, the ranks must have
 # agreed on how many before they exchange the rest.
@@ -17,7 +25,7 @@ _AT_ONCE = 512
 # The first of them, by which the ranks find out that they disagree.
 _HEADER = 2
 # What is summed; with weights of tokens it is another call, one number higher.
-LOGPS, KL, COLLISIONS = 0, 2, 4
+LOGPS, KL, COLLISIONS, TAILS = 0, 2, 4, 6
 
 
 def require_group(group: dist.ProcessGroup | None, *, shift: bool) -> None:
@@ -59,7 +67,8 @@ def over_group(rows: Sequence[Tensor], group: dist.ProcessGroup | None, call: in
         k tensors (S,), the same bits on every rank.
 
     Raises:
-        ValueError: ranks disagree on k, S or `call` (a device-side assert on CUDA).
+        ValueError: ranks disagree on k, S or `call`, or one has raised within `telling` (a
+            device-side assert on CUDA).
     """
     if group is None:
         return list(rows)
@@ -74,14 +83,17 @@ def over_group(rows: Sequence[Tensor], group: dist.ProcessGroup | None, call: in
     first = sum_with_gradient(torch.cat((*header, start, padding)), group)
     total, squares = first[:_HEADER].detach()
     # Σ_r (n_r − n)², 0 where all are n; exact in float64.
-    require(
-        squares - 2 * own * total + ranks * own**2 == 0,
-        lambda: (
+
+    def message() -> str:
+        if is_on_host(total) and total.isnan():
+            return "sequence_group: got an error on another of its ranks, which says what is wrong"
+        return (
             f"sequence_group: got {sequences} sequences on this rank and another number, or another"
             " call, on a rank that shares them; needs the same call on the same sequences, in the"
             " same order, on each of its ranks"
-        ),
-    )
+        )
+
+    require(squares - 2 * own * total + ranks * own**2 == 0, message)
     found = first[_HEADER : _HEADER + values.shape[0]]
     if values.shape[0] > found.shape[0]:
         rest = sum_with_gradient(values[_AT_ONCE - _HEADER :], group)
@@ -94,9 +106,40 @@ def over_group(rows: Sequence[Tensor], group: dist.ProcessGroup | None, call: in
     ]
 
 
+def telling(
+    group: dist.ProcessGroup | None, device: torch.device
+) -> AbstractContextManager[object]:
+    """Context of what a rank computes before `over_group`: where it raises, the others raise there.
+
+    Without it they would wait for this one. It costs nothing until then.
+
+    Args:
+        group: the ranks; None for whole sequences.
+        device: of the rows.
+    """
+    # A compiler's own exceptions are for itself.
+    alone = group is None or torch.compiler.is_compiling()
+    return nullcontext() if alone else _Telling(group, device)
+
+
+@dataclass(frozen=True)
+class _Telling(AbstractContextManager[None]):
+    group: dist.ProcessGroup | None
+    device: torch.device
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, Exception):
+            return
+        # A dead device, or a group that is gone, tells nobody: the error itself is what matters.
+        with suppress(RuntimeError):
+            none = torch.full((_AT_ONCE,), math.nan, dtype=torch.float64, device=self.device)
+            # Read back: a process that ends takes along what only waits on its device.
+            sum_over_ranks(none, self.group).tolist()
+
+
 def numbers_in_sequences(
     labelled: Tensor, ids: Tensor, position_ids: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Which of its sequence's labelled tokens each of this rank's is, whatever rank has which.
 
     One gather of the labelled tokens' places, 8 bytes each; on CUDA it waits once for their number.
@@ -108,8 +151,8 @@ def numbers_in_sequences(
         group: the ranks that share the sequences.
 
     Returns:
-        (n,) int64 indices of this rank's labelled rows; (n,) int64 numbers, from 0 in each
-        sequence; and (N,) int64 sequences of all ranks' labelled tokens, ascending.
+        (n,) int64 indices of this rank's labelled rows, and (n,) int64 numbers, from 0 in each
+        sequence.
 
     Raises:
         ValueError: two tokens of a sequence have one place.
@@ -127,7 +170,7 @@ def numbers_in_sequences(
     )
     sequences = every >> 31
     starts = torch.searchsorted(sequences, ids[index])
-    return index, torch.searchsorted(every, own) - starts, sequences
+    return index, torch.searchsorted(every, own) - starts
 
 
 def require_positions(position_ids: Tensor | None, labels: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ What the ranks exchange, each rank its own numbers to all others, n labelled row
   entropies or `token_statistics` 28 bytes (four numbers more), in `sequence_kl` 28 (two heads'
   three numbers and one of both), with a perturbation 52. Twice that in float64.
 - before it, one all-gather of 40 bytes in all: whether the ranks have the same batch, and rows of
-  one head between them. `sequence_kl` adds one of 8 bytes: whether both heads are spread alike.
+  one head between them. `sequence_kl` adds one of 8 bytes: whether both heads are spread alike; so
+  does ``path="local"``: whether it fits every rank's workspace.
 - backward, one sum of n · (D + r) · 4 bytes, the gradient of hidden (and of low-rank terms'
   projections); in a few parts, which start while the last gradients of the weight are formed. With
   `drop_mass` two of 4 bytes a row besides. The gradients of the head's rows stay on their rank.
@@ -18,6 +19,7 @@ in the wrong order. With ``fullgraph=True`` the compiler refuses it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -197,16 +199,26 @@ class VocabShard:
             )
         if not self.group:
             return
-        alike = (self.first, rows) == (other.first, others)
-        own = torch.full((1,), int(alike), dtype=torch.int64, device=like.device)
-        require(
-            self._gathered(own).all(),
+        self.require_everywhere(
+            (self.first, rows) == (other.first, others),
+            like,
             lambda: (
                 f"ref_head: got rows [{other.first}, {other.first + others}) on this rank beside"
                 f" [{self.first}, {self.first + rows}) of `head`, wanted every rank to hold the"
                 " same rows of both"
             ),
         )
+
+    def require_everywhere(self, fits: bool, like: Tensor, message: Callable[[], str]) -> None:
+        """`require` of each rank what this one knows of itself: 8 bytes to each of the others.
+
+        Args:
+            fits: whether it is so on this rank.
+            like: on the device of the head.
+            message: as in `require`.
+        """
+        own = torch.full((1,), int(fits), dtype=torch.int64, device=like.device)
+        require(self._gathered(own).all(), message)
 
     def _every(self, *own: Tensor) -> tuple[Tensor, ...]:
         """(ranks, n) of every rank's numbers (n,)."""
@@ -317,6 +329,26 @@ def local_part(head: LMHead) -> tuple[LMHead, VocabShard]:
         raise ValueError(f"weight: {head.vocab} rows leave a rank of {mesh} without any")
     first = rank * rows
     return _local(head, head.vocab - first), VocabShard(group.group_name, first)
+
+
+def same_rows(name: str, hidden: Tensor) -> Tensor:
+    """This rank's hidden states, of a `DTensor` too, which layers of tensor parallelism pass on.
+
+    Args:
+        name: of the argument, for the message.
+        hidden: (..., D), the same on every rank.
+
+    Raises:
+        ValueError: it is a `DTensor` of which ranks hold parts.
+    """
+    if not _is_distributed(hidden):
+        return hidden
+    if any(not place.is_replicate() for place in hidden.placements):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name}: got placements {hidden.placements}, wanted Replicate(): every rank takes all"  # type: ignore[attr-defined]
+            " rows"
+        )
+    return _to_local(hidden)
 
 
 def _is_distributed(value: Tensor) -> bool:

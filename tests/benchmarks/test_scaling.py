@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 pytest.importorskip("trl", reason="TRL's and Liger's heads are recorded beside ours")
 pytest.importorskip("liger_kernel")
 
+from collective_bytes import Collectives  # noqa: E402
+
 from benchmarks import scaling  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.candidates import AUTO, HEAD, HIDDEN, step  # noqa: E402
+from benchmarks.counts import count  # noqa: E402
 from benchmarks.device import MACHINES  # noqa: E402
+from benchmarks.llama_step import (  # noqa: E402
+    FULL,
+    LLAMAS,
+    LORA,
+    RECIPES,
+    HeadBytes,
+    Layout,
+    Llama,
+    moved,
+    step_bytes,
+    usable,
+)
 from benchmarks.recording import in_place_of, record  # noqa: E402
 from benchmarks.replay import meta_problem  # noqa: E402
-from benchmarks.results import check, load  # noqa: E402
+from benchmarks.results import RESULTS, check, load  # noqa: E402
 from benchmarks.scaling import (  # noqa: E402
     EAGER,
     KINDS,
     LENGTHS,
+    LIGER,
     OURS,
     SCALING,
     SPLITS,
@@ -40,23 +55,11 @@ from benchmarks.scaling import (  # noqa: E402
     Line,
     context_row,
     head_row,
-    moved,
+    liger_peak,
     shard_name,
 )
-from benchmarks.scaling_page import BOUND, check_scaling, write_scaling  # noqa: E402
-from benchmarks.scaling_tables import fewest  # noqa: E402
+from benchmarks.scaling_page import BOUND, check_scaling, fewest, write_scaling  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
-from benchmarks.step_memory import (  # noqa: E402
-    FULL,
-    LLAMAS,
-    LORA,
-    RECIPES,
-    HeadBytes,
-    Layout,
-    Llama,
-    step_bytes,
-    usable,
-)
 from fused_prefopt import LMHead, sequence_logps  # noqa: E402
 from fused_prefopt.ops.vocab_shard import VocabShard, local_part  # noqa: E402
 
@@ -110,6 +113,22 @@ def test_a_recorded_head_is_what_its_tensors_take() -> None:
     ours = HEADS.peaks[A100.name, OURS, HEAD, shard_name(model, 1)](2**18)
     tensors = (2 + 4) * rows * size + 2 * model.head
     assert tensors < ours <= tensors + A100.memory / 32 + 256 * rows
+
+
+def test_ligers_bytes_are_those_of_its_compiled_code() -> None:
+    """A step that was measured on a CPU, one pair at a time, and the counts of other pages."""
+    rows = load(RESULTS / "cpu")["head-bf16"]["rows"]
+    (row,) = (row for row in rows if row["candidate"] == LIGER)
+    shape = Shape("pair", 2, row["length"], row["hidden_size"], row["vocab"])
+    gradients = 2 * shape.hidden_size * (shape.rows + shape.vocab)
+    extra = liger_peak(shape, HEAD) - gradients
+    assert extra == pytest.approx(row["extra_bytes"], rel=5e-3)
+    counted = count(LIGER, shape, 2)
+    assert counted is not None and counted.extra == extra
+    # A frozen head has no gradient; of few tokens, the head's gradient twice is the most.
+    assert liger_peak(shape, HEAD) - liger_peak(shape, HIDDEN) == 2 * shape.vocab * 512
+    few = replace(shape, length=17)
+    assert liger_peak(few, HEAD) == 4 * few.rows * shape.vocab + 4 * 512 * (few.rows + shape.vocab)
 
 
 def test_the_results_cover_every_case_and_follow_from_the_recorded_heads() -> None:
@@ -169,47 +188,12 @@ def test_time_is_in_p_of_the_rank() -> None:
     assert 2 < case.head_ms(Layout(1, 2, 1), 8192) / unit < 2.6
 
 
-# D 4, 6 inside, 2 heads of 2 over 1 of keys.
-SMALL = Llama("small", 3, 4, 6, 2, kv_heads=1, head_size=2, vocab=10)
-
-
-def test_bytes_that_move_by_hand() -> None:
-    found = moved(SMALL, FULL, Layout(2, 2, 2), 8)
-    # Three quarters of half of: layers twice, both vocabularies and a norm, and all gradients.
-    assert found.fsdp == 2 * ((2 * 3 * 128 + 84) + 468) // 2 * 3 // 4
-    # 8 tokens: three times four collectives of each layer, half of each from the other rank.
-    assert found.tp == 3 * 4 * 3 * 2 * 8 * 4 // 2
-    # Keys and values of one other rank, half of the heads, four times.
-    assert found.cp == 4 * 3 * 8 * (2 * 2) * 2 // 2
-    assert found.vocabulary == 12 * 8 + 2 * 4 * 8 * 4 // 2
-    # 512 fp64 numbers around a ring of two, forward and backward.
-    assert found.sequences == 2 * 512 * 8
-    assert (found.statistics, found.whole) == (4, 2 * 2 * 40 // 2)
-    alone = moved(SMALL, LORA, Layout(), 8)
-    assert set(vars(alone).values()) == {0}
-
-
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[int]:
     """This process is one of four, whose others say nothing and are waited for by nobody."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield 4
     dist.destroy_process_group()
-
-
-class Collectives(TorchDispatchMode):
-    """Bytes that each kind of collective is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name.startswith("c10d::"):
-            given = args[1] if "gather" in name else args[0]
-            self.found[name.removeprefix("c10d::").strip("_")] += sum(each.nbytes for each in given)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_sharded_heads_collectives_are_those_that_are_counted(ranks: int) -> None:
@@ -222,7 +206,7 @@ def test_a_sharded_heads_collectives_are_those_that_are_counted(ranks: int) -> N
     with Collectives() as collectives, in_place_of(whole):
         record(partial(step, AUTO, problem), shape.labelled_rows, H200)
     rows = shape.labelled_rows
-    given = collectives.found
+    given = collectives.given
     # And a few numbers by which ranks see that they have the same labels.
     assert 0 < given["allgather"] - 12 * rows <= 64
     assert given["allreduce"] == 4 * rows * model.hidden_size
@@ -245,8 +229,8 @@ def test_shared_sequences_add_what_is_counted(ranks: int) -> None:
 
     with Collectives() as collectives:
         record(run, shape.rows, H200)
-    found = moved(SMALL, FULL, Layout(cp=ranks), 8)
-    assert found.sequences == 2 * 3 * collectives.found["allreduce"] // 4 > 0
+    found = moved(LLAMAS[0], FULL, Layout(cp=ranks), 8)
+    assert found.sequences == 2 * 3 * collectives.given["allreduce"] // 4 > 0
 
 
 def test_the_page_shows_what_the_results_say(tmp_path: Path) -> None:
@@ -256,8 +240,12 @@ def test_the_page_shows_what_the_results_say(tmp_path: Path) -> None:
     write_scaling(page, SCALING)
     assert check_scaling(page, SCALING)
     text = page.read_text(encoding="utf-8")
-    for row in CONTENTS["contexts"]["rows"]:
-        assert f"| {row['shape']} | {row['gpu']} | {row['recipe']} |" in text
+    # The fewest GPUs for 8k tokens: one number where all heads need as many.
+    for machine, model, recipe in product(MACHINES, LLAMAS, (FULL, LORA)):
+        rows = [context_row(Case(HEADS, model, recipe, machine, kind)) for kind in KINDS]
+        counts = [str(fewest(row, 8192)) for row in rows]
+        cell = counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+        assert f"| {model.name} | {machine.name} | {recipe.name} | {cell} |" in text
     assert "was measured on a GPU" in text and "405,853,388,800" in text
     page.write_text(text.replace("8B", "9B", 1), encoding="utf-8")
     assert not check_scaling(page, SCALING)
@@ -278,6 +266,14 @@ def test_the_command_line_shows_every_layout(capsys: pytest.CaptureFixture[str])
         assert cell == " / ".join(wanted)
     longest = " / ".join(f"{case.longest(Layout(2, 4, 2)) // 1024}k" for case in cases)
     assert cells[-1] == longest
+
+
+def test_a_table_without_recorded_heads_says_what_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert main(["fits", "8b", "1", "--results", str(folder)]) == 1
+        assert "make it: python -m benchmarks scaling" in capsys.readouterr().out
 
 
 def test_the_command_records_and_searches(

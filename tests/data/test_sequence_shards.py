@@ -104,6 +104,7 @@ def test_mismatched_completions_are_cut_too_and_counts_of_another_batch_left_out
         ({}, {"token_type_ids": torch.zeros(6, 8)}, "token_type_ids: got a column of more than"),
         ({"shared_prompt": True}, {}, "shared_prompt: got pairs in one row each"),
         ({"padding_free": True}, {"position_ids": None}, "sequence_ids: got 1 rows with"),
+        ({}, {"position_ids": torch.zeros(3, 6, 15)}, "position_ids: got shape"),
     ],
 )
 def test_what_cannot_be_cut_is_an_error(options, change, message):
@@ -125,3 +126,8 @@ def test_padding_in_front_and_numbers_out_of_range_are_errors():
         shard_of(batch, 0, 2, order="ring")
     with pytest.raises(ValueError, match="multiple_of: got 0"):
         shard_of(batch, 0, 2, multiple_of=0)
+    with pytest.raises(ValueError, match="length: got 10 for 2 ranks in balanced order, wanted a"):
+        token_places(10, 0, 2, "balanced")
+    with pytest.raises(ValueError, match="rank: got -1"):
+        token_places(8, -1, 2)
+    assert token_places(0, 1, 2).tolist() == []

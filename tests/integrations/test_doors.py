@@ -6,7 +6,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import torch.distributed as dist
 from tiny_models import tiny_llama
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_utils import PreTrainedModel
 
@@ -92,6 +96,22 @@ def test_trls_trainers_still_refuse_an_adapter_on_the_head(kind, tmp_path):
             processing_class=tiny_tokenizer(),
             peft_config=peft.LoraConfig(target_modules=["lm_head"]),
         )
+
+
+def test_trl_still_hashes_no_weights_that_ranks_share():
+    """If it does, the name that stands in for its function can stay."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "hash_module"):
+        pytest.skip("this TRL hashes no weights")
+    layer = nn.Linear(2, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(layer.weight.data, DeviceMesh("cpu", [0]), [Shard(0)])
+        layer.weight = nn.Parameter(weight)
+        with pytest.raises(RuntimeError, match="numpy"):
+            utils.hash_module(layer)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_trls_trainers_still_call_what_ours_override():

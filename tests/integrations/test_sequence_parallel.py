@@ -14,6 +14,8 @@ from processes import forked
 from tiny_models import VOCAB, list_features, pair_features, tiny_llama
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AttentionInterface
+from waits import watched
 
 import fused_prefopt as fp
 from fused_prefopt.data import ListCollator, PairCollator, PointCollator, shard_of
@@ -37,12 +39,14 @@ class Case:
     model: str = "llama"
     weighted: bool = False
     tokens: bool = False
+    spent: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         kind = f"{'packed' if self.packed else 'padded'}, {self.order}"
         extra = "".join(f", {name}={value}" for name, value in self.options.items())
         extra += "" if self.model == "llama" else f", {self.model}"
+        extra += ", one batch spent" if self.spent else ""
         return f"{self.loss}{extra}, {self.rows}, {WORLD // self.ranks}x{self.ranks}, {kind}"
 
 
@@ -77,6 +81,12 @@ CASES = [
     Case("beta-simpo", 4, rows="lists", packed=True),
     Case("dpo", model="adapter", weighted=True),
     Case("tdpo1", 4, model="adapter", packed=True),
+    Case("dpo", spent=True, tokens=True),
+    Case("dpo", spent=True, options={"ld_alpha": 0.3}, packed=True),
+    Case("tdpo1", spent=True, packed=True),
+    Case("gamma-simpo", spent=True, options=QUEUE, **BALANCED),
+    Case("orpo", spent=True, options={"nll": "whole_token_mean"}),
+    Case("wpo", spent=True, packed=True),
     # A product of means over tokens, which are those of one batch.
     Case("simpo", 4, model="qwen3-moe"),
     Case("simpo", 4, model="mixtral", **BALANCED),
@@ -160,12 +170,15 @@ def step(case: Case, place: Place | None) -> dict[str, Any]:
     if place is not None:
         size = len(rows) // place.batches
         rows = rows[place.batch * size :][:size]
+    elif case.spent:
+        rows = rows[: len(rows) * case.ranks // WORLD]
     batch: dict[str, Any] = collator(0, padding_free=case.packed)(rows)
-    loss_fn = fp.PreferenceLoss(case.loss, **case.options)
+    loss_fn = fp.PreferenceLoss(case.loss, uneven_ranks=case.spent, **case.options)
     attachment = attach(model, loss_fn, reference=reference, log_tokens=case.tokens)
     wrapped: nn.Module = model
     if place is not None:
         batch = shard_of(batch, place.shard, place.shards, order=case.order)
+        batch["spent"] = case.spent and place.batch > 0
         attachment.sequence_group, loss_fn.process_group = place.sequence, place.data
         wrapped = DistributedDataParallel(model)
     for _ in range(2):
@@ -215,10 +228,89 @@ def refusals(place: Place) -> dict[str, str]:
     return messages
 
 
+class Counting(nn.Embedding):
+    """An embedding with dropout, and a buffer that counts its calls in train mode."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(*weight.shape, _weight=weight)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        return nn.functional.dropout(super().forward(ids), 0.1, self.training)
+
+
+def in_training_alone(name: str, shared: str) -> str:
+    """Register an attention that eval mode leaves to each rank, as DeepSpeed's can be."""
+    kinds = AttentionInterface()
+    spread, own = kinds[shared], kinds["sdpa"]
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (spread if module.training else own)(module, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    return name
+
+
+def trial(place: Place) -> dict[str, Any]:
+    """What the trial of a model leaves behind, and when it is made."""
+    attention = in_training_alone("in_training_alone", "gathered_contiguous_4")
+    model = tiny_llama(attn_implementation=attention).train()
+    model.model.embed_tokens = Counting(model.model.embed_tokens.weight.detach())
+    passes: list[int] = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    short = [{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5]}]
+    collated = {"short": PairCollator(0)(short), "long": PairCollator(0)(pair_features(2))}
+    shards = {k: shard_of(each, place.shard, place.shards) for k, each in collated.items()}
+    counts, states, losses = [], [], []
+    for name in ("short", "long", "long"):
+        torch.manual_seed(3)
+        given = fp.PreferenceLoss("simpo"), shards[name]
+        losses.append(preference_outputs(model, *given, sequence_group=place.sequence).loss)
+        counts.append((len(passes), int(model.model.embed_tokens.calls)))
+        states.append(torch.random.get_rng_state())
+    with pytest.raises(ValueError) as error:
+        preference_outputs(model.eval(), *given, sequence_group=place.sequence)
+    return {
+        "counts": counts,
+        "alike": torch.equal(*states[1:]) and bool(losses[1] == losses[2]),
+        "eval": str(error.value),
+    }
+
+
+def exchanged(place: Place) -> tuple[list[tuple[int, torch.dtype]], list[str]]:
+    """Sizes of our sums in a step of DPO with a reference beside it and WPO's weights; waits."""
+    sizes: list[tuple[int, torch.dtype]] = []
+    reduce = dist.all_reduce
+
+    def noted(values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Of the attention there is more to sum.
+        if values.dim() < 2:
+            sizes.append((values.numel(), values.dtype))
+        return reduce(values, *args, **kwargs)
+
+    model, reference = models(Case("dpo", 4), place)
+    batch = shard_of(PairCollator(0)(pair_features(2)), place.shard, place.shards)
+    loss_fn = fp.PreferenceLoss("dpo", use_weighting=True)
+    attachment = attach(model, loss_fn, reference=reference)
+    attachment.sequence_group = place.sequence
+    model(**batch)["loss"].backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noted)
+        with watched(patch) as waits:
+            model(**batch)["loss"].backward()
+    return sizes, waits.found
+
+
 def _work(rank: int) -> dict[str, Any]:
     own = places(rank)
     steps = [step(case, own[case.ranks]) for case in CASES]
-    return {"steps": steps, "refused": refusals(own[4])}
+    return {
+        "steps": steps,
+        "refused": refusals(own[4]),
+        "trial": trial(own[4]),
+        "exchanged": exchanged(own[4]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +346,19 @@ def test_a_shard_that_would_be_taken_for_a_whole_is_refused(ranks):
         assert messages["prompts"].startswith("shift_prompt_labels: got none with shift_labels")
         assert "a shard with images (pixel_values)" in messages["images"]
         assert messages["experts"].startswith("attention_mask: got none in a shard of a model")
+
+
+def test_the_trial_is_made_once_a_mode_and_leaves_no_trace(ranks):
+    for found in (rank["trial"] for rank in ranks):
+        # Nothing to tell of a sequence within one rank; then two passes more, of which none counts.
+        assert found["counts"] == [(1, 1), (4, 2), (5, 3)]
+        assert found["alike"]
+        assert "in_training_alone attention in eval mode, in which no token sees" in found["eval"]
+
+
+def test_a_pass_over_a_head_sums_4_kb_and_waits_for_no_device(ranks):
+    # Of the reference, the policy and its collisions; and of the policy's backward.
+    assert all(rank["exchanged"] == ([(512, torch.float64)] * 4, []) for rank in ranks)
 
 
 def test_a_rank_has_no_label(ranks):

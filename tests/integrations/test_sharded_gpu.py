@@ -27,8 +27,6 @@ def cases_of(engines: tuple[str, ...]) -> list[Case]:
         for engine in engines
         for each in TRAININGS
         for half in (False, True)
-        # Of adapters in FSDP1's wrappers PEFT saves a part.
-        if engine != "fsdp1" or each[0] == "full"
     ]
 
 

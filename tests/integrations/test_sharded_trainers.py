@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sharded_runs import BATCH, STEPS, Case, on_two_processes, saved, trained
-from trainers import assert_bit_equal, lora
-
-from fused_prefopt.integrations.trainer_checks import require_saved_adapter
+from trainers import assert_bit_equal
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
@@ -36,9 +33,14 @@ ADAPTED = (
 FURTHER = [
     *(Case("zero3, loaded so", *each) for each in FULL),
     Case("zero3, loaded so", "attached", "full", "model"),
-    *(Case(engine, *each) for engine in ("fsdp1", "fsdp2", "zero2", "zero3") for each in FULL),
-    # Of adapters in FSDP1's wrappers PEFT saves a part.
-    *(Case(engine, *each) for engine in ("fsdp2", "zero2", "zero3") for each in ADAPTED),
+    *(
+        Case(engine, *each)
+        for engine in ("fsdp1", "fsdp2", "zero2", "zero3")
+        for each in (*FULL, *ADAPTED)
+    ),
+    Case("fsdp1, flat parameters", "transformers", "lora", "cache"),
+    Case("fsdp2", "kto", "full", "model"),
+    Case("zero3", "kto", "head", "adapter"),
     *(
         Case(engine, "transformers", "full", "model")
         for engine in (
@@ -139,15 +141,3 @@ def test_what_is_saved_is_what_was_trained(ranks, resumed, folder, case):
     assert model.keys() <= found["weights"].keys()
     for name, value in model.items():
         torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=0, msg=name)
-
-
-def test_an_adapter_under_fsdp1_is_refused():
-    def trainer(version: int | None) -> Any:
-        plugin = None if version is None else SimpleNamespace(fsdp_version=version)
-        state = SimpleNamespace(fsdp_plugin=plugin)
-        return SimpleNamespace(accelerator=SimpleNamespace(state=state), model=lora())
-
-    for version in (None, 2):
-        require_saved_adapter(trainer(version))
-    with pytest.raises(ValueError, match="^fsdp_config: got version 1 with an adapter, most of"):
-        require_saved_adapter(trainer(1))

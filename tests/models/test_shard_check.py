@@ -29,6 +29,13 @@ def recurrent() -> nn.Module:
     return model
 
 
+def convolved() -> nn.Module:
+    """As older configs' recurrent layers are: none of them has a name."""
+    model = tiny_llama()
+    model.model.layers[1].mixer = nn.Conv1d(1, 1, 2)
+    return model
+
+
 def without_positions() -> nn.Module:
     model = tiny_llama()
     model.model.forward = lambda input_ids, use_cache: None
@@ -45,6 +52,7 @@ def with_prompt() -> nn.Module:
     ("model", "batch", "message"),
     [
         (recurrent, {}, "a shard with linear_attention layers"),
+        (convolved, {}, r"a shard with convolutions over tokens \(layers.1.mixer\)"),
         (
             without_positions,
             {},

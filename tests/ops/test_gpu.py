@@ -459,49 +459,65 @@ def test_a_head_on_the_second_gpu(path, engine):
 
 
 def spread_steps(device: torch.device, rows: slice, **shared) -> dict:
-    """Values and gradients of the rows of a head on every path and engine, and of two heads."""
+    """Values and gradients of the rows of a head on every path and engine, and of two heads.
+
+    None waits for the device.
+    """
     two, found = make_two(4, 11, 16, VOCAB), {}
     hidden, others, labels = (
         each.to(device) for each in (two.policy.hidden, two.reference.hidden, two.policy.labels)
     )
     ref_head = LMHead(two.reference.weight[rows].to(device), **shared)
-    for path, engine in product(("stash", "local", "recompute", "kl"), ENGINES):
-        leaf, weight = hidden.clone().requires_grad_(), two.policy.weight[rows].to(device)
-        head = LMHead(weight.requires_grad_(path != "stash"), **shared)
+    own, options = two.policy.weight[rows].to(device), {"num_labels": labelled(two.policy)}
+
+    def step(path: str, **options) -> list[torch.Tensor]:
+        leaf, weight = hidden.clone().requires_grad_(), own.clone().requires_grad_(path != "stash")
+        head = LMHead(weight, **shared)
         if path == "kl":
-            out = sequence_kl(leaf, head, others, ref_head, labels, engine=engine)
+            out = sequence_kl(leaf, head, others, ref_head, labels, **options)
             value = out.kl + out.policy
         else:
-            value = sequence_logps(leaf, head, labels, path=path, engine=engine).sums
+            value = sequence_logps(leaf, head, labels, path=path, **options).sums
         value.square().sum().backward()
-        found[path, engine] = [value.detach().cpu(), leaf.grad.cpu()]
-        found[path, engine] += [] if weight.grad is None else [weight.grad.cpu()]
+        return [value.detach(), leaf.grad, *([] if weight.grad is None else [weight.grad])]
+
+    for path, engine in product(("stash", "local", "recompute", "kl"), ENGINES):
+        step(path, engine=engine, **options)  # compiles
+        with no_waits():
+            result = step(path, engine=engine, **options)
+        found[path, engine] = [each.cpu() for each in result]
     return found
 
 
-def _hold_rows(rank: int, backend: str, folder: str) -> None:
-    """One of two ranks, each with a GPU and rows of a head, the second with the first of them."""
+# Rows of a head by rank, for each number of GPUs; of two the second has the first of them.
+GPU_ROWS = {1: [slice(None)], 2: [slice(VOCAB // 3, None), slice(VOCAB // 3)]}
+
+
+def _hold_rows(rank: int, backend: str, folder: str, world: int) -> None:
+    """One of the ranks, each with a GPU and rows of a head."""
     device = torch.device(DEVICE, rank)
     if backend == "nccl":
         torch.cuda.set_device(device)
     init = f"file://{folder}/init"
-    dist.init_process_group(backend, init_method=init, rank=rank, world_size=2)
+    dist.init_process_group(backend, init_method=init, rank=rank, world_size=world)
     vocab_shard._LEAST_BYTES = 64  # several parts of a sum at a time
-    first = VOCAB // 3
-    rows = slice(first, None) if rank == 0 else slice(first)
+    rows = GPU_ROWS[world][rank]
     shared = {"group": dist.group.WORLD, "first_row": rows.start or 0}
     torch.save(spread_steps(device, rows, **shared), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_head_whose_rows_two_gpus_hold(tmp_path):
-    mp.spawn(_hold_rows, args=("nccl", str(tmp_path)), nprocs=2)
-    last, first = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_a_head_whose_rows_gpus_hold(tmp_path):
+    """On one GPU by a group of one: its collectives, their streams and the waits are NCCL's too."""
+    world = min(2, torch.cuda.device_count())
+    mp.spawn(_hold_rows, args=("nccl", str(tmp_path), world), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in reversed(range(world))]
     for key, whole in spread_steps(torch.device(DEVICE, 0), slice(None)).items():
-        assert all(torch.equal(*both) for both in zip(last[key][:2], first[key][:2], strict=True))
-        of_rows = zip(first[key][2:], last[key][2:], strict=True)
-        found = last[key][:2] + [torch.cat(both) for both in of_rows]
+        parts = [found[key] for found in ranks]
+        for own in parts:
+            assert all(torch.equal(*both) for both in zip(own[:2], parts[0][:2], strict=True))
+        of_rows = zip(*(own[2:] for own in parts), strict=True)
+        found = parts[0][:2] + [torch.cat(each) for each in of_rows]
         for got, wanted in zip(found, whole, strict=True):
             assert (got - wanted).norm() <= 1e-5 * wanted.norm(), key
 

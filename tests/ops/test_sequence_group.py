@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from processes import forked
 from torch import Tensor
+from waits import watched
 
 import fused_prefopt as fp
 from fused_prefopt import sequence_kl, sequence_logps
@@ -147,6 +148,7 @@ def refusals(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
         "number": lambda: logps(rows.weight, rows, fewer, **more),
         "weights": lambda: (logps if first else weighted)(rows.weight, rows, padded, **more),
         "call": lambda: (kl if first else logps)(rows.weight, rows, padded, **more),
+        "tails": lambda: (tails if first else logps)(rows.weight, rows, padded, **more),
         "shift": lambda: sequence_logps(rows.hidden, rows.weight, rows.labels, **more),
         "uncounted": lambda: logps(
             rows.weight, rows, packed, **more, sequence_ids=ids["sequence_ids"]
@@ -167,6 +169,46 @@ def refusals(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     with pytest.raises(TypeError) as error:
         sequence_logps(rows.hidden, rows.weight, rows.labels, shift=False, sequence_group="cp")
     return messages | {"type": str(error.value)}
+
+
+def one_raises(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
+    """Messages of calls that are wrong on one rank alone, and of the others about it."""
+    rows, messages = Rows(), {}
+    tokens, _ = arguments(rows, "padded", None)
+    wrong = {name: tokens | {"labels": tokens["labels"] + VOCAB * (rank == 1)} for name in CALLS}
+    wrong["tails"] = tokens | {"position_ids": tokens["position_ids"][:, rank == 1 :]}
+    for name, given in wrong.items():
+        with pytest.raises(ValueError) as error:
+            CALLS[name](rows.weight, rows, given, sequence_group=group)
+        messages[name] = str(error.value)
+    # What another rank's error has ended is over: the next call is exchanged as ever.
+    logps(rows.weight, rows, tokens, sequence_group=group)
+    return messages
+
+
+def not_finite(rank: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Sums of sequences of which one rank has a NaN in the first, and their gradient."""
+    rows = Rows()
+    rows.hidden[0] *= torch.nan if rank == 1 else 1
+    rows.hidden.requires_grad_()
+    found = logps(rows.weight, rows, arguments(rows, "padded", None)[0], sequence_group=group)
+    found["sums"].sum().backward()
+    return {"sums": found["sums"].detach(), "by_hidden": rows.hidden.grad}
+
+
+def waits(group: dist.ProcessGroup) -> dict[str, list[str]]:
+    """What Python must know of a device's values in each call, forward and backward."""
+    rows, found = Rows(), {}
+    rows.hidden.requires_grad_()
+    tokens, _ = arguments(rows, "padded", None)
+    tokens["position_ids"] = tokens["position_ids"] * WORLD + dist.get_rank(group)
+    more = {"sequence_group": group, "num_labels": int((rows.labels != -100).sum())}
+    for name, call in CALLS.items():
+        with pytest.MonkeyPatch.context() as patch, watched(patch) as seen:
+            fields = call(rows.weight, rows, tokens, **more)
+            sum(each.sum() for each in fields.values() if each.requires_grad).backward()
+        found[name] = seen.found
+    return found
 
 
 def twice(rank: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -206,6 +248,9 @@ def _work(rank: int) -> dict[str, Any]:
     return {
         "steps": {(ranks, *case): step(*case, groups[ranks]) for ranks in groups for case in CASES},
         "refused": refusals(rank, every),
+        "one raises": one_raises(rank, every),
+        "not finite": not_finite(rank, every),
+        "waits": waits(every),
         "twice": twice(rank, every),
         "compiled": compiled(rank, every),
         "warned": warned(rank, every),
@@ -239,7 +284,7 @@ def test_shards_equal_whole_sequences(found, ranks, case):
 @pytest.mark.slow
 def test_what_would_be_wrong_is_refused_on_every_rank(found):
     for messages in (rank["refused"] for rank in found):
-        for name in ("number", "weights", "call"):
+        for name in ("number", "weights", "call", "tails"):
             assert messages[name].startswith("sequence_group: got "), name
             assert "needs the same call on the same sequences" in messages[name]
         assert "labels are shifted before the split" in messages["shift"]
@@ -251,12 +296,45 @@ def test_what_would_be_wrong_is_refused_on_every_rank(found):
 
 
 @pytest.mark.slow
+def test_tails_alone_wait_for_a_device(found):
+    for each in (each["waits"] for each in found):
+        # Once for the number of this rank's labels, once for those of all ranks.
+        places = [wait.rpartition(":")[2] for wait in each.pop("tails")]
+        assert places == ["numbers_in_sequences", "gather_over_ranks"]
+        assert not any(each.values()), each
+
+
+@pytest.mark.slow
+def test_where_one_rank_raises_all_do(found):
+    for rank, messages in enumerate(each["one raises"] for each in found):
+        for name, message in messages.items():
+            own = ("position_ids: got shape", "labels: got a label outside")[name != "tails"]
+            others = "sequence_group: got an error on another of its ranks"
+            assert message.startswith(own if rank == 1 else others), name
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_stays_in_its_sequence(found):
+    rows = Rows()
+    hidden = rows.hidden.requires_grad_()
+    whole = logps(rows.weight, rows, arguments(rows, "padded", None)[0])["sums"] * WORLD
+    whole.sum().backward()
+    for each in (each["not finite"] for each in found):
+        assert each["sums"][0].isnan()
+        torch.testing.assert_close(each["sums"][1:], whole[1:].detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(each["by_hidden"][1:], hidden.grad[1:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
 def test_only_sequences_without_a_label_anywhere_are_warned_of(found):
     assert [each["warned"] for each in found] == [[False, True]] * WORLD
 
 
 @pytest.mark.slow
 def test_the_sum_is_differentiable_twice_and_keeps_dtypes(found):
+    rows = Rows()
+    whole = logps(rows.weight, rows, arguments(rows, "padded", None)[0])
+    wanted = (WORLD * whole["sums"]).float()
     # x Σr = 12: Σ_ranks 3 · 12² r, and of all ranks' together Σ_q q · 4 · 6 · 12 r.
     for rank, each in enumerate(found):
         once, again = each["twice"]
@@ -264,5 +342,5 @@ def test_the_sum_is_differentiable_twice_and_keeps_dtypes(found):
         assert again == 4 * 6 * 12 * rank * sum(range(WORLD))
         value, gradient = each["compiled"]
         assert value == 24**2 and gradient == 4 * 2 * 24 * 2 * rank
-        assert each["single"]["sums"].dtype == torch.float32
+        torch.testing.assert_close(each["single"]["sums"], wanted, rtol=1e-6, atol=1e-6)
         assert each["single"]["lengths"].dtype == torch.int64

@@ -25,6 +25,7 @@ from spread_heads import (
     of_divergence,
     of_log_probs,
     of_loss,
+    of_replicated,
     of_spread_tokens,
     of_sums,
     of_tokens,
@@ -38,6 +39,7 @@ from truth import SMALLEST, TRAINING_PATHS
 
 import fused_prefopt as fp
 from fused_prefopt.ops import cutting, gradients, torch_engine, vocab_shard
+from fused_prefopt.ops.cublas_engine import CublasEngine
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +51,7 @@ CASES: list[Case] = [
     (of_log_probs, ("all", True, "stash", SMALLEST)),
     (of_log_probs, ("padded", True, "recompute", SMALLEST)),
     (of_sums, (0.0, False)),
+    (of_replicated, ()),
     (of_tokens, ("plain", False)),
     (of_tokens, ("plain", True, SMALLEST)),
     (of_tokens, ("padded", False, SMALLEST)),
@@ -67,6 +70,8 @@ SINGLE: list[Case] = [
     (of_divergence, ("all", "softcap", False, 0.3)),
 ]
 DROPPING: Case = (of_sums, (0.2,))
+# Paths of calls that ranks cut differently, in workspaces of their own.
+CUTS = ("stash", "recompute", "auto")
 # Vocabulary × tokens, 2 × 2 ranks.
 BOTH: list[Case] = [(of_spread_tokens, (name,)) for name in ("epsilon-dpo", "tdpo2", "simpo")]
 # Paths whose last slab adds rows of hidden in each of the ways that there are.
@@ -113,6 +118,7 @@ def exchanged(spread: Spread) -> dict[str, list[tuple[str, int]]]:
     hidden, labels = policy.hidden.clone().requires_grad_(), policy.labels
     runs = {
         "logps": lambda: fp.sequence_logps(hidden, head, labels).sums,
+        "local": lambda: fp.sequence_logps(hidden, head, labels, path="local").sums,
         "tokens": lambda: fp.token_policy(hidden, head, labels).entropies,
         "kl": lambda: fp.sequence_kl(hidden, head, *others, labels).kl,
         "mixtures": lambda: fp.sequence_kl(hidden, head, *others, labels, perturbation=0.1).kl,
@@ -160,10 +166,10 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
     case, spread = case_of("plain"), Spread("group", mesh)
     hidden, labels, (first, rows) = case.hidden, case.labels, spread.rows
 
-    def message(head: Any, labels: Tensor = labels, ref_head: Any = None) -> str:
+    def message(head: Any, labels: Tensor = labels, ref_head: Any = None, **options: Any) -> str:
         try:
             if ref_head is None:
-                fp.sequence_logps(hidden, head, labels)
+                fp.sequence_logps(hidden, head, labels, **options)
             else:
                 fp.sequence_kl(hidden, head, hidden, ref_head, labels)
         except ValueError as error:
@@ -171,6 +177,7 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
         return ""
 
     sharded = distribute_tensor(case.weight, mesh, [Shard(0)])
+    parts = distribute_tensor(hidden, mesh, [Shard(2)])
     own, group = case.weight[first : first + rows], spread.group
     # Of three ranks the first row of the last is 12, and its rows end the vocabulary.
     moved, cut = first + (first == 12), rows - (first == 12)
@@ -181,8 +188,10 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
     # Other rows on two ranks of the three, and the same on the third.
     sizes = {12: (11, 20), 8: (8, 3), 0: (0, 8)}[first]
     beside = fp.LMHead(torch.ones(sizes[1], 12).double(), group=group, first_row=sizes[0])
+    trained = fp.LMHead(own.clone().requires_grad_(), **shared)
     return {
         "columns": message(fp.LMHead(distribute_tensor(case.weight, mesh, [Shard(1)]))),
+        "parts of hidden": _refused(lambda: fp.sequence_logps(parts, sharded, labels)),
         "whole bias": message(fp.LMHead(sharded, torch.zeros(VOCAB))),
         "another batch": message(fp.LMHead(sharded), another),
         "another batch, group": message(head, another),
@@ -201,6 +210,7 @@ def refusals(rank: int, mesh: DeviceMesh, alone: dist.ProcessGroup) -> dict[str,
         "other rows": message(head, ref_head=beside),
         "other size": message(head, ref_head=fp.LMHead(own[:cut], **shared)),
         "alike": message(fp.LMHead(own, **shared), ref_head=fp.LMHead(own, **shared)),
+        "no room": message(trained, path="local", workspace_mb=6 / 1024),
         "statistics": _refused(lambda: fp.PreferenceLoss("gamma-simpo")(hidden, head, labels)),
         "member": _refused_head(own, group=dist.GroupMember.NON_GROUP_MEMBER, first_row=0),
         "no first row": _refused_head(own, group=group),
@@ -246,6 +256,8 @@ def _work(rank: int, folder: str) -> None:
         spread = Spread("group", meshes[3], alone)
         found |= overlapping(spread)
         found["exchanged"] = exchanged(spread)
+        workspace_mb = (SMALLEST, None, 0.01)[rank]
+        found["cuts"] = [of_log_probs(spread, "all", True, path, workspace_mb) for path in CUTS]
         found["refusals"] = refusals(rank, meshes[3], alone)
         case = case_of("plain")
         replicated = distribute_tensor(case.weight, meshes[3], [Replicate()])
@@ -294,6 +306,12 @@ def test_in_single_precision(ranks, place):
     for world, kind in product((2, 3), KINDS):
         found = [each[world, kind, "single", place] for each in ranks[:world]]
         assert_equal_to(whole, found, 2e-6)
+
+
+@pytest.mark.parametrize("path", CUTS)
+def test_ranks_may_cut_their_rows_differently(ranks, path):
+    whole = of_log_probs(WHOLE, "all", True, path)
+    assert_equal_to(whole, [each["cuts"][CUTS.index(path)] for each in ranks[:3]], 1e-12)
 
 
 def test_the_first_of_the_largest_logits_is_the_most_likely_token(ranks):
@@ -356,11 +374,11 @@ def test_the_sum_of_backward_runs_beside_the_last_slab_and_changes_no_bit(ranks)
 def test_a_few_numbers_a_row_are_exchanged(ranks):
     case = case_of("plain")
     rows = int((case.labels[:, 1:] != -100).sum())
-    numbers = {"logps": 3, "tokens": 7, "kl": 7, "mixtures": 13}
+    numbers = {"logps": 3, "local": 3, "tokens": 7, "kl": 7, "mixtures": 13}
     for results in ranks[:3]:
         found = results["exchanged"]
         for name, count in numbers.items():
-            alike = [("all_gather", 8)] if name in ("kl", "mixtures") else []
+            alike = [("all_gather", 8)] if name in ("local", "kl", "mixtures") else []
             gathered = ("all_gather", 4 * count * rows)
             assert found[name] == [("all_gather", 40), *alike, gathered]
             summed = ("all_reduce", 4 * rows * (12 + 3))
@@ -384,6 +402,7 @@ def test_compiled_calls_equal_eager_ones(ranks, kind):
 
 MESSAGES = {
     "columns": "wanted Shard(0) on one mesh dimension",
+    "parts of hidden": "hidden: got placements (Shard(dim=2),), wanted Replicate()",
     "whole bias": "bias: wanted a DTensor",
     "another batch": "ranks take the same batch",
     "another batch, group": "ranks take the same batch",
@@ -402,6 +421,7 @@ MESSAGES = {
     "other rows": "wanted every rank to hold the same rows of both",
     "other size": "wanted every rank to hold the same rows of both",
     "alike": "",
+    "no room": "path: 'local' does not fit workspace_mb",
     "statistics": "process_group: got 3 ranks of this rank's head's group in it",
     "member": "group: got -100, wanted a ProcessGroup of this rank",
     "no first row": "first_row: got None with a group",
@@ -429,6 +449,8 @@ KERNEL_CASES: list[tuple[str, Case]] = [
     ("triton", (of_log_probs, ("all", True, "recompute"))),
     ("triton", (of_log_probs, ("plain", False, "local"))),
     ("triton", (of_tokens, ("all", False))),
+    ("cublas", (of_log_probs, ("plain", False, "local"))),
+    ("cublas", (of_log_probs, ("all", True, "local"))),
     ("cublas", (of_log_probs, ("all", True, "stash"))),
     ("cublas", (of_tokens, ("plain", True))),
     ("cublas", (of_divergence, ("all", "softcap", False, 0.3))),
@@ -437,6 +459,8 @@ KERNEL_CASES: list[tuple[str, Case]] = [
 
 def _work_of_kernels(rank: int, folder: str) -> None:
     _join(rank, folder, 2)
+    # As on a GPU, where what is kept becomes the gradient.
+    CublasEngine.in_place = staticmethod(lambda math, device: math.kept == math.dtype)
     spread = Spread("group", init_device_mesh("cpu", (2,)), None, torch.float32)
     found = [compute(replace(spread, engine=name), *case) for name, (compute, case) in KERNEL_CASES]
     torch.save(found, f"{folder}/{rank}.pt")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import transformers
 from tiny_models import pair_features, tiny_llama
 from torch import nn
-from trainers import OF_TRL, TIMES, build, in_order, lora, pairs, spawned, spoil_losses
+from trainers import DATA, OF_TRL, TIMES, build, in_order, lora, spawned, spoil_losses
 from transformers import PrinterCallback
 
 
@@ -105,6 +105,9 @@ class Case:
     @property
     def loss(self) -> str:
         """One with statistics, but where at first the policy is its reference: of rounding."""
+        if self.kind == "kto":
+            # KTO's own compares completions with those of other rows of a process's batch.
+            return "apo-zero-unpaired"
         return "dpo" if self.is_of_trl and self.tuned != "full" else "alpha-dpo"
 
     @property
@@ -135,7 +138,7 @@ def trainer_of(case: Case, folder: Path, world: int) -> Any:
             options["deepspeed"]["bf16"] = {"enabled": True}
     if case.spoilt:
         options["on_nonfinite"] = "skip"
-    data = pairs if case.is_of_trl else pair_features
+    data = DATA.get(case.kind, pair_features)
     given: dict[str, Any] = {"eval_dataset": data(8)}
     reference: Any = None
     if case.reference != "adapter":

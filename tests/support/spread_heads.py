@@ -17,7 +17,7 @@ import torch.distributed as dist
 from divergences import Two
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from truth import SMALLEST, TRANSFORMS, Case, make_case, true_logits
 
 import fused_prefopt as fp
@@ -161,6 +161,23 @@ def of_sums(spread: Spread, drop_mass: float = 0.0, labelled: bool = True) -> di
     sums = fp.sequence_logps(hidden, parts.head, labels, **options).sums
     sums.sum().backward()
     return {"sums": sums.detach(), "hidden": hidden.grad} | parts.gradients()
+
+
+def of_replicated(spread: Spread) -> dict[str, Tensor]:
+    """Log-probs and a divergence of hidden states that are a `DTensor` where the head is one."""
+    policy, reference = two_of("all", "bias")
+    parts = Parts.of(spread, policy, False)
+    ref_head = Parts.of(spread, reference, False, trains=False).head
+    hidden, others = policy.hidden.clone().requires_grad_(), reference.hidden
+    given = [hidden, others]
+    if spread.kind == "dtensor":
+        given = [DTensor.from_local(each, spread.mesh, [Replicate()]) for each in given]
+    sums = fp.sequence_logps(given[0], parts.head, policy.labels).sums
+    kl = fp.sequence_kl(given[0], parts.head, given[1], ref_head, policy.labels).kl
+    logps = fp.token_statistics(given[0], parts.head, policy.labels).logps
+    (sums.sum() + kl.sum()).backward()
+    found = {"sums": sums.detach(), "kl": kl.detach(), "logps": logps, "hidden": hidden.grad}
+    return found | parts.gradients()
 
 
 def of_tokens(

@@ -202,11 +202,11 @@ def beside(
     return runs
 
 
-def lora(seed: int = 0, **options: Any) -> Any:
-    """A tiny model with an adapter whose terms are not zero."""
+def lora(seed: int = 0, model: Any = None, **options: Any) -> Any:
+    """A tiny model, or this one, with an adapter whose terms are not zero."""
     peft = pytest.importorskip("peft")
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.2}
-    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**settings | options))
+    model = peft.get_peft_model(model or tiny_llama(), peft.LoraConfig(**settings | options))
     torch.manual_seed(seed)
     for name, value in model.named_parameters():
         if "lora_B" in name:

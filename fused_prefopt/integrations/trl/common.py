@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import get_config_model_id
 
 from fused_prefopt.checks import ON_NONFINITE, require_choice
@@ -36,7 +37,6 @@ from fused_prefopt.integrations.trainer_checks import (
     leave_out_ligers_loss,
     refuse_functions_of_logits,
     require_rows,
-    require_saved_adapter,
 )
 from fused_prefopt.integrations.trainer_mixins import (
     KeepsLossState,
@@ -64,8 +64,9 @@ from fused_prefopt.models.causal_lm import input_vocab
 from fused_prefopt.models.head_check import require_causal_checkpoint, require_trained_head
 from fused_prefopt.preference import PreferenceLoss
 
-# A name in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed.
-_TUNERS = "BaseTunerLayer"
+# Names in the modules of TRL's trainers: the class of PEFT's layers, where PEFT is installed, and
+# what tells weights apart.
+_TUNERS, _HASH = "BaseTunerLayer", "hash_module"
 # Options that a model's config is read with, of those that the model is loaded with.
 _OF_CONFIGS = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
 
@@ -100,8 +101,6 @@ class FusesLoss(
     _tokenizer: Any
     _metrics: dict[str, Any]
     _total_train_tokens: int
-    # Ranks that share a batch; TRL before 1.10 counts its tokens on each of them.
-    _tp_size: int = 1
     _name: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -137,10 +136,9 @@ class FusesLoss(
         with (
             with_attributes(config, **self._given_to_trl(config, loss_fn)),
             images_precomputed(self, given.arguments),
-            _any_head(self),
+            _any_model(self),
         ):
             super().__init__(*given.args, **given.kwargs)
-        require_saved_adapter(self)
         if not self.needs_reference:
             self.precompute_ref_logps, self.ref_model = False, None
         if self.ref_model is not None:
@@ -271,7 +269,7 @@ class FusesLoss(
         for name, value in metrics.items():
             self._metrics[mode][name] = [value]
         new = torch.as_tensor(self._new_tokens, device=self.accelerator.device)
-        self._total_train_tokens += int(sum_over_ranks(new)) // self._tp_size
+        self._total_train_tokens += int(sum_over_ranks(new)) // self.shared.repeats
         self._new_tokens = 0
         if metrics:
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
@@ -286,18 +284,26 @@ class FusesLoss(
 
 
 @contextmanager
-def _any_head(trainer: Any) -> Iterator[None]:
-    """Let TRL's constructor take an adapter on the head, which this package's loss trains.
+def _any_model(trainer: Any) -> Iterator[None]:
+    """Let TRL's constructor take an adapter on the head, and weights that ranks share.
 
-    TRL computes its own loss of the weight alone, so its constructor refuses such an adapter. It
-    has no door past that: no option, and no method to override between the model that it makes
-    of its arguments and the check. So the class by which its module tells adapters, a name that
-    the module imports for the check alone, is another one while the constructor runs.
-    `tests/integrations/test_doors.py` notices when TRL takes such an adapter.
+    TRL computes its own loss of the weight alone, so it refuses such an adapter; and it names what
+    it precomputes, which without a reference is nothing and where ranks share batches this package
+    does, by a hash of all weights, which it cannot take of tensor parallelism's. It has no door
+    past: no option, and no method to override after it makes the model of its arguments. So names
+    that its module imports for these are others while it runs. `tests/integrations/test_doors.py`
+    notices when TRL takes such models.
     """
     kind = next(each for each in type(trainer).__mro__ if each.__module__.startswith("trl."))
     module = sys.modules[kind.__module__]
-    with with_attributes(module, **({_TUNERS: _NoLayer} if hasattr(module, _TUNERS) else {})):
+    own = getattr(module, _HASH, None)
+
+    def hashed(model: Any) -> str:
+        spread = any(isinstance(each, DTensor) for each in model.parameters())
+        return "" if own is None or spread or not trainer.needs_reference else own(model)
+
+    names = {_TUNERS: _NoLayer, _HASH: hashed}
+    with with_attributes(module, **{name: names[name] for name in names.keys() & vars(module)}):
         yield
 
 

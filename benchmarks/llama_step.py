@@ -1,10 +1,10 @@
-"""Bytes of a GPU in a step of preference training of a Llama under FSDP2 × CP × TP.
+"""A step of preference training of a Llama under FSDP2 × CP × TP: what a GPU holds, receives, does.
 
 A model, not a measurement. What the head holds is recorded from real code (`scaling.py`); the rest
-is counted here, and compared in tests with the live bytes of transformers' layer and of FSDP2's own
-code on a CPU. A rank holds one pair at a time: two sequences, cut over the context parallel ranks.
-The most that is alive is at the head, when every layer's input is kept, or in the backward of the
-last layer, with the same inputs; the embedding, at the backward's end, takes less than the head.
+is counted here, and compared in tests with transformers' layer and FSDP2's own code on a CPU. A
+rank holds one pair at a time: two sequences, cut over the context parallel ranks. The most that is
+alive is at the head, when every layer's input is kept, or in the backward of the last layer, with
+the same inputs; the embedding, at the backward's end, takes less than the head.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ NARROW = 2
 # Share of a GPU's memory that the model leaves alone: CUDA's context, NCCL's and cuBLAS's buffers,
 # fragmentation.
 RESERVE = 0.10
-# Layers whose weights are gathered at a time: the one that runs, and the next.
-GATHERED_LAYERS = 2
 SEQUENCES = 2
 
 # What transformers' LlamaDecoderLayer keeps of each token when its backward begins its MLP, and
-# what that then adds, in bytes of an entry. Of the hidden size: both norms' fp32 copies, their bf16
-# results before the weight, the residual between. Their outputs are the inputs of the products.
-_NORMS, _INPUTS = 2 * (4 + 2) + 2, 2 * 2
+# what that then adds, in bytes of an entry. Of the hidden size: both norms' fp32 copies and the
+# residual between; the norms' bf16 results before their weights, which the gradients of these take.
+# Their outputs are the inputs of the products.
+_NORMS, _SCALED, _INPUTS = 2 * 4 + 2, 2 * 2, 2 * 2
 # Of the intermediate size: gate, silu, up, product; gradients of the product and of one factor.
 _MLP = 4 * 2 + 2 * 2
 # Of the queries' size: queries and output of flash attention; of the keys': keys and values.
 _QUERIES, _KEYS = 2 * 2, 2 * 2
 # Of each head: the fp32 logsumexp of flash attention.
 _LOGSUMEXP = 4
-# Of the hidden size, at the head: the last norm's fp32 copy and its bf16 result before the weight.
-_LAST_NORM = 4 + 2
+# Of the hidden size, at the head: the last norm's fp32 copy, and its bf16 result before the weight.
+_LAST_NORM, _LAST_SCALED = 4, 2
 
 
 @dataclass(frozen=True)
@@ -180,10 +179,11 @@ class StepBytes:
 
     Attributes:
         states: weights, gradients and moments of the shard, the adapter's too.
-        reference: a second model's shard.
+        reference: a second model's shard, and its head, which FSDP2 leaves gathered.
         checkpoints: each layer's input.
-        at_head: beside them at the head: its gathered weight, the last norm, what the head takes.
-        head: of these, what the head itself takes.
+        at_head: beside them at the head: its rows and what else is gathered, the last norm, `head`.
+        head: hidden states and what the head makes of them; the whole head where tensor parallel
+            ranks gather it.
         at_layer: beside them in the last layer's backward: what is gathered, reduced and kept.
     """
 
@@ -217,9 +217,16 @@ def tokens_of(layout: Layout, context: int) -> int:
     return SEQUENCES * -(-context // layout.cp)
 
 
-def layer_bytes(model: Llama, tokens: int, tp: int) -> int:
-    """What a checkpointed layer holds at the most in its backward, its input not included."""
-    own = _NORMS * model.hidden_size + _MLP * model.intermediate_size
+def layer_bytes(model: Llama, tokens: int, tp: int, trains: bool = True) -> int:
+    """What a checkpointed layer holds at the most in its backward, its input not included.
+
+    Args:
+        model: whose layer.
+        tokens: of the rank's sequences.
+        tp: tensor parallel ranks.
+        trains: whether its own weights do, or an adapter beside them.
+    """
+    own = (_NORMS + _SCALED * trains) * model.hidden_size + _MLP * model.intermediate_size
     own += _QUERIES * model.queries + _KEYS * model.keys + _LOGSUMEXP * model.heads
     # Inputs of the column parallel products, and the gradient of the last product, are gathered.
     gathered = _INPUTS * model.hidden_size
@@ -250,27 +257,28 @@ def step_bytes(
     tp, size, tokens = layout.tp, model.hidden_size, tokens_of(layout, context)
     trains = recipe.rank is None
     layer, rows = NARROW * model.layer // tp, NARROW * model.head // tp
-    normed = _LAST_NORM * tokens * size // tp
-    # In the forward FSDP2 still has the buffer that it has gathered the head into; in the backward,
-    # already the layer that is next.
-    at_head = rows + max(rows, layer) + normed + head.peak
+    normed = (_LAST_NORM + _LAST_SCALED * trains) * tokens * size // tp
+    # FSDP2 casts the unit that runs even where there is nothing to gather; where there is, it still
+    # has the buffer of the head in the forward, and already the layer that is next in the backward.
+    gathers = layout.shards > 1
+    at_head = rows + max(rows, layer) * gathers + normed
+    own = head.peak + NARROW * tokens * size // (tp if head.whole else 1)
     if head.whole and tp > 1:
-        at_head += NARROW * model.head + NARROW * tokens * size // tp
-    else:
-        at_head += NARROW * tokens * size
-    kept, reduced = layer_bytes(model, tokens, tp), 0
+        own += NARROW * model.head
+    kept, reduced = layer_bytes(model, tokens, tp, trains), 0
     if trains:
         # Where most is kept, the MLP's last weight has its gradient; at the end, all have.
         kept = max(kept + NARROW * size * model.intermediate_size // tp, layer)
         # The unit before is still being reduced.
         reduced = max(layer, rows)
-    at_layer = NARROW * tokens * size + kept + GATHERED_LAYERS * layer + reduced
+    at_layer = NARROW * tokens * size + kept + layer * (1 + gathers) + reduced
+    second = NARROW * model.parameters // (layout.shards * tp) + rows
     return StepBytes(
         states=states(model, recipe, layout),
-        reference=NARROW * model.parameters // (layout.shards * tp) if recipe.reference else 0,
+        reference=second if recipe.reference else 0,
         checkpoints=model.layers * NARROW * tokens * size // tp,
-        at_head=at_head,
-        head=head.peak,
+        at_head=at_head + own,
+        head=own,
         at_layer=at_layer,
     )
 
@@ -286,12 +294,68 @@ def backbone_seconds(
     """Arithmetic of all layers on a rank at the replay's rates, nothing else: a lower bound.
 
     Forward, the same again for the checkpoints, and a backward of twice as much (of once where the
-    weights are frozen); causal attention takes 2.5 times its forward there.
+    weights are frozen); causal attention takes 2.5 times its forward there. Nobody needs the last
+    product of a checkpoint's second forward but an adapter, which comes behind it.
     """
     tokens = tokens_of(layout, context)
-    products = sum(rows * columns for rows, columns in model.products)
-    times = 4 if recipe.rank is None else 3
-    linear = times * 2 * tokens * model.layers * products / layout.tp
+    *others, last = (rows * columns for rows, columns in model.products)
+    products = 4 * sum(others) + 3 * last if recipe.rank is None else 3 * sum((*others, last))
+    linear = 2 * tokens * model.layers * products / layout.tp
     pairs = SEQUENCES * context * context / 2 / layout.cp
     attention = 4.5 * 4 * pairs * model.layers * model.queries / layout.tp
     return (linear / LIBRARY + attention / machine.fused[WIDE]) / machine.peak
+
+
+# Bytes of a row's maximum, sum and target's logit, in fp32; and of the one all-reduce that a group
+# of sequences makes forward, and again backward, up to 255 sequences.
+_ROW, _SUMS = 3 * 4, 4096
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that a GPU receives in a step, by who asks for them.
+
+    Attributes:
+        fsdp: weights gathered for the forward and the backward, gradients scattered.
+        tp: activations gathered and scattered around the products of every layer.
+        cp: keys and values of the other ranks, and the gradients of its own.
+        vocabulary: of a head whose rows are sharded: statistics of rows, gradient of hidden.
+        sequences: sums and lengths over the ranks that share sequences, and their gradients.
+        statistics: of a loss that keeps some: a number for each pair of the other ranks.
+        whole: what gathering the head over the tensor parallel ranks takes instead, and its
+            gradient.
+    """
+
+    fsdp: int
+    tp: int
+    cp: int
+    vocabulary: int
+    sequences: int
+    statistics: int
+    whole: int
+
+
+def moved(model: Llama, recipe: Recipe, layout: Layout, context: int) -> Moved:
+    """Bytes that a GPU receives; of an all-reduce, as a ring moves them."""
+    tokens, size = tokens_of(layout, context), model.hidden_size
+    shards, tp, cp = layout.shards, layout.tp, layout.cp
+    trains = recipe.rank is None
+    # Layers and embedding twice; once the head with its norm, which FSDP2 keeps in between.
+    weights = 2 * (model.layers * model.layer + model.head) + model.head + size
+    reduced = model.parameters if trains else model.adapter(recipe.rank or 0)
+    # Four in a layer's forward, four in its backward, and those of the forward again for the
+    # checkpoint, the last of them only where an adapter comes behind it.
+    activations = (4 + 4 + 4 - trains) * model.layers * NARROW * tokens * size
+    # As torch's ring has it: keys and values come from every other rank in the forward, again for
+    # the checkpoint, and in the backward, whose fp32 gradients go all the way around.
+    entries = model.layers * tokens * 2 * model.keys // tp
+    rounds = 3 * NARROW * (cp - 1) + (4 * cp if cp > 1 else 0)
+    return Moved(
+        fsdp=NARROW * (weights + reduced) // tp * (shards - 1) // shards,
+        tp=activations * (tp - 1) // tp,
+        cp=entries * rounds,
+        vocabulary=_ROW * tokens * (tp - 1) + 2 * 4 * tokens * size * (tp - 1) // tp,
+        sequences=2 * 2 * _SUMS * (cp - 1) // cp,
+        statistics=4 * (layout.dp - 1),
+        whole=NARROW * model.head * (1 + trains) * (tp - 1) // tp,
+    )
