@@ -1,7 +1,6 @@
 """Ranks with different numbers of pairs, or none: two processes are one with all of them, or raise.
 
-One file of more than 450 lines: all of it runs in one pair of processes, as most of the time is
-theirs to start.
+All of it in one pair of processes, and so in one file: most of the time is theirs to start.
 """
 
 from __future__ import annotations
@@ -198,10 +197,10 @@ def continued(folder: Path) -> dict[str, Any]:
     return runs
 
 
-def with_kl(folder: Path, sizes: tuple[int, ...] = (8,), **options: Any) -> dict[str, Any]:
+def with_kl(folder: Path, sizes: tuple[int, ...] = (8,)) -> dict[str, Any]:
     """KTO of a stream, whose `kl` is of all ranks' completions."""
     data = stream(list(points(8)), sizes)
-    given = {"model": model(), "reference": tiny_llama(5).double(), "max_steps": 2}
+    given = {"model": model(), "reference": tiny_llama(6).double(), "max_steps": 2}
     given |= {"optim": "sgd", "learning_rate": RATE, "max_grad_norm": 0.0}
     run = build("kto", folder, data, **given)
     run.train()
@@ -428,7 +427,8 @@ def test_a_rank_whose_data_have_ended_goes_on_where_training_is_resumed(ranks):
 def test_a_rank_without_rows_has_no_part_in_ktos_kl(ranks, tmp_path):
     pytest.importorskip("trl")
     wanted = with_kl(tmp_path)
-    assert wanted["logged"]["kl"][0] > 0
+    # In the second step a rank without rows has the first one's batch, of another `kl`.
+    assert all(value > 0 for value in wanted["logged"]["kl"])
     for found in (each["kl"] for each in ranks):
         for name, value in wanted["weights"].items():
             close(found["weights"][name], value, name)

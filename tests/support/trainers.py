@@ -292,7 +292,8 @@ def assert_bit_equal(one: Any, other: Any, where: str = "") -> None:
     elif isinstance(one, torch.Tensor):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=where)
     else:
-        assert one == other, where
+        # NaN alone is not itself.
+        assert one == other or (one != one and other != other), where
 
 
 def child_environment(**more: str) -> dict[str, str]:
