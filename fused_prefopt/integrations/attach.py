@@ -51,7 +51,7 @@ from fused_prefopt.models.batch import (
     logps_through,
     without_sequences,
 )
-from fused_prefopt.models.causal_lm import head_running, wants_router_loss
+from fused_prefopt.models.causal_lm import head_running, require_plain, wants_router_loss
 from fused_prefopt.models.model_call import (
     PROMPTED,
     SIDE_CHANNEL,
@@ -321,6 +321,7 @@ class _LossInHead:
     found: tuple[LossOutput, Weighed] = field(init=False)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        require_plain(hidden)
         head, rows = LMHead.of(self.model), self.rows
         tokens: Weighed = {}, {}
         if self.of_tokens:

@@ -37,6 +37,7 @@ from fused_prefopt.distributed import gather_with_gradient
 from fused_prefopt.models.causal_lm import (
     backbone_outputs,
     head_running,
+    require_plain,
     router_loss,
 )
 from fused_prefopt.models.layout_check import (
@@ -338,6 +339,7 @@ def completion_logps(
     sums: dict[str, Tensor] = {}
 
     def forward(hidden: Tensor) -> Tensor:
+        require_plain(hidden)
         head, given = LMHead.of(model), {**rows.layout, **options}
         given["sequence_group"] = rows.sequence_group
         weighted = {**given, "token_weights": rows.token_weights}

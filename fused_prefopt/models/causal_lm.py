@@ -200,16 +200,7 @@ def head_running(
     modules = parts.modules
     before = [module.__dict__.get("forward") for module in modules]
 
-    def of_plain(hidden: Tensor) -> Tensor:
-        if hasattr(hidden, "placements"):
-            raise ValueError(
-                "model: got a head of `parallelize_module`, whose hooks take a DTensor of logits"
-                " alone; needs transformers' `tp_plan`, or `LMHead(head.weight)` and"
-                " `PreferenceLoss` in a loop of your own"
-            )
-        return forward(hidden)
-
-    forwards = [*(door.__call__ for door in parts.doors[1:]), of_plain]
+    forwards = [*(door.__call__ for door in parts.doors[1:]), forward]
     try:
         for module, given in zip(modules, forwards, strict=True):
             module.forward = given
@@ -219,6 +210,20 @@ def head_running(
             module.__dict__.pop("forward", None)
             if own is not None:
                 module.forward = own
+
+
+def require_plain(hidden: Tensor) -> None:
+    """Raise ValueError if a head is given a DTensor, as in `head_running`'s forward.
+
+    Args:
+        hidden: its last hidden states.
+    """
+    if hasattr(hidden, "placements"):
+        raise ValueError(
+            "model: got a head of `parallelize_module`, whose hooks take a DTensor of logits"
+            " alone; needs transformers' `tp_plan`, or `LMHead(head.weight)` and"
+            " `PreferenceLoss` in a loop of your own"
+        )
 
 
 class HeadParts(NamedTuple):
