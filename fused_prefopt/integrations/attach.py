@@ -166,13 +166,14 @@ class Attachment:
     def pop_metrics(self, mode: str) -> dict[str, float]:
         """Means of the metrics over the steps since the last call and all ranks; forgets them.
 
-        Of each step the mean over all ranks' pairs (completions, tokens), then the mean over the
-        steps, as TRL logs them. Every rank must make the call.
+        Of each step the mean over all ranks' pairs (completions, tokens), of `nonfinite` the number
+        among them, then the mean over the steps, as TRL logs them. Every rank must make the call.
 
         Args:
             mode: "train" or "eval".
         """
-        return self._metrics[mode].pop()
+        group = self.sequence_group
+        return self._metrics[mode].pop(1 if group is None else dist.get_world_size(group))
 
     def add_metrics(
         self, mode: str, metrics: Mapping[str, Tensor], weights: Mapping[str, Tensor]

@@ -18,6 +18,7 @@ from fused_prefopt.losses.metrics import (
     LIST_PAIRS,
     LOGITS_CHOSEN,
     LOGITS_REJECTED,
+    NONFINITE,
     REWARDS_CHOSEN,
     REWARDS_MARGINS,
     REWARDS_REJECTED,
@@ -37,8 +38,8 @@ Step = Mapping[str, tuple[float, float]]
 class StepMetrics:
     """Metrics of the steps since the last log, on their own device, so that no step waits for it.
 
-    What is logged is TRL's: of every step the mean over the batch of all ranks, then the mean over
-    the steps that have a value.
+    What is logged is TRL's: of every step the mean over the batch of all ranks, of `nonfinite` the
+    number in it, then the mean over the steps that have a value.
     """
 
     def __init__(self) -> None:
@@ -71,8 +72,12 @@ class StepMetrics:
         """Drop what was kept."""
         self._names, self._values = [], []
 
-    def pop(self) -> dict[str, float]:
-        """Means over ranks and steps since the last call. Every rank must make the call."""
+    def pop(self, copies: int = 1) -> dict[str, float]:
+        """Means over ranks and steps since the last call. Every rank must make the call.
+
+        Args:
+            copies: ranks that have each batch.
+        """
         steps: list[Step] = []
         if self._values:
             numbers = iter(torch.cat(self._values).tolist())
@@ -81,18 +86,23 @@ class StepMetrics:
         # As objects: a rank without a batch has no names to agree on.
         ranks: list[list[Step]] = gather_objects(steps)
         longest = max(len(steps) for steps in ranks)
-        merged = [_merged([steps[i] for steps in ranks if i < len(steps)]) for i in range(longest)]
+        merged = [
+            _merged([steps[i] for steps in ranks if i < len(steps)], copies) for i in range(longest)
+        ]
         names = dict.fromkeys(name for step in merged for name in step)
         return {name: _mean([step[name] for step in merged if name in step]) for name in names}
 
 
-def _merged(ranks: list[Step]) -> dict[str, float]:
+def _merged(ranks: list[Step], copies: int) -> dict[str, float]:
     """One step of all ranks: weighted means, standard deviations of the whole, exact margins."""
     means = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
         parts = [rank[name] for rank in ranks if name in rank and rank[name][1] > 0]
         if parts:
             means[name] = _weighted(parts)
+    if NONFINITE in means:
+        # A number, where the others are means.
+        means[NONFINITE] = sum(rank[NONFINITE][0] for rank in ranks if NONFINITE in rank) / copies
     for name in [name for name in means if name.endswith("/std") and len(ranks) > 1]:
         center = f"{name.removesuffix('/std')}/mean"
         squares = [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_prefopt.distributed import gather_over_ranks, rank, world_size
 from fused_prefopt.losses.groups import places
+from fused_prefopt.losses.metrics import NONFINITE, nonfinite
 from fused_prefopt.losses.protocol import halves
 from fused_prefopt.types import LogpBatch, LossOutput
 
@@ -42,12 +43,16 @@ class WholeBatch:
             result: of all pairs.
 
         Returns:
-            The same loss and metrics; losses, rewards and target margins of this rank's pairs.
+            The same loss and metrics; losses (and the number that is not finite), rewards and
+            target margins of this rank's pairs.
             The gradient of the loss is this rank's part times the number of ranks, so that the
             mean over ranks, which data parallelism takes, is the gradient of the whole.
         """
         constant, sequences = result.loss.detach(), (2, self.batch.size // 2)
+        losses, metrics = self._pairs(result.losses), result.metrics
         rewards, target_margins = result.rewards, result.target_margins
+        if NONFINITE in metrics:
+            metrics = metrics | {NONFINITE: nonfinite(losses)}
         if rewards is not None:
             rewards = self._pairs(rewards.reshape(sequences)).flatten()
         if target_margins is not None:
@@ -55,9 +60,10 @@ class WholeBatch:
         return dataclasses.replace(
             result,
             loss=result.loss + (self.world - 1) * (result.loss - constant),
-            losses=self._pairs(result.losses),
+            losses=losses,
             rewards=rewards,
             target_margins=target_margins,
+            metrics=metrics,
         )
 
     def _pairs(self, values: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_runs import BATCH, STEPS, Case, on_two_processes, saved, trained
-from trainers import assert_bit_equal
+from sharded_runs import BATCH, ITS_ADAM, STEPS, Case, on_two_processes, saved, trained
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.slow
@@ -50,6 +49,7 @@ FURTHER = [
             "fsdp2, its checkpointing",
             "zero2, tied",
             "zero2, offloaded",
+            ITS_ADAM,
             "zero3, tied",
         )
     ),
@@ -107,15 +107,19 @@ def test_two_processes_train_as_one_does(ranks, tmp_path, case):
 
 @each_case
 def test_a_resumed_training_is_bit_equal(ranks, resumed, case):
+    """But for DeepSpeed's Adam, whose bias correction is then another rounding of the same."""
+    bound = 2e-6 if case.engine == ITS_ADAM else 0.0
     for through, again in zip(ranks(case), resumed(case), strict=True):
         for part in ("here", "weights", "statistics"):
-            assert_bit_equal(through[part], again[part], part)
+            options = {"rtol": bound, "atol": bound, "equal_nan": True, "msg": part}
+            torch.testing.assert_close(again[part], through[part], **options)
         # Of a resumed training the mean loss is one over the steps since, and TRL's count of
         # tokens too.
         for one, other in zip(through["log"][:-1], again["log"][:-1], strict=True):
             assert one.keys() == other.keys()
             for name in one.keys() - {"num_tokens", "eval_num_tokens"}:
-                assert_bit_equal(one[name], other[name], f"log/{name}")
+                wanted = pytest.approx(one[name], rel=20 * bound, abs=20 * bound, nan_ok=True)
+                assert other[name] == wanted, name
 
 
 @each_case

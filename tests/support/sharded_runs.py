@@ -32,7 +32,7 @@ def _fsdp(version: int, **more: Any) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config | more}
 
 
-def _zero(stage: int, **more: Any) -> dict[str, Any]:
+def _zero(stage: int, its_adam: bool = False, **more: Any) -> dict[str, Any]:
     """Options of a trainer under DeepSpeed's ZeRO, with all else as the trainer's own say."""
     zero: dict[str, Any] = {"stage": stage} | more
     if stage == 3:
@@ -41,12 +41,16 @@ def _zero(stage: int, **more: Any) -> dict[str, Any]:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True}
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     config = dict.fromkeys(names, "auto") | {"zero_allow_untested_optimizer": True}
+    config["zero_force_ds_cpu_optimizer"] = its_adam
     return {"deepspeed": config | {"zero_optimization": zero}}
 
 
 # Units of at least so many parameters: the head and the embedding are among them.
 _BY_SIZE = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 500}
 _OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+# DeepSpeed's own Adam, in place of torch's: its bias corrections are products from step to step,
+# and powers once a training is resumed.
+ITS_ADAM = "zero2, offloaded, its Adam"
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp1": _fsdp(1),
     "fsdp1, units by size": _fsdp(1, **_BY_SIZE),
@@ -60,6 +64,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": _zero(2),
     "zero2, tied": _zero(2),
     "zero2, offloaded": _zero(2, **_OFFLOADED),
+    ITS_ADAM: _zero(2, its_adam=True, **_OFFLOADED),
     "zero3": _zero(3),
     "zero3, tied": _zero(3),
     # Policy and reference are partitioned from the beginning.

@@ -87,17 +87,11 @@ class FusesLoss(
     config_type: ClassVar[type[FusedOptions]]
     # Columns of values that reach the loss.
     columns: ClassVar[tuple[str, ...]]
-    # Of TRL's trainers.
-    model: Any
-    ref_model: Any
-    accelerator: Any
+    # Of TRL's trainers, beside those of the mixins.
     train_dataset: Any
     eval_dataset: Any
-    state: Any
     router_aux_loss_coef: float
     aux_loss_enabled: bool
-    precompute_ref_logps: bool
-    _is_vision_dataset: bool
     _tokenizer: Any
     _metrics: dict[str, Any]
     _total_train_tokens: int
