@@ -29,19 +29,19 @@ def logp_bound(cores: CutOff | None, depth: int, largest: float, tight: float = 
 
     **Cut off**, as by tensor cores (`CutOff`, P products to `bits` bits): k / P sums are cut off to
     23 bits, each towards zero, which adds up: a bias, not a random walk. A sum that was aligned to
-    `bits` bits loses 0, 1, … 2^(bits − 23) − 1 of 2^(bits − 23) parts of a last place, ½ (1 − 2^(23
-    − bits)) of it on average. A last place is at most 2⁻²³ of the partial sum, and that at most M; a
-    log-prob is the difference of two logits' worth (its own, and the largest's in the log-sum-exp),
-    which may have opposite signs:
+    `bits` bits loses one of 0, 1, … in units of 2^(23 − bits) of a last place, on average
+    ½ (1 − 2^(23 − bits)) of it. A last place is at most 2⁻²³ of the partial sum, and that at most
+    M; a log-prob is the difference of two logits' worth (its own, and the largest's in the
+    log-sum-exp), which may have opposite signs:
 
         bias = 2 (1 − 2^(23 − bits)) k / P, which is k / 8 on an A100 and 3/2 · k / 16 on an H100.
 
     The *expected* one is a third of it: partial sums grow to M, ½ M on average, and a last place is
-    ⅔ of its most on average over a binade. Each of the k products is cut off, too, to 2^−bits of the
-    partial sum or less, evenly, but with its own sign, as random as the products': a variance of a
-    third of that squared. A partial sum on a line to M has a mean square of M² / 3, and a last place
-    ½ of its most in squares on average. With the variance of what is cut off the sums, (1 −
-    4^(23 − bits)) / 12 of a last place squared:
+    ⅔ of its most on average over a binade. Each of the k products is cut off, too, to 2^−bits of
+    the partial sum or less, evenly, but with its own sign, as random as the products': a variance
+    of a third of that squared. A partial sum on a line to M has a mean square of M² / 3, and a last
+    place ½ of its most in squares on average. With the variance of what is cut off the sums,
+    (1 − 4^(23 − bits)) / 12 of a last place squared:
 
         σ² = k / 6 · [4^(24 − bits) / 3 + (1 − 4^(23 − bits)) / (3 P)]
 

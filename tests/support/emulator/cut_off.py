@@ -36,13 +36,13 @@ class CutOff:
           Computer Science 7:e330, 2021, tests on V100, T4 and A100: products are exact, sums start
           from the largest in magnitude, are cut off, are not normalised between additions, and an
           A100 takes 8 products of 16 bits and has a digit beyond fp32's.
-        - Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv:2512.07004, 2025, models
-          that equal the hardware bit for bit on 10⁵ random inputs each; parameters as published in
-          their MATLAB-tensor-core, `models/A100TC.m` (fma 8, neab 1, rz) and `models/H100TC.m`
-          (fma 16, neab 2, rz; H200 alike).
-        - Xie, Wang, Yang, Yang, "MMA-Sim", arXiv:2511.10909, 2025, equal to the hardware bit for bit
-          on a million tests; their `simulator/nv.py`: 24 fractional bits and halves of k = 16 on
-          Ampere, 25 and all 16 on Hopper, for `mma.sync` and `wgmma`.
+        - Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", arXiv:2512.07004, 2025,
+          models that equal the hardware bit for bit on 10⁵ random inputs each; parameters as
+          published in their MATLAB-tensor-core, `models/A100TC.m` (fma 8, neab 1, rz) and
+          `models/H100TC.m` (fma 16, neab 2, rz; H200 alike).
+        - Xie, Wang, Yang, Yang, "MMA-Sim", arXiv:2511.10909, 2025, equal to the hardware bit for
+          bit on a million tests; their `simulator/nv.py`: 24 fractional bits and halves of k = 16
+          on Ampere, 25 and all 16 on Hopper, for `mma.sync` and `wgmma`.
 
     Not modelled: an H100 aligns to no exponent below −133 (Khattak and Mikaitis), which only sums
     below 2⁻¹⁰⁸ can show; payloads of NaN.
