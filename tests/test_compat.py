@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from compat import (
     ENVIRONMENTS,
+    EXECUTED,
     PAGE,
     PARTS,
     RESULTS,
@@ -14,6 +16,8 @@ from compat import (
     TRL,
     Environment,
     counts_of,
+    environment_of,
+    merged,
     page_of,
     went_well,
 )
@@ -70,6 +74,24 @@ def test_every_minor_version_of_trl_has_an_environment():
     ]
     least = int(OLDEST["trl"].partition(".")[2])
     assert set(minors) == set(range(least, max(minors) + 1))
+
+
+def test_a_part_that_is_run_alone_has_its_own_commit():
+    oldest = environment_of("oldest")
+    good = {"exit": 0, "passed": 5, "failed": [], "skipped": {}}
+    versions = {"python": "3.10"}
+    before = {"commit": "aa", "date": "2026-01-01", "versions": versions}
+    now = {"commit": "bb", "date": "2026-01-02", "versions": versions}
+    parts = {part: good for part in oldest.parts if part != EXECUTED}
+    found = merged(oldest, before | {"parts": parts}, now | {"parts": {EXECUTED: good}})
+    assert tuple(found["parts"]) == oldest.parts
+    assert (found["commit"], found["date"]) == ("aa", "2026-01-01")
+    assert found["parts"].pop(EXECUTED) == good | {"commit": "bb", "date": "2026-01-02"}
+    assert found["parts"] == parts
+    page = page_of({"oldest": found | {"parts": {EXECUTED: good | {"commit": "bb", "date": "x"}}}})
+    assert "| **kernels, executed** | 5 passed, 0 failed, 0 skipped, at bb, x |" in page
+    with pytest.raises(SystemExit, match="oldest: its versions"):
+        merged(oldest, before | {"parts": parts, "versions": {}}, now | {"parts": {EXECUTED: good}})
 
 
 def test_counts_of_a_report(tmp_path):
