@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from machines import OP, dtypes, per_machine
 from torch import Tensor
 from truth import (
     KERNEL_ENGINES,
@@ -76,7 +77,7 @@ def choose(monkeypatch, mix: str) -> str:
 
 def in_slabs_of(engine: str) -> int:
     """Slabs start where the parts of a program do."""
-    return 1 if engine == "cublas" else 32
+    return 1 if engine == "cublas" else per_machine(32, 64)
 
 
 @dataclass
@@ -179,18 +180,22 @@ def test_gradients_of_some_kept_rows_match_float64(cuts, transform, dtype, monke
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.parametrize(
-    ("mix", "kept", "transform", "tiling"), covering(MIXES, [1, 13, 0], ["plain", "all"], SLABS)
+    ("mix", "kept", "transform", "tiling", "dtype"),
+    covering(MIXES, [1, 13, 0], ["plain", "all"], SLABS, dtypes(torch.float32)),
 )
-def test_gradients_of_some_rows_kept_by_kernels(mix, kept, transform, tiling, monkeypatch):
-    case = make_case(4, 7, 7, 101, **TRANSFORMS[transform])
+def test_gradients_of_some_rows_kept_by_kernels(mix, kept, transform, tiling, dtype, monkeypatch):
+    # Several parts of a program's width.
+    vocab = per_machine(101, 301)
+    case = make_case(4, 7, 7, vocab, dtype=dtype, **TRANSFORMS[transform])
     rows = labelled(case)
     assert rows > 13
     engine = choose(monkeypatch, mix)
     cut(monkeypatch, SLABS[tiling], in_slabs_of(mix))
     # 0 stands for all: `local`.
     kept = kept % rows or rows
-    seen = check_kept(case, kept, engine, 3e-6, monkeypatch)
+    seen = check_kept(case, kept, engine, OP[dtype][1], monkeypatch)
     assert (kept == rows) == (not seen.built)
 
 

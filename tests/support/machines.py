@@ -1,0 +1,164 @@
+"""The machines that run the Triton kernels of a test: one body, three of them.
+
+* Triton's interpreter, tests marked `interpreted`: `TRITON_INTERPRET=1 pytest -m interpreted`.
+* The code that Triton compiles for a GPU, executed by `emulator`, tests marked `executed`: an
+  ordinary run, in bf16, on the tiles of the architecture.
+* The same in every dtype, for every target, with warps in other orders: `EMULATE=all pytest -m
+  executed`.
+
+What differs between them are the dtypes, shapes and tolerances here, not the tests' bodies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+import torch
+
+from fused_prefopt import ops
+from fused_prefopt.kernels.architectures import ARCHITECTURES
+from fused_prefopt.ops import cutting, engines, plan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EVERYTHING = os.environ.get("EMULATE") == "all"
+
+T = TypeVar("T")
+
+
+def per_machine(interpreted: T, executed: T) -> T:
+    """What a test is given where kernels are interpreted, and where compiled ones are executed."""
+    return interpreted if INTERPRETED else executed
+
+
+def dtypes(*interpreted: torch.dtype) -> list[torch.dtype]:
+    """Those of the interpreter, which multiplies no bf16 tiles, or those of a GPU's operands."""
+    others = [torch.float16, torch.float32] if EVERYTHING else []
+    return per_machine(list(interpreted), [torch.bfloat16, *others])
+
+
+# Half a unit in the last place, relative: what one rounding to the dtype may take. The interpreter
+# cuts off what bf16 cannot hold, where a GPU rounds: twice the error.
+UNIT = {
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: per_machine(2.0**-7, 2.0**-8),
+}
+# Gradients that are rounded once to their dtype, relative (Frobenius).
+ROUNDED_ONCE = {
+    torch.float32: 1e-5,
+    torch.float16: per_machine(2e-3, 1e-3),
+    torch.bfloat16: per_machine(8e-3, 4e-3),
+}
+# Of the whole op at |logit| <= 30: log-probs in nats, and gradients, relative (Frobenius).
+OP = {
+    torch.float32: (1e-5, 3e-6),
+    torch.float16: (1e-5, 1e-3),
+    torch.bfloat16: (1e-5, per_machine(8e-3, 4e-3)),
+}
+# Sequences, length, hidden size, vocabulary: of small tiles several; of a GPU's less than one, more
+# than one, and rows that are not whole 16 bytes.
+SIZES = per_machine([(3, 13, 24, 101)], [(3, 13, 24, 101), (3, 90, 136, 611), (4, 61, 77, 411)])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU to compile for, and how its warps follow each other.
+
+    Attributes:
+        target: name of one of `ARCHITECTURES`.
+        order: None in lock step, or of `emulated`.
+    """
+
+    target: str
+    order: str | None = None
+
+    def __str__(self) -> str:
+        return self.target if self.order is None else f"{self.target}-{self.order}"
+
+
+MACHINES = [
+    *(Machine("sm_80", order) for order in (None, "random", "up", "down")),
+    *(Machine("sm_90", order) for order in (None, "random")),
+]
+
+
+def machines_of(marker: pytest.Mark) -> list[Machine]:
+    """Those that a test with this marker runs on, `executed(targets=…)`."""
+    if EVERYTHING:
+        return MACHINES
+    return [Machine(target) for target in marker.kwargs.get("targets", ("sm_80",))]
+
+
+def forget_plans() -> None:
+    """What has been planned for a shape is not planned again, though a test may have changed it."""
+    for known in (*vars(cutting.GpuPass).values(), *vars(plan).values()):
+        if hasattr(known, "cache_clear"):
+            known.cache_clear()
+
+
+def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands in the dtype computed in, library products of them, and kept values in place."""
+    from fused_prefopt.ops.cublas_engine import CublasEngine
+    from fused_prefopt.ops.precision import HeadMath
+    from fused_prefopt.ops.torch_engine import product as library_product
+
+    def product(left, right, out, *, alpha=1.0, accumulate=False):
+        assert left.dtype == right.dtype
+        total = alpha * (left.double() @ right.double())
+        return out.copy_(out.double() + total if accumulate else total)
+
+    for found in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+        module = importlib.import_module(found.name)
+        # The torch engine, which defines it, keeps its own.
+        used = getattr(module, "product", None) is library_product
+        if used and found.name != library_product.__module__:
+            monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
+
+    def in_place(math, device):
+        return math.kept == math.dtype
+
+    monkeypatch.setattr(CublasEngine, "in_place", staticmethod(in_place))
+
+
+@contextmanager
+def executing(machine: Machine, races: str | None = None) -> Iterator[None]:
+    """Within the block, what is launched is compiled for a machine's GPU and executed.
+
+    Engines take CPU tensors as they take a GPU's.
+
+    Args:
+        machine: to execute on.
+        races: what the harmless ones that are expected look like, a regular expression.
+
+    Raises:
+        AssertionError: nothing was launched, or races were found that are not expected.
+    """
+    from emulator import emulated
+
+    from fused_prefopt.ops import tuning
+
+    (architecture,) = (found for found in ARCHITECTURES if found.name == machine.target)
+    forget_plans()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compute_as_a_gpu(monkeypatch)
+        monkeypatch.setattr(engines, "_take_cpu_tensors", lambda: True)
+        monkeypatch.setattr(tuning, "_INTERPRETER", architecture)
+        with emulated(machine.target, order=machine.order) as log:
+            yield
+    forget_plans()
+    assert log.reports, "no kernel was launched: this test executes nothing"
+    found = {race for race in log.races if races is None or not re.search(races, race)}
+    if os.environ.get("RACEFILE"):
+        with open(os.environ["RACEFILE"], "a") as f:
+            f.write("\n".join(sorted(found)) + "\n")
+        return
+    assert not found, "\n".join(sorted(found))
