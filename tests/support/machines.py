@@ -18,14 +18,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import pytest
 import torch
 
 from fused_prefopt import ops
 from fused_prefopt.kernels.architectures import ARCHITECTURES
 from fused_prefopt.ops import cutting, engines, plan
+
+if TYPE_CHECKING:
+    from emulator import CutOff
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EVERYTHING = os.environ.get("EMULATE") == "all"
@@ -75,13 +79,16 @@ class Machine:
     Attributes:
         target: name of one of `ARCHITECTURES`.
         order: None in lock step, or of `emulated`.
+        cut_off: how tensor cores add, the library's too; None for exact sums.
     """
 
     target: str
     order: str | None = None
+    cut_off: CutOff | None = None
 
     def __str__(self) -> str:
-        return self.target if self.order is None else f"{self.target}-{self.order}"
+        cut_off = None if self.cut_off is None else "cut-off"
+        return "-".join(filter(None, (self.target, self.order, cut_off)))
 
 
 MACHINES = [
@@ -104,15 +111,27 @@ def forget_plans() -> None:
             known.cache_clear()
 
 
-def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operands in the dtype computed in, library products of them, and kept values in place."""
+def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch, cut_off: CutOff | None = None) -> None:
+    """Operands in the dtype computed in, library products of them, and kept values in place.
+
+    Args:
+        monkeypatch: what undoes it.
+        cut_off: how the library's products of 16 bits are added; None for exact sums.
+    """
     from fused_prefopt.ops.cublas_engine import CublasEngine
     from fused_prefopt.ops.precision import HeadMath
     from fused_prefopt.ops.torch_engine import product as library_product
 
+    def cut(left, right):
+        start = np.zeros((left.shape[0], right.shape[1]), np.float32)
+        operands = (each.double().contiguous().numpy() for each in (left, right))
+        smallest = torch.finfo(left.dtype).smallest_normal
+        return torch.from_numpy(cut_off(*operands, start, smallest)).double()
+
     def product(left, right, out, *, alpha=1.0, accumulate=False):
         assert left.dtype == right.dtype
-        total = alpha * (left.double() @ right.double())
+        summed = cut_off is not None and left.dtype != torch.float32
+        total = alpha * (cut(left, right) if summed else left.double() @ right.double())
         return out.copy_(out.double() + total if accumulate else total)
 
     for found in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
@@ -149,10 +168,10 @@ def executing(machine: Machine, races: str | None = None) -> Iterator[None]:
     (architecture,) = (found for found in ARCHITECTURES if found.name == machine.target)
     forget_plans()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        compute_as_a_gpu(monkeypatch)
+        compute_as_a_gpu(monkeypatch, machine.cut_off)
         monkeypatch.setattr(engines, "_take_cpu_tensors", lambda: True)
         monkeypatch.setattr(tuning, "_INTERPRETER", architecture)
-        with emulated(machine.target, order=machine.order) as log:
+        with emulated(machine.target, order=machine.order, cut_off=machine.cut_off) as log:
             yield
     forget_plans()
     assert log.reports, "no kernel was launched: this test executes nothing"
