@@ -3,6 +3,8 @@
 # make claims  tries what the papers claim on a small model (20 minutes)
 # make test    lint, types, kernels and all tests
 # make bench   the CPU benchmark suite, with peers (7 minutes)
+# make emulate every test of the kernels on what Triton compiles of them, executed without a GPU: all dtypes,
+#              for an A100 and an H100, warps in several orders, and on the Tritons of make compat (an hour)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
 # make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
@@ -14,7 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench compat distributed frameworks report clean
+.PHONY: train rlhf claims test lint emulate kernels bench compat distributed frameworks report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -35,6 +37,12 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# `make emulate ARGS=--quick` executes what `make test` does
+emulate: $(VENV)/installed
+	$(RUN) tests/proofs.py $(ARGS)
+	$(RUN) -m benchmarks report
+	$(PYTHON) tests/compat.py --part "kernels, executed" oldest gpu
 
 kernels: $(VENV)/installed
 	$(RUN) -m benchmarks kernels --check
