@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from .arithmetic import I4, I8, U1, Array
 from .async_proxy import PIECE, WIDTHS, AsyncProxy, swizzled
 from .faults import Fault, Findings
+from .instructions import Site
+from .memory import SharedMemory, Tensors
 from .threads import Threads
 
 _MOST = 1 << 20  # arrivals, and bytes, of a phase stay below
@@ -108,15 +111,17 @@ class BulkCopy:
 
     Attributes:
         pieces: of shared memory, in the box's order.
-        read: gives the box, (n, 16) bytes.
-        nbytes: that the mbarrier counts.
+        source: what is copied.
+        corner: (row, column) of the box.
         site: the instruction.
+        lane: that has started it.
     """
 
     pieces: Array
-    read: Callable[[], Array]
-    nbytes: int
-    site: object
+    source: TensorMap
+    corner: tuple[int, int]
+    site: Site
+    lane: int
 
 
 @dataclass
@@ -146,7 +151,7 @@ class Barrier:
     @property
     def brought(self) -> int:
         """Bytes of this phase's copies."""
-        return sum(copy.nbytes for copy in self.copies)
+        return sum(copy.source.nbytes for copy in self.copies)
 
     def __str__(self) -> str:
         return (
@@ -167,52 +172,38 @@ class Barriers:
         self,
         threads: Threads,
         proxy: AsyncProxy,
+        shared: SharedMemory,
+        tensors: Tensors,
         findings: Findings,
         maps: dict[int, TensorMap],
-        stride: int,
-        size: int,
-        rows_of: Callable[[object, int, Array, int], Array],
-        touched: Callable[[object, Array, int], None],
-        filled: Callable[[Array, Array], None],
     ) -> None:
-        """What copies read and write through.
-
-        Args:
-            threads: of the programs.
-            proxy: the state of their shared memory.
-            findings: takes races.
-            maps: address → tensor map.
-            stride: bytes of shared memory from one program to the next.
-            size: bytes of it that a program has.
-            rows_of: (site, lane, addresses (n,), bytes) → (n, bytes) of global memory.
-            touched: (site, places, lane): a copy that a lane starts will write 16 bytes there.
-            filled: (places, (n, 16) bytes): it has.
-        """
+        """`maps`: tensor maps by their address."""
         self.threads, self.proxy, self.findings, self.maps = threads, proxy, findings, maps
-        self._stride, self._size = stride, size
-        self._rows_of, self._touched, self._filled = rows_of, touched, filled
+        self.shared, self.tensors = shared, tensors
         self._barriers: dict[tuple[int, int], Barrier] = {}
         self.spinning = np.zeros(threads.lanes, bool)
         self._asked: dict[int, tuple[int, object]] = {}
         self.copied = 0
 
-    def init(self, site: object, mask: Array | None, addresses: Array, counts: Array) -> None:
+    def init(self, site: Site, mask: Array | None, addresses: Array, counts: Array) -> None:
         """mbarrier.init: the count of arrivals that complete a phase."""
         for lane, program, warp, epoch in self._each(mask):
             address, count = int(addresses[lane]), int(counts[lane])
-            if address % 8 or address + 8 > self._size:
-                raise Fault(f"mbarrier at {address}, wanted whole 8 of {self._size} bytes: {site}")
+            if address % 8 or address + 8 > self.shared.size:
+                raise Fault(
+                    f"mbarrier at {address}, wanted whole 8 of {self.shared.size} bytes: {site}"
+                )
             if (program, address) in self._barriers:
                 raise Fault(f"mbarrier.init of one that is in use: {site}")
             if not 1 <= count < _MOST:
                 raise Fault(f"mbarrier of {count} arrivals, wanted 1 to 2^20 - 1: {site}")
-            unit = (program * self._stride + address) // 8
+            unit = (program * self.shared.stride + address) // 8
             if self.proxy.landing[unit // 2] or self.proxy.reading[unit // 2]:
                 raise Fault(f"mbarrier in bytes that an asynchronous operation uses: {site}")
             self.proxy.barriers[unit] = True
             self._barriers[program, address] = Barrier(count, count, (warp, epoch))
 
-    def invalidate(self, site: object, mask: Array | None, addresses: Array) -> None:
+    def invalidate(self, site: Site, mask: Array | None, addresses: Array) -> None:
         """mbarrier.inval: its bytes are plain memory again."""
         for lane, program, warp, epoch in self._each(mask):
             address = int(addresses[lane])
@@ -224,10 +215,10 @@ class Barriers:
                     f"mbarrier.inval of one that another warp may still use: {site}"
                 )
             self._use(site, barrier, [warp], epoch)
-            self.proxy.barriers[(program * self._stride + address) // 8] = False
+            self.proxy.barriers[(program * self.shared.stride + address) // 8] = False
             del self._barriers[program, address]
 
-    def arrive(self, site: object, mask: Array | None, addresses: Array, nbytes: Array) -> None:
+    def arrive(self, site: Site, mask: Array | None, addresses: Array, nbytes: Array) -> None:
         """mbarrier.arrive.expect_tx: so many bytes more are expected, then a thread arrives."""
         for lane, program, warp, epoch in self._each(mask):
             barrier = self._find(site, program, int(addresses[lane]))
@@ -238,10 +229,11 @@ class Barriers:
                 raise Fault(f"mbarrier of {nbytes[lane]} bytes, wanted less than 2^20: {site}")
             barrier.expected += int(nbytes[lane])
             barrier.pending -= 1
+            self.spinning[self.threads.program == program] = False
 
     def copy(
         self,
-        site: object,
+        site: Site,
         mask: Array | None,
         starts: Array,
         maps: Array,
@@ -250,6 +242,7 @@ class Barriers:
         addresses: Array,
     ) -> None:
         """cp.async.bulk.tensor.2d: a box at (row, column) of a map to `starts`."""
+        threads, shared = self.threads, self.shared
         for lane, program, warp, epoch in self._each(mask):
             source, start = self.maps.get(int(maps[lane])), int(starts[lane])
             if source is None:
@@ -258,19 +251,22 @@ class Barriers:
             self._use(site, barrier, [warp], epoch)
             if start % source.alignment:
                 raise Fault(f"a box at {start}, wanted whole {source.alignment} bytes: {site}")
-            if start + source.nbytes > self._size:
+            if start + source.nbytes > self.shared.size:
                 raise Fault(
-                    f"a box of {source.nbytes} bytes at {start} of {self._size}: {site}"
+                    f"a box of {source.nbytes} bytes at {start} of {self.shared.size}: {site}"
                 )
-            corner = int(rows[lane : lane + 1].view(I4)[0]), int(columns[lane : lane + 1].view(I4)[0])
-            places = program * self._stride + source.places(start)
+            corner = (
+                int(rows[lane : lane + 1].view(I4)[0]),
+                int(columns[lane : lane + 1].view(I4)[0]),
+            )
+            places = program * self.shared.stride + source.places(start)
             self.proxy.promise_write(site, places // PIECE, warp)
-            self._touched(site, places, lane)
-            read = _Read(source, corner, self._rows_of, site, lane)
-            barrier.copies.append(BulkCopy(places // PIECE, read, source.nbytes, site))
+            self.shared.check_unused(site, places, PIECE, np.full(len(places), lane))
+            barrier.copies.append(BulkCopy(places // PIECE, source, corner, site, lane))
             self.copied += source.nbytes
+            self.spinning[threads.program == program] = False
 
-    def wait(self, site: object, mask: Array | None, addresses: Array, parity: Array) -> Array:
+    def wait(self, site: Site, mask: Array | None, addresses: Array, parity: Array) -> Array:
         """mbarrier.try_wait.parity: whether the phase of this parity is complete.
 
         What completes it lands now.
@@ -286,17 +282,17 @@ class Barriers:
             barrier = self._find(site, program, address)
             warps = np.unique(threads.warp[same])
             self._use(site, barrier, warps.tolist(), int(threads.epoch[program]))
-            done[same] = self._complete(site, barrier, odd, warps)
+            done[same] = self._complete(site, program, barrier, odd, warps)
             self._asked[program] = address, site
         self.spinning[lanes] = ~done[lanes]
         return done
 
-    def stuck(self) -> Fault:
-        """That the programs' threads wait for ever, and for what."""
+    def stuck(self) -> str:
+        """For what threads wait for ever."""
         program = int(self.threads.program[self.spinning][0])
         address, site = self._asked[program]
         barrier = self._barriers[program, address]
-        return Fault(f"waits for ever for the mbarrier at {address}: {barrier}: {site}")
+        return f"waits for ever for the mbarrier at {address}: {barrier}: {site}"
 
     def end(self) -> None:
         """The programs have ended.
@@ -308,18 +304,20 @@ class Barriers:
             for copy in barrier.copies:
                 raise Fault(f"ended while a bulk copy is under way: {barrier}: {copy.site}")
 
-    def _complete(self, site: object, barrier: Barrier, odd: int, warps: Array) -> bool:
+    def _complete(self, site: Site, program: int, barrier: Barrier, odd: int, warps: Array) -> bool:
         if barrier.phase % 2 == odd:
             if barrier.pending or barrier.brought < barrier.expected:
                 return False
             if barrier.brought > barrier.expected:
                 raise Fault(f"more bytes than the mbarrier expects: {barrier}: {site}")
             for copy in barrier.copies:
-                self._filled(copy.pieces * PIECE, copy.read())
+                rows = partial(self.tensors.rows, copy.site, copy.lane)
+                self.shared.fill(copy.pieces * PIECE, copy.source.read(copy.corner, rows))
                 self.proxy.landed(copy.pieces)
             barrier.landed = [copy.pieces for copy in barrier.copies]
             barrier.copies, barrier.expected = [], 0
             barrier.pending, barrier.phase = barrier.count, barrier.phase + 1
+            self.spinning[self.threads.program == program] = False
         for pieces in barrier.landed:
             self.proxy.waited(pieces, warps)
         return True
@@ -331,32 +329,16 @@ class Barriers:
             program = int(threads.program[lane])
             yield lane, program, int(threads.warp[lane]), int(threads.epoch[program])
 
-    def _find(self, site: object, program: int, address: int) -> Barrier:
+    def _find(self, site: Site, program: int, address: int) -> Barrier:
         found = self._barriers.get((program, address))
         if found is None:
             raise Fault(f"no mbarrier at {address}: it was not initialised: {site}")
         return found
 
-    def _use(self, site: object, barrier: Barrier, warps: list[int], epoch: int) -> None:
+    def _use(self, site: Site, barrier: Barrier, warps: list[int], epoch: int) -> None:
         maker, made = barrier.maker
         barrier.users |= dict.fromkeys(warps, epoch)
         if made == epoch and any(warp != maker for warp in warps):
             self.findings.races.add(
                 f"an mbarrier used before its init is visible, no barrier between: {site}"
             )
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A box of a tensor map, read when it is called."""
-
-    source: TensorMap
-    corner: tuple[int, int]
-    rows_of: Callable[[object, int, Array, int], Array]
-    site: object
-    lane: int
-
-    def __call__(self) -> Array:
-        return self.source.read(
-            self.corner, lambda addresses, wide: self.rows_of(self.site, self.lane, addresses, wide)
-        )

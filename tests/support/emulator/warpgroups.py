@@ -58,9 +58,7 @@ class Matrix:
         if bits >> 49 & 7:
             raise NotImplementedError(f"matrix descriptor {bits:#x} with a base offset: {site}")
         if swizzle and start & (8 * swizzle - 1) >= 128:
-            raise Fault(
-                f"matrix descriptor: {start:#x} is not the first row of a swizzle: {site}"
-            )
+            raise Fault(f"matrix descriptor: {start:#x} is not the first row of a swizzle: {site}")
         return cls(start, leading, stride, swizzle)
 
     def places(self, outer: int, transposed: bool) -> Array:
@@ -333,9 +331,7 @@ class Warpgroups:
         b = self._values(product, right[first], outer, product.transposed[1])
         b = (b * product.signs[1]).swapaxes(1, 2)
         shape = len(first), 16 * together
-        total = multiply(
-            a.reshape(*shape, 16), b, start.reshape(*shape, outer), self._cut_off
-        )
+        total = multiply(a.reshape(*shape, 16), b, start.reshape(*shape, outer), self._cut_off)
         chain.values[warps] = total.reshape(len(warps), 16, outer)
 
     def _values(self, product: _Product, pieces: Array, outer: int, across: bool) -> Array:
