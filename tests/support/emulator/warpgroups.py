@@ -331,7 +331,9 @@ class Warpgroups:
         b = self._values(product, right[first], outer, product.transposed[1])
         b = (b * product.signs[1]).swapaxes(1, 2)
         shape = len(first), 16 * together
-        total = multiply(a.reshape(*shape, 16), b, start.reshape(*shape, outer), self._cut_off)
+        a, start = a.reshape(*shape, 16), start.reshape(*shape, outer)
+        bf16 = "bf16" in product.site.modifiers
+        total = multiply(a, b, start, self._cut_off, bf16)
         chain.values[warps] = total.reshape(len(warps), 16, outer)
 
     def _values(self, product: _Product, pieces: Array, outer: int, across: bool) -> Array:
