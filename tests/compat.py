@@ -58,7 +58,7 @@ PARTS = {
     ENGINES: ("frameworks/test_deepspeed.py", "integrations/test_sharded_trainers.py"),
 }
 # What needs no framework but transformers.
-CORE = ("op", INTERPRETED, EXECUTED, "losses", "transformers' trainers")
+CORE = ("op", INTERPRETED, "losses", "transformers' trainers")
 PACKAGES = (
     "torch",
     "triton",
@@ -107,6 +107,7 @@ class Environment:
         name: of its file in `tests/versions`.
         python: what it is made with, where that is installed.
         parts: of `PARTS`.
+        apart: those that are run only where `--part` asks for them, as `make emulate` does.
         interpreted: Triton's interpreter is on in every part.
         base: name of another, whose packages it has wherever it has none of its own.
     """
@@ -114,6 +115,7 @@ class Environment:
     name: str
     python: str
     parts: tuple[str, ...]
+    apart: tuple[str, ...] = ()
     interpreted: bool = False
     base: str | None = None
 
@@ -209,8 +211,8 @@ class Environment:
 
 
 ENVIRONMENTS = (
-    Environment("gpu", "3.12", (*CORE, TRL)),
-    Environment("oldest", "3.10", CORE),
+    Environment("gpu", "3.12", (*CORE, TRL), apart=(EXECUTED,)),
+    Environment("oldest", "3.10", CORE, apart=(EXECUTED,)),
     # TRL 1.15 launches its own kernels on a CPU, too.
     Environment("trl-1.9", "3.11", (TRL,)),
     Environment("trl-1.10", "3.11", (TRL,), base="trl-1.13"),
@@ -329,22 +331,32 @@ def run(environment: Environment, commit: str, part: str | None = None) -> dict[
 def merged(
     environment: Environment, before: dict[str, Any], result: dict[str, Any]
 ) -> dict[str, Any]:
-    """What was run before with what has been run now of it, each with its commit.
+    """What has been run now, beside what was run before on the same versions.
+
+    A part that was run alone has its own commit, whatever that of the others.
 
     Raises:
-        SystemExit: not on the same versions.
+        SystemExit: one part was run, on other versions than the others.
     """
-    if before["versions"] != result["versions"]:
+    same, now = before["versions"] == result["versions"], result["parts"]
+    if set(environment.parts) <= now.keys():
+        kept = environment.apart if same else ()
+        parts = {part: before["parts"][part] for part in kept if part in before["parts"]} | now
+        whole = result
+    elif same:
+        origin = {"commit": result["commit"], "date": result["date"]}
+        parts = before["parts"] | {part: each | origin for part, each in now.items()}
+        whole = before
+    else:
         raise SystemExit(f"{environment.name}: its versions have changed, run all of its parts")
-    origin = {"commit": result["commit"], "date": result["date"]}
-    parts = before["parts"] | {part: each | origin for part, each in result["parts"].items()}
-    return before | {"parts": {part: parts[part] for part in environment.parts if part in parts}}
+    order = (*environment.parts, *environment.apart)
+    return whole | {"parts": {part: parts[part] for part in order if part in parts}}
 
 
 def store(environment: Environment, result: dict[str, Any]) -> None:
     """Put an environment's result among the others', and show them."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    if tuple(result["parts"]) != environment.parts and environment.name in results:
+    if environment.name in results:
         result = merged(environment, results[environment.name], result)
     results[environment.name] = result
     results = {one.name: results[one.name] for one in ENVIRONMENTS if one.name in results}
@@ -363,7 +375,8 @@ def main() -> int:
     good, commit = True, commit_of_this()
     for environment in ENVIRONMENTS:
         asked = not chosen.names or environment.name in chosen.names
-        if asked and (chosen.part is None or chosen.part in environment.parts):
+        has = chosen.part in (None, *environment.parts, *environment.apart)
+        if asked and has:
             result = run(environment, commit, chosen.part)
             good = good and all(map(went_well, result["parts"].values()))
             store(environment, result)
