@@ -59,7 +59,7 @@ def page_text(kernels: Path, results: Path) -> str:
     folders = {machine.folder: results / machine.folder for machine in MACHINES}
     measured = {name: load(path) if path.exists() else {} for name, path in folders.items()}
     proofs = proofs_section(results / PROOFS.relative_to(RESULTS), contents, any(measured.values()))
-    parts = [_TITLE, *proofs, _USAGE]
+    parts = [_TITLE, proofs, _USAGE]
     # What is gated first.
     for content in sorted(contents.values(), key=lambda content: not content["gated"]):
         parts += [f"### {content['target']}", _origin(content), usage_table(content["rows"])]

@@ -57,26 +57,27 @@ the table in `tests/support/emulator/instructions.py`, its pattern, types and fu
 against the PTX ISA beside the others in `tests/emulator/`."""
 
 
-def proofs_section(path: Path, usage: Mapping[str, Any], measured: bool) -> list[str]:
-    """Paragraphs on what has been proven; none where nothing was noted.
+def proofs_section(path: Path, usage: Mapping[str, Any], measured: bool) -> str:
+    """What each proof sees, and which kernels have which.
 
     Args:
         path: of the results of `make emulate`.
         usage: target → content of the compiled kernels' results.
         measured: whether there are results of a GPU.
     """
-    if not path.exists():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    passed = "; ".join(f"{part}: {count} tests passed" for part, count in content["passed"].items())
-    how = "`make emulate`" if content["everything"] else "what `make test` runs"
-    origin = (
-        f"Which kernels were launched in it, noted by {how} at {content['commit']}, "
-        f"{content['date']}, Triton {content['triton']} ({passed}). In brackets orders of warps."
-    )
     said = "the tables of time beside the predictions." if measured else "nothing yet."
-    proofs = _proofs_table(content["rows"], usage)
-    return [_TEXT.format(measured=said, origin=origin, proofs=proofs)]
+    origin, rows = "`make emulate` has not been run: which kernels it launched is not known.", []
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content["rows"]
+        passed = "; ".join(f"{part}: {count} passed" for part, count in content["passed"].items())
+        how = "`make emulate`" if content["everything"] else "what `make test` runs"
+        origin = (
+            f"Which kernels were launched, noted by the tests ({passed}) of {how} at "
+            f"{content['commit']}, {content['date']}, Triton {content['triton']}. Orders of warps "
+            "in brackets."
+        )
+    return _TEXT.format(measured=said, origin=origin, proofs=_proofs_table(rows, usage))
 
 
 def _proofs_table(rows: Sequence[Row], usage: Mapping[str, Any]) -> str:
@@ -87,7 +88,7 @@ def _proofs_table(rows: Sequence[Row], usage: Mapping[str, Any]) -> str:
         line = [f"`{kernel}`", _dtypes(row for row in own if row["machine"] == _INTERPRETER)]
         line += [_executed(own, target) for target in _EXECUTED]
         line.append(", ".join(t for t, content in usage.items() if _compiles(content, kernel)))
-        lines.append([cell or "no" for cell in line])
+        lines.append([cell or ("no" if rows else "not noted") for cell in line])
     header = ("kernel", "interpreted", *(f"executed, {name}" for name in _EXECUTED))
     return table((*header, "compiled and read"), lines, left=5)
 

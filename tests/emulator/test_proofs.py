@@ -22,6 +22,8 @@ USAGE = {
 
 
 def test_every_kernel_was_interpreted_and_executed_for_both_gpus():
+    if not PROOFS.exists():
+        pytest.skip("`make emulate` has not been run")
     rows = json.loads(PROOFS.read_text(encoding="utf-8"))["rows"]
     for content in load_kernels().values():
         for kernel in {row["kernel"] for row in content["rows"]}:
@@ -41,14 +43,16 @@ def test_the_table_shows_what_was_noted(tmp_path):
     }
     path = tmp_path / "proofs.json"
     path.write_text(json.dumps(content))
-    (text,) = proofs_section(path, USAGE, measured=False)
+    text = proofs_section(path, USAGE, measured=False)
     lines = [line for line in text.splitlines() if line.startswith("| `")]
     assert lines == [
         "| `_a` | fp16 | bf16, fp16 (lock step, up) | no | sm_80, gfx942 |",
         "| `_b` | no | no | no | sm_80 |",
     ]
-    assert "Measured** on a GPU: nothing yet." in text and "7 tests passed" in text
-    assert proofs_section(tmp_path / "none.json", USAGE, measured=False) == []
+    assert "Measured** on a GPU: nothing yet." in text and "kernels, executed: 7 passed" in text
+    text = proofs_section(tmp_path / "none.json", USAGE, measured=True)
+    assert "| `_b` | not noted | not noted | not noted | sm_80 |" in text
+    assert "nothing yet" not in text
 
 
 def test_a_launch_is_noted_by_its_narrowest_numbers(monkeypatch):
