@@ -13,6 +13,9 @@ from machines import OP, Machine, executing
 from rounding import bound_of, gradient_bound
 from truth import assert_gradients, computed, largest_error, make_case, true_result
 
+from fused_prefopt.kernels.fold_logits import fold_logits
+from fused_prefopt.ops.tuning import tuning_of
+
 BOTH = pytest.mark.parametrize("cores", [A100, H100], ids=["a100", "h100"])
 HALF = 2.0**-24
 PLACE = 2.0**-23
@@ -200,3 +203,30 @@ def test_a_pass_is_within_the_bounds_of_the_gpu_tests(machine, engine, depth, dt
         assert error <= bound_of(case, cores=machine.cut_off)
         assert error <= bound_of(case, 0.0, machine.cut_off) <= 30 * error
     assert_gradients(got, truth, gradient_bound(case, OP[dtype][1], machine.cut_off))
+
+
+@pytest.mark.parametrize("machine", MACHINES[:2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernels_logits_are_the_sums_of_such_cores(machine, dtype):
+    """To the bit: products of a compiled kernel meet in the steps that the definition says."""
+    rows, vocab, depth = 37, 131, 200
+    case = make_case(1, rows, depth, vocab, dtype=dtype)
+    hidden, weight = case.hidden[0], case.weight
+    targets = torch.arange(rows) * 7 % vocab
+    found = torch.zeros(rows)
+    with executing(machine, RACES):
+        tuning = tuning_of(hidden.device)
+        tiles = {"block": tuning.architecture.block(2, False), "descriptors": tuning.descriptors}
+        head = {"alpha": 1.0, "ceiling": None}
+        fold_logits(hidden, weight, None, targets, found, **head, **tiles, first=0)
+    sums = machine.cut_off(
+        hidden.double().numpy(),
+        weight.double().numpy().T,
+        np.zeros((rows, vocab), np.float32),
+        torch.finfo(dtype).smallest_normal,
+    )
+    wanted = torch.from_numpy(sums).gather(1, targets[:, None])[:, 0]
+    assert torch.equal(found, wanted)
+    assert not torch.equal(
+        found, (hidden.double() @ weight.double().t()).float()[range(rows), targets]
+    )

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
+from emulator.cut_off import A100, H100, CutOff
 from truth import Case
-
-# Whoever imports this is skipped where there is no Triton.
-pytest.importorskip("triton")
-
-from emulator.cut_off import A100, H100, CutOff  # noqa: E402
 
 # Bits of a significand that an fp32 sum keeps behind the leading one, and half of its last place.
 _BITS = 23

@@ -26,11 +26,11 @@ from benchmarks.kernel_gate import Launch, recording
 
 from .arithmetic import UNSIGNED
 from .async_proxy import WIDTHS
+from .cut_off import CutOff
 from .machine import Dispatch, Machine, Options, places_of
 from .mbarriers import TensorMap
 from .memory import Storages
 from .ptx import Parameter, parse
-from .tensor_cores import CutOff
 from .threads import WARP
 from .translation import Code
 

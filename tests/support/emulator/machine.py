@@ -19,12 +19,13 @@ import numpy as np
 from .arithmetic import F4, I4, UNSIGNED, Array
 from .async_proxy import AsyncProxy
 from .asynchronous import Copies
+from .cut_off import CutOff
 from .faults import Fault, Findings
 from .instructions import Site
 from .mbarriers import Barriers, TensorMap
 from .memory import SharedMemory, Storages, Tensors
 from .ptx import Branch
-from .tensor_cores import CutOff, TensorCores
+from .tensor_cores import TensorCores
 from .threads import WARP, Threads
 from .translation import Code
 from .warpgroups import Warpgroups

@@ -16,10 +16,11 @@ import numpy as np
 
 from .arithmetic import F2, F4, F8, I8, U2, U4, Array, bf16_to_f32
 from .async_proxy import PIECE, AsyncProxy, swizzled, warps_of
+from .cut_off import CutOff
 from .faults import Fault
 from .instructions import Site
 from .memory import SharedMemory
-from .tensor_cores import CutOff, multiply
+from .tensor_cores import multiply
 from .threads import WARP, Threads
 
 _SWIZZLES = {0: 0, 1: 128, 2: 64, 3: 32}  # the descriptor's bits 62 and 63 → bytes
