@@ -109,5 +109,5 @@ def machine(request):
         yield None
         return
     chosen = getattr(request, "param", Machine("sm_80"))
-    with executing(chosen, marker.kwargs.get("races")):
+    with executing(chosen):
         yield chosen

@@ -8,7 +8,16 @@ from itertools import product
 import pytest
 import torch
 from machines import OP, dtypes, per_machine
-from test_kept_probabilities import EVERYTHING, SLABS, cut, in_slabs_of, keep, labelled, one_pass
+from test_kept_probabilities import (
+    EVERYTHING,
+    SLABS,
+    VOCAB,
+    cut,
+    in_slabs_of,
+    keep,
+    labelled,
+    one_pass,
+)
 from torch import Tensor
 from truth import (
     KERNEL_ENGINES,
@@ -55,7 +64,7 @@ NARROW = per_machine(
 @pytest.mark.executed
 def test_narrow_operands_of_kept_rows(what, transform, tiling, monkeypatch):
     (engine, dtype), kept = what
-    case = make_case(4, 9, 24, 101, dtype=dtype, **TRANSFORMS[transform])
+    case = make_case(4, 9, 24, VOCAB, dtype=dtype, **TRANSFORMS[transform])
     keep(monkeypatch, kept or labelled(case))
     cut(monkeypatch, SLABS[tiling], in_slabs_of(engine))
     finished = count_finishes(monkeypatch)

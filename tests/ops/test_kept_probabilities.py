@@ -51,12 +51,14 @@ TILINGS = {
 }
 
 
+# Of a program, and a vocabulary that takes several.
+PART, VOCAB = per_machine((32, 101), (128, 301))
 # Those that end where a program's part of the vocabulary does.
 SLABS = {
     "planned": None,
     "slabs": (10**6, 64, 32, False),
-    "both": (7, 64, 32, True),
-    "narrow": (3, 32, 32, False),
+    "both": (per_machine(7, 11), 64, 32, True),
+    "narrow": (per_machine(3, 9), 32, 32, False),
 }
 # What a role gets where the choice is the architecture's.
 MIXES = {
@@ -77,7 +79,7 @@ def choose(monkeypatch, mix: str) -> str:
 
 def in_slabs_of(engine: str) -> int:
     """Slabs start where the parts of a program do."""
-    return 1 if engine == "cublas" else per_machine(32, 64)
+    return 1 if engine == "cublas" else PART
 
 
 @dataclass
@@ -141,6 +143,7 @@ def watch(monkeypatch, engine: str) -> Seen:
 
     for engine in engines:
         spy(engine, "kept_gradient", lambda kept, *_: seen.kept.append(kept.values.shape[0]))
+        spy(engine, "finish_kept", lambda kept, *_: seen.kept.append(kept.values.shape[0]))
         spy(engine, "gradient", lambda tile, *_: seen.built.append(tile.shape[0]))
     return seen
 
@@ -186,9 +189,7 @@ def test_gradients_of_some_kept_rows_match_float64(cuts, transform, dtype, monke
     covering(MIXES, [1, 13, 0], ["plain", "all"], SLABS, dtypes(torch.float32)),
 )
 def test_gradients_of_some_rows_kept_by_kernels(mix, kept, transform, tiling, dtype, monkeypatch):
-    # Several parts of a program's width.
-    vocab = per_machine(101, 301)
-    case = make_case(4, 7, 7, vocab, dtype=dtype, **TRANSFORMS[transform])
+    case = make_case(4, 7, 7, VOCAB, dtype=dtype, **TRANSFORMS[transform])
     rows = labelled(case)
     assert rows > 13
     engine = choose(monkeypatch, mix)

@@ -18,13 +18,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
-from fused_prefopt import ops
+from fused_prefopt import kernels, ops
 from fused_prefopt.kernels.architectures import ARCHITECTURES
 from fused_prefopt.ops import cutting, engines, plan
 
@@ -67,6 +68,8 @@ OP = {
     torch.float16: (1e-5, 1e-3),
     torch.bfloat16: (1e-5, per_machine(8e-3, 4e-3)),
 }
+# Few entries do not average what the gradient of the logits and a matmul of it are rounded by.
+OP_OF_FEW = OP | {torch.bfloat16: (1e-5, 8e-3)}
 # Sequences, length, hidden size, vocabulary: of small tiles several; of a GPU's less than one, more
 # than one, and rows that are not whole 16 bytes.
 SIZES = per_machine([(3, 13, 24, 101)], [(3, 13, 24, 101), (3, 90, 136, 611), (4, 61, 77, 411)])
@@ -95,6 +98,27 @@ MACHINES = [
     *(Machine("sm_80", order) for order in (None, "random", "up", "down")),
     *(Machine("sm_90", order) for order in (None, "random")),
 ]
+
+
+# Numbers that every warp of a program reads and a single thread writes, which has read its own
+# before: what the others then find is never used. By file, as their pointers are written there.
+OWN_NUMBERS = {
+    "fold_logits.py": ("reference + row",),
+    "fold_rows.py": ("maximum + row", "total + row", "earlier + columns", "sums + columns"),
+    "kl.py": ("(maximum,", "(total,", "weighted + row"),
+    "loss_parts.py": ("(nonfinite,",),
+}
+
+
+def is_harmless(race: str) -> bool:
+    """Whether a race is about one of `OWN_NUMBERS`."""
+    kinds = "global bytes another warp (may still read|has written, no barrier)"
+    found = re.search(rf"^{kinds}: .*\[(?P<file>\w+\.py):(?P<line>\d+):\d+\]$", race)
+    if found is None:
+        return False
+    source = Path(kernels.__path__[0], found["file"]).read_text(encoding="utf-8")
+    line = source.splitlines()[int(found["line"]) - 1]
+    return any(pointer in line for pointer in OWN_NUMBERS.get(found["file"], ()))
 
 
 def machines_of(marker: pytest.Mark) -> list[Machine]:
@@ -149,17 +173,16 @@ def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch, cut_off: CutOff | None = N
 
 
 @contextmanager
-def executing(machine: Machine, races: str | None = None) -> Iterator[None]:
+def executing(machine: Machine) -> Iterator[None]:
     """Within the block, what is launched is compiled for a machine's GPU and executed.
 
     Engines take CPU tensors as they take a GPU's.
 
     Args:
         machine: to execute on.
-        races: what the harmless ones that are expected look like, a regular expression.
 
     Raises:
-        AssertionError: nothing was launched, or races were found that are not expected.
+        AssertionError: nothing was launched, or races were found that are not `is_harmless`.
     """
     from emulator import emulated
 
@@ -175,9 +198,5 @@ def executing(machine: Machine, races: str | None = None) -> Iterator[None]:
             yield
     forget_plans()
     assert log.reports, "no kernel was launched: this test executes nothing"
-    found = {race for race in log.races if races is None or not re.search(races, race)}
-    if os.environ.get("RACEFILE"):
-        with open(os.environ["RACEFILE"], "a") as f:
-            f.write("\n".join(sorted(found)) + "\n")
-        return
+    found = {race for race in log.races if not is_harmless(race)}
     assert not found, "\n".join(sorted(found))
