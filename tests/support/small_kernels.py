@@ -2,7 +2,7 @@
 
 Operands are single letters: `a b c e f g` are inputs, `d x y z` outputs, in the order of their
 kinds. `%r1` is the program's number, `%r2` the thread's within it, `%r3` the element's; `%r40`,
-`%rd40`, `%rs40` and `%p40` upwards are free.
+`%rd40`, `%rs40` and `%p40` upwards are free, but that `%rd50` upwards point to further arrays.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ def _tensor(bits: Bits) -> torch.Tensor:
     return torch.from_numpy(bits.view(signed))
 
 
-def kernel(body: str, inputs: Sequence[str], outputs: Sequence[str], threads: int = THREADS) -> str:
-    """PTX that runs the lines of `body` on operands of the kinds given."""
+def kernel(
+    body: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    threads: int = THREADS,
+    further: int = 0,
+) -> str:
+    """PTX that runs the lines of `body` on operands of the kinds given, and on `further` arrays."""
     names, load, store = {}, [], []
     for place, (letter, kind) in enumerate(
         [*zip(INPUTS, inputs, strict=False), *zip(OUTPUTS, outputs, strict=False)]
@@ -63,6 +69,11 @@ def kernel(body: str, inputs: Sequence[str], outputs: Sequence[str], threads: in
                 store.append(f"selp.b32 {register}, 1, 0, %p{number};")
             store.append(f"st.global.b{8 * size} [ %rd{number + 10} + 0 ], {{ {register} }};")
 
+    pointers = len(names) + further
+    load += [
+        f"ld.param.b64 %rd{50 + n}, [_small_kernel_param_{len(names) + n}];" for n in range(further)
+    ]
+
     def with_registers(line: str) -> str:
         opcode, _, operands = line.strip().partition(" ")
         if opcode.startswith("@"):
@@ -72,11 +83,12 @@ def kernel(body: str, inputs: Sequence[str], outputs: Sequence[str], threads: in
         found = re.sub(r"(?<![\w%.$])[a-gxyz](?!\w)", lambda m: names.get(m[0], m[0]), operands)
         return f"{opcode} {found};".replace(" ;", ";")
 
-    pointers = [f"\t.param .u64 .ptr .global .align 1 _small_kernel_param_{n}" for n in range(len(names))]
     middle = [with_registers(line) for line in re.split(r";|\n", body) if line.strip()]
     start = ["mov.u32 %r1, %ctaid.x;", "mov.u32 %r2, %tid.x;", f"mad.lo.s32 %r3, %r1, {threads}, %r2;"]
     lines = "\n".join(f"\t{line}" for line in (*start, *load, *middle, *store, "ret;"))
-    parameters = ",\n".join(pointers)
+    parameters = ",\n".join(
+        f"\t.param .u64 .ptr .global .align 1 _small_kernel_param_{n}" for n in range(pointers)
+    )
     return f"""
 .version 8.0
 .target sm_80
@@ -108,6 +120,7 @@ def executed(
     *,
     threads: int = THREADS,
     shared: int = 0,
+    further: Sequence[Bits] = (),
     **options: Any,
 ) -> tuple[list[Bits], Report]:
     """Outputs of `body`, one element a thread, and what the launch did.
@@ -118,16 +131,17 @@ def executed(
         outputs: kinds.
         threads: of a program.
         shared: bytes of a program.
+        further: arrays that the body reads and writes by `%rd50` upwards, in place.
         options: of `emulator.launch`.
     """
     count = len(inputs[0][1]) if inputs else threads
     assert count % threads == 0
     arrays = [np.array(bits, unsigned(kind)) for kind, bits in inputs]
     arrays += [np.full(count, np.iinfo(unsigned(kind)).max, unsigned(kind)) for kind in outputs]
-    text = kernel(body, [kind for kind, _ in inputs], outputs, threads)
+    text = kernel(body, [kind for kind, _ in inputs], outputs, threads, len(further))
     report = launch(
         text,
-        [_tensor(array) for array in arrays],
+        [_tensor(array) for array in (*arrays, *further)],
         (count // threads,),
         warps=threads // 32,
         shared=shared,
