@@ -16,14 +16,17 @@ F32 = FORMATS["f32"]
 ROUNDINGS = {"rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil}
 
 
-def clamped(kind: str, rounding: str, flush: bool = False) -> Any:
-    """To an integer, its nearest where it holds no such number; NaN to 0."""
+def clamped(kind: str, rounding: str, source: str = "f32", flush: bool = False) -> Any:
+    """To an integer, its nearest where it holds no such number.
+
+    NaN to 0, but where an operand has 64 bits: to the top bit alone.
+    """
     bits = int(kind[1:])
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind[0] == "s" else (0, 2**bits - 1)
 
     def convert(a: float) -> int:
         if a != a:
-            return 0
+            return 0 if source == "f32" and bits < 64 else 1 << (bits - 1)
         if math.isinf(a):
             return high if a > 0 else low
         if flush and abs(a) < F32.smallest_normal:
@@ -65,7 +68,7 @@ CASES = [
         for source in WHOLE[2:]
     ),
     *(
-        Case(f"cvt.{rounding}.{target}.{source} d, a", f"{target} {source}", clamped(target, rounding))
+        Case(f"cvt.{rounding}.{target}.{source} d, a", f"{target} {source}", clamped(target, rounding, source))
         for rounding in ROUNDINGS
         for target in ("s32", "u32", "s64", "u64")
         for source in ("f32", "f64")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_numbers import FORMATS, INFINITY, Number, exactly, flushed
+from exact_numbers import FORMATS, INFINITY, Format, Number, exactly, flushed
 from small_kernels import Case, executed
 
 F32, F64 = FORMATS["f32"], FORMATS["f64"]
@@ -132,23 +132,23 @@ def test_value(case):
 # --------------------------------------------------------------------------- rounded once, not twice
 
 
-def _ties(form: Any, count: int) -> list[tuple[float, float, float]]:
-    """Operands whose fma lies next to the middle of two numbers, by far less than 2^-53 of it."""
+def _ties(form: Format, count: int) -> list[tuple[float, float, float]]:
+    """Operands whose fma lies next to the middle of two numbers, a tiny part of a step off it.
+
+    Half of them are subnormal, where a step is the smallest number.
+    """
     random = np.random.default_rng(5)
-    found = []
+    unit, found = 2.0**-form.mantissa, []
     while len(found) < count:
-        power = int(random.integers(-20, 20))
-        ticks = int(random.integers(2**form.mantissa, 2 ** (form.mantissa + 1)))
-        # The sum of a number and of a product that is half a step of it, and a little.
-        step = 2.0 ** (power - form.mantissa)
-        c = ticks * step
-        ulp = 2.0**-form.mantissa
-        sign = float(random.choice([-1, 1]))
-        a, b = (1 + ulp) * step / 2, sign * (1 - ulp if random.random() < 0.5 else 1.0)
-        if random.random() < 0.5:
-            a = step / 2
-            b = sign * (1 + float(random.choice([-0.5, 1])) * ulp)
-        found.append((a, b, c))
+        small = len(found) % 2
+        power = form.lowest_exponent if small else int(random.integers(-20, 20))
+        low, high = (0, 2**form.mantissa) if small else (2**form.mantissa, 2 ** (form.mantissa + 1))
+        ticks = int(random.integers(low, high))
+        half = power - form.mantissa - 1
+        # A number, and a product that is half a step of it, and a little.
+        up, down = (1 + unit, 1 - unit) if random.random() < 0.5 else (1 - unit / 2, 1 - unit)
+        a, b = math.ldexp(up, half // 2), math.ldexp(down, half - half // 2)
+        found.append((a, float(random.choice([-1, 1])) * b, math.ldexp(ticks, half + 1)))
     return found
 
 

@@ -227,7 +227,7 @@ def test_lanes_of_a_warp_need_no_barrier():
     ("body", "message"),
     [
         ("ld.shared.b32 d, [%r2+1]", "misaligned"),
-        ("shl.b32 %r40, %r2, 2; ld.shared.b32 d, [%r40+4]", "shared access"),
+        ("shl.b32 %r40, %r2, 2; ld.shared.b32 d, [%r40+4]", "out of bounds"),
         ("mad.wide.u32 %rd40, %r3, 4, %rd50; ld.global.b32 { d }, [ %rd40 + 4 ]", "out of bounds"),
         ("mov.u64 %rd40, 0; ld.global.b32 { d }, [ %rd40 + 0 ]", "no tensor"),
         ("mov.u32 %r40, 0; st.shared.b32 [%r40], %r2; mov.b32 d, 0", "different values"),
@@ -243,7 +243,7 @@ def test_fault(body, message):
     [
         "add.rz.f32 d, d, d",
         "cvt.rz.bf16.f32 %rs40, d",
-        "mul.sat.f32 d, d, d",
+        "add.f16 d, d, d",
         "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {d}, {d}, {d}, {d}",
         "bar.sync 1",
         "frobnicate.b32 d, d",
