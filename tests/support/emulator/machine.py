@@ -185,10 +185,8 @@ class Machine:
         count = self.threads.lanes if mask is None else int(mask.sum())
         self.executed += len(block.instructions) * count
         try:
-            if mask is None:
-                self.code.full[current](self, self.registers, self._constants, None)
-            else:
-                self.code.masked[current](self, self.registers, self._constants, mask)
+            function = self.code.function(current, mask is not None)
+            function(self, self.registers, self._constants, mask)
         except Fault as fault:
             raise Fault(f"{self.program.name}: {fault}") from None
         if block.branch is None:

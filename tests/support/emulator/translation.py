@@ -51,8 +51,6 @@ class Code:
 
     Attributes:
         program: what they were made of.
-        full: for blocks that all threads run.
-        masked: for blocks that the threads of a mask run.
         together: whether a block has instructions that a warp, or a program, executes as one.
     """
 
@@ -64,30 +62,39 @@ class Code:
         self._made: dict[int, list[Array]] = {}
         self._meetings = meetings(program)
         self._may_part: dict[int, bool] = {}
-        sources = []
-        for number, block in enumerate(program.blocks):
-            for name, masked in (("full", False), ("masked", True)):
-                lines = [f"def {name}_{number}(m, R, K, M):"]
-                for instruction in block.instructions:
-                    lines += [f"    {line}" for line in self._instruction(instruction, masked)]
-                sources.append("\n".join([*lines, "    pass"]))
-        exec(compile("\n".join(sources), f"<{program.name}>", "exec"), self._space)
-        count = range(len(program.blocks))
-        self.full: list[Callable[..., None]] = [self._space[f"full_{n}"] for n in count]
-        self.masked: list[Callable[..., None]] = [self._space[f"masked_{n}"] for n in count]
+        self._functions: dict[tuple[int, bool], Callable[..., None]] = {}
+        # Written at once, so that an unknown instruction is an error before anything is executed.
+        self._sources = [
+            [line for one in block.instructions for line in self._instruction(one, masked=False)]
+            for block in program.blocks
+        ]
+
+    def function(self, number: int, masked: bool) -> Callable[..., None]:
+        """A block's, for all threads or for those of a mask; compiled when it is first needed."""
+        key = (number, masked)
+        if key not in self._functions:
+            lines = self._sources[number]
+            if masked:
+                instructions = self.program.blocks[number].instructions
+                lines = [line for one in instructions for line in self._instruction(one, True)]
+            body = "\n    ".join([*lines, "pass"])
+            source = f"def block_{number}(m, R, K, M):\n    {body}\n"
+            exec(compile(source, f"<{self.program.name}>", "exec"), self._space)
+            self._functions[key] = self._space[f"block_{number}"]
+        return self._functions[key]
 
     def constants(self, lanes: int) -> list[Array]:
         """The program's numbers, one element a thread."""
-        if lanes not in self._made:
-            found = []
-            for bits, kind in self._constants:
-                if kind == "pred":
-                    found.append(np.full(lanes, bool(bits)))
-                else:
-                    raw = np.full(lanes, bits, UNSIGNED[SIZES[kind]])
-                    found.append(arithmetic.bf16_to_f32(raw) if kind == "bf16" else raw.view(dtype_of(kind)))
-            self._made[lanes] = found
-        return self._made[lanes]
+        found = self._made.setdefault(lanes, [])
+        # Functions that are compiled later may bring more of them.
+        for bits, kind in list(self._constants)[len(found) :]:
+            if kind == "pred":
+                found.append(np.full(lanes, bool(bits)))
+                continue
+            raw = np.full(lanes, bits, UNSIGNED[SIZES[kind]])
+            number = arithmetic.bf16_to_f32(raw) if kind == "bf16" else raw.view(dtype_of(kind))
+            found.append(number)
+        return found
 
     def may_part(self, number: int) -> bool:
         """Whether nothing between a block's branch and where it meets needs a warp as a whole."""
