@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exact_numbers import FORMATS, Number
+from exact_numbers import FORMATS, Number, flushed
 from small_kernels import Case, executed
 
 F32 = FORMATS["f32"]
@@ -26,7 +26,7 @@ def clamped(kind: str, rounding: str, source: str = "f32", flush: bool = False) 
 
     def convert(a: float) -> int:
         if a != a:
-            return 0 if source == "f32" and bits < 64 else 1 << (bits - 1)
+            return 0 if source != "f64" and bits < 64 else narrowed(kind)(1 << (bits - 1))
         if math.isinf(a):
             return high if a > 0 else low
         if flush and abs(a) < F32.smallest_normal:
@@ -36,52 +36,77 @@ def clamped(kind: str, rounding: str, source: str = "f32", flush: bool = False) 
     return convert
 
 
-def canonical(kind: str) -> Any:
+def canonical(kind: str, towards_zero: bool = False) -> Any:
     """Rounded to 16 bits; of every NaN the same one, without a sign."""
     form = FORMATS[kind]
 
     def judge(a: Number) -> Any:
-        wanted = form.encode(a)
+        wanted = form.encode(a, towards_zero)
         return lambda bits: bits == wanted
 
     return judge
 
 
-def packed(kind: str) -> Any:
+def packed(kind: str, towards_zero: bool = False) -> Any:
     """Two numbers in a word: the first operand in the upper half."""
     form = FORMATS[kind]
-    return lambda a, b: form.encode(a) << 16 | form.encode(b)
+    return lambda a, b: form.encode(a, towards_zero) << 16 | form.encode(b, towards_zero)
 
 
 WHOLE = ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
+def narrowed(kind: str) -> Any:
+    """The lowest bits, as that type's number."""
+    bits = int(kind[1:])
+
+    def cut(a: int) -> int:
+        found = a % (1 << bits)
+        return found - (1 << bits) if kind[0] == "s" and found >> (bits - 1) else found
+
+    return cut
+
+
+def registers(kind: str) -> str:
+    """What holds a number of 8 bits: its other half must be right as well."""
+    return f"{kind[0]}16" if kind[1:] == "8" else kind
+
+
+FLUSHED_TO = flushed(F32, lambda a: a)
 CASES = [
     # Between integers: sign or zeros from the left, or the lowest bits.
     *(
-        Case(f"cvt.{target}.{source} d, a", f"{target} {source}", lambda a: a)
-        for target in WHOLE[2:]
-        for source in WHOLE[2:]
-        if target != source
+        Case(f"cvt.{target}.{source} d, a", f"{registers(target)} {source}", narrowed(target))
+        for target in WHOLE
+        for source in WHOLE
     ),
     *(
         Case(f"cvt.rn.{target}.{source} d, a", f"{target} {source}", Fraction)
-        for target in ("f32", "f64")
-        for source in WHOLE[2:]
+        for target in ("f16", "f32", "f64")
+        for source in WHOLE
     ),
     *(
-        Case(f"cvt.{rounding}.{target}.{source} d, a", f"{target} {source}", clamped(target, rounding, source))
+        Case(
+            f"cvt.{rounding}{mode}.{target}.{source} d, a",
+            f"{registers(target)} {source}",
+            clamped(target, rounding, source, bool(mode)),
+        )
         for rounding in ROUNDINGS
-        for target in ("s32", "u32", "s64", "u64")
-        for source in ("f32", "f64")
+        for target in WHOLE
+        for source in ("f16", "f32", "f64")
+        for mode in (("", ".ftz") if source == "f32" else ("",))
     ),
-    Case("cvt.rzi.ftz.s32.f32 d, a", "s32 f32", clamped("s32", "rzi", flush=True)),
-    Case("cvt.rpi.ftz.s32.f32 d, a", "s32 f32", clamped("s32", "rpi", flush=True)),
     # Wider: exactly. Narrower: to nearest, ties to even.
-    Case("cvt.f32.f16 d, a", "f32 f16", lambda a: a),
+    *(Case(f"cvt{mode}.f32.f16 d, a", "f32 f16", lambda a: a) for mode in ("", ".ftz")),
     Case("cvt.f32.bf16 d, a", "f32 bf16", lambda a: a),
+    Case("cvt.f64.f16 d, a", "f64 f16", lambda a: a),
     Case("cvt.f64.f32 d, a", "f64 f32", lambda a: a),
+    Case("cvt.ftz.f64.f32 d, a", "f64 f32", FLUSHED_TO),
     Case("cvt.rn.f32.f64 d, a", "f32 f64", lambda a: a),
+    Case("cvt.rn.ftz.f32.f64 d, a", "f32 f64", FLUSHED_TO),
+    Case("cvt.rn.f16.f64 d, a", "f16 f64", canonical("f16")),
     Case("cvt.rn.f16.f32 d, a", "f16 f32", canonical("f16")),
     Case("cvt.rn.bf16.f32 d, a", "bf16 f32", canonical("bf16")),
+    Case("cvt.rz.bf16.f32 d, a", "bf16 f32", canonical("bf16", towards_zero=True)),
+    Case("cvt.rz.bf16x2.f32 d, a, b", "b32 f32 f32", packed("bf16", towards_zero=True)),
     Case("cvt.rn.f16x2.f32 d, a, b", "b32 f32 f32", packed("f16")),
     Case("cvt.rn.bf16x2.f32 d, a, b", "b32 f32 f32", packed("bf16")),
 ]

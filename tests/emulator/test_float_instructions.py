@@ -83,15 +83,45 @@ def sides(name: str, count: int, function: Any) -> list[Case]:
     ]
 
 
+def saturated(function: Callable[..., Number | None]) -> Callable[..., Any]:
+    """`.sat`: into [0, 1], and NaN to 0; which zero is left open."""
+
+    def clamp(*operands: float) -> Any:
+        found = function(*operands)
+        if found is None:
+            return None
+        if not found > 0:
+            return lambda bits: bits in (0, F32.sign)
+        return min(found, 1.0)
+
+    return clamp
+
+
 def negated(a: float) -> float:
     return -a
+
+
+def signed_as(a: float, b: float) -> float:
+    """The sign of the first on the second, where that is a number."""
+    return math.nan if b != b else math.copysign(b, a) if a == a else None
 
 
 def flush(a: float) -> float:
     return math.copysign(0.0, a) if abs(a) < float(F32.smallest_normal) else a
 
 
+SUMS = {"add": (2, ADD), "sub": (2, SUBTRACT), "mul": (2, MULTIPLY), "fma": (3, FUSED)}
 CASES = [
+    *(
+        Case(
+            f"{name}{mode}.sat.f32 {', '.join('dabc'[: count + 1])}",
+            " ".join(["f32"] * (count + 1)),
+            saturated(flushed(F32, function) if "ftz" in mode else function),
+        )
+        for name, (count, function) in SUMS.items()
+        for mode in ("", ".ftz", ".rn", ".rn.ftz")
+        if name != "fma" or "rn" in mode
+    ),
     *(
         case
         for name, function in (("add", ADD), ("sub", SUBTRACT), ("mul", MULTIPLY))
@@ -103,8 +133,21 @@ CASES = [
     *sides("sqrt.rn", 1, root),
     *sides("max", 2, larger),
     *sides("min", 2, minimum),
-    Case("max.NaN.f32 d, a, b", "f32 f32 f32", of_numbers(larger)),
-    Case("min.NaN.f32 d, a, b", "f32 f32 f32", of_numbers(minimum)),
+    *(
+        Case(f"{name}.NaN.f32 d, a, b", "f32 f32 f32", function)
+        for name, function in (
+            ("max", of_numbers(larger)),
+            ("min", of_numbers(minimum)),
+            ("max.ftz", flushed(F32, of_numbers(larger))),
+            ("min.ftz", flushed(F32, of_numbers(minimum))),
+        )
+    ),
+    *sides("rcp.rn", 1, lambda a: quotient(1.0, a)),
+    *(
+        Case(f"copysign.{kind} d, a, b", f"{kind} {kind} {kind}", signed_as)
+        for kind in ("f32", "f64")
+    ),
+    Case("neg.ftz.f32 d, a", "f32 f32", lambda a: -flush(a)),
     *(Case(f"neg.{kind} d, a", f"{kind} {kind}", negated) for kind in ("f32", "f64")),
     Case("abs.f32 d, a", "f32 f32", abs),
     Case("abs.ftz.f32 d, a", "f32 f32", lambda a: abs(flush(a))),
@@ -114,7 +157,14 @@ CASES = [
         for kind in ("f32", "f64")
         for name, function in COMPARED.items()
     ),
-    Case("setp.lt.ftz.f32 d, a, b", "pred f32 f32", lambda a, b: flush(a) < flush(b)),
+    *(
+        Case(
+            f"setp.{name}.ftz.f32 d, a, b",
+            "pred f32 f32",
+            lambda a, b, compare=function: compare(flush(a), flush(b)),
+        )
+        for name, function in COMPARED.items()
+    ),
     # Constants as they are written.
     Case("mul.f32 d, a, 0f3FB8AA3B", "f32 f32", lambda a: MULTIPLY(a, F32.decode(0x3FB8AA3B))),
     Case("setp.ne.f32 d, a, 0fFF800000", "pred f32", lambda a: a > -INFINITY),
@@ -212,46 +262,39 @@ def within(ulps: float, value: Number) -> Any:
     return lambda bits: F32.ulps(bits, Fraction(value)) <= ulps
 
 
-def power(a: float) -> Any:
+def power(a: float) -> Number:
     if a != a or a == INFINITY:
         return a
-    if a < -200:
-        return 0.0
-    return INFINITY if a > 200 else within(2, POWER(a) if a else Fraction(1))
+    return (0.0 if a < 0 else INFINITY) if abs(a) > 200 else POWER(a)
 
 
-def logarithm(a: float) -> Any:
-    """Absolute 2^-22 near 1, else relative."""
+def logarithm(a: float) -> Number:
     if a != a or a < 0:
         return math.nan
     if a in (0, INFINITY):
         return -INFINITY if a == 0 else INFINITY
-    exact = LOGARITHM(a)
-    if 0.5 < a < 2:
-        return lambda bits: abs(Fraction(F32.decode(bits)) - exact) <= Fraction(2) ** -22
-    return within(2, exact)
+    return LOGARITHM(a)
 
 
-def inverse(a: float) -> Any:
-    found = quotient(1.0, a)
-    return found if isinstance(found, float) else within(1, found)
-
-
-def inverse_root(a: float) -> Any:
+def inverse_root(a: float) -> Number:
     if a == 0:
         return math.copysign(INFINITY, a)
     found = root(a)
-    return 0.0 if found == INFINITY else found if found != found else within(2, 1 / Fraction(found))
+    return 0.0 if found == INFINITY else found if found != found else 1 / Fraction(found)
 
 
-def full_quotient(a: float, b: float) -> Any:
-    """Two units over the full range; a subnormal value may be rounded twice, or flushed."""
-    found = quotient(a, b)
-    if isinstance(found, float):
-        return found
-    if abs(found) < 2 * F32.smallest_normal:
-        return None
-    return within(2, found)
+def approximate_quotient(a: float, b: float) -> Number | None:
+    """div.approx: of divisors beyond 2^126 zero; of subnormal ones nothing is said."""
+    if abs(b) <= 2.0**126 or b != b or math.isinf(b) or a != a:
+        return None if 0 < abs(b) < F32.smallest_normal else quotient(a, b)
+    return math.nan if math.isinf(a) else math.copysign(0.0, a) * math.copysign(1, b)
+
+
+def near_one(exact: Number) -> Any:
+    """lg2: absolute 2^-22 where it is small, else two units."""
+    if isinstance(exact, Fraction) and abs(exact) < 1:
+        return lambda bits: abs(Fraction(F32.decode(bits)) - exact) <= Fraction(2) ** -22
+    return within(2, exact)
 
 
 def upper_inverse(a: float) -> Any:
@@ -262,9 +305,7 @@ def upper_inverse(a: float) -> Any:
     value = F64.decode(F64.encode(a) & ~0xFFFFFFFF)
     if abs(value) < F64.smallest_normal:
         return math.copysign(INFINITY, value)
-    if math.isinf(value):
-        return math.copysign(0.0, value)
-    exact = 1 / Fraction(value)
+    exact = 0 if math.isinf(value) else 1 / Fraction(value)
     if abs(exact) < F64.smallest_normal:
         return math.copysign(0.0, value)
 
@@ -275,23 +316,46 @@ def upper_inverse(a: float) -> Any:
     return judge
 
 
-def flushing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of operands; what is subnormal of the value stays open."""
-    return lambda *operands: function(*map(flush, operands))
+def judged(function: Callable[..., Any], judge: Callable[[Any], Any]) -> Callable[..., Any]:
+    """What a result must be near; of a quotient or an inverse that is subnormal nothing is said."""
+
+    def on_numbers(*operands: float) -> Any:
+        found = function(*operands)
+        if found is None or (isinstance(found, float) and found != 0 and math.isfinite(found)):
+            return found
+        return judge(found)
+
+    return on_numbers
 
 
 USUAL = [F32.encode(x / 64) for x in range(-9000, 9000, 23)]
+# Name → operands, the exact function, and how near the ISA wants it.
+NEAR: dict[str, tuple[int, Callable[..., Any], Callable[[Any], Any]]] = {
+    "ex2.approx": (1, power, lambda x: within(2, x)),
+    "lg2.approx": (1, logarithm, near_one),
+    "rcp.approx": (1, lambda a: quotient(1.0, a), lambda x: within(1, x)),
+    "rsqrt.approx": (1, inverse_root, lambda x: within(2, x)),
+    "sqrt.approx": (1, root, lambda x: within(2, x)),
+    "div.full": (2, quotient, lambda x: within(2, x)),
+    "div.approx": (2, approximate_quotient, lambda x: within(2, x)),
+}
 APPROXIMATIONS = [
-    Case("ex2.approx.f32 d, a", "f32 f32", power),
-    Case("ex2.approx.f32 d, a", "f32 f32", power, {"a": USUAL}),
-    Case("lg2.approx.f32 d, a", "f32 f32", logarithm),
-    Case("lg2.approx.f32 d, a", "f32 f32", logarithm, {"a": [F32.encode(x / 777) for x in range(1, 4000, 9)]}),
-    Case("rcp.approx.f32 d, a", "f32 f32", inverse),
-    Case("rsqrt.approx.f32 d, a", "f32 f32", inverse_root),
-    Case("sqrt.approx.f32 d, a", "f32 f32", lambda a: within(2, root(a))),
-    Case("rcp.rn.f32 d, a", "f32 f32", lambda a: quotient(1.0, a)),
-    Case("rcp.rn.f64 d, a", "f64 f64", lambda a: quotient(1.0, a)),
-    Case("div.full.f32 d, a, b", "f32 f32 f32", full_quotient),
+    *(
+        Case(
+            f"{name}{mode}.f32 {'d, a, b' if count > 1 else 'd, a'}",
+            " ".join(["f32"] * (count + 1)),
+            judged(flushed(F32, function) if mode else function, judge),
+        )
+        for name, (count, function, judge) in NEAR.items()
+        for mode in ("", ".ftz")
+    ),
+    Case("ex2.approx.f32 d, a", "f32 f32", judged(power, NEAR["ex2.approx"][2]), {"a": USUAL}),
+    Case(
+        "lg2.approx.f32 d, a",
+        "f32 f32",
+        judged(logarithm, near_one),
+        {"a": [F32.encode(x / 777) for x in range(1, 4000, 9)]},
+    ),
     Case("rcp.approx.ftz.f64 d, a", "f64 f64", upper_inverse),
 ]
 

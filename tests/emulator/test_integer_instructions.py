@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from small_kernels import Case
 
-WORD = 0xFFFFFFFF
+INTEGERS = "s16 u16 s32 u32 s64 u64"
+WORDS = ("b16", "b32", "b64", *INTEGERS.split())
 
 
 def quotient(a: int, b: int) -> int | None:
@@ -42,14 +43,16 @@ def field(signed: bool, bits: int) -> Any:
     return lambda a, start, length: extract(a % (1 << bits), start, length)
 
 
-def inserted(a: int, b: int, start: int, length: int) -> int:
-    """bfi.b32: the low bits of a into b; what sticks out is dropped."""
-    start, length = start & 0xFF, length & 0xFF
-    for place in range(length):
-        if start + place < 32:
-            bit = 1 << (start + place)
-            b = b & ~bit | (bit if a >> place & 1 else 0)
-    return b
+def inserted(bits: int) -> Any:
+    """bfi: the low bits of a into b; what sticks out is dropped."""
+
+    def insert(a: int, b: int, start: int, length: int) -> int:
+        start, length = start & 0xFF, length & 0xFF
+        for place in range(start, min(start + length, bits)):
+            b = b & ~(1 << place) | (a >> (place - start) & 1) << place
+        return b
+
+    return insert
 
 
 def permuted(a: int, b: int, selector: int) -> int:
@@ -94,13 +97,13 @@ CASES = [
     *(
         Case(f"{name}.{kind} d, a, b", f"{kind} {kind} {kind}", function)
         for name, kinds, function in (
-            ("add", "s16 u16 s32 u32 s64 u64", lambda a, b: a + b),
-            ("sub", "s16 u16 s32 u32 s64 u64", lambda a, b: a - b),
-            ("mul.lo", "s16 u16 s32 u32 s64 u64", lambda a, b: a * b),
-            ("div", "s32 u32 s64 u64", quotient),
-            ("rem", "s32 u32 s64 u64", rest),
-            ("min", "s32 u32 s64 u64", min),
-            ("max", "s32 u32 s64 u64", max),
+            ("add", INTEGERS, lambda a, b: a + b),
+            ("sub", INTEGERS, lambda a, b: a - b),
+            ("mul.lo", INTEGERS, lambda a, b: a * b),
+            ("div", INTEGERS, quotient),
+            ("rem", INTEGERS, rest),
+            ("min", INTEGERS, min),
+            ("max", INTEGERS, max),
             ("and", "b16 b32 b64", lambda a, b: a & b),
             ("or", "b16 b32 b64", lambda a, b: a | b),
             ("xor", "b16 b32 b64", lambda a, b: a ^ b),
@@ -108,8 +111,8 @@ CASES = [
         for kind in kinds.split()
     ),
     *(
-        Case(f"mul.hi.{kind} d, a, b", f"{kind} {kind} {kind}", lambda a, b, n=bits: a * b >> n)
-        for kind, bits in (("s32", 32), ("u32", 32), ("s64", 64), ("u64", 64))
+        Case(f"mul.hi.{kind} d, a, b", f"{kind} {kind} {kind}", lambda a, b, n=kind: a * b >> int(n[1:]))
+        for kind in INTEGERS.split()
     ),
     *(
         Case(f"{name}.wide.{kind} d, {letters}", f"{wide} {kind} {kind}{more}", function)
@@ -120,22 +123,22 @@ CASES = [
         )
     ),
     *(
-        Case(f"mad.lo.{kind} d, a, b, c", f"{kind} {kind} {kind} {kind}", lambda a, b, c: a * b + c)
-        for kind in ("s32", "u32", "s64", "u64")
-    ),
-    *(
-        Case(f"mad.hi.{kind} d, a, b, c", f"{kind} {kind} {kind} {kind}", lambda a, b, c: (a * b >> 32) + c)
-        for kind in ("s32", "u32")
+        Case(f"mad.{half}.{kind} d, a, b, c", f"{kind} {kind} {kind} {kind}", function)
+        for kind in INTEGERS.split()
+        for half, function in (
+            ("lo", lambda a, b, c: a * b + c),
+            ("hi", lambda a, b, c, n=kind: (a * b >> int(n[1:])) + c),
+        )
     ),
     *(Case(f"neg.{kind} d, a", f"{kind} {kind}", lambda a: -a) for kind in ("s16", "s32", "s64")),
-    *(Case(f"abs.{kind} d, a", f"{kind} {kind}", abs) for kind in ("s32", "s64")),
+    *(Case(f"abs.{kind} d, a", f"{kind} {kind}", abs) for kind in ("s16", "s32", "s64")),
     *(Case(f"not.{kind} d, a", f"{kind} {kind}", lambda a: ~a) for kind in ("b16", "b32", "b64")),
     *(Case(f"popc.{kind} d, a", f"b32 {kind}", int.bit_count) for kind in ("b32", "b64")),
     *(
         Case(f"{name}.{kind} d, a, b", f"{kind} {kind} u32", function)
         for name, kinds, function in (
             ("shl", "b16 b32 b64", lambda a, by: a << min(by, 64)),
-            ("shr", "u16 s16 b32 u32 s32 b64 u64 s64", lambda a, by: a >> min(by, 64)),
+            ("shr", "b16 u16 s16 b32 u32 s32 b64 u64 s64", lambda a, by: a >> min(by, 64)),
         )
         for kind in kinds.split()
     ),
@@ -148,17 +151,20 @@ CASES = [
         Case(f"bfe.{kind} d, a, b, c", f"{kind} {kind} u32 u32", field(kind[0] == "s", int(kind[1:])), FIELD)
         for kind in ("u32", "s32", "u64", "s64")
     ),
-    Case(
-        "bfi.b32 d, a, b, c, e",
-        "b32 b32 b32 u32 u32",
-        inserted,
-        {"c": FIELD["b"], "e": FIELD["c"]},
+    *(
+        Case(
+            f"bfi.b{bits} d, a, b, c, e",
+            f"b{bits} b{bits} b{bits} u32 u32",
+            inserted(bits),
+            {"c": FIELD["b"], "e": FIELD["c"]},
+        )
+        for bits in (32, 64)
     ),
     Case("prmt.b32 d, a, b, c", "b32 b32 b32 b32", permuted),
     *(Case(f"lop3.b32 d, a, b, c, {n:#x}", "b32 b32 b32 b32", table(n)) for n in (0, 0x96, 0xCA, 0xE8, 0x1B, 255)),
     *(
         Case(f"selp.{kind} d, a, b, c", f"b{kind[1:]} b{kind[1:]} b{kind[1:]} pred", lambda a, b, p: a if p else b)
-        for kind in ("b16", "b32", "b64", "s32", "u32", "u64", "f32", "f64")
+        for kind in (*WORDS, "f32", "f64")
     ),
     *(
         Case(f"setp.{name}.{kind} d, a, b", f"pred {kind} {kind}", function)
@@ -167,7 +173,8 @@ CASES = [
         if kind[0] != "b" or name in ("eq", "ne")
     ),
     *(
-        Case(f"setp.{name}.u32 d, a, b", "pred u32 u32", COMPARED[other])
+        Case(f"setp.{name}.{kind} d, a, b", f"pred {kind} {kind}", COMPARED[other])
+        for kind in ("u16", "u32", "u64")
         for name, other in (("lo", "lt"), ("ls", "le"), ("hi", "gt"), ("hs", "ge"))
     ),
     *(
@@ -180,7 +187,11 @@ CASES = [
     ),
     Case("not.pred d, a", "pred pred", lambda a: not a),
     Case("mov.pred d, a", "pred pred", lambda a: a),
-    *(Case(f"mov.{kind} d, a", f"{kind} {kind}", lambda a: a) for kind in ("b16", "u16", "b32", "u32", "b64", "u64")),
+    *(
+        Case(f"mov.{kind} d, a", f"b{kind[1:]} b{kind[1:]}", lambda a: a)
+        for kind in (*WORDS, "f32", "f64")
+    ),
+    *(Case(f"{name}.u64 d, a", "u64 u64", lambda a: a) for name in ("cvta.global", "cvta.to.global")),
     # Immediate operands, each in a way that they are written.
     Case("and.b32 d, a, 96", "b32 b32", lambda a: a & 96),
     Case("add.s32 d, a, -1", "s32 s32", lambda a: a - 1),

@@ -242,7 +242,7 @@ def test_fault(body, message):
     "line",
     [
         "add.rz.f32 d, d, d",
-        "cvt.rz.bf16.f32 %rs40, d",
+        "cvt.rz.f16.f32 %rs40, d",
         "add.f16 d, d, d",
         "mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {d}, {d}, {d}, {d}",
         "bar.sync 1",

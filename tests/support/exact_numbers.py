@@ -108,7 +108,7 @@ def exactly(function: Callable[..., Number]) -> Callable[..., Number]:
     return on_numbers
 
 
-def flushed(form: Format, function: Callable[..., Number]) -> Callable[..., Number | None]:
+def flushed(form: Format, function: Callable[..., Number | None]) -> Callable[..., Number | None]:
     """`.ftz`: subnormal operands are zeros of their sign, and so is a subnormal value.
 
     None for a subnormal value that is rounded to a normal one: which it is then, nobody says.
@@ -119,6 +119,8 @@ def flushed(form: Format, function: Callable[..., Number]) -> Callable[..., Numb
 
     def on_numbers(*operands: float) -> Number | None:
         found = function(*map(flush, operands))
+        if found is None:
+            return None
         small = abs(found) < form.smallest_normal
         if small and abs(form.decode(form.encode(found))) >= form.smallest_normal:
             return None

@@ -263,10 +263,9 @@ def ordered_unequal(a: Array, b: Array) -> Array:
 
 
 def divide_approximately(a: Array, b: Array) -> Array:
-    """div.approx: beyond 2^126 the divisor's reciprocal is lost, and the quotient 0."""
-    found = a / b
-    far = (np.abs(b) > F4(2.0**126)) & np.isfinite(a) & np.isfinite(b)
-    return np.where(far, np.copysign(F4(0), found), found)
+    """div.approx: beyond 2^126 the divisor's reciprocal is lost: the quotient is 0 times `a`."""
+    far = (np.abs(b) > F4(2.0**126)) & np.isfinite(b)
+    return np.where(far, a * np.copysign(F4(0), b), a / b)
 
 
 def reciprocal(a: Array) -> Array:
@@ -356,6 +355,16 @@ def f32_to_bf16(values: Array) -> Array:
 def f32_to_f16(values: Array) -> Array:
     """Bits of the nearest; NaN is 0x7FFF."""
     return np.where(np.isnan(values), U2(0x7FFF), values.astype(F2).view(U2))
+
+
+def cut_off_to_bf16(values: Array) -> Array:
+    """Towards zero."""
+    cut = (np.ascontiguousarray(values).view(U4) & U4(0xFFFF0000)).view(F4)
+    return np.where(np.isnan(values), values, cut)
+
+
+def cut_off_to_bf16_pair(high: Array, low: Array) -> Array:
+    return to_bf16_pair(cut_off_to_bf16(high), cut_off_to_bf16(low))
 
 
 def _pair(high: Array, low: Array) -> Array:

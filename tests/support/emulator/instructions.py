@@ -211,7 +211,9 @@ LINES: tuple[Line, ...] = (
     pure("cvt.rn.f16.{f32,f64}", "D = T d", by.convert),
     pure("cvt.f32.bf16", "D = T", by.same),
     pure("cvt.rn.bf16.f32", "D = T", by.same),
+    pure("cvt.rz.bf16.f32", "D = T", by.cut_off_to_bf16),
     pure("cvt.rn.bf16x2.f32", "b32 = T T", by.to_bf16_pair),
+    pure("cvt.rz.bf16x2.f32", "b32 = T T", by.cut_off_to_bf16_pair),
     pure("cvt.rn.f16x2.f32", "b32 = T T", by.to_f16_pair),
     # Memory.
     effect("ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"),
