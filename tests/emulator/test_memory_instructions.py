@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from emulator import Fault, launch
 from small_kernels import THREADS, executed, kernel
 
-PLACE = "shl.b32 %r40, %r2, 4"  # 16 bytes a thread
-LETTERS = {"b8": 1, "b16": 1, "b32": 1, "b64": 1}
+HINTS = ("", ".L1::evict_first", ".L1::evict_last", ".L1::no_allocate")
+VECTORS = {"": 1, ".v2": 2, ".v4": 4}
+
+
+def spelled(space: str, name: str) -> list[str]:
+    """All loads, or stores, of a space: hints, vectors and types of 16 bytes at most."""
+    places = (f"{space}{hint}" for hint in (HINTS if space == "global" else ("", "::cta")))
+    return [
+        f"{name}.{place}{vector}.{letter}{bits}"
+        for place in places
+        for vector, count in VECTORS.items()
+        for bits in (8, 16, 32, 64)
+        for letter in ("bus" if bits < 32 else "busf")
+        if count * bits <= 128
+    ]
+
+
+OPCODES = {
+    *(opcode for space in ("shared", "global") for name in ("ld", "st") for opcode in spelled(space, name)),
+    *(f"ld.param.{letter}{bits}" for bits in (8, 16, 32, 64) for letter in "bus"),
+    *("ld.param.f32", "ld.param.f64", "mov.b16", "bar.warp.sync"),
+    *(f"cp.async.{cache}.shared{cta}.global" for cache in ("ca", "cg") for cta in ("", "::cta")),
+    *("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"),
+    *("bar.sync", "barrier.sync", "barrier.cta.sync"),
+}
 
 
 def drawn(kind: str, count: int, seed: int = 0) -> list[np.ndarray]:
@@ -18,70 +43,104 @@ def drawn(kind: str, count: int, seed: int = 0) -> list[np.ndarray]:
     return [random.integers(0, 2**bits, THREADS, f"u{bits // 8}") for _ in range(count)]
 
 
-def braced(letters: str, space: str) -> str:
-    return f"{{ {', '.join(letters)} }}" if len(letters) > 1 or space == "global" else letters
+def parts(opcode: str) -> tuple[int, int]:
+    """Bytes of a value, and how many there are."""
+    found = re.search(r"(?:\.v(\d))?\.[busf](\d+)$", opcode)
+    return int(found[2]) // 8, int(found[1] or 1)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("space", ["shared", "shared::cta", "global"])
-@pytest.mark.parametrize(
-    ("kind", "count"), [("b8", 1), ("b16", 1), ("b32", 1), ("b32", 2), ("b32", 4), ("b64", 1), ("b64", 2)]
-)
-def test_store_and_load(kind, count, space, masked):
-    """As they were, at any place; where a guard is false, neither memory nor a register changes."""
-    values, guard = drawn(kind, count), np.arange(THREADS) % 3 != 1
-    vector = f".v{count}" if count > 1 else ""
-    if space == "global":
-        setup, where = "mad.wide.u32 %rd40, %r3, 16, %rd50", "[ %rd40 + 0 ]"
-    else:
-        setup, where = PLACE, "[%r40+16]"
-    given, taken = braced("abce"[:count], space), braced("dxyz"[:count], space)
-    clear = "; ".join(f"mov.{'b16' if kind == 'b8' else kind} {x}, 7" for x in "dxyz"[:count])
-    store, load = (f"{name}.{space}{vector}.{kind}" for name in ("st", "ld"))
-    body = f"""
-    setp.ne.b32 %p40, f, 0
-    {setup}
-    {clear}
-    {f"{store} {where}, {given}" if not masked else f"@%p40 {store} {where}, {given}"}
-    {f"@%p40 {load} {taken}, {where}" if masked else f"{load} {taken}, {where}"}
+@pytest.mark.parametrize("space", ["shared", "global"])
+@pytest.mark.parametrize("tried", ["ld", "st"])
+def test_every_load_and_store(tried, space):
+    """Each in turn moves 16 bytes of a thread, or as many as it takes, and no other byte.
+
+    The other half of the way is a plain one.
     """
-    letters = "abce"[:count]
-    further = np.zeros(4 * THREADS, np.uint32)
-    inputs = [*((kind, x) for x in values)]
-    # The guard is the operand that follows.
-    body = body.replace(", f, 0", f", {'abcefg'[count]}, 0")
-    got, report = executed(
-        body,
-        [*inputs, ("b32", guard.astype(np.uint32))],
-        [kind] * count,
-        shared=16 * THREADS + 16,
-        further=[further],
-    )
-    assert letters
-    for found, value in zip(got, values, strict=True):
-        wanted = np.where(guard, value, value.dtype.type(7)) if masked else value
-        assert found.tolist() == wanted.tolist()
-    if space == "global":
-        size = values[0].itemsize
-        written = further.view(f"u{size}").reshape(THREADS, -1)[:, :count]
-        kept = np.stack(values, 1) * (guard[:, None] if masked else True)
-        assert written.tolist() == kept.tolist()
+    opcodes = spelled(space, tried)
+    source = np.random.default_rng(0).integers(0, 2**64, 2 * THREADS, np.uint64)
+    found = np.zeros((len(opcodes), 2 * THREADS), np.uint64)
+    lines = ["mad.wide.u32 %rd40, %r2, 16, %rd50", "mad.wide.u32 %rd41, %r2, 16, %rd51"]
+    lines += ["shl.b32 %r40, %r2, 4", "ld.global.v2.b64 {%rd42, %rd43}, [%rd40]"]
+    lines += ["st.shared.v2.b64 [%r40], {%rd42, %rd43}"]
+    for opcode in opcodes:
+        size, count = parts(opcode)
+        register = {1: "%rs4", 2: "%rs4", 4: "%r5", 8: "%rd4"}[size]
+        names = [f"{register}{4 + n}" for n in range(count)]
+        several = f"{{ {', '.join(names)} }}" if count > 1 else names[0]
+        plain = f"{f'.v{count}' * (count > 1)}.b{8 * size}"
+        where = "[%r40]" if space == "shared" else "[ %rd40 + 0 ]"
+        if tried == "ld":
+            lines += [f"{opcode} {several}, {where}", f"st.global{plain} [%rd41], {several}"]
+        else:
+            lines.append(f"ld.global{plain} {several}, [%rd40]")
+            if space == "global":
+                lines.append(f"{opcode} [ %rd41 + 0 ], {several}")
+            else:
+                beside = f"[%r40+{16 * THREADS}]"
+                lines += [f"{opcode} {beside}, {several}", f"ld.shared{plain} {several}, {beside}"]
+                lines.append(f"st.global{plain} [%rd41], {several}")
+        lines.append(f"add.s64 %rd41, %rd41, {16 * THREADS}")
+    _, report = executed("\n".join(lines), [], [], shared=32 * THREADS, further=[source, found])
+    for opcode, got in zip(opcodes, found, strict=True):
+        size, count = parts(opcode)
+        wanted = source.view(np.uint8).reshape(THREADS, 16).copy()
+        wanted[:, size * count :] = 0
+        assert got.view(np.uint8).tolist() == wanted.ravel().tolist(), opcode
     assert not report.races
+
+
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_a_narrow_load_fills_a_wide_register(space):
+    """Zeros, or the sign of a signed type."""
+    for kind in ("s8", "u8", "s16", "u16", "s32", "u32"):
+        bits = int(kind[1:])
+        (values,) = drawn(f"b{bits}", 1)
+        setup = f"mad.wide.u32 %rd40, %r2, {bits // 8}, %rd50\nmul.lo.u32 %r40, %r2, {bits // 8}"
+        where = "[%rd40]" if space == "global" else "[%r40]"
+        body = f"{setup}\nst.shared.b{bits} [%r40], a\nld.{space}.{kind} d, {where}"
+        (got,), _ = executed(body, [(f"b{bits}", values)], ["b64"], shared=512, further=[values])
+        signs = [x - 2**bits * (kind[0] == "s" and x >> (bits - 1)) for x in values.tolist()]
+        assert got.tolist() == [x % 2**64 for x in signs], kind
+
+
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_a_false_guard_leaves_memory_and_registers(space):
+    values, guard = drawn("b32", 1)[0], np.arange(THREADS) % 3 != 1
+    memory = np.full(THREADS, 5, np.uint32)
+    where = "[%rd40]" if space == "global" else "[%r40]"
+    body = f"""
+    setp.ne.b32 %p40, b, 0
+    mad.wide.u32 %rd40, %r2, 4, %rd50
+    shl.b32 %r40, %r2, 2
+    st.shared.b32 [%r40], 5
+    mov.b32 d, 7
+    @%p40 st.{space}.b32 {where}, a
+    @%p40 ld.{space}.b32 d, {where}
+    ld.{space}.b32 x, {where}
+    """
+    inputs = [("b32", values), ("b32", guard.astype(np.uint32))]
+    (got, after), _ = executed(body, inputs, ["b32", "b32"], shared=512, further=[memory])
+    assert got.tolist() == np.where(guard, values, 7).tolist()
+    assert after.tolist() == np.where(guard, values, 5).tolist()
 
 
 @pytest.mark.parametrize(
     ("name", "declared", "given", "wanted"),
     [
-        ("b32", "u32", -5, 0xFFFFFFFB),
+        *((kind, "u32", -5, 0xFFFFFFFB) for kind in ("b32", "u32")),
+        *((kind, "f32", 0.1, 0x3DCCCCCD) for kind in ("b32", "f32")),
+        *((kind, "u64", 2**40 + 1, 2**40 + 1) for kind in ("b64", "u64", "s64")),
+        *((kind, "f64", 0.1, 0x3FB999999999999A) for kind in ("b64", "f64")),
+        *((kind, "u16", 0x8001, 0x8001) for kind in ("b16", "u16")),
+        *((kind, "u8", 0x81, 0x81) for kind in ("b8", "u8")),
         ("s32", "u32", -5, 2**64 - 5),
-        ("b32", "f32", 0.1, 0x3DCCCCCD),
-        ("b64", "u64", 2**40 + 1, 2**40 + 1),
-        ("b64", "f64", 0.1, 0x3FB999999999999A),
+        ("s16", "u16", -5, 2**64 - 5),
+        ("s8", "u8", -5, 2**64 - 5),
     ],
 )
 def test_parameter(name, declared, given, wanted):
-    """Its bits; `ld.param.s32` into 64 bits takes the sign along."""
-    kind = "b64" if "64" in name or wanted > 2**32 else "b32"
+    """Its bits; in a wider register zeros before them, or the sign."""
+    kind = "b32" if name in ("b32", "u32", "f32") else "b64"
     text = kernel(f"ld.param.{name} d, [_small_kernel_param_1]", [], [kind])
     text = text.replace("\n)\n", f",\n\t.param .{declared} _small_kernel_param_1\n)\n")
     out = torch.zeros(THREADS, dtype=torch.int64 if kind == "b64" else torch.int32)
@@ -123,11 +182,11 @@ shl.b32 %r40, %r2, 2
 """
 
 
-def copies(*groups: str) -> str:
+def copies(*groups: str, space: str = "shared") -> str:
     """A group of a copy each, to 512 bytes of its own."""
     return "\n".join(
         f"add.s32 %r41, %r40, {THREADS * 4 * n}\n"
-        f"cp.async.ca.shared.global [ %r41 + 0 ], [ %rd40 + 0 ], 0x4{size}\ncp.async.commit_group"
+        f"cp.async.ca.{space}.global [ %r41 + 0 ], [ %rd40 + 0 ], 0x4{size}\ncp.async.commit_group"
         for n, size in enumerate(groups)
     )
 
@@ -137,7 +196,8 @@ def copies(*groups: str) -> str:
 def test_wait_lands_all_but_the_newest(newest, order):
     (values,) = drawn("b32", 1)
     for read in range(3):
-        body = f"{COPY}{copies('', '', '')}\ncp.async.wait_group {newest}\n"
+        space = "shared" if order else "shared::cta"
+        body = f"{COPY}{copies('', '', '', space=space)}\ncp.async.wait_group {newest}\n"
         body += f"ld.shared.b32 d, [%r40+{THREADS * 4 * read}]\ncp.async.wait_group 0"
         arguments = (body, [("b32", values)], ["b32"])
         if read < 3 - newest:
@@ -161,18 +221,19 @@ def test_copies_of_no_group_wait_for_the_next():
     assert got.tolist() == values.tolist()
 
 
-def test_copy_of_nothing_fills_with_zeros():
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
+def test_copy_of_nothing_fills_with_zeros(space):
     """A source size of 0 reads nothing, not even out of bounds; 16 bytes at a time."""
     (values,) = drawn("b32", 1)
     size = np.where(np.arange(THREADS) % 2, 16, 0).astype(np.uint32)
-    body = """
+    body = f"""
     ld.param.b64 %rd40, [_small_kernel_param_0]
     mad.wide.u32 %rd40, %r2, 16, %rd40
     setp.eq.b32 %p40, b, 0
     @%p40 add.s64 %rd40, %rd40, 1048576
     setp.lt.u32 %p41, %r2, 32
     shl.b32 %r40, %r2, 4
-    @%p41 cp.async.cg.shared.global [ %r40 + 0 ], [ %rd40 + 0 ], 0x10, b
+    @%p41 cp.async.cg.{space}.global [ %r40 + 0 ], [ %rd40 + 0 ], 0x10, b
     cp.async.commit_group
     cp.async.wait_group 0
     bar.sync 0
@@ -200,10 +261,12 @@ def test_another_warp_sees_a_copy_after_the_barrier():
 
 
 @pytest.mark.parametrize("order", [None, "up", "down", "random"])
-def test_barrier_parts_writes_from_reads(order):
+@pytest.mark.parametrize("name", ["bar", "barrier", "barrier.cta"])
+def test_barrier_parts_writes_from_reads(name, order):
     (values,) = drawn("b32", 1)
     for barrier in (True, False):
-        body = f"shl.b32 %r40, %r2, 2\nst.shared.b32 [%r40], a\n{'bar.sync 0' * barrier}\n"
+        line = f"{name}.sync 0" * barrier
+        body = f"shl.b32 %r40, %r2, 2\nst.shared.b32 [%r40], a\n{line}\n"
         body += "xor.b32 %r42, %r40, 256\nld.shared.b32 d, [%r42]"
         (got,), report = executed(body, [("b32", values)], ["b32"], shared=THREADS * 4, order=order)
         assert bool(report.races or report.unwritten) != barrier

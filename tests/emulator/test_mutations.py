@@ -99,7 +99,7 @@ def recomputed_gradient() -> None:
 
 def dynamic_pair_loss() -> None:
     """γ-PO with a queue of margins that the second batch draws from."""
-    loss = PairwiseLoss(LogRatio(beta=0.5), DynamicMargin(gamma=2.0, tau=5.0, queue_size=300))
+    loss = PairwiseLoss(LogRatio(beta=0.5), DynamicMargin(gamma=2.0, tau=5.0, queue_size=400, sample_size=300))
     ours, truth = loss.statistics(), loss.statistics()
     for seed in (0, 1):
         batch = random_batch(2 * 150, seed, torch.float32)
@@ -309,7 +309,8 @@ def harmless(subject: str, mutation: Mutation) -> str:
     """Why a mutation changes nothing in this run, empty if that cannot be shown."""
     text = right(subject)[1]
     before = "\n".join(text.splitlines()[: mutation.line])
-    if mutation.kind == "barrier dropped" and not re.search(r"\.shared|ldmatrix|st\.", before):
+    before = before.partition("$L__func_begin0")[2]
+    if mutation.kind == "barrier dropped" and not re.search(r"\b(st|ld\.shared)\b", before):
         return "nothing has been written before it"
     guard = re.match(r"\s*@(!?)(%p\d+)", mutation.before)
     own = f"@{guard[1]}{guard[2]} " if guard else ""
@@ -323,14 +324,26 @@ def harmless(subject: str, mutation: Mutation) -> str:
     return EXPECTED.get((mutation.kind, source(text, mutation.line)), "")
 
 
+@cache
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+@cache
+def _sources(text: str) -> list[str]:
+    found, current = [], ""
+    for line in text.splitlines():
+        place = re.search(r"\.loc\s.*// (\w+\.py):(\d+):\d+", line)
+        if place:
+            (path,) = PATHS[place[1]]
+            current = _lines(path)[int(place[2]) - 1].strip()
+        found.append(current)
+    return found
+
+
 def source(text: str, line: int) -> str:
     """The line of a kernel's source that a line of its PTX comes from."""
-    for before in reversed(text.splitlines()[:line]):
-        found = re.search(r"\.loc\s.*// (\w+\.py):(\d+):\d+", before)
-        if found:
-            (path,) = PATHS[found[1]]
-            return path.read_text().splitlines()[int(found[2]) - 1].strip()
-    raise AssertionError(f"line {line} has no place in the source")
+    return _sources(text)[line]
 
 
 @cache

@@ -14,6 +14,7 @@ from exact_numbers import FORMATS
 from small_kernels import THREADS, Bits, decoded, drawn, encoded, executed
 
 WARPS = THREADS // 32
+MODES = ("up", "down", "bfly", "idx")
 F32 = FORMATS["f32"]
 
 
@@ -41,7 +42,7 @@ def source_lane(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("width", [32, 16, 8, 2, 1])
-@pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
+@pytest.mark.parametrize("mode", MODES)
 def test_shuffle(mode, width):
     """Every distance up to 33, of segments of each width: beyond their ends a lane keeps its own."""
     (values,) = words(1, 0)
@@ -84,11 +85,28 @@ REDUCTIONS: dict[str, Callable[[int, int], int]] = {
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_reduction(name):
     kind = name.split(".")[1]
-    (values,) = drawn([kind], name, THREADS)
+    (values,) = drawn((kind,), THREADS)
     (got,), _ = executed(f"redux.sync.{name} d, a, -1", [(kind, values)], [kind])
     numbers = [decoded(kind, x) for x in values.tolist()]
     wanted = [encoded(kind, reduce(REDUCTIONS[name], numbers[n : n + 32])) for n in range(0, THREADS, 32)]
     assert got.tolist() == np.repeat(wanted, 32).tolist()
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.03, 0.5, 0.97, 1.0])
+def test_votes(chance):
+    given = (np.random.default_rng(0).random(THREADS) < chance).astype(np.uint32)
+    got, _ = executed(
+        "vote.sync.any.pred d, a, -1; vote.sync.all.pred x, a, -1; vote.sync.ballot.b32 y, a, -1",
+        [("pred", given)],
+        ["pred", "pred", "b32"],
+    )
+    warps = given.reshape(WARPS, 32).tolist()
+    wanted = [
+        [int(any(warp)) for warp in warps],
+        [int(all(warp)) for warp in warps],
+        [sum(bit << lane for lane, bit in enumerate(warp)) for warp in warps],
+    ]
+    assert [x.tolist() for x in got] == [np.repeat(x, 32).tolist() for x in wanted]
 
 
 # ----------------------------------------------------------------------------------------- matrices
@@ -100,17 +118,21 @@ bar.sync 0
 """
 
 
+def load_matrices(count: int, trans: bool, cta: bool) -> str:
+    return f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' * trans}.shared{'::cta' * cta}.b16"
+
+
+@pytest.mark.parametrize("cta", [False, True])
 @pytest.mark.parametrize("trans", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_ldmatrix(count, trans):
+def test_ldmatrix(count, trans, cta):
     """Row r of matrix i lies at lane 8i + r's address; a lane gets two neighbours of a row."""
     contents = words(4, 3)
     random = np.random.default_rng(4)
     rows = np.concatenate([random.permutation(THREADS)[:32] for _ in range(WARPS)])
     outputs = ["d", "x", "y", "z"][:count]
-    name = f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' * trans}.shared.b16"
     got, report = executed(
-        f"{FILL} {name} {{{', '.join(outputs)}}}, [f]",
+        f"{FILL} {load_matrices(count, trans, cta)} {{{', '.join(outputs)}}}, [f]",
         [*(("b32", x) for x in contents), ("u32", rows * 16)],
         ["b32"] * count,
         shared=16 * THREADS,
@@ -150,6 +172,10 @@ def fragments(operand: str, matrix: np.ndarray, items: int) -> np.ndarray:
     return np.array([[matrix[place_of(operand, lane, n)] for n in range(items)] for lane in range(32)])
 
 
+def product(kind: str, depth: int) -> str:
+    return f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
+
+
 def multiplied(kind: str, depth: int, a: Any, b: Any, c: Any) -> np.ndarray:
     """(warps, 16, 8) bits of D, of matrices of bits."""
     halves = depth // 8
@@ -164,9 +190,8 @@ def multiplied(kind: str, depth: int, a: Any, b: Any, c: Any) -> np.ndarray:
     lines.append("mad.wide.u32 %rd40, %r3, 16, %rd50")
     lines.append("ld.global.v4.b32 {d, x, y, z}, [%rd40]")
     left, right = letters[: 2 * halves], letters[2 * halves :]
-    name = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
     lines.append(
-        f"{name} {{d, x, y, z}}, {{{', '.join(left)}}}, {{{', '.join(right)}}}, {{d, x, y, z}}"
+        f"{product(kind, depth)} {{d, x, y, z}}, {{{', '.join(left)}}}, {{{', '.join(right)}}}, {{d, x, y, z}}"
     )
     got, _ = executed("\n".join(lines), inputs, ["f32"] * 4, further=[sources])
     found = np.zeros((WARPS, 16, 8), np.uint32)
@@ -216,3 +241,12 @@ def test_mma_of_special_values(kind):
     assert values[1] == [-math.inf] * 8 and all(map(math.isnan, values[2]))
     assert values[3] == [form.decode(1)] * 8 and values[4] == [math.inf] * 8
     assert values[5] == [0, 0, -2.5, 0, 0, 0, 0, 0]
+
+
+OPCODES = {
+    *(f"shfl.sync.{mode}.b32" for mode in MODES),
+    *(f"redux.sync.{name}" for name in REDUCTIONS),
+    *("vote.sync.any.pred", "vote.sync.all.pred", "vote.sync.ballot.b32"),
+    *(load_matrices(n, trans, cta) for n in (1, 2, 4) for trans in (0, 1) for cta in (0, 1)),
+    *(product(kind, depth) for kind in ("bf16", "f16") for depth in (8, 16)),
+}

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -26,6 +27,7 @@ _REGISTER = {1: "%rs", 2: "%rs", 4: "%r", 8: "%rd"}
 Bits = np.ndarray[Any, Any]
 
 
+@cache
 def size_of(kind: str) -> int:
     """Bytes of a PTX type in memory; a predicate travels as a word."""
     return 4 if kind == "pred" else int(re.search(r"\d+", kind)[0]) // 8 * (2 if "x2" in kind else 1)
@@ -188,9 +190,10 @@ def encoded(kind: str, value: Any) -> int:
     return FORMATS[kind].encode(value) if kind in FORMATS else int(value) % (1 << 8 * size_of(kind))
 
 
-def drawn(kinds: Sequence[str], text: str, count: int = 3 * THREADS) -> list[Bits]:
-    """Operands of a case: pairs of edges, then edges and bits at random, seeded by its text."""
-    random = np.random.default_rng(crc32(text.encode()))
+@cache
+def drawn(kinds: tuple[str, ...], count: int = 2 * THREADS) -> list[Bits]:
+    """Operands of a case: pairs of edges, then edges and bits at random, seeded by their kinds."""
+    random = np.random.default_rng(crc32(repr(kinds).encode()))
     ends = [edges(kind) for kind in kinds]
     rows = list(itertools.product(*ends)) if len(kinds) < 3 else []
     if len(rows) > 2 * count // 3:
@@ -231,13 +234,14 @@ class Case:
     values: dict[str, Sequence[int]] | None = None
 
     @property
-    def opcode(self) -> str:
-        return self.text.split()[0]
+    def opcodes(self) -> set[str]:
+        lines = [line.split() for line in self.text.split(";")]
+        return {parts[1] if parts[0].startswith("@") else parts[0] for parts in lines}
 
     def operands(self) -> list[Bits]:
         """One for each input: the bits of every element."""
-        kinds = self.kinds.split()[1:]
-        found = drawn(kinds, self.text)
+        kinds = tuple(self.kinds.split()[1:])
+        found = list(drawn(kinds))
         for letter, values in (self.values or {}).items():
             place = INPUTS.index(letter)
             random = np.random.default_rng(crc32(self.text.encode()) + place)
