@@ -97,6 +97,7 @@ effect = partial(Line, wider=True)
 
 _INTEGERS = "{u16,s16,u32,s32,u64,s64}"
 _ANY = "{b16,u16,s16,b32,u32,s32,b64,u64,s64,f32,f64}"
+_HINTS = "[.L1::evict_first,.L1::evict_last,.L1::no_allocate]"
 _EXACT = {"eq": np.equal, "ne": np.not_equal}
 _SIGNED = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 _UNSIGNED = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
@@ -213,33 +214,25 @@ LINES: tuple[Line, ...] = (
     pure("cvt.rn.f16.{f32,f64}", "D = T d", by.convert),
     pure("cvt.f32.bf16", "D = T", by.same),
     pure("cvt.rn.bf16.f32", "D = T", by.same),
+    pure("cvt.rz.bf16.f32", "D = T", by.cut_off_to_bf16),
     pure("cvt.rn.bf16x2.f32", "b32 = T T", by.to_bf16_pair),
+    pure("cvt.rz.bf16x2.f32", "b32 = T T", by.cut_off_to_bf16_pair),
     pure("cvt.rn.f16x2.f32", "b32 = T T", by.to_f16_pair),
     # Memory.
-    effect(
-        "ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"
-    ),
-    effect(
-        "ld.global[.L1::evict_first,.L1::evict_last,.L1::no_allocate][.v2,.v4]"
-        ".{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "{T} = a64",
-        "tensors.load",
-    ),
-    effect(
-        "st.global[.L1::evict_first,.L1::evict_last,.L1::no_allocate][.v2,.v4]"
-        ".{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "= a64 {T}",
-        "tensors.store",
-    ),
-    effect(
-        "ld.shared[::cta][.v2,.v4].{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "{T} = a32",
-        "shared.load",
-    ),
-    effect(
-        "st.shared[::cta][.v2,.v4].{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "= a32 {T}",
-        "shared.store",
+    effect("ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"),
+    *(
+        effect(f"{name}{vectors}.{types}", operands, method)
+        # 16 bytes at most.
+        for vectors, types in (
+            ("[.v2,.v4]", "{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32}"),
+            ("[.v2]", "{b64,u64,s64,f64}"),
+        )
+        for name, operands, method in (
+            (f"ld.global{_HINTS}", "{T} = a64", "tensors.load"),
+            (f"st.global{_HINTS}", "= a64 {T}", "tensors.store"),
+            ("ld.shared[::cta]", "{T} = a32", "shared.load"),
+            ("st.shared[::cta]", "= a32 {T}", "shared.store"),
+        )
     ),
     effect(
         "ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16",
