@@ -28,6 +28,8 @@ from .ptx import (
 from .threads import SPECIAL
 
 _FLOATS: dict[str, Any] = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
+# A program with one of these uses the async proxy.
+_ASYNCHRONOUS = ("mbarrier.", "wgmma.", "cp.async.bulk.")
 
 
 class _Misfit(Exception):
@@ -50,11 +52,17 @@ class Code:
 
     Attributes:
         program: what they were made of.
+        asynchronous: whether an instruction uses the async proxy.
         together: whether a block has instructions that a warp, or a program, executes as one.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.asynchronous = any(
+            instruction.opcode.startswith(_ASYNCHRONOUS)
+            for block in program.blocks
+            for instruction in block.instructions
+        )
         self.together = [_is_together(block) for block in program.blocks]
         self._constants: dict[tuple[int, str], int] = {}
         self._space: dict[str, Any] = {"where": np.where, **vars(arithmetic)}
@@ -212,6 +220,16 @@ class Code:
             if not isinstance(operand, Address) or not isinstance(operand.base, Symbol):
                 raise _Misfit("not the address of a parameter")
             return f"{operand.base.name!r}, {operand.offset}"
+        if kind == "places":
+            parts = _parts(operand)
+            if not all(isinstance(part, Register) and part.size == 4 for part in parts):
+                raise _Misfit("not 32-bit registers")
+            return str(tuple(part.place for part in parts if isinstance(part, Register)))
+        if kind == "box":
+            if not isinstance(operand, Address) or len(operand.coordinates or ()) != 2:
+                raise _Misfit("not an address and two coordinates")
+            coordinates = [self._raw(one, "b32", False) for one in operand.coordinates or ()]
+            return ", ".join([self._raw(operand.base, "b64", False), *coordinates])
         if kind == "i":
             if not isinstance(operand, Literal):
                 raise _Misfit("not a number that stands in the text")
