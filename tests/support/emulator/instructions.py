@@ -98,6 +98,10 @@ effect = partial(Line, wider=True)
 
 _INTEGERS = "{u16,s16,u32,s32,u64,s64}"
 _ANY = "{b16,u16,s16,b32,u32,s32,b64,u64,s64,f32,f64}"
+_HINTS = "[.L1::evict_first,.L1::evict_last,.L1::no_allocate]"
+_INTEGERS_OF_8 = "{u8,s8,u16,s16,u32,s32,u64,s64}"
+_MATRICES = ".sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16"
+_PRODUCT = ".sync.aligned.{m16n8k8,m16n8k16}.row.col"
 _EXACT = {"eq": np.equal, "ne": np.not_equal}
 _SIGNED = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 _UNSIGNED = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
@@ -196,16 +200,10 @@ LINES: tuple[Line, ...] = (
     pure("mov.{b16,b32,b64}", "T = {P}", by.pack),
     pure("cvta[.to].global.u64", "T = T", by.same),
     pure("cvta.param.u64", "T = T", by.same),
-    convert(f"cvt.{{u8,s8,u16,s16,u32,s32,u64,s64}}.{{u8,s8,{_INTEGERS[1:]}", "D = T d", by.convert),
-    convert("cvt.rn.{f16,f32,f64}.{u8,s8,u16,s16,u32,s32,u64,s64}", "D = T d", by.convert),
-    *(
-        convert(f"cvt.{n}[.ftz].{{u8,s8,u16,s16,u32,s32,u64,s64}}.f32", "D = T d", f)
-        for n, f in _ROUNDED.items()
-    ),
-    *(
-        convert(f"cvt.{n}.{{u8,s8,u16,s16,u32,s32,u64,s64}}.{{f16,f64}}", "D = T d", f)
-        for n, f in _ROUNDED.items()
-    ),
+    convert(f"cvt.{_INTEGERS_OF_8}.{_INTEGERS_OF_8}", "D = T d", by.convert),
+    convert(f"cvt.rn.{{f16,f32,f64}}.{_INTEGERS_OF_8}", "D = T d", by.convert),
+    *(convert(f"cvt.{n}[.ftz].{_INTEGERS_OF_8}.f32", "D = T d", f) for n, f in _ROUNDED.items()),
+    *(convert(f"cvt.{n}.{_INTEGERS_OF_8}.{{f16,f64}}", "D = T d", f) for n, f in _ROUNDED.items()),
     pure("cvt[.ftz].f32.f16", "D = T d", by.convert),
     pure("cvt.f64.f16", "D = T d", by.convert),
     pure("cvt[.ftz].f64.f32", "D = T d", by.convert),
@@ -213,34 +211,30 @@ LINES: tuple[Line, ...] = (
     pure("cvt.rn.f16.{f32,f64}", "D = T d", by.convert),
     pure("cvt.f32.bf16", "D = T", by.same),
     pure("cvt.rn.bf16.f32", "D = T", by.same),
+    pure("cvt.rz.bf16.f32", "D = T", by.cut_off_to_bf16),
     pure("cvt.rn.bf16x2.f32", "b32 = T T", by.to_bf16_pair),
+    pure("cvt.rz.bf16x2.f32", "b32 = T T", by.cut_off_to_bf16_pair),
     pure("cvt.rn.f16x2.f32", "b32 = T T", by.to_f16_pair),
     # Memory.
-    effect("ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"),
     effect(
-        "ld.global[.L1::evict_first,.L1::evict_last,.L1::no_allocate][.v2,.v4]"
-        ".{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "{T} = a64",
-        "tensors.load",
+        "ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"
     ),
-    effect(
-        "st.global[.L1::evict_first,.L1::evict_last,.L1::no_allocate][.v2,.v4]"
-        ".{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "= a64 {T}",
-        "tensors.store",
+    *(
+        effect(f"{name}{vectors}.{types}", operands, method)
+        # 16 bytes at most.
+        for vectors, types in (
+            ("[.v2,.v4]", "{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32}"),
+            ("[.v2]", "{b64,u64,s64,f64}"),
+        )
+        for name, operands, method in (
+            (f"ld.global{_HINTS}", "{T} = a64", "tensors.load"),
+            (f"st.global{_HINTS}", "= a64 {T}", "tensors.store"),
+            ("ld.shared[::cta]", "{T} = a32", "shared.load"),
+            ("st.shared[::cta]", "= a32 {T}", "shared.store"),
+        )
     ),
-    effect(
-        "ld.shared[::cta][.v2,.v4].{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "{T} = a32",
-        "shared.load",
-    ),
-    effect(
-        "st.shared[::cta][.v2,.v4].{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}",
-        "= a32 {T}",
-        "shared.store",
-    ),
-    effect("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16", "{b32} = a32", "warps.load_matrices"),
-    effect("stmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16", "= a32 {b32}", "warps.store_matrices"),
+    effect(f"ldmatrix{_MATRICES}", "{b32} = a32", "warps.load_matrices"),
+    effect(f"stmatrix{_MATRICES}", "= a32 {b32}", "warps.store_matrices"),
     effect("cp.async.{ca,cg}.shared[::cta].global", "= a32 a64 i u32?", "copies.start"),
     effect("cp.async.commit_group", "=", "copies.commit"),
     effect("cp.async.wait_group", "= i", "copies.wait"),
@@ -266,8 +260,8 @@ LINES: tuple[Line, ...] = (
     effect("vote.sync.{any,all}.pred", "T = T b32", "warps.vote"),
     effect("vote.sync.ballot.b32", "T = pred b32", "warps.ballot"),
     # Tensor cores.
-    effect("mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.bf16.bf16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
-    effect("mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.f16.f16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
+    effect(f"mma{_PRODUCT}.f32.bf16.bf16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
+    effect(f"mma{_PRODUCT}.f32.f16.f16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
     effect("wgmma.fence.sync.aligned", "=", "warpgroups.fence"),
     *(
         effect(

@@ -244,8 +244,7 @@ class Machine:
         parted = (sides.max(1) == 1) & (sides.min(1) == -1)
         if parted.any() and (branch.uniform or not self.code.may_part(current)):
             raise Fault(
-                f"{self.program.name}: a branch at which the threads of a warp part:"
-                f" {branch.text}"
+                f"{self.program.name}: a branch at which the threads of a warp part: {branch.text}"
             )
         return np.where(taken, branch.target, current + 1).astype(np.int32)
 
@@ -255,5 +254,3 @@ def places_of(grid: tuple[int, int, int], seed: int) -> Array:
     numbers = np.random.default_rng(seed).permutation(grid[0] * grid[1] * grid[2])
     axes = [numbers % grid[0], numbers // grid[0] % grid[1], numbers // grid[0] // grid[1]]
     return np.stack(axes, 1)
-
-

@@ -242,7 +242,7 @@ class Barriers:
         addresses: Array,
     ) -> None:
         """cp.async.bulk.tensor.2d: a box at (row, column) of a map to `starts`."""
-        threads, shared = self.threads, self.shared
+        threads = self.threads
         for lane, program, warp, epoch in self._each(mask):
             source, start = self.maps.get(int(maps[lane])), int(starts[lane])
             if source is None:

@@ -109,7 +109,9 @@ class Tensors:
         """(count, lanes) of unsigned numbers; 0 where a lane does not load."""
         return self.read(site, mask, addresses, site.size, site.count)
 
-    def read(self, site: Site, mask: Array | None, addresses: Array, size: int, count: int) -> Array:
+    def read(
+        self, site: Site, mask: Array | None, addresses: Array, size: int, count: int
+    ) -> Array:
         chosen = None if mask is None else np.nonzero(mask)[0]
         out = np.zeros((count, self.threads.lanes), UNSIGNED[size])
         if chosen is not None:
@@ -226,6 +228,13 @@ class Tensors:
         mask[place] = np.where(before == key, mask[place], U4(0))
         np.bitwise_or.at(mask, place, np.broadcast_to(bits, place.shape))
         keys[place] = np.broadcast_to(key, place.shape)
+        # Of several programs in this very instruction, one is noted.
+        several = keys[place] != key
+        if several.any():
+            if write:
+                race(f"a program writes what another program of the launch wrote: {site}")
+            else:
+                storage.shared_read[place[several]] = True
 
 
 class Watcher(Protocol):
@@ -276,7 +285,7 @@ class SharedMemory:
     def read(
         self, site: Site, addresses: Array, size: int, count: int, lanes: Array | None
     ) -> Array:
-        """(addresses, count) of numbers of `size` bytes, checked; `lanes` are those of addresses."""
+        """(addresses, count) of numbers of `size` bytes, checked; `lanes`: of each address."""
         place = self.locate(site, addresses, size * count, lanes)
         self.mark_read(site, place, size * count, lanes)
         found: Array = self.views[size][_places(place // size, count)]
@@ -310,9 +319,8 @@ class SharedMemory:
             raise Fault(f"misaligned shared access of {size} bytes at {bad}: {site}")
         outside = (address + size > self.size) | (address < 0)
         if outside.any():
-            raise Fault(
-                f"out of bounds: {size} shared bytes at {address[outside][0]} of {self.size}: {site}"
-            )
+            bad = address[outside][0]
+            raise Fault(f"out of bounds: {size} shared bytes at {bad} of {self.size}: {site}")
         base = self._base if lanes is None else self._base[lanes]
         return address + base
 

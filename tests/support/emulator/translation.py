@@ -25,10 +25,9 @@ from .ptx import (
     Symbol,
     Vector,
 )
+from .threads import SPECIAL
 
 _FLOATS: dict[str, Any] = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
-# Types of the registers that threads are told from each other by.
-_SPECIAL_SIZE = 4
 # A program with one of these uses the async proxy.
 _ASYNCHRONOUS = ("mbarrier.", "wgmma.", "cp.async.bulk.")
 
@@ -173,9 +172,9 @@ class Code:
             return [call]
         kinds, target = results[0].split("|"), targets[0]
         if len(kinds) == 2:
-            both = [target.first, target.second] if isinstance(target, Pair) else [target, Sink()]
-            puts = [self._put(form, k, f"t[{n}]", o, mask) for n, (k, o) in enumerate(zip(kinds, both))]
-            return [f"t = {call}", *puts]
+            both = target if isinstance(target, Pair) else Pair(target, Sink())
+            first = self._put(form, kinds[0], "t[0]", both.first, mask)
+            return [f"t = {call}", first, self._put(form, kinds[1], "t[1]", both.second, mask)]
         if results[0][0] == "{":
             parts = _parts(target)
             if results[0] == "{P}" and not isinstance(target, Vector):
@@ -240,7 +239,9 @@ class Code:
             if kind == "{P}" and not isinstance(operand, Vector):
                 raise _Misfit("one operand, where there should be several")
             size = SIZES[self._kind(form, kind[1:-1], len(parts))]
-            return f"[{', '.join(self._raw(part, f'b{8 * size}', form.line.wider) for part in parts)}]"
+            return (
+                f"[{', '.join(self._raw(part, f'b{8 * size}', form.line.wider) for part in parts)}]"
+            )
         kind = self._kind(form, kind)
         value = self._value(operand, kind, form.line.wider)
         if kind == "f32" and "ftz" in form.modifiers and not isinstance(form.line.function, str):
@@ -293,7 +294,7 @@ class Code:
             return self._constant(_bits(operand.text, kind), kind if not size else f"b{8 * size}")
         if isinstance(operand, Symbol) and size >= 4:
             return self._constant(self.program.symbols[operand.name], f"b{8 * size}")
-        if isinstance(operand, Special) and size == _SPECIAL_SIZE:
+        if isinstance(operand, Special) and operand.name in SPECIAL and size == 4:
             return f"m.threads.special[{operand.name!r}]"
         raise _Misfit(f"{operand} as {kind}")
 
