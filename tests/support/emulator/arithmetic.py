@@ -110,7 +110,9 @@ def extract_field(a: Array, start: Array, length: Array) -> Array:
         top = np.minimum(start + length - U8(1), U8(bits - 1))
         sign = ((value >> top) & U8(1)).astype(bool) & (length > 0)
         # Beyond the top of the number, too.
-        inside = np.where(start >= bits, U8(0), np.minimum(length, U8(bits) - np.minimum(start, U8(bits))))
+        inside = np.where(
+            start >= bits, U8(0), np.minimum(length, U8(bits) - np.minimum(start, U8(bits)))
+        )
         filled = np.where(inside >= 64, U8(0), ~U8(0) << np.minimum(inside, U8(63)))
         out = np.where(sign, out | filled, out)
     return out.astype(UNSIGNED[bits // 8]).view(a.dtype)
@@ -179,29 +181,48 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
     product = a.astype(F8) * b.astype(F8)
     wide = c.astype(F8)
     total = product + wide
-    # fp64 holds the product; its sum is rounded, which matters where it ends up half way.
+    # fp64 holds the product; its sum is rounded, which matters where it ends up half way, or where
+    # fp32 has fewer digits.
     half = (total.view(U8) & U8(0x1FFFFFFF)) == U8(0x10000000)
+    half |= np.abs(total) < 2.0**-125
     if half.any():
         at = np.nonzero(half)[0]
         total[at] = _to_odd(product[at], wide[at])
     return total.astype(F4)
 
 
-def _to_odd(a: Array, b: Array) -> Array:
-    """a + b in fp64, towards the odd neighbour where it is not exact."""
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, and exactly what it lacks (Knuth)."""
     total = a + b
     part = total - a
-    lost = (a - (total - part)) + (b - part)
-    bits = total.view(I8)
-    away = (lost > 0) == (total > 0)
-    even = (lost != 0) & ((bits & 1) == 0) & np.isfinite(total)
-    return np.where(even, bits + np.where(away, 1, -1), bits).view(F8)
+    return total, (a - (total - part)) + (b - part)
+
+
+def _to_odd(a: Array, b: Array) -> Array:
+    """a + b, towards the odd neighbour where it is not exact: can be rounded once more, rightly."""
+    total, lost = _two_sum(a, b)
+    # The lowest digits come first, also of the 80 bits that fill 128.
+    digits = np.ascontiguousarray(total).view(U8)[:: total.dtype.itemsize // 8]
+    wanted = (lost != 0) & ((digits & U8(1)) == 0) & np.isfinite(total)
+    towards = np.copysign(np.full_like(total, np.inf), lost)
+    return np.where(wanted, np.nextafter(total, towards), total)
 
 
 def fused_multiply_add_double(a: Array, b: Array, c: Array) -> Array:
-    """Of fp64, in the machine's extended precision, then rounded."""
+    """Of fp64, rounded once, in the machine's extended precision (Boldo and Melquiond 2008)."""
     wide = np.longdouble
-    return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(F8)
+    product = a.astype(wide) * b.astype(wide)
+    # What the product lacks, of halves whose products are exact.
+    a1, b1 = ((x.view(U8) & ~U8(0x7FFFFFF)).view(F8) for x in (a, b))
+    a0, b0 = (a - a1).astype(wide), (b - b1).astype(wide)
+    a1, b1 = a1.astype(wide), b1.astype(wide)
+    lost = (((a1 * b1 - product) + a1 * b0) + a0 * b1) + a0 * b0
+    upper, lower = _two_sum(c.astype(wide), lost)
+    total, more = _two_sum(product, upper)
+    exact = _to_odd(total, _to_odd(lower, more))
+    # Infinities and NaN have no halves.
+    plain = product + c.astype(wide)
+    return np.where(np.isfinite(plain) & np.isfinite(exact), exact, plain).astype(F8)
 
 
 def largest(a: Array, b: Array) -> Array:
@@ -244,10 +265,9 @@ def ordered_unequal(a: Array, b: Array) -> Array:
 
 
 def divide_approximately(a: Array, b: Array) -> Array:
-    """div.approx: beyond 2^126 the divisor's reciprocal is lost, and the quotient 0."""
-    found = a / b
-    far = (np.abs(b) > F4(2.0**126)) & np.isfinite(a) & np.isfinite(b)
-    return np.where(far, np.copysign(F4(0), found), found)
+    """div.approx: beyond 2^126 the divisor's reciprocal is lost: the quotient is 0 times `a`."""
+    far = (np.abs(b) > F4(2.0**126)) & np.isfinite(b)
+    return np.where(far, a * np.copysign(F4(0), b), a / b)
 
 
 def reciprocal(a: Array) -> Array:
@@ -290,6 +310,8 @@ def reciprocal_high(a: Array) -> Array:
 
 def convert(a: Array, kind: Any) -> Array:
     """Between integers: cut off, or extended as the source's sign says; to a float: to nearest."""
+    if kind == F2 and a.dtype.kind == "f":
+        return f32_to_f16(a).view(F2)
     return a.astype(kind)
 
 
@@ -335,6 +357,16 @@ def f32_to_bf16(values: Array) -> Array:
 def f32_to_f16(values: Array) -> Array:
     """Bits of the nearest; NaN is 0x7FFF."""
     return np.where(np.isnan(values), U2(0x7FFF), values.astype(F2).view(U2))
+
+
+def cut_off_to_bf16(values: Array) -> Array:
+    """Towards zero."""
+    cut = (np.ascontiguousarray(values).view(U4) & U4(0xFFFF0000)).view(F4)
+    return np.where(np.isnan(values), values, cut)
+
+
+def cut_off_to_bf16_pair(high: Array, low: Array) -> Array:
+    return to_bf16_pair(cut_off_to_bf16(high), cut_off_to_bf16(low))
 
 
 def _pair(high: Array, low: Array) -> Array:
