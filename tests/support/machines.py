@@ -45,6 +45,8 @@ def dtypes(*interpreted: torch.dtype) -> list[torch.dtype]:
     return per_machine(list(interpreted), [torch.bfloat16, *others])
 
 
+# Those whose matmuls are made of unlike instructions: sm_80's, and descriptors and wgmma.
+TARGETS = ("sm_80", "sm_90")
 # Half a unit in the last place, relative: what one rounding to the dtype may take. The interpreter
 # cuts off what bf16 cannot hold, where a GPU rounds: twice the error.
 UNIT = {
