@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from machines import UNIT, dtypes
+from machines import TARGETS, UNIT, dtypes
 from problems import (
     DESCRIPTORS,
     LOWEST,
@@ -41,7 +41,7 @@ def details_of(rows: int) -> Details:
     ("shape", "bias", "transform", "dtype", "descriptors", "keeps"),
     covering(SHAPES, [False, True], TRANSFORMS, HALVES, DESCRIPTORS, [True, False]),
 )
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_two_slabs(shape, bias, transform, dtype, descriptors, keeps):
     given = problem(shape_of(shape, dtype), dtype, bias=bias, transform=transform)
     rows, vocab = given.logits.shape
@@ -85,7 +85,7 @@ def assert_parts(partials: Partials, logits: Tensor) -> None:
 
 @pytest.mark.parametrize("cap", [None, 30.0])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_exponentials_kept_in_the_dtype(dtype, cap):
     given = problem(shape_of("even", dtype), dtype, transform=(1.0, cap))
     kept = torch.empty_like(given.logits, dtype=dtype)
@@ -96,7 +96,7 @@ def test_exponentials_kept_in_the_dtype(dtype, cap):
 
 
 @pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, dtypes(torch.float32)))
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_entropy_mean_and_best(shape, dtype):
     given = problem(shape_of(shape, dtype), dtype, bias=True, transform=(1.0, 30.0))
     rows, vocab = given.logits.shape
@@ -129,7 +129,7 @@ def test_a_slab_finds_the_targets_inside(dtype, cap, first):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_a_row_of_nan_stays_alone_and_banned_entries_have_no_weight(dtype):
     given = problem(shape_of("even", dtype), dtype, bias=True)
     # Some parts hold nothing but banned entries.
@@ -153,7 +153,7 @@ def test_operands_without_contiguous_rows_are_refused(operand):
 
 
 @pytest.mark.parametrize("dtype", dtypes(torch.float32))
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_offsets_beyond_31_bits(dtype):
     # 2 rows whose tiles lie 2^31 entries apart, in 4 GiB of untouched virtual memory.
     far = 2**31 + 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from machines import ROUNDED_ONCE, dtypes
+from machines import ROUNDED_ONCE, TARGETS, dtypes
 from problems import (
     DESCRIPTORS,
     SHAPES,
@@ -33,7 +33,7 @@ def assert_gradient(got, sums, wanted):
     ("shape", "transform", "dtype", "descriptors"),
     covering(SHAPES, TRANSFORMS, HALVES, DESCRIPTORS),
 )
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_from_hidden_and_weight(shape, transform, dtype, descriptors):
     given = problem(shape_of(shape, dtype), dtype, bias=True, transform=transform)
     rows, vocab = given.logits.shape
@@ -45,7 +45,7 @@ def test_from_hidden_and_weight(shape, transform, dtype, descriptors):
 
 
 @pytest.mark.parametrize(("shape", "transform", "dtype"), covering(SHAPES, TRANSFORMS[:2], HALVES))
-@pytest.mark.executed
+@pytest.mark.executed(targets=TARGETS)
 def test_without_sums_of_the_rows(shape, transform, dtype):
     given = problem(shape_of(shape, dtype), dtype, transform=transform)
     scale, out = torch.randn(len(given.targets)), torch.empty_like(given.logits, dtype=dtype)

@@ -336,15 +336,11 @@ def test_dynamic_margins_and_their_queue(options, sizes):
 @pytest.mark.parametrize(
     ("loss", "size", "steps"),
     [
-        (
-            PairwiseLoss(LogRatio(beta=0.5), DynamicMargin(gamma=2.0, tau=5.0, queue_size=300)),
-            300,
-            2,
-        ),
+        (dynamic(gamma=2.0, tau=5.0, queue_size=300), 300, 2),
         (PairwiseLoss(MeanLogp(beta=2.5), MARGINS[1]), 2200, 1),
         (DirectRewardLoss(LogRatio(beta=0.1), log_z0=50.0), 700, 1),
     ],
-    ids=label,
+    ids=["a long queue", "an adaptive margin", "no pairs"],
 )
 def test_many_pairs(loss, size, steps):
     pair = Pair(loss)
