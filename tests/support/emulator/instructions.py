@@ -102,12 +102,18 @@ _HINTS = "[.L1::evict_first,.L1::evict_last,.L1::no_allocate]"
 _INTEGERS_OF_8 = "{u8,s8,u16,s16,u32,s32,u64,s64}"
 _MATRICES = ".sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16"
 _PRODUCT = ".sync.aligned.{m16n8k8,m16n8k16}.row.col"
-_EXACT = {"eq": np.equal, "ne": np.not_equal}
-_SIGNED = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-_UNSIGNED = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
-_ORDERED = {"eq": np.equal, "ne": by.ordered_unequal, "num": by.ordered, "nan": by.unordered}
+_Named = dict[str, Callable[..., Any]]
+_EXACT: _Named = {"eq": np.equal, "ne": np.not_equal}
+_SIGNED: _Named = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_UNSIGNED: _Named = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+_ORDERED: _Named = {
+    "eq": np.equal,
+    "ne": by.ordered_unequal,
+    "num": by.ordered,
+    "nan": by.unordered,
+}
 # Unordered or …: not the opposite.
-_OPPOSITES = {"equ": by.ordered_unequal, "neu": np.equal, "ltu": np.greater_equal}
+_OPPOSITES: _Named = {"equ": by.ordered_unequal, "neu": np.equal, "ltu": np.greater_equal}
 _OPPOSITES |= {"leu": np.greater, "gtu": np.less_equal, "geu": np.less}
 _ROUNDED = {"rzi": by.to_integer_towards_zero, "rni": by.to_nearest_integer}
 _ROUNDED |= {"rmi": by.to_integer_below, "rpi": by.to_integer_above}

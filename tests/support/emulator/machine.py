@@ -1,11 +1,11 @@
 """Programs of a launch, executed: in lock step, or one warp after the other.
 
 Threads that stand at different blocks are kept apart by masks, the lowest block first. Programs,
-and warps, may go different ways. The threads of one warp may too, as they do in the fp64 functions
-of the loss kernels, which leave early for rare values, but only where nothing on the way to the
-block where they meet again (the immediate post-dominator) is executed by a warp as a whole: no
-shuffle, product, vote or barrier. There, what a lane does cannot depend on how the hardware orders
-the sides. Any other branch at which a warp parts is a fault, and so is every one that the program
+and warps, may go different ways. The threads of one warp do so in one place of this project's
+kernels: the fp64 logarithm of the loss kernels has a side for special values. That is executed too,
+but only where nothing on the way to the block where they meet again (the immediate post-dominator)
+is executed by a warp as a whole: no shuffle, product, vote or barrier. There, what a lane does
+cannot depend on how the hardware orders the sides. Any other branch at which a warp parts is a fault, and so is every one that the program
 calls `.uni`.
 """
 
@@ -115,10 +115,10 @@ class Machine:
         if number:
             raise NotImplementedError(f"a barrier other than 0: {site}")
         threads = self.threads
-        here = threads.live if mask is None else mask
+        here = np.ones(threads.lanes, bool) if mask is None else mask
         here = here.reshape(threads.programs, -1)
-        chosen = here.any(1)
-        # Threads that have ended count as missing: ptxas is not asked to wait without them.
+        chosen: Array = np.any(here, axis=1)
+        # Those that have ended never come.
         if not here[chosen].all():
             raise Fault(f"barrier that not all threads reach together: {site}")
         threads.epoch[chosen] += 1

@@ -58,7 +58,7 @@ class Storage:
         self.nbytes = nbytes
         low, high = pointer & ~0xF, (pointer + nbytes + 15) & ~0xF
         self.shift = pointer - low
-        raw = np.frombuffer((ctypes.c_ubyte * (high - low)).from_address(low), dtype=U1)
+        raw = np.ctypeslib.as_array((ctypes.c_ubyte * (high - low)).from_address(low))
         self.views = {size: raw.view(kind) for size, kind in UNSIGNED.items()}
         self.allowed: list[View] = []
         self.tracked = 0 < nbytes <= _TRACKED

@@ -63,7 +63,7 @@ class Threads:
         if mask is None:
             return None
         here = mask.reshape(-1, WARP)
-        some: Array = here.any(1)
+        some: Array = np.any(here, axis=1)
         if not here[some].all():
             raise Fault(f"warp instruction that some lanes of a warp do not reach: {site}")
         return some
