@@ -15,7 +15,9 @@ _SOME = ("_fold_rows_kernel", "_recompute_gradient_kernel", "_sequence_sums_kern
 ORDERS = ("up", "down", "random", None) if EVERYTHING else ("down", "random")
 
 
-def bits_of(subject: str, order: str | None, seed: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def bits_of(
+    subject: str, order: str | None, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """A digest of each tensor after each launch of a subject."""
     found, execute = [], launches._launch
 

@@ -106,7 +106,9 @@ def recomputed_gradient() -> None:
 
 def dynamic_pair_loss() -> None:
     """γ-PO with a queue of margins that the second batch draws from."""
-    loss = PairwiseLoss(LogRatio(beta=0.5), DynamicMargin(gamma=2.0, tau=5.0, queue_size=400, sample_size=400))
+    loss = PairwiseLoss(
+        LogRatio(beta=0.5), DynamicMargin(gamma=2.0, tau=5.0, queue_size=400, sample_size=400)
+    )
     ours, truth = loss.statistics(), loss.statistics()
     for seed in (0, 1):
         batch = random_batch(2 * 150, seed, torch.float32)

@@ -110,7 +110,9 @@ def extract_field(a: Array, start: Array, length: Array) -> Array:
         top = np.minimum(start + length - U8(1), U8(bits - 1))
         sign = ((value >> top) & U8(1)).astype(bool) & (length > 0)
         # Beyond the top of the number, too.
-        inside = np.where(start >= bits, U8(0), np.minimum(length, U8(bits) - np.minimum(start, U8(bits))))
+        inside = np.where(
+            start >= bits, U8(0), np.minimum(length, U8(bits) - np.minimum(start, U8(bits)))
+        )
         filled = np.where(inside >= 64, U8(0), ~U8(0) << np.minimum(inside, U8(63)))
         out = np.where(sign, out | filled, out)
     return out.astype(UNSIGNED[bits // 8]).view(a.dtype)

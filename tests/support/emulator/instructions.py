@@ -195,7 +195,9 @@ LINES: tuple[Line, ...] = (
     pure("mov.{b16,b32,b64}", "{P} = T n", by.unpack),
     pure("mov.{b16,b32,b64}", "T = {P}", by.pack),
     pure("cvta[.to].global.u64", "T = T", by.same),
-    convert(f"cvt.{{u8,s8,u16,s16,u32,s32,u64,s64}}.{{u8,s8,{_INTEGERS[1:]}", "D = T d", by.convert),
+    convert(
+        f"cvt.{{u8,s8,u16,s16,u32,s32,u64,s64}}.{{u8,s8,{_INTEGERS[1:]}", "D = T d", by.convert
+    ),
     convert("cvt.rn.{f16,f32,f64}.{u8,s8,u16,s16,u32,s32,u64,s64}", "D = T d", by.convert),
     *(
         convert(f"cvt.{n}[.ftz].{{u8,s8,u16,s16,u32,s32,u64,s64}}.f32", "D = T d", f)
@@ -217,7 +219,9 @@ LINES: tuple[Line, ...] = (
     pure("cvt.rz.bf16x2.f32", "b32 = T T", by.cut_off_to_bf16_pair),
     pure("cvt.rn.f16x2.f32", "b32 = T T", by.to_f16_pair),
     # Memory.
-    effect("ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"),
+    effect(
+        "ld.param.{b8,u8,s8,b16,u16,s16,b32,u32,s32,f32,b64,u64,s64,f64}", "T = param", "parameter"
+    ),
     *(
         effect(f"{name}{vectors}.{types}", operands, method)
         # 16 bytes at most.
@@ -232,7 +236,11 @@ LINES: tuple[Line, ...] = (
             ("st.shared[::cta]", "= a32 {T}", "shared.store"),
         )
     ),
-    effect("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16", "{b32} = a32", "warps.load_matrices"),
+    effect(
+        "ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16",
+        "{b32} = a32",
+        "warps.load_matrices",
+    ),
     effect("cp.async.{ca,cg}.shared[::cta].global", "= a32 a64 i u32?", "copies.start"),
     effect("cp.async.commit_group", "=", "copies.commit"),
     effect("cp.async.wait_group", "= i", "copies.wait"),
@@ -246,8 +254,16 @@ LINES: tuple[Line, ...] = (
     effect("vote.sync.{any,all}.pred", "T = T b32", "warps.vote"),
     effect("vote.sync.ballot.b32", "T = pred b32", "warps.ballot"),
     # Tensor cores.
-    effect("mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.bf16.bf16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
-    effect("mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.f16.f16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
+    effect(
+        "mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.bf16.bf16.f32",
+        "{b32} = {b32} {b32} {b32}",
+        "cores.multiply",
+    ),
+    effect(
+        "mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.f16.f16.f32",
+        "{b32} = {b32} {b32} {b32}",
+        "cores.multiply",
+    ),
 )
 
 # Instructions of these parts need all threads of a warp at once.
