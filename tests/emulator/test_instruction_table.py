@@ -26,7 +26,7 @@ _ELEMENTWISE = (
 TESTED = {opcode for case in _ELEMENTWISE for opcode in case.opcodes}
 TESTED |= test_memory_instructions.OPCODES | test_warp_instructions.OPCODES
 # What only sm_90 has is tested in a file of its own.
-HOPPER = re.compile(r"mbarrier|bulk|wgmma|stmatrix|elect|fence|setmaxnreg|prefetch")
+HOPPER = re.compile(r"cvta\.param|mbarrier|bulk|wgmma|stmatrix|elect|fence|setmaxnreg|prefetch")
 
 
 def test_every_line_is_tested():

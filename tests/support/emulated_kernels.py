@@ -55,6 +55,8 @@ def fold_logits_kept() -> None:
     merge_partials(partials, maximum, total)
     assert (maximum.double() + total.double().log() - logits.logsumexp(1)).abs().max() <= 1e-5
     assert (logit - _of_targets(logits, targets)).abs().max() <= 1e-5
+    peaks = [part.amax(1) for part in logits.split(partials.width, 1)]
+    assert (partials.maximum - torch.stack(peaks)).abs().max() <= 1e-5
     above = partials.maximum.double().repeat_interleave(partials.width, 0)[:VOCAB].t()
     torch.testing.assert_close(kept[:, :VOCAB].double(), (logits - above).exp(), **ROUNDED)
     assert kept[:, VOCAB:].isnan().all()

@@ -9,6 +9,7 @@ no line spells is not known, modifiers included, and a program with it is refuse
 * `{b32}`: a vector of them, or one alone; `{P}`: a vector whose parts fill a `T`;
 * `b32|pred`: a result and, where the program asks for it, a second;
 * `a32`, `a64`: an address of shared, of global memory; `param`: one in the parameters;
+* `places`: a vector of registers, by their places; `box`: an address and coordinates in a tensor;
 * `i`: a number that stands in the text; a `?` behind: may be missing;
 * `n`: (no operand) how many results there are; `d`: (no operand) the numpy type of a `D`.
 
@@ -98,12 +99,21 @@ effect = partial(Line, wider=True)
 _INTEGERS = "{u16,s16,u32,s32,u64,s64}"
 _ANY = "{b16,u16,s16,b32,u32,s32,b64,u64,s64,f32,f64}"
 _HINTS = "[.L1::evict_first,.L1::evict_last,.L1::no_allocate]"
-_EXACT = {"eq": np.equal, "ne": np.not_equal}
-_SIGNED = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
-_UNSIGNED = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
-_ORDERED = {"eq": np.equal, "ne": by.ordered_unequal, "num": by.ordered, "nan": by.unordered}
+_INTEGERS_OF_8 = "{u8,s8,u16,s16,u32,s32,u64,s64}"
+_MATRICES = ".sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16"
+_PRODUCT = ".sync.aligned.{m16n8k8,m16n8k16}.row.col"
+_Named = dict[str, Callable[..., Any]]
+_EXACT: _Named = {"eq": np.equal, "ne": np.not_equal}
+_SIGNED: _Named = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_UNSIGNED: _Named = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+_ORDERED: _Named = {
+    "eq": np.equal,
+    "ne": by.ordered_unequal,
+    "num": by.ordered,
+    "nan": by.unordered,
+}
 # Unordered or …: not the opposite.
-_OPPOSITES = {"equ": by.ordered_unequal, "neu": np.equal, "ltu": np.greater_equal}
+_OPPOSITES: _Named = {"equ": by.ordered_unequal, "neu": np.equal, "ltu": np.greater_equal}
 _OPPOSITES |= {"leu": np.greater, "gtu": np.less_equal, "geu": np.less}
 _ROUNDED = {"rzi": by.to_integer_towards_zero, "rni": by.to_nearest_integer}
 _ROUNDED |= {"rmi": by.to_integer_below, "rpi": by.to_integer_above}
@@ -195,18 +205,11 @@ LINES: tuple[Line, ...] = (
     pure("mov.{b16,b32,b64}", "{P} = T n", by.unpack),
     pure("mov.{b16,b32,b64}", "T = {P}", by.pack),
     pure("cvta[.to].global.u64", "T = T", by.same),
-    convert(
-        f"cvt.{{u8,s8,u16,s16,u32,s32,u64,s64}}.{{u8,s8,{_INTEGERS[1:]}", "D = T d", by.convert
-    ),
-    convert("cvt.rn.{f16,f32,f64}.{u8,s8,u16,s16,u32,s32,u64,s64}", "D = T d", by.convert),
-    *(
-        convert(f"cvt.{n}[.ftz].{{u8,s8,u16,s16,u32,s32,u64,s64}}.f32", "D = T d", f)
-        for n, f in _ROUNDED.items()
-    ),
-    *(
-        convert(f"cvt.{n}.{{u8,s8,u16,s16,u32,s32,u64,s64}}.{{f16,f64}}", "D = T d", f)
-        for n, f in _ROUNDED.items()
-    ),
+    pure("cvta.param.u64", "T = T", by.same),
+    convert(f"cvt.{_INTEGERS_OF_8}.{_INTEGERS_OF_8}", "D = T d", by.convert),
+    convert(f"cvt.rn.{{f16,f32,f64}}.{_INTEGERS_OF_8}", "D = T d", by.convert),
+    *(convert(f"cvt.{n}[.ftz].{_INTEGERS_OF_8}.f32", "D = T d", f) for n, f in _ROUNDED.items()),
+    *(convert(f"cvt.{n}.{_INTEGERS_OF_8}.{{f16,f64}}", "D = T d", f) for n, f in _ROUNDED.items()),
     pure("cvt[.ftz].f32.f16", "D = T d", by.convert),
     pure("cvt.f64.f16", "D = T d", by.convert),
     pure("cvt[.ftz].f64.f32", "D = T d", by.convert),
@@ -236,16 +239,25 @@ LINES: tuple[Line, ...] = (
             ("st.shared[::cta]", "= a32 {T}", "shared.store"),
         )
     ),
-    effect(
-        "ldmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared[::cta].b16",
-        "{b32} = a32",
-        "warps.load_matrices",
-    ),
+    effect(f"ldmatrix{_MATRICES}", "{b32} = a32", "warps.load_matrices"),
+    effect(f"stmatrix{_MATRICES}", "= a32 {b32}", "warps.store_matrices"),
     effect("cp.async.{ca,cg}.shared[::cta].global", "= a32 a64 i u32?", "copies.start"),
     effect("cp.async.commit_group", "=", "copies.commit"),
     effect("cp.async.wait_group", "= i", "copies.wait"),
     effect("cp.async.wait_all", "=", "copies.wait_for_all"),
+    # Bulk copies, and the mbarriers that they arrive at.
+    effect("mbarrier.init.shared::cta.b64", "= a32 u32", "mbarriers.init"),
+    effect("mbarrier.inval.shared::cta.b64", "= a32", "mbarriers.invalidate"),
+    effect("mbarrier.arrive.expect_tx.shared::cta.b64", "T = a32 u32", "mbarriers.arrive"),
+    effect("mbarrier.try_wait.parity.shared::cta.b64", "pred = a32 u32", "mbarriers.wait"),
+    effect(
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes",
+        "= a32 box a32",
+        "mbarriers.copy",
+    ),
+    effect("fence.proxy.async.shared::cta", "=", "proxy.fence"),
     # Threads together.
+    effect("elect.sync", "b32|pred = b32", "warps.elect"),
     effect("{bar,barrier,barrier.cta}.sync", "= i", "barrier"),
     effect("bar.warp.sync", "= b32", "warps.meet"),
     effect("shfl.sync.{up,down,bfly,idx}.b32", "b32|pred = b32 b32 b32 b32", "warps.shuffle"),
@@ -254,20 +266,23 @@ LINES: tuple[Line, ...] = (
     effect("vote.sync.{any,all}.pred", "T = T b32", "warps.vote"),
     effect("vote.sync.ballot.b32", "T = pred b32", "warps.ballot"),
     # Tensor cores.
-    effect(
-        "mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.bf16.bf16.f32",
-        "{b32} = {b32} {b32} {b32}",
-        "cores.multiply",
+    effect(f"mma{_PRODUCT}.f32.bf16.bf16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
+    effect(f"mma{_PRODUCT}.f32.f16.f16.f32", "{b32} = {b32} {b32} {b32}", "cores.multiply"),
+    effect("wgmma.fence.sync.aligned", "=", "warpgroups.fence"),
+    *(
+        effect(
+            f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{{bf16.bf16,f16.f16}}",
+            "= places u64 u64 pred i i i i",
+            "warpgroups.multiply",
+        )
+        for n in range(8, 257, 8)
     ),
-    effect(
-        "mma.sync.aligned.{m16n8k8,m16n8k16}.row.col.f32.f16.f16.f32",
-        "{b32} = {b32} {b32} {b32}",
-        "cores.multiply",
-    ),
+    effect("wgmma.commit_group.sync.aligned", "=", "warpgroups.commit"),
+    effect("wgmma.wait_group.sync.aligned", "= i", "warpgroups.wait"),
 )
 
 # Instructions of these parts need all threads of a warp at once.
-TOGETHER = ("warps.", "cores.", "barrier")
+TOGETHER = ("warps.", "cores.", "warpgroups.", "proxy.", "barrier")
 
 
 def spell(pattern: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,9 @@ from triton.runtime.jit import JITFunction
 from benchmarks.kernel_gate import Launch, recording
 
 from .arithmetic import UNSIGNED
+from .async_proxy import WIDTHS
 from .machine import Dispatch, Machine, Options, places_of
+from .mbarriers import TensorMap
 from .memory import Storages
 from .ptx import Parameter, parse
 from .tensor_cores import CutOff
@@ -126,7 +128,8 @@ def emulated(
         taken = [bound.arguments[n] for n in names if found.signature[n] != "constexpr"]
         size = grid(bound.arguments) if callable(grid) else grid
         warps = found.options["num_warps"]
-        log.reports.append(_launch(text, taken, size, warps, shared, options))
+        boxes = descriptors(found, target)
+        log.reports.append(_launch(text, taken, size, warps, shared, options, boxes))
 
     JITFunction.run = run
     try:
@@ -148,6 +151,7 @@ def launch(
     races: bool = True,
     seed: int = 0,
     lanes: int = 2048,
+    descriptors: Sequence[dict[str, Any]] = (),
 ) -> Report:
     """Execute every program of a grid, in random order.
 
@@ -159,9 +163,10 @@ def launch(
         shared: bytes of a program.
         order, cut_off, approximate, races, seed: as those of `emulated`.
         lanes: how many threads run in lock step.
+        descriptors: what `descriptors` says of each tensor descriptor among the arguments.
     """
     options = Options(order, cut_off, approximate, races, seed)
-    return _launch(text, arguments, grid, warps, shared, options, lanes)
+    return _launch(text, arguments, grid, warps, shared, options, descriptors, lanes)
 
 
 def _launch(
@@ -171,9 +176,11 @@ def _launch(
     warps: int,
     shared: int,
     options: Options,
+    boxes: Sequence[dict[str, Any]],
     lanes: int = 2048,
 ) -> Report:
     code = _code(text)
+    arguments = _unfolded(arguments, boxes)
     program = code.program
     if program.threads not in (None, WARP * warps):
         raise ValueError(f"{program.name}: got {warps} warps, wanted {program.threads} threads")
@@ -184,12 +191,14 @@ def _launch(
         )
     storages = Storages()
     padded = [*arguments, *[0] * missing]
-    values = {
-        parameter.name: _value(parameter, argument, storages)
-        for parameter, argument in zip(program.parameters, padded, strict=True)
-    }
+    values, maps = {}, {}
+    for parameter, argument in zip(program.parameters, padded, strict=True):
+        if isinstance(argument, _Descriptor):
+            maps[parameter.offset] = argument.encoded(parameter, storages)
+        else:
+            values[parameter.name] = _value(parameter, argument, storages)
     x, y, z = (*grid, 1, 1)[:3]
-    dispatch = Dispatch(storages, values, (x, y, z), warps, shared)
+    dispatch = Dispatch(storages, values, (x, y, z), warps, shared, maps)
     places = places_of(dispatch.grid, options.seed)
     at_once = max(1, lanes // (WARP * warps))
     executed = copied = 0
@@ -198,9 +207,50 @@ def _launch(
             machine = Machine(code, dispatch, places[begin : begin + at_once], options)
             machine.run()
             executed += machine.executed
-            copied += machine.copies.copied
+            copied += machine.copies.copied + machine.mbarriers.copied
     found = dispatch.findings
     return Report(program.name, len(places), executed, copied, found.races, found.unwritten)
+
+
+@dataclass(frozen=True)
+class _Descriptor:
+    """A tensor descriptor of an argument, and what the compiled kernel wants of it."""
+
+    argument: Any
+    box: dict[str, Any]
+
+    def encoded(self, parameter: Parameter, storages: Storages) -> TensorMap:
+        """What the driver would make of it."""
+        given, box = self.argument, self.box
+        if parameter.size != 128:
+            raise ValueError(f"{parameter.name}: got a descriptor, wanted {parameter.size} bytes")
+        odd = box["fp4_padded"] or box.get("is_im2col") or given.round_f32_to_tf32
+        if odd or given.padding != "zero" or len(given.shape) != 2 or given.strides[1] != 1:
+            raise NotImplementedError(f"{parameter.name}: the tensor descriptor {given} as {box}")
+        rows, columns = (int(size) for size in given.shape)
+        size = given.base.element_size()
+        if box["elem_size"] != size:
+            raise ValueError(f"{parameter.name}: got {size} bytes a value, wanted {box}")
+        high, wide = box["block_size"]
+        pitch = int(given.strides[0]) * size
+        swizzle = WIDTHS[box["swizzle"]]
+        return TensorMap(
+            storages.add(given.base), (rows, columns), pitch, size, (high, wide), swizzle
+        )
+
+
+def _unfolded(arguments: list[Any], boxes: Sequence[dict[str, Any]]) -> list[Any]:
+    """With a map, sizes and strides in a descriptor's place, as Triton passes them."""
+    found: list[Any] = []
+    left = list(boxes)
+    for argument in arguments:
+        if hasattr(argument, "block_shape"):
+            if not left:
+                raise ValueError(f"descriptors: got {len(boxes)}, wanted one for {argument}")
+            found += [_Descriptor(argument, left.pop(0)), *argument.shape, *argument.strides]
+        else:
+            found.append(argument)
+    return found
 
 
 def _value(parameter: Parameter, argument: Any, storages: Storages) -> Any:
@@ -226,11 +276,20 @@ def _code(text: str) -> Code:
     return _CODES[text]
 
 
-_COMPILED: dict[str, tuple[str, int]] = {}
+_COMPILED: dict[str, tuple[str, int, list[dict[str, Any]]]] = {}
 
 
 def compiled(launch: Launch, target: str) -> tuple[str, int]:
     """PTX of a recorded launch, and the shared bytes of a program."""
+    return _compiled(launch, target)[:2]
+
+
+def descriptors(launch: Launch, target: str) -> list[dict[str, Any]]:
+    """Box, swizzle and element of each tensor descriptor that a recorded launch takes."""
+    return _compiled(launch, target)[2]
+
+
+def _compiled(launch: Launch, target: str) -> tuple[str, int, list[dict[str, Any]]]:
     key = f"{launch.key} {target}"
     if key not in _COMPILED:
         source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
@@ -238,7 +297,8 @@ def compiled(launch: Launch, target: str) -> tuple[str, int]:
             found = triton.compile(source, target=TARGETS[target], options=launch.options)
         text = found.asm["ptx"]
         shared = found.metadata.shared
-        _COMPILED[key] = (text.decode() if isinstance(text, bytes) else text, shared)
+        boxes = list(getattr(found.metadata, "tensordesc_meta", None) or [])
+        _COMPILED[key] = (text.decode() if isinstance(text, bytes) else text, shared, boxes)
     return _COMPILED[key]
 
 

@@ -1,11 +1,11 @@
 """Programs of a launch, executed: in lock step, or one warp after the other.
 
 Threads that stand at different blocks are kept apart by masks, the lowest block first. Programs,
-and warps, may go different ways. The threads of one warp may too, as they do in the fp64 functions
-of the loss kernels, which leave early for rare values, but only where nothing on the way to the
-block where they meet again (the immediate post-dominator) is executed by a warp as a whole: no
-shuffle, product, vote or barrier. There, what a lane does cannot depend on how the hardware orders
-the sides. Any other branch at which a warp parts is a fault, and so is every one that the program
+and warps, may go different ways. The threads of one warp do so in one place of this project's
+kernels: the fp64 logarithm of the loss kernels has a side for special values. That is executed too,
+but only where nothing on the way to the block where they meet again (the immediate post-dominator)
+is executed by a warp as a whole: no shuffle, product, vote or barrier. There, what a lane does
+cannot depend on how the hardware orders the sides. Any other branch at which a warp parts is a fault, and so is every one that the program
 calls `.uni`.
 """
 
@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import F4, I4, UNSIGNED, Array
+from .async_proxy import AsyncProxy
 from .asynchronous import Copies
 from .faults import Fault, Findings
 from .instructions import Site
+from .mbarriers import Barriers, TensorMap
 from .memory import SharedMemory, Storages, Tensors
 from .ptx import Branch
 from .tensor_cores import CutOff, TensorCores
 from .threads import WARP, Threads
 from .translation import Code
+from .warpgroups import Warpgroups
 from .warps import Warps
 
 ORDERS = (None, "up", "down", "random")
@@ -62,6 +65,7 @@ class Dispatch:
     grid: tuple[int, int, int]
     warps: int
     shared: int
+    maps: dict[int, TensorMap] = field(default_factory=dict)  # by address in the parameters
     findings: Findings = field(default_factory=Findings)
 
 
@@ -85,6 +89,15 @@ class Machine:
         poison: dict[int, Array] = {0: np.zeros(lanes, bool)}
         poison |= {n: np.full(lanes, np.iinfo(kind).max, kind) for n, kind in UNSIGNED.items()}
         self.registers = [poison[register.size] for register in self.program.registers]
+        self.proxy = AsyncProxy(self.threads, self.shared.stride, findings)
+        self.mbarriers = Barriers(
+            self.threads, self.proxy, self.shared, self.tensors, findings, dispatch.maps
+        )
+        self.warpgroups = Warpgroups(
+            self.threads, self.shared, self.proxy, self.registers, options.cut_off
+        )
+        if code.asynchronous:
+            self.shared.watcher = self.proxy
         self._constants = code.constants(lanes)
         self._end = len(self.program.blocks)
 
@@ -102,14 +115,16 @@ class Machine:
         if number:
             raise NotImplementedError(f"a barrier other than 0: {site}")
         threads = self.threads
-        here = threads.live if mask is None else mask
+        here = np.ones(threads.lanes, bool) if mask is None else mask
         here = here.reshape(threads.programs, -1)
-        chosen = here.any(1)
-        # Threads that have ended count as missing: ptxas is not asked to wait without them.
+        chosen: Array = np.any(here, axis=1)
+        # Those that have ended never come.
         if not here[chosen].all():
             raise Fault(f"barrier that not all threads reach together: {site}")
         threads.epoch[chosen] += 1
         self.shared.pass_barrier(chosen)
+        if self.shared.watcher:
+            self.proxy.barrier(chosen)
 
     def blur(self, values: Array, ulps: int) -> Array:
         """An approximation as the ISA allows it; exact where it is 0 or 1."""
@@ -130,27 +145,44 @@ class Machine:
         else:
             self._warp_by_warp(at)
         self.copies.end(self.program.name)
+        self.mbarriers.end()
+        self.warpgroups.end()
 
     def _in_lock_step(self, at: Array) -> None:
         together: int | None = 0  # the block of all threads
         while True:
-            current = together if together is not None else int(at.min())
-            if current >= self._end:
-                return
             mask = None
             if together is None:
-                mask = at == current
+                ready = self._ready(at)
+                if not ready.any():
+                    return
+                current = int(at[ready].min())
+                mask = ready & (at == current)
                 mask = None if mask.all() else mask
+            elif together >= self._end:
+                return
+            else:
+                current = together
             following = self._step(current, mask)
             together = None
             if mask is not None:
                 at = np.where(mask, following, at).astype(np.int32)
-            elif isinstance(following, int):
-                together = following
-            else:
+            elif not isinstance(following, int):
                 at = following
+            elif self.mbarriers.spinning.any():
+                at = np.full_like(at, following)
+            else:
+                together = following
             if together is None:
                 self.threads.live = at < self._end
+
+    def _ready(self, at: Array) -> Array:
+        """Threads that have not ended, nor wait for an mbarrier as things stand."""
+        live = at < self._end
+        ready = live & ~self.mbarriers.spinning
+        if live.any() and not ready.any():
+            raise Fault(f"{self.program.name}: {self.mbarriers.stuck()}")
+        return ready
 
     def _warp_by_warp(self, at: Array) -> None:
         """From barrier to barrier one warp after the other, in an order drawn each time."""
@@ -165,7 +197,7 @@ class Machine:
             for warp in order:
                 mine = self.threads.warp == warp
                 while True:
-                    runs = mine & ~waits[at]
+                    runs = mine & ~waits[at] & ~self.mbarriers.spinning
                     if not runs.any():
                         break
                     current = int(at[runs].min())
@@ -174,6 +206,11 @@ class Machine:
                     self.threads.live = at < self._end
             if not self.threads.live.any():
                 return
+            stands = waits[at]
+            if (~stands & ~self.mbarriers.spinning).any():
+                continue
+            if not stands.all():
+                raise Fault(f"{self.program.name}: {self.mbarriers.stuck()}")
             # Every program is at a barrier, or has ended.
             for current in np.unique(at[self.threads.live]).tolist():
                 mask = at == current
@@ -206,8 +243,7 @@ class Machine:
         parted = (sides.max(1) == 1) & (sides.min(1) == -1)
         if parted.any() and (branch.uniform or not self.code.may_part(current)):
             raise Fault(
-                f"{self.program.name}: a branch at which the threads of a warp part:"
-                f" {branch.text}"
+                f"{self.program.name}: a branch at which the threads of a warp part: {branch.text}"
             )
         return np.where(taken, branch.target, current + 1).astype(np.int32)
 
@@ -217,5 +253,3 @@ def places_of(grid: tuple[int, int, int], seed: int) -> Array:
     numbers = np.random.default_rng(seed).permutation(grid[0] * grid[1] * grid[2])
     axes = [numbers % grid[0], numbers // grid[0] % grid[1], numbers // grid[0] // grid[1]]
     return np.stack(axes, 1)
-
-

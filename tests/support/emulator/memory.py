@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Storage:
         self.nbytes = nbytes
         low, high = pointer & ~0xF, (pointer + nbytes + 15) & ~0xF
         self.shift = pointer - low
-        raw = np.frombuffer((ctypes.c_ubyte * (high - low)).from_address(low), dtype=U1)
+        raw = np.ctypeslib.as_array((ctypes.c_ubyte * (high - low)).from_address(low))
         self.views = {size: raw.view(kind) for size, kind in UNSIGNED.items()}
         self.allowed: list[View] = []
         self.tracked = 0 < nbytes <= _TRACKED
@@ -109,7 +109,9 @@ class Tensors:
         """(count, lanes) of unsigned numbers; 0 where a lane does not load."""
         return self.read(site, mask, addresses, site.size, site.count)
 
-    def read(self, site: Site, mask: Array | None, addresses: Array, size: int, count: int) -> Array:
+    def read(
+        self, site: Site, mask: Array | None, addresses: Array, size: int, count: int
+    ) -> Array:
         chosen = None if mask is None else np.nonzero(mask)[0]
         out = np.zeros((count, self.threads.lanes), UNSIGNED[size])
         if chosen is not None:
@@ -124,6 +126,19 @@ class Tensors:
                 return np.ascontiguousarray(found)
             out[:, own] = found
         return out
+
+    def rows(self, site: Site, lane: int, addresses: Array, nbytes: int) -> Array:
+        """(addresses, bytes) that a lane's bulk copy reads from each of the addresses on."""
+        size = 8 if nbytes % 8 == 0 and not (addresses % 8).any() else 2
+        count = nbytes // size
+        whole = _places(addresses, 1) + size * np.arange(count)
+        out = np.zeros(whole.size, UNSIGNED[size])
+        for storage, some, offset in self._regions(site, whole.ravel().astype(U8), size):
+            self._track(site, storage, offset, size, np.full(len(offset), lane), write=False)
+            out[slice(None) if some is None else some] = storage.views[size][
+                (offset + storage.shift) // size
+            ]
+        return out.view(U1).reshape(len(addresses), nbytes)
 
     def store(self, site: Site, mask: Array | None, addresses: Array, values: list[Array]) -> None:
         chosen = None if mask is None else np.nonzero(mask)[0]
@@ -213,6 +228,21 @@ class Tensors:
         mask[place] = np.where(before == key, mask[place], U4(0))
         np.bitwise_or.at(mask, place, np.broadcast_to(bits, place.shape))
         keys[place] = np.broadcast_to(key, place.shape)
+        # Of several programs in this very instruction, one is noted.
+        several = keys[place] != key
+        if several.any():
+            if write:
+                race(f"a program writes what another program of the launch wrote: {site}")
+            else:
+                storage.shared_read[place[several]] = True
+
+
+class Watcher(Protocol):
+    """Is told of accesses of `size` (<= 16) bytes to shared memory, by threads of `warp`."""
+
+    def read(self, site: object, place: Array, size: int, warp: Array) -> None: ...
+
+    def write(self, site: object, place: Array, size: int, warp: Array) -> None: ...
 
 
 class SharedMemory:
@@ -221,7 +251,10 @@ class SharedMemory:
     Attributes:
         stride: bytes from a program to the next.
         views: of all bytes, by size of the unit.
+        watcher: the async proxy, of programs that use it.
     """
+
+    watcher: Watcher | None = None
 
     def __init__(self, threads: Threads, size: int, findings: Findings, races: bool) -> None:
         self.threads, self.size, self.findings, self.races = threads, size, findings, races
@@ -252,22 +285,25 @@ class SharedMemory:
     def read(
         self, site: Site, addresses: Array, size: int, count: int, lanes: Array | None
     ) -> Array:
-        """(addresses, count) of numbers of `size` bytes, checked; `lanes` are those of addresses."""
+        """(addresses, count) of numbers of `size` bytes, checked; `lanes`: of each address."""
         place = self.locate(site, addresses, size * count, lanes)
-        self._mark_read(site, place, size * count, lanes)
+        self.mark_read(site, place, size * count, lanes)
         found: Array = self.views[size][_places(place // size, count)]
         return found
 
     def store(self, site: Site, mask: Array | None, addresses: Array, values: list[Array]) -> None:
         lanes = None if mask is None else np.nonzero(mask)[0]
-        size, count = site.size, len(values)
         if lanes is not None:
             if not len(lanes):
                 return
             addresses, values = addresses[lanes], [value[lanes] for value in values]
+        self.write(site, addresses, np.stack(values, 1), lanes)
+
+    def write(self, site: Site, addresses: Array, new: Array, lanes: Array | None) -> None:
+        """`new`: (addresses, count) of unsigned numbers; `lanes` are those of addresses."""
+        size, count = new.dtype.itemsize, new.shape[1]
         place = self.locate(site, addresses, size * count, lanes)
-        index = _places(place // size, count)
-        new, view = np.stack(values, 1), self.views[size]
+        index, view = _places(place // size, count), self.views[size]
         before = view[index]
         view[index] = new
         # Of several lanes on one byte one wins, which is right where they agree.
@@ -283,9 +319,8 @@ class SharedMemory:
             raise Fault(f"misaligned shared access of {size} bytes at {bad}: {site}")
         outside = (address + size > self.size) | (address < 0)
         if outside.any():
-            raise Fault(
-                f"out of bounds: {size} shared bytes at {address[outside][0]} of {self.size}: {site}"
-            )
+            bad = address[outside][0]
+            raise Fault(f"out of bounds: {size} shared bytes at {bad} of {self.size}: {site}")
         base = self._base if lanes is None else self._base[lanes]
         return address + base
 
@@ -300,6 +335,14 @@ class SharedMemory:
 
     def begin_copy(self, site: Site, place: Array, size: int, lanes: Array | None) -> None:
         """Bytes that nobody may touch until the copy has landed."""
+        if self.watcher:
+            self.watcher.write(site, place, size, self._warp(lanes))
+        self.check_unused(site, place, size, lanes)
+        view, index = _wide(self._pending, place, size)
+        view[index] = np.iinfo(view.dtype).max
+
+    def check_unused(self, site: Site, place: Array, size: int, lanes: Array | None) -> None:
+        """No other warp has used what a copy will write, since the last barrier."""
         view, index = _wide(self._pending, place, size)
         if view[index].any():
             raise Fault(f"two copies under way to the same shared bytes: {site}")
@@ -309,7 +352,12 @@ class SharedMemory:
                     used, index = _wide(flags, place, size)
                     if (used[index] & ~bits).any():
                         self.findings.races.add(f"a copy to bytes another warp uses: {site}")
-        view[index] = np.iinfo(view.dtype).max
+
+    def fill(self, place: Array, data: Array) -> None:
+        """A bulk copy lands: (places, 16) bytes."""
+        index = _places(place // 8, 2)
+        self.views[8][index] = np.ascontiguousarray(data).view(U8)
+        self._written[8][index] = np.iinfo(U8).max
 
     def end_copy(
         self, site: Site, place: Array, size: int, data: Array, lanes: Array | None
@@ -333,7 +381,13 @@ class SharedMemory:
         flags = self._flags[min(size, 8)]
         return flags if lanes is None else [flag[lanes] for flag in flags]
 
-    def _mark_read(self, site: Site, place: Array, size: int, lanes: Array | None) -> None:
+    def _warp(self, lanes: Array | None) -> Array:
+        return self.threads.warp if lanes is None else self.threads.warp[lanes]
+
+    def mark_read(self, site: Site, place: Array, size: int, lanes: Array | None) -> None:
+        """Accesses at places, checked already for their bounds."""
+        if self.watcher:
+            self.watcher.read(site, place, size, self._warp(lanes))
         view, index = _wide(self._pending, place, size)
         if view[index].any():
             raise Fault(f"shared bytes read while a copy to them is under way: {site}")
@@ -360,6 +414,8 @@ class SharedMemory:
         same: Array | None = None,
     ) -> None:
         """`same`: whether each access left what was there."""
+        if self.watcher:
+            self.watcher.write(site, place, size, self._warp(lanes))
         view, index = _wide(self._pending, place, size)
         if view[index].any():
             raise Fault(f"shared bytes written while a copy to them is under way: {site}")

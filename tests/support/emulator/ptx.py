@@ -230,7 +230,7 @@ class _Reader:
         for raw in body.splitlines():
             line, _, comment = raw.partition("//")
             line = line.strip()
-            if line.startswith(".loc"):
+            if line.split(None, 1)[:1] == [".loc"]:
                 self._where = comment.strip() or line
                 continue
             buffer = f"{buffer} {line}".strip()

@@ -8,6 +8,12 @@ from .arithmetic import I8, U4, Array
 from .faults import Fault
 
 WARP = 32
+AXES = "xyz"
+# Registers that the hardware fills; 32 bits each.
+SPECIAL = frozenset(
+    {"%laneid"}
+    | {f"%{kind}.{axis}" for kind in ("tid", "ntid", "ctaid", "nctaid") for axis in AXES}
+)
 
 
 class Threads:
@@ -48,7 +54,7 @@ class Threads:
             "%ntid.y": np.ones(lanes, U4),
             "%ntid.z": np.ones(lanes, U4),
         }
-        for axis, letter in enumerate("xyz"):
+        for axis, letter in enumerate(AXES):
             self.special[f"%ctaid.{letter}"] = np.repeat(places[:, axis].astype(U4), per_program)
             self.special[f"%nctaid.{letter}"] = np.full(lanes, grid[axis], U4)
 
@@ -57,7 +63,7 @@ class Threads:
         if mask is None:
             return None
         here = mask.reshape(-1, WARP)
-        some: Array = here.any(1)
+        some: Array = np.any(here, axis=1)
         if not here[some].all():
             raise Fault(f"warp instruction that some lanes of a warp do not reach: {site}")
         return some

@@ -25,10 +25,11 @@ from .ptx import (
     Symbol,
     Vector,
 )
+from .threads import SPECIAL
 
 _FLOATS: dict[str, Any] = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
-# Types of the registers that threads are told from each other by.
-_SPECIAL_SIZE = 4
+# A program with one of these uses the async proxy.
+_ASYNCHRONOUS = ("mbarrier.", "wgmma.", "cp.async.bulk.")
 
 
 class _Misfit(Exception):
@@ -51,11 +52,17 @@ class Code:
 
     Attributes:
         program: what they were made of.
+        asynchronous: whether an instruction uses the async proxy.
         together: whether a block has instructions that a warp, or a program, executes as one.
     """
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.asynchronous = any(
+            instruction.opcode.startswith(_ASYNCHRONOUS)
+            for block in program.blocks
+            for instruction in block.instructions
+        )
         self.together = [_is_together(block) for block in program.blocks]
         self._constants: dict[tuple[int, str], int] = {}
         self._space: dict[str, Any] = {"where": np.where, **vars(arithmetic)}
@@ -165,9 +172,9 @@ class Code:
             return [call]
         kinds, target = results[0].split("|"), targets[0]
         if len(kinds) == 2:
-            both = [target.first, target.second] if isinstance(target, Pair) else [target, Sink()]
-            puts = [self._put(form, k, f"t[{n}]", o, mask) for n, (k, o) in enumerate(zip(kinds, both))]
-            return [f"t = {call}", *puts]
+            both = target if isinstance(target, Pair) else Pair(target, Sink())
+            first = self._put(form, kinds[0], "t[0]", both.first, mask)
+            return [f"t = {call}", first, self._put(form, kinds[1], "t[1]", both.second, mask)]
         if results[0][0] == "{":
             parts = _parts(target)
             if results[0] == "{P}" and not isinstance(target, Vector):
@@ -213,6 +220,16 @@ class Code:
             if not isinstance(operand, Address) or not isinstance(operand.base, Symbol):
                 raise _Misfit("not the address of a parameter")
             return f"{operand.base.name!r}, {operand.offset}"
+        if kind == "places":
+            parts = _parts(operand)
+            if not all(isinstance(part, Register) and part.size == 4 for part in parts):
+                raise _Misfit("not 32-bit registers")
+            return str(tuple(part.place for part in parts if isinstance(part, Register)))
+        if kind == "box":
+            if not isinstance(operand, Address) or len(operand.coordinates or ()) != 2:
+                raise _Misfit("not an address and two coordinates")
+            coordinates = [self._raw(one, "b32", False) for one in operand.coordinates or ()]
+            return ", ".join([self._raw(operand.base, "b64", False), *coordinates])
         if kind == "i":
             if not isinstance(operand, Literal):
                 raise _Misfit("not a number that stands in the text")
@@ -222,7 +239,9 @@ class Code:
             if kind == "{P}" and not isinstance(operand, Vector):
                 raise _Misfit("one operand, where there should be several")
             size = SIZES[self._kind(form, kind[1:-1], len(parts))]
-            return f"[{', '.join(self._raw(part, f'b{8 * size}', form.line.wider) for part in parts)}]"
+            return (
+                f"[{', '.join(self._raw(part, f'b{8 * size}', form.line.wider) for part in parts)}]"
+            )
         kind = self._kind(form, kind)
         value = self._value(operand, kind, form.line.wider)
         if kind == "f32" and "ftz" in form.modifiers and not isinstance(form.line.function, str):
@@ -275,7 +294,7 @@ class Code:
             return self._constant(_bits(operand.text, kind), kind if not size else f"b{8 * size}")
         if isinstance(operand, Symbol) and size >= 4:
             return self._constant(self.program.symbols[operand.name], f"b{8 * size}")
-        if isinstance(operand, Special) and size == _SPECIAL_SIZE:
+        if isinstance(operand, Special) and operand.name in SPECIAL and size == 4:
             return f"m.threads.special[{operand.name!r}]"
         raise _Misfit(f"{operand} as {kind}")
 

@@ -103,3 +103,25 @@ class Warps:
         out = np.zeros((count, threads.lanes // WARP, WARP), U4)
         out[:, slice(None) if some is None else some] = words.swapaxes(0, 1)
         return list(out.reshape(count, threads.lanes))
+
+    def store_matrices(
+        self, site: Site, mask: Array | None, addresses: Array, values: list[Array]
+    ) -> None:
+        """stmatrix: the reverse."""
+        threads, count = self.threads, len(values)
+        if f"x{count}" not in site.modifiers:
+            raise Fault(f"{count} operands: {site}")
+        some = threads.whole_warps(site, mask)
+        chosen = slice(None) if some is None else some
+        rows = addresses.reshape(-1, WARP)[chosen, : 8 * count]
+        lanes = np.arange(threads.lanes).reshape(-1, WARP)[chosen, : 8 * count]
+        words = np.stack(values).reshape(count, -1, WARP)[:, chosen].swapaxes(0, 1)
+        matrices = np.ascontiguousarray(words).view(U2).reshape(-1, count, 8, 8)
+        if "trans" in site.modifiers:
+            matrices = matrices.swapaxes(2, 3)
+        self.shared.write(site, rows.ravel(), matrices.reshape(-1, 8), lanes.ravel())
+
+    def elect(self, site: Site, mask: Array | None, members: Array) -> tuple[Array, Array]:
+        """elect.sync: a leader, here always lane 0, and whether a lane is it."""
+        self._all(site, mask, members)
+        return np.zeros(self.threads.lanes, U4), self.threads.lane == 0
