@@ -54,6 +54,8 @@ def packed(kind: str, towards_zero: bool = False) -> Any:
 
 
 WHOLE = ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
+
+
 def narrowed(kind: str) -> Any:
     """The lowest bits, as that type's number."""
     bits = int(kind[1:])
@@ -124,7 +126,7 @@ def _around_ties(kind: str) -> np.ndarray:
     found = []
     for bits in drawn:
         upper = form.decode(bits + 1)
-        upper = 2.0 ** -form.lowest_exponent * 4 if math.isinf(upper) else upper
+        upper = 2.0**-form.lowest_exponent * 4 if math.isinf(upper) else upper
         middle = F32.encode((Fraction(form.decode(bits)) + Fraction(upper)) / 2)
         sign = F32.sign * int(random.integers(2))
         found += [sign | max(0, middle + step) for step in (-1, 0, 1)]
@@ -147,4 +149,7 @@ def test_ties(kind):
     dtype = torch.float16 if kind == "f16" else torch.bfloat16
     rounded = torch.from_numpy(given.view(np.float32)).to(dtype).view(torch.int16)
     assert np.array_equal(rounded.numpy().view(np.uint16), one)
-    assert len({F32.decode(x) - form.decode(y) for x, y in zip(given.tolist(), wanted, strict=True)}) > 100
+    assert (
+        len({F32.decode(x) - form.decode(y) for x, y in zip(given.tolist(), wanted, strict=True)})
+        > 100
+    )

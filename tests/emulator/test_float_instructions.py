@@ -179,7 +179,7 @@ def test_value(case):
     case.check()
 
 
-# --------------------------------------------------------------------------- rounded once, not twice
+# ------------------------------------------------------------------------- rounded once, not twice
 
 
 def _ties(form: Format, count: int) -> list[tuple[float, float, float]]:
@@ -206,7 +206,10 @@ def _ties(form: Format, count: int) -> list[tuple[float, float, float]]:
 def test_fused_is_rounded_once(kind):
     form = FORMATS[kind]
     rows = _ties(form, 512)
-    given = [np.array([form.encode(x) for x in column], f"u{form.bits // 8}") for column in zip(*rows, strict=True)]
+    given = [
+        np.array([form.encode(x) for x in column], f"u{form.bits // 8}")
+        for column in zip(*rows, strict=True)
+    ]
     (got,), _ = executed(f"fma.rn.{kind} d, a, b, c", [(kind, x) for x in given], [kind])
     wanted = [form.encode(Fraction(a) * Fraction(b) + Fraction(c)) for a, b, c in rows]
     assert got.tolist() == wanted
@@ -225,7 +228,10 @@ def test_fused_near_the_smallest_numbers(kind):
     root_of = [power // 2 for power in small]
     columns = [
         [form.encode(math.ldexp(x, power)) for x, power in zip(draw[0], root_of, strict=True)],
-        [form.encode(math.ldexp(x, p - q)) for x, p, q in zip(draw[1], small, root_of, strict=True)],
+        [
+            form.encode(math.ldexp(x, p - q))
+            for x, p, q in zip(draw[1], small, root_of, strict=True)
+        ],
         [form.encode(math.ldexp(x, power)) for x, power in zip(draw[2], small, strict=True)],
     ]
     given = [np.array(column, f"u{form.bits // 8}") for column in columns]
@@ -253,7 +259,7 @@ LOGARITHM = to_digits(lambda x: x.ln() / Decimal(2).ln())
 
 
 def within(ulps: float, value: Number) -> Any:
-    """Judges bits: so many units in the last place of f32, or beyond the ends what rounding gives."""
+    """Judges bits: units in the last place of f32; beyond the ends what rounding gives."""
     if isinstance(value, float) and not math.isfinite(value):
         return value
     rounded = F32.decode(F32.encode(value))
@@ -360,7 +366,9 @@ APPROXIMATIONS = [
 ]
 
 
-@pytest.mark.parametrize("case", APPROXIMATIONS, ids=lambda case: f"{case.text}{' usual' * bool(case.values)}")
+@pytest.mark.parametrize(
+    "case", APPROXIMATIONS, ids=lambda case: f"{case.text}{' usual' * bool(case.values)}"
+)
 def test_approximation(case):
     case.check()
 

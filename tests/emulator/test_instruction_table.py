@@ -30,7 +30,10 @@ HOPPER = re.compile(r"cvta\.param|mbarrier|bulk|wgmma|stmatrix|elect|fence|setma
 
 
 def test_every_line_is_tested():
-    assert sorted(opcode for opcode in FORMS if opcode not in TESTED and not HOPPER.search(opcode)) == []
+    assert (
+        sorted(opcode for opcode in FORMS if opcode not in TESTED and not HOPPER.search(opcode))
+        == []
+    )
 
 
 def test_no_opcode_is_spelled_twice_for_the_same_operands():
@@ -39,12 +42,20 @@ def test_no_opcode_is_spelled_twice_for_the_same_operands():
 
 
 # Without EMULATE=all those that hold all that the others do, and compile soon.
-SOME = ("fold logits", "fold rows, kept", "sequence sums", "pair loss, dynamic", "direct reward, groups")
+SOME = (
+    "fold logits",
+    "fold rows, kept",
+    "sequence sums",
+    "pair loss, dynamic",
+    "direct reward, groups",
+)
 EVERYTHING = os.environ.get("EMULATE") == "all"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"] if EVERYTHING else ["sm_80"])
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.default] if EVERYTHING else SOME)
+@pytest.mark.parametrize(
+    "name", [n for n, case in CASES.items() if case.default] if EVERYTHING else SOME
+)
 def test_compiled_kernels_take_nothing_else(name, target):
     """In the default configurations."""
     missing = set()
@@ -52,7 +63,9 @@ def test_compiled_kernels_take_nothing_else(name, target):
         with recording(TARGETS[target].gpu) as launches:
             CASES[name].launch(Setting(TARGETS[target].architecture, DTYPES[dtype]))
         for launch in launches:
-            missing |= {opcode for opcode in opcodes(compiled(launch, target)[0]) if opcode not in FORMS}
+            missing |= {
+                opcode for opcode in opcodes(compiled(launch, target)[0]) if opcode not in FORMS
+            }
     assert sorted(missing) == []
 
 

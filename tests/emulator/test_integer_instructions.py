@@ -111,7 +111,11 @@ CASES = [
         for kind in kinds.split()
     ),
     *(
-        Case(f"mul.hi.{kind} d, a, b", f"{kind} {kind} {kind}", lambda a, b, n=kind: a * b >> int(n[1:]))
+        Case(
+            f"mul.hi.{kind} d, a, b",
+            f"{kind} {kind} {kind}",
+            lambda a, b, n=kind: a * b >> int(n[1:]),
+        )
         for kind in INTEGERS.split()
     ),
     *(
@@ -143,12 +147,21 @@ CASES = [
         for kind in kinds.split()
     ),
     *(
-        Case(f"shf.{way}.{mode}.b32 d, a, b, c", "b32 b32 b32 u32", funnel(way == "l", mode == "clamp"))
+        Case(
+            f"shf.{way}.{mode}.b32 d, a, b, c",
+            "b32 b32 b32 u32",
+            funnel(way == "l", mode == "clamp"),
+        )
         for way in "lr"
         for mode in ("wrap", "clamp")
     ),
     *(
-        Case(f"bfe.{kind} d, a, b, c", f"{kind} {kind} u32 u32", field(kind[0] == "s", int(kind[1:])), FIELD)
+        Case(
+            f"bfe.{kind} d, a, b, c",
+            f"{kind} {kind} u32 u32",
+            field(kind[0] == "s", int(kind[1:])),
+            FIELD,
+        )
         for kind in ("u32", "s32", "u64", "s64")
     ),
     *(
@@ -161,9 +174,16 @@ CASES = [
         for bits in (32, 64)
     ),
     Case("prmt.b32 d, a, b, c", "b32 b32 b32 b32", permuted),
-    *(Case(f"lop3.b32 d, a, b, c, {n:#x}", "b32 b32 b32 b32", table(n)) for n in (0, 0x96, 0xCA, 0xE8, 0x1B, 255)),
     *(
-        Case(f"selp.{kind} d, a, b, c", f"b{kind[1:]} b{kind[1:]} b{kind[1:]} pred", lambda a, b, p: a if p else b)
+        Case(f"lop3.b32 d, a, b, c, {n:#x}", "b32 b32 b32 b32", table(n))
+        for n in (0, 0x96, 0xCA, 0xE8, 0x1B, 255)
+    ),
+    *(
+        Case(
+            f"selp.{kind} d, a, b, c",
+            f"b{kind[1:]} b{kind[1:]} b{kind[1:]} pred",
+            lambda a, b, p: a if p else b,
+        )
         for kind in (*WORDS, "f32", "f64")
     ),
     *(
@@ -191,7 +211,10 @@ CASES = [
         Case(f"mov.{kind} d, a", f"b{kind[1:]} b{kind[1:]}", lambda a: a)
         for kind in (*WORDS, "f32", "f64")
     ),
-    *(Case(f"{name}.u64 d, a", "u64 u64", lambda a: a) for name in ("cvta.global", "cvta.to.global")),
+    *(
+        Case(f"{name}.u64 d, a", "u64 u64", lambda a: a)
+        for name in ("cvta.global", "cvta.to.global")
+    ),
     # Immediate operands, each in a way that they are written.
     Case("and.b32 d, a, 96", "b32 b32", lambda a: a & 96),
     Case("add.s32 d, a, -1", "s32 s32", lambda a: a - 1),
@@ -202,7 +225,9 @@ CASES = [
     Case("bfe.s32 d, a, 2, 1", "s32 u32", lambda a: -(a >> 2 & 1)),
     # A guard leaves what was there.
     Case("mov.b32 d, b; @c add.s32 d, a, b", "u32 u32 u32 pred", lambda a, b, p: a + b if p else b),
-    Case("mov.b32 d, b; @!c add.s32 d, a, b", "u32 u32 u32 pred", lambda a, b, p: b if p else a + b),
+    Case(
+        "mov.b32 d, b; @!c add.s32 d, a, b", "u32 u32 u32 pred", lambda a, b, p: b if p else a + b
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Loads, stores, asynchronous copies and barriers: bytes that arrive, and those that must not yet."""
+"""Loads, stores, asynchronous copies and barriers: bytes that arrive, or must not yet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def spelled(space: str, name: str) -> list[str]:
 
 
 OPCODES = {
-    *(opcode for space in ("shared", "global") for name in ("ld", "st") for opcode in spelled(space, name)),
+    *(
+        opcode
+        for space in ("shared", "global")
+        for name in ("ld", "st")
+        for opcode in spelled(space, name)
+    ),
     *(f"ld.param.{letter}{bits}" for bits in (8, 16, 32, 64) for letter in "bus"),
     *("ld.param.f32", "ld.param.f64", "mov.b16", "bar.warp.sync"),
     *(f"cp.async.{cache}.shared{cta}.global" for cache in ("ca", "cg") for cta in ("", "::cta")),
@@ -170,10 +175,15 @@ def test_special_registers():
         ["b32"] * 4,
     )
     count = 3 * THREADS
-    assert [x.tolist() for x in got] == [[n % 32 for n in range(count)], [3] * count, [0] * count, [THREADS] * count]
+    assert [x.tolist() for x in got] == [
+        [n % 32 for n in range(count)],
+        [3] * count,
+        [0] * count,
+        [THREADS] * count,
+    ]
 
 
-# --------------------------------------------------------------------------------- asynchronous copies
+# ----------------------------------------------------------------------------- asynchronous copies
 
 COPY = """
 ld.param.b64 %rd40, [_small_kernel_param_0]
@@ -214,7 +224,9 @@ def test_copies_of_no_group_wait_for_the_next():
     copy = f"{COPY}cp.async.ca.shared.global [ %r40 + 0 ], [ %rd40 + 0 ], 0x4\n"
     read = "ld.shared.b32 d, [%r40]\ncp.async.wait_all"
     with pytest.raises(Fault, match="under way"):
-        executed(f"{copy}cp.async.wait_group 0\n{read}", [("b32", values)], ["b32"], shared=THREADS * 4)
+        executed(
+            f"{copy}cp.async.wait_group 0\n{read}", [("b32", values)], ["b32"], shared=THREADS * 4
+        )
     (got,), _ = executed(
         f"{copy}cp.async.wait_all\n{read}", [("b32", values)], ["b32"], shared=THREADS * 4
     )
@@ -250,14 +262,14 @@ def test_another_warp_sees_a_copy_after_the_barrier():
     (values,) = drawn("b32", 1)
     for barrier in (True, False):
         body = f"{COPY}{copies('')}\ncp.async.wait_group 0\n{'bar.sync 0' * barrier}\n"
-        body += f"xor.b32 %r42, %r40, 256\nld.shared.b32 d, [%r42]"
+        body += "xor.b32 %r42, %r40, 256\nld.shared.b32 d, [%r42]"
         (got,), report = executed(body, [("b32", values)], ["b32"], shared=THREADS * 4)
         assert bool(report.races) != barrier
         if barrier:
             assert got.tolist() == np.roll(values, 64).tolist()
 
 
-# ------------------------------------------------------------------------------------------ barriers
+# ---------------------------------------------------------------------------------------- barriers
 
 
 @pytest.mark.parametrize("order", [None, "up", "down", "random"])
@@ -283,7 +295,7 @@ def test_lanes_of_a_warp_need_no_barrier():
     assert not report.races
 
 
-# ---------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------ faults
 
 
 @pytest.mark.parametrize(

@@ -1,161 +1,36 @@
 """Planted mistakes in compiled kernels: each is a fault, a race or a wrong number.
 
 The PTX of a kernel is changed in one line and executed as usual, in place of the right one. What is
-not noticed must be shown to change nothing. A few of each kind in an ordinary run, all of them
-with EMULATE=all.
+not noticed must be shown to change nothing. A few of each kind in an ordinary run, all kinds of all
+kernels with EMULATE=all.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import triton
+import triton.language
+from emulated_kernels import SUBJECTS
 from emulator import Fault, emulated, launches
-from loss_cases import random_batch
-from problems import LOWEST, problem
 
 from fused_prefopt.kernels import architectures
-from fused_prefopt.kernels.architectures import ARCHITECTURES
-from fused_prefopt.kernels.fold_logits import fold_logits, merge_partials
-from fused_prefopt.kernels.fold_rows import fold_rows
-from fused_prefopt.kernels.recompute_gradient import recompute_gradient
-from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.loss_kernel import launch_loss
-from fused_prefopt.losses import DynamicMargin, LogRatio, PairwiseLoss
 
 EVERYTHING = os.environ.get("EMULATE") == "all"
-BF16 = torch.bfloat16
-# One rounding to bf16, and what the sums before it are off by.
-ROUNDED = {"rtol": 2.0**-8 * 1.01 + 3e-5, "atol": 1e-6}
-
-
-# ---------------------------------------------------------------------------------- right kernels
-
-
-def fold_logits_kept() -> None:
-    """Two programs each way, more steps than stages, nothing a multiple of the tile."""
-    given = problem((133, 150, 336), BF16, transform=(4.0, 30.0), bias=True)
-    rows, vocab = given.logits.shape
-    block = ARCHITECTURES[0].block(2, rich=True)
-    maximum, total, logit = torch.full((rows,), LOWEST), torch.zeros(rows), torch.zeros(rows)
-    kept = torch.full((rows, vocab + 3), torch.nan, dtype=BF16)
-    operands = (given.hidden, given.weight, given.bias, given.targets, logit)
-    tiles = {"block": block, "descriptors": False}
-    partials = fold_logits(*operands, **given.head, **tiles, kept=kept[:, :vocab])
-    merge_partials(partials, maximum, total)
-    assert (maximum.double() + total.double().log() - given.logsumexps).abs().max() <= 1e-5
-    assert (logit - given.target_logits).abs().max() <= 1e-5
-    above = partials.maximum.double().repeat_interleave(block.vocab, 0)[:vocab].t()
-    torch.testing.assert_close(kept[:, :vocab].double(), (given.logits - above).exp(), **ROUNDED)
-    assert kept[:, vocab:].isnan().all()
-
-
-def fold_rows_kept() -> None:
-    torch.manual_seed(0)
-    products, bias = torch.randn(5, 777) * 9, torch.randn(777).to(BF16)
-    products[3] = 200 * torch.rand(777)
-    logits = 30 * torch.tanh((products.double() + bias.double()) * 1.3 / 30)
-    targets, kept = torch.randint(0, 777, (5,)), torch.full((5, 780), torch.nan, dtype=BF16)
-    maximum, total, logit = torch.full((5,), LOWEST), torch.zeros(5), torch.zeros(5)
-    more = {"alpha": 1.3 / 30, "ceiling": 30.0, "kept": kept[:, :777]}
-    fold_rows(products, bias, targets, maximum, total, logit, **more)
-    assert (maximum.double() + total.double().log() - logits.logsumexp(1)).abs().max() <= 1e-5
-    assert (logit - logits.gather(1, targets[:, None])[:, 0]).abs().max() <= 1e-5
-    wanted = (logits - maximum.double()[:, None]).exp()
-    torch.testing.assert_close(kept[:, :777].double(), wanted, **ROUNDED)
-    assert kept[:, 777:].isnan().all()
-
-
-def recomputed_gradient() -> None:
-    given = problem((133, 150, 336), BF16, transform=(4.0, 30.0), bias=True)
-    rows, vocab = given.logits.shape
-    scale, store = torch.randn(rows), torch.full((rows, vocab + 3), torch.nan, dtype=BF16)
-    sums = recompute_gradient(
-        given.hidden,
-        given.weight,
-        given.bias,
-        given.logsumexps.float(),
-        **given.of_targets(scale),
-        out=store[:, :vocab],
-        **given.head,
-        block=ARCHITECTURES[0].block(2, rich=True),
-        descriptors=False,
-        sums=True,
-    )
-    wanted = given.gradient(scale)
-    found = store[:, :vocab].double()
-    size = wanted.abs() * ROUNDED["rtol"] + scale.abs()[:, None] * 1e-7
-    assert ((found - wanted).abs() <= size).all()
-    assert (sums - wanted.sum(0)).norm() <= 1e-5 * wanted.sum(0).norm()
-    assert store[:, vocab:].isnan().all()
-
-
-def dynamic_pair_loss() -> None:
-    """γ-PO with a queue of margins that the second batch draws from."""
-    loss = PairwiseLoss(LogRatio(beta=0.5), DynamicMargin(gamma=2.0, tau=5.0, queue_size=400, sample_size=300))
-    ours, truth = loss.statistics(), loss.statistics()
-    for seed in (0, 1):
-        batch = random_batch(2 * 150, seed, torch.float32)
-        batch = replace(batch, policy=batch.policy.detach().requires_grad_())
-        exact = _doubled(batch)
-        got = launch_loss(loss, ours, batch)
-        wanted = loss(exact, truth(loss.observe(exact)))
-        for name in ("losses", "loss", "rewards", "target_margins"):
-            _close(getattr(got, name), getattr(wanted, name))
-        (found,) = torch.autograd.grad(got.losses.sum(), batch.policy)
-        (right,) = torch.autograd.grad(wanted.losses.sum(), exact.policy)
-        _close(found, right)
-        for key, value in wanted.metrics.items():
-            _close(got.metrics[key], value)
-        for key, value in truth.state_dict().items():
-            _close(ours.state_dict()[key].nan_to_num(), value.nan_to_num())
-
-
-def _doubled(batch):
-    floats = {
-        name: value.detach().double()
-        for name, value in vars(batch).items()
-        if value is not None and value.is_floating_point()
-    }
-    return replace(batch, **floats | {"policy": floats["policy"].requires_grad_()})
-
-
-def _close(got, wanted) -> None:
-    torch.testing.assert_close(got.detach().double(), wanted.detach().double(), rtol=1e-6, atol=1e-6)
-
-
-def summed_sequences() -> None:
-    """Of lengths that end in every part of a block of 1024 rows."""
-    torch.manual_seed(0)
-    lengths = torch.tensor([3, 130, 300, 400, 0, 520, 700, 800, 900, 1020, 1025, 2100])
-    ids = torch.arange(12).repeat_interleave(lengths)
-    values = torch.randn(len(ids)) * 100
-    sums, found = sequence_sums(values, ids, 12, True)
-    wanted = torch.zeros(12, dtype=torch.float64).index_add(0, ids, values.double())
-    torch.testing.assert_close(sums.double(), wanted, rtol=1e-7, atol=0)
-    assert torch.equal(found, lengths)
-
-
+_SMALL = ("_fold_rows_kernel", "_recompute_gradient_kernel", "_sequence_sums_kernel")
 # Of kernels, and of Triton's own library.
 PATHS: dict[str, list[Path]] = {}
 for folder in (Path(architectures.__file__).parent, Path(triton.language.__file__).parent):
     for path in folder.glob("*.py"):
         PATHS.setdefault(path.name, []).append(path)
-
-SUBJECTS: dict[str, Callable[[], None]] = {
-    "_fold_logits_kernel": fold_logits_kept,
-    "_fold_rows_kernel": fold_rows_kept,
-    "_recompute_gradient_kernel": recomputed_gradient,
-    "_pair_loss_kernel": dynamic_pair_loss,
-    "_sequence_sums_kernel": summed_sequences,
-}
 
 
 # --------------------------------------------------------------------------------------- mutations
@@ -188,13 +63,6 @@ COMPLEMENT = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": 
 COMPLEMENT |= {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}
 
 
-def _further(match: re.Match[str]) -> str:
-    """An address one access further on."""
-    head, width, kind, rest, offset = match.groups()
-    size = 16 if kind is None else int(width or 1) * int(kind) // 8
-    return f"{head}{rest}+{int(offset or 0) + size}]"
-
-
 def _shuffled(match: re.Match[str]) -> str:
     return f"{match[1]}{1 if int(match[2]) >= 16 else 2 * int(match[2])}, "
 
@@ -221,8 +89,11 @@ KINDS: dict[str, tuple[str, str | Callable[[re.Match[str]], str]]] = {
         lambda m: f"setp.{COMPLEMENT[m[1]]}.",
     ),
     "address one further": (
-        r"((?:ld|st)\.(?:shared|global)\S*?(?:\.v(\d))?\.b(\d+)|ldmatrix\S+)([^\[]*\[ ?%\w+)(?: ?\+ ?(\d+))? ?\]",
-        lambda m: f"{m[1]}{m[4]}+{int(m[5] or 0) + (int(m[2] or 1) * int(m[3]) // 8 if m[3] else 16)}]",
+        r"((?:ld|st)\.(?:shared|global)\S*?(?:\.v(\d))?\.b(\d+)|ldmatrix\S+)"
+        r"([^\[]*\[ ?%\w+)(?: ?\+ ?(\d+))? ?\]",
+        lambda m: (
+            f"{m[1]}{m[4]}+{int(m[5] or 0) + (int(m[2] or 1) * int(m[3]) // 8 if m[3] else 16)}]"
+        ),
     ),
     "cut off, not rounded": (r"\bcvt\.rn\.bf16", "cvt.rz.bf16"),
 }
@@ -255,7 +126,9 @@ class Outcome:
     races: frozenset[str] = frozenset()
 
 
-def performed(subject: str, text: str | None = None, instead: str | None = None) -> tuple[Outcome, str]:
+def performed(
+    subject: str, text: str | None = None, instead: str | None = None
+) -> tuple[Outcome, str]:
     """Run a subject, `instead` in place of the kernel `text`; the outcome, and the kernel's PTX."""
     found, original = [], launches.compiled
 
@@ -297,12 +170,80 @@ def noticed(subject: str, mutation: Mutation, instead: str | None = None) -> str
     return outcome.why or (f"race: {new[0]}" if new else "")
 
 
-# ------------------------------------------------------------------------ mistakes that change nothing
+# -------------------------------------------------------------------- mistakes that change nothing
 
 # Faults wherever a thread executes it.
 PROBE = "st.shared.b32 [%r0+1073741824], %r0;"
-# What a mistake at a line of source does not change, for a reason of the kernel.
-EXPECTED: dict[tuple[str, str], str] = {}
+ALIKE = "threads hold equal values: which of them stores is one"
+TWICE = "the loop waits at its end and again at its start: the other wait stays"
+RARE = "a branch of exp or log for rare values, or of a log that `where` does not take"
+_LEFT = "left = tl.load(left_tile, mask=inside[None, :], other=0.0)"
+_SEARCH = "a first row that is too early costs time alone"
+_STEPS = {
+    ("wait dropped", _LEFT): TWICE,
+    ("wait one later", _LEFT): TWICE,
+    ("barrier dropped", _LEFT): "between this barrier and the one before, memory is only read",
+}
+# Of a kernel, a kind of mistake and how a line of source begins: why nothing changes.
+EXPECTED: dict[str, dict[tuple[str, str], str]] = {
+    "_fold_logits_kernel": _STEPS
+    | {("comparison flipped", "tl.store(target_logit + row, found, "): ALIKE},
+    "_fold_rows_kernel": {
+        ("comparison flipped", "tl.store(maximum + row, new)"): ALIKE,
+        ("store without its mask", "tl.store(maximum + row, new)"): ALIKE,
+        ("store without its mask", "tl.store(target_logit + row, "): ALIKE,
+    },
+    "_recompute_gradient_kernel": _STEPS
+    | {
+        ("comparison flipped", "tl.store(out + entry, stored, "): ALIKE,
+        (
+            "comparison flipped",
+            "return tl.where(square < 0.09, small, 2 * tl.sigmoid(2 * x) - 1)",
+        ): "both forms of tanh agree where a gradient is large enough to be seen",
+    },
+    "_pair_loss_kernel": {
+        ("comparison flipped", "tl.store(nonfinite, "): ALIKE,
+        ("store without its mask", "tl.store(nonfinite, "): ALIKE,
+        ("store without its mask", "tl.store(loss, "): ALIKE,
+        ("store without its mask", "tl.store(metrics"): ALIKE,
+        (
+            "store without its mask",
+            "tl.store(details + other, ",
+        ): "what is written too far is written again, rightly, behind a barrier",
+        ("comparison flipped", "lift = tl.where("): RARE,
+        ("comparison flipped", "share64 = tl.where("): RARE,
+        ("comparison flipped", "decay = tl.exp("): RARE,
+        ("comparison flipped", "log1p = tl.where("): RARE,
+        (
+            "load without its mask",
+            "value = tl.load(queue + place, ",
+        ): "places beyond the queue read its first, which is still empty",
+        (
+            "address one further",
+            "return core.reduce(input, axis, _sum_combine, ",
+        ): "the place in front still holds what adds nothing, and the last one holds nothing",
+        (
+            "shuffle of another distance",
+            "return core.reduce(input, axis, _sum_combine, ",
+        ): "the lower word of a float64 is less than what is compared",
+        (
+            "barrier dropped",
+            "tl.debug_barrier()",
+        ): "what is appended was read in front of the barrier before",
+    },
+    "_sequence_sums_kernel": {
+        ("comparison flipped", "below = tl.load(ids + middle, "): _SEARCH,
+        ("address one further", "below = tl.load(ids + middle, "): _SEARCH,
+        ("comparison flipped", "open_ = low < high"): _SEARCH,
+        ("comparison flipped", "tl.store(sums + sequence, "): ALIKE,
+        ("store without its mask", "tl.store(sums + sequence, "): ALIKE,
+        ("store without its mask", "tl.store(lengths + sequence, "): ALIKE,
+        (
+            "shuffle of another distance",
+            "return core.reduce(input, axis, _sum_combine, ",
+        ): "the upper word of a count is zero",
+    },
+}
 
 
 def harmless(subject: str, mutation: Mutation) -> str:
@@ -321,7 +262,11 @@ def harmless(subject: str, mutation: Mutation) -> str:
         other = f"@{'' if mask[1] else '!'}{mask[2]} "
         if not noticed(subject, mutation, f"{other}{PROBE} {mutation.before}"):
             return "its mask is true in every thread"
-    return EXPECTED.get((mutation.kind, source(text, mutation.line)), "")
+    line = source(text, mutation.line)
+    for (kind, begin), why in EXPECTED[subject].items():
+        if kind == mutation.kind and line.startswith(begin):
+            return why
+    return ""
 
 
 @cache
@@ -354,3 +299,66 @@ def chosen(subject: str, copies: int) -> list[Mutation]:
     for mutation in mutations(text):
         alike.setdefault((mutation.kind, source(text, mutation.line)), []).append(mutation)
     return [one for found in alike.values() for one in found[:: -(-len(found) // copies)]]
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+# How often a line of source is tried that is unrolled; how many mistakes of a kind are tried.
+COPIES, SAMPLE = (4, None) if EVERYTHING else (1, 2)
+NOT_THIS_TRITON = "what changes nothing is known of the code of Triton 3.9"
+pytestmark = pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason=NOT_THIS_TRITON)
+
+
+_PRODUCTS = ("_fold_logits_kernel", "_recompute_gradient_kernel")
+# Kinds that not every kernel gives an occasion for.
+_ONLY_IN = {
+    kind: _PRODUCTS
+    for kind in (
+        "wait dropped",
+        "wait one later",
+        "copy without its mask",
+        "matrix the other way",
+        "product of another type",
+    )
+} | {"cut off, not rounded": (*_PRODUCTS, "_fold_rows_kernel")}
+
+
+@pytest.mark.parametrize(
+    ("subject", "kind"),
+    [
+        (subject, kind)
+        for subject in (SUBJECTS if EVERYTHING else _SMALL)
+        for kind in KINDS
+        if subject in _ONLY_IN.get(kind, SUBJECTS)
+    ],
+)
+def test_mistakes_are_noticed(subject, kind):
+    """All but those that are shown, or known by name, to change nothing."""
+    tried = [one for one in chosen(subject, COPIES) if one.kind == kind]
+    assert tried
+    if SAMPLE is not None:
+        random.Random(f"{subject} {kind}").shuffle(tried)
+    missed, why = {}, set()
+    for mutation in tried[:SAMPLE]:
+        if noticed(subject, mutation):
+            continue
+        why.add(harmless(subject, mutation))
+        if "" in why:
+            missed[mutation.line] = mutation.before.strip()
+            why.remove("")
+    assert not missed
+    known = {reason for (of_kind, _), reason in EXPECTED[subject].items() if of_kind == kind}
+    assert SAMPLE is not None or known <= why, "known to change nothing, and noticed"
+
+
+@pytest.mark.parametrize("subject", _PRODUCTS if EVERYTHING else _PRODUCTS[1:])
+def test_of_two_waits_in_a_row_one_is_needed(subject):
+    """Each alone changes nothing; without all of them the loop reads what has not landed."""
+    _, text = right(subject)
+    waits = [one for one in mutations(text) if one.kind == "wait dropped"]
+    assert len(waits) > 2
+    mutated = text
+    for mutation in waits:
+        mutated = mutation.applied(mutated)
+    outcome, _ = performed(subject, text, mutated)
+    assert "under way" in outcome.why

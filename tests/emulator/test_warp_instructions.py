@@ -44,7 +44,7 @@ def source_lane(mode: str, lane: int, by: int, clamp: int) -> tuple[int, bool]:
 @pytest.mark.parametrize("width", [32, 16, 8, 2, 1])
 @pytest.mark.parametrize("mode", MODES)
 def test_shuffle(mode, width):
-    """Every distance up to 33, of segments of each width: beyond their ends a lane keeps its own."""
+    """Distances up to 33, of segments of each width: beyond their ends a lane keeps its own."""
     (values,) = words(1, 0)
     clamp = (32 - width) << 8 | (0 if mode == "up" else 31)
     for by in (*range(4), 7, 8, 15, 16, 17, 31, 33):
@@ -62,7 +62,9 @@ def test_shuffle_of_registers():
     values, by = words(2, 1)
     by, (clamps,) = by % 40, words(1, 2)
     clamps &= 0x1F1F
-    (got,), _ = executed("shfl.sync.idx.b32 d, a, b, c, -1", [("b32", x) for x in (values, by, clamps)], ["b32"])
+    (got,), _ = executed(
+        "shfl.sync.idx.b32 d, a, b, c, -1", [("b32", x) for x in (values, by, clamps)], ["b32"]
+    )
     lanes = [source_lane("idx", n % 32, int(by[n]), int(clamps[n]))[0] for n in range(THREADS)]
     assert got.tolist() == [values[n // 32 * 32 + lane] for n, lane in enumerate(lanes)]
 
@@ -88,7 +90,9 @@ def test_reduction(name):
     (values,) = drawn((kind,), THREADS)
     (got,), _ = executed(f"redux.sync.{name} d, a, -1", [(kind, values)], [kind])
     numbers = [decoded(kind, x) for x in values.tolist()]
-    wanted = [encoded(kind, reduce(REDUCTIONS[name], numbers[n : n + 32])) for n in range(0, THREADS, 32)]
+    wanted = [
+        encoded(kind, reduce(REDUCTIONS[name], numbers[n : n + 32])) for n in range(0, THREADS, 32)
+    ]
     assert got.tolist() == np.repeat(wanted, 32).tolist()
 
 
@@ -169,7 +173,9 @@ def place_of(operand: str, lane: int, item: int) -> tuple[int, int]:
 
 def fragments(operand: str, matrix: np.ndarray, items: int) -> np.ndarray:
     """(32, items) of a (rows, columns) matrix of bits."""
-    return np.array([[matrix[place_of(operand, lane, n)] for n in range(items)] for lane in range(32)])
+    return np.array(
+        [[matrix[place_of(operand, lane, n)] for n in range(items)] for lane in range(32)]
+    )
 
 
 def product(kind: str, depth: int) -> str:
@@ -191,7 +197,8 @@ def multiplied(kind: str, depth: int, a: Any, b: Any, c: Any) -> np.ndarray:
     lines.append("ld.global.v4.b32 {d, x, y, z}, [%rd40]")
     left, right = letters[: 2 * halves], letters[2 * halves :]
     lines.append(
-        f"{product(kind, depth)} {{d, x, y, z}}, {{{', '.join(left)}}}, {{{', '.join(right)}}}, {{d, x, y, z}}"
+        f"{product(kind, depth)} {{d, x, y, z}}, {{{', '.join(left)}}}, {{{', '.join(right)}}},"
+        " {d, x, y, z}"
     )
     got, _ = executed("\n".join(lines), inputs, ["f32"] * 4, further=[sources])
     found = np.zeros((WARPS, 16, 8), np.uint32)
@@ -208,7 +215,9 @@ def test_mma(kind, depth):
     form, random = FORMATS[kind], np.random.default_rng(depth)
 
     def draw(rows: int, columns: int, form: Any = form) -> np.ndarray:
-        numbers = random.standard_normal((WARPS, rows, columns)) * 4.0 ** random.integers(-2, 3, (WARPS, rows, columns))
+        numbers = random.standard_normal((WARPS, rows, columns)) * 4.0 ** random.integers(
+            -2, 3, (WARPS, rows, columns)
+        )
         return np.array([form.encode(float(x)) for x in numbers.ravel()]).reshape(numbers.shape)
 
     a, b, c = draw(16, depth), draw(depth, 8), draw(16, 8, F32)
@@ -216,12 +225,15 @@ def test_mma(kind, depth):
 
     def exact(warp: int, row: int, column: int) -> Fraction:
         terms = (
-            Fraction(form.decode(int(a[warp, row, k]))) * Fraction(form.decode(int(b[warp, k, column])))
+            Fraction(form.decode(int(a[warp, row, k])))
+            * Fraction(form.decode(int(b[warp, k, column])))
             for k in range(depth)
         )
         return sum(terms, Fraction(F32.decode(int(c[warp, row, column]))))
 
-    wanted = [[[F32.encode(exact(w, r, n)) for n in range(8)] for r in range(16)] for w in range(WARPS)]
+    wanted = [
+        [[F32.encode(exact(w, r, n)) for n in range(8)] for r in range(16)] for w in range(WARPS)
+    ]
     assert found.tolist() == wanted
 
 

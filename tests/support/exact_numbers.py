@@ -1,4 +1,4 @@
-"""Binary floating-point numbers as bits, and exact fractions rounded to them: Python's own integers.
+"""Binary floating-point numbers as bits, and exact fractions rounded to them, in Python's integers.
 
 What instructions are compared with, so nothing here is numpy's or the emulator's.
 """
@@ -81,7 +81,11 @@ class Format:
             power += 1
         step = Fraction(2) ** (power - self.mantissa)
         found = self.decode(got)
-        return INFINITY if math.isnan(found) or math.isinf(found) else float(abs(Fraction(found) - wanted) / step)
+        return (
+            INFINITY
+            if math.isnan(found) or math.isinf(found)
+            else float(abs(Fraction(found) - wanted) / step)
+        )
 
 
 FORMATS = {

@@ -30,7 +30,9 @@ Bits = np.ndarray[Any, Any]
 @cache
 def size_of(kind: str) -> int:
     """Bytes of a PTX type in memory; a predicate travels as a word."""
-    return 4 if kind == "pred" else int(re.search(r"\d+", kind)[0]) // 8 * (2 if "x2" in kind else 1)
+    return (
+        4 if kind == "pred" else int(re.search(r"\d+", kind)[0]) // 8 * (2 if "x2" in kind else 1)
+    )
 
 
 def unsigned(kind: str) -> type[np.unsignedinteger[Any]]:
@@ -81,12 +83,18 @@ def kernel(
         if opcode.startswith("@"):
             guard, opcode = opcode, operands.partition(" ")[0]
             operands = operands.partition(" ")[2]
-            opcode = f"@{'!' * guard.startswith('@!')}{names.get(guard[-1], guard.strip('@!'))} {opcode}"
+            opcode = (
+                f"@{'!' * guard.startswith('@!')}{names.get(guard[-1], guard.strip('@!'))} {opcode}"
+            )
         found = re.sub(r"(?<![\w%.$])[a-gxyz](?!\w)", lambda m: names.get(m[0], m[0]), operands)
         return f"{opcode} {found};".replace(" ;", ";")
 
     middle = [with_registers(line) for line in re.split(r";|\n", body) if line.strip()]
-    start = ["mov.u32 %r1, %ctaid.x;", "mov.u32 %r2, %tid.x;", f"mad.lo.s32 %r3, %r1, {threads}, %r2;"]
+    start = [
+        "mov.u32 %r1, %ctaid.x;",
+        "mov.u32 %r2, %tid.x;",
+        f"mad.lo.s32 %r3, %r1, {threads}, %r2;",
+    ]
     lines = "\n".join(f"\t{line}" for line in (*start, *load, *middle, *store, "ret;"))
     parameters = ",\n".join(
         f"\t.param .u64 .ptr .global .align 1 _small_kernel_param_{n}" for n in range(pointers)
@@ -166,7 +174,16 @@ def edges(kind: str) -> list[int]:
         form = FORMATS[kind]
         one = form.encode(1.0)
         smallest = 1 << form.mantissa
-        positive = [0, 1, 2, smallest - 1, smallest, smallest + 1, form.encode(0.5), form.encode(2.5)]
+        positive = [
+            0,
+            1,
+            2,
+            smallest - 1,
+            smallest,
+            smallest + 1,
+            form.encode(0.5),
+            form.encode(2.5),
+        ]
         positive += [one - 1, one, one + 1, form.encode(3.0), form.infinity - 1, form.infinity]
         positive += [form.infinity + 1, form.infinity | (smallest >> 1), form.sign - 1]
         return [x | sign for x in positive for sign in (0, form.sign)]
@@ -201,18 +218,27 @@ def drawn(kinds: tuple[str, ...], count: int = 2 * THREADS) -> list[Bits]:
     while len(rows) < count:
         row = []
         for kind, own in zip(kinds, ends, strict=True):
-            wild = int.from_bytes(random.bytes(size_of(kind)), "little") & (1 if kind == "pred" else -1)
+            wild = int.from_bytes(random.bytes(size_of(kind)), "little") & (
+                1 if kind == "pred" else -1
+            )
             row.append(own[random.integers(len(own))] if random.random() < 0.4 else wild)
             if kind in FORMATS and len(row) > 1 and random.random() < 0.3:
                 # Of like size: sums that cancel.
                 row[-1] = _near(kind, row[-2], random) if kind == kinds[len(row) - 2] else row[-1]
         rows.append(tuple(row))
-    return [np.array(column, unsigned(kind)) for kind, column in zip(kinds, zip(*rows, strict=True), strict=True)]
+    return [
+        np.array(column, unsigned(kind))
+        for kind, column in zip(kinds, zip(*rows, strict=True), strict=True)
+    ]
 
 
 def _near(kind: str, bits: int, random: np.random.Generator) -> int:
     form = FORMATS[kind]
-    moved = (bits ^ form.sign) + int(random.integers(-3, 4)) + (int(random.integers(-2, 3)) << form.mantissa)
+    moved = (
+        (bits ^ form.sign)
+        + int(random.integers(-3, 4))
+        + (int(random.integers(-2, 3)) << form.mantissa)
+    )
     return moved % (1 << form.bits)
 
 
@@ -245,7 +271,9 @@ class Case:
         for letter, values in (self.values or {}).items():
             place = INPUTS.index(letter)
             random = np.random.default_rng(crc32(self.text.encode()) + place)
-            found[place] = random.permutation(np.resize(np.array(values, unsigned(kinds[place])), len(found[place])))
+            found[place] = random.permutation(
+                np.resize(np.array(values, unsigned(kinds[place])), len(found[place]))
+            )
         return found
 
     def check(self) -> None:
