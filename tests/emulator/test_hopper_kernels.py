@@ -96,7 +96,10 @@ if EVERYTHING:
 @pytest.mark.parametrize(("dtype", "shape", "block", "descriptors", "order"), FOLDS)
 def test_folds_compiled_for_sm_90(dtype, shape, block, descriptors, order):
     error, log = fold(shape, dtype, block, descriptors, order=order)
-    assert error <= 1.5e-5
+    # A walk of rounding errors of logits up to 25: fp32 rounds at each step of the depth, wgmma and
+    # mma at every 16th.
+    steps = shape[2] if dtype.itemsize == 4 else shape[2] / 16
+    assert error <= 5e-6 + 2.0**-25 * 25 * 2.5 * steps**0.5
     assert not log.races | log.unwritten
 
 
