@@ -38,7 +38,7 @@ FURTHER = [
         for each in (*FULL, *ADAPTED)
     ),
     Case("fsdp1, flat parameters", "transformers", "lora", "cache"),
-    Case("fsdp2", "kto", "full", "model"),
+    *(Case(engine, "kto", "full", "model") for engine in ("fsdp1", "fsdp2", "zero2")),
     Case("zero3", "kto", "head", "adapter"),
     *(
         Case(engine, "transformers", "full", "model")
