@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -80,20 +81,15 @@ FOLDS = [
     (BF16, (37, 131, 48), SMALL, True, "up"),
 ]
 if EVERYTHING:
+    every = itertools.product(
+        (BF16, FP16, torch.float32),
+        [(137, 301, 128), (137, 301, 200), (137, 301, 77), (7, 13, 16), (260, 520, 448)],
+        (SM_90.plain, SM_90.rich, NARROW, SMALL),
+        (True, False),
+    )
+    orders = itertools.cycle((None, "up", "random", "down", "random"))
     FOLDS += [
-        (dtype, shape, block, descriptors, order)
-        for dtype in (BF16, FP16, torch.float32)
-        for shape in [
-            (137, 301, 128),
-            (137, 301, 200),
-            (137, 301, 77),
-            (7, 13, 16),
-            (260, 520, 448),
-        ]
-        for block in (SM_90.plain, SM_90.rich, NARROW, SMALL)
-        for descriptors in (True, False)
-        for order in (None, "up", "down", "random")
-        if dtype.itemsize == 2 or block.rows <= 64
+        (*case, next(orders)) for case in every if case[0].itemsize == 2 or case[2].rows <= 64
     ]
 
 

@@ -246,12 +246,13 @@ LINES: tuple[Line, ...] = (
     effect("cp.async.wait_group", "= i", "copies.wait"),
     effect("cp.async.wait_all", "=", "copies.wait_for_all"),
     # Bulk copies, and the mbarriers that they arrive at.
-    effect("mbarrier.init.shared::cta.b64", "= a32 u32", "mbarriers.init"),
-    effect("mbarrier.inval.shared::cta.b64", "= a32", "mbarriers.invalidate"),
-    effect("mbarrier.arrive.expect_tx.shared::cta.b64", "T = a32 u32", "mbarriers.arrive"),
-    effect("mbarrier.try_wait.parity.shared::cta.b64", "pred = a32 u32", "mbarriers.wait"),
+    effect("mbarrier.init.shared[::cta].b64", "= a32 u32", "mbarriers.init"),
+    effect("mbarrier.inval.shared[::cta].b64", "= a32", "mbarriers.invalidate"),
+    effect("mbarrier.arrive.expect_tx.shared[::cta].b64", "T = a32 u32", "mbarriers.arrive"),
+    effect("mbarrier.try_wait.parity.shared[::cta].b64", "pred = a32 u32", "mbarriers.wait"),
+    # Without clusters, shared memory of the cluster is that of the program.
     effect(
-        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes",
+        "cp.async.bulk.tensor.2d.{shared::cta,shared::cluster}.global.mbarrier::complete_tx::bytes",
         "= a32 box a32",
         "mbarriers.copy",
     ),

@@ -224,8 +224,11 @@ class _Descriptor:
         given, box = self.argument, self.box
         if parameter.size != 128:
             raise ValueError(f"{parameter.name}: got a descriptor, wanted {parameter.size} bytes")
-        odd = box["fp4_padded"] or box.get("is_im2col") or given.round_f32_to_tf32
-        if odd or given.padding != "zero" or len(given.shape) != 2 or given.strides[1] != 1:
+        # Older Tritons have neither of these fields: they fill with zeros, and round nothing.
+        padding = getattr(given, "padding", "zero")
+        rounds = getattr(given, "round_f32_to_tf32", False)
+        odd = box["fp4_padded"] or box.get("is_im2col") or rounds
+        if odd or padding != "zero" or len(given.shape) != 2 or given.strides[1] != 1:
             raise NotImplementedError(f"{parameter.name}: the tensor descriptor {given} as {box}")
         rows, columns = (int(size) for size in given.shape)
         size = given.base.element_size()

@@ -5,8 +5,8 @@ and warps, may go different ways. The threads of one warp do so in one place of 
 kernels: the fp64 logarithm of the loss kernels has a side for special values. That is executed too,
 but only where nothing on the way to the block where they meet again (the immediate post-dominator)
 is executed by a warp as a whole: no shuffle, product, vote or barrier. There, what a lane does
-cannot depend on how the hardware orders the sides. Any other branch at which a warp parts is a fault, and so is every one that the program
-calls `.uni`.
+cannot depend on how the hardware orders the sides. Any other branch at which a warp parts is a
+fault, and so is every one that the program calls `.uni`.
 """
 
 from __future__ import annotations
