@@ -253,7 +253,9 @@ def harmless(subject: str, mutation: Mutation) -> str:
     text = right(subject)[1]
     before = "\n".join(text.splitlines()[: mutation.line])
     before = before.partition("$L__func_begin0")[2]
-    if mutation.kind == "barrier dropped" and not re.search(r"\b(st|ld\.shared|cp\.async)\b", before):
+    if mutation.kind == "barrier dropped" and not re.search(
+        r"\b(st|ld\.shared|cp\.async)\b", before
+    ):
         return "nothing has been written before it"
     guard = re.match(r"\s*@(!?)(%p\d+)", mutation.before)
     own = f"@{guard[1]}{guard[2]} " if guard else ""
