@@ -6,16 +6,18 @@ import os
 import re
 
 import pytest
-import test_conversions
-import test_float_instructions
-import test_integer_instructions
-import test_memory_instructions
-import test_warp_instructions
-from emulator import compiled
-from emulator.instructions import FORMS, LINES, spell
 
-from benchmarks.kernel_cases import CASES, DTYPES, TARGETS, Setting
-from benchmarks.kernel_gate import recording
+pytest.importorskip("triton")
+import test_conversions  # noqa: E402
+import test_float_instructions  # noqa: E402
+import test_integer_instructions  # noqa: E402
+import test_memory_instructions  # noqa: E402
+import test_warp_instructions  # noqa: E402
+from emulator import compiled  # noqa: E402
+from emulator.instructions import FORMS, LINES, spell  # noqa: E402
+
+from benchmarks.kernel_cases import CASES, DTYPES, TARGETS, Setting  # noqa: E402
+from benchmarks.kernel_gate import recording  # noqa: E402
 
 _ELEMENTWISE = (
     *test_integer_instructions.CASES,

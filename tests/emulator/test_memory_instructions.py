@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
-import torch
-from emulator import Fault, launch
-from small_kernels import THREADS, executed, kernel
+
+pytest.importorskip("triton")
+import torch  # noqa: E402
+from emulator import Fault, launch  # noqa: E402
+from small_kernels import THREADS, executed, kernel  # noqa: E402
 
 HINTS = ("", ".L1::evict_first", ".L1::evict_last", ".L1::no_allocate")
 VECTORS = {"": 1, ".v2": 2, ".v4": 4}

@@ -10,18 +10,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from loss_cases import random_batch
-from torch import Tensor
+import pytest
 
-from fused_prefopt.kernels.architectures import ARCHITECTURES
-from fused_prefopt.kernels.fold_logits import fold_logits, merge_partials
-from fused_prefopt.kernels.fold_rows import fold_rows
-from fused_prefopt.kernels.recompute_gradient import recompute_gradient
-from fused_prefopt.kernels.sequence_sums import sequence_sums
-from fused_prefopt.loss_kernel import launch_loss
-from fused_prefopt.losses import DynamicMargin, LogRatio, PairwiseLoss
-from fused_prefopt.types import LogpBatch
+# Whoever imports this is skipped where there is no Triton.
+pytest.importorskip("triton")
+import torch  # noqa: E402
+from loss_cases import random_batch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from fused_prefopt.kernels.architectures import ARCHITECTURES  # noqa: E402
+from fused_prefopt.kernels.fold_logits import fold_logits, merge_partials  # noqa: E402
+from fused_prefopt.kernels.fold_rows import fold_rows  # noqa: E402
+from fused_prefopt.kernels.recompute_gradient import recompute_gradient  # noqa: E402
+from fused_prefopt.kernels.sequence_sums import sequence_sums  # noqa: E402
+from fused_prefopt.loss_kernel import launch_loss  # noqa: E402
+from fused_prefopt.losses import DynamicMargin, LogRatio, PairwiseLoss  # noqa: E402
+from fused_prefopt.types import LogpBatch  # noqa: E402
 
 BF16 = torch.bfloat16
 LOWEST = torch.finfo(torch.float32).min
