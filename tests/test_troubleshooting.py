@@ -220,7 +220,6 @@ def no_statistics():
     trainer.train()
     Path("out/checkpoint-1/preference_loss.pt").unlink()
     again = trainer_of("gamma-simpo", pair_features(4))
-    found = []
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         again.train(resume_from_checkpoint="out/checkpoint-1")

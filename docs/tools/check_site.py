@@ -1,6 +1,6 @@
 """Fails where a page of the built site loads from another host or links to what is not there.
 
-    python docs/tools/check_site.py site
+python docs/tools/check_site.py site
 """
 
 from __future__ import annotations

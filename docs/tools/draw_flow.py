@@ -29,9 +29,19 @@ class Stage:
 
 STAGES = (
     Stage("Rows", "prompt, chosen, rejected (or a completion, or a list)", "#5c6bc0", "token ids"),
-    Stage("Collator", "data/: chosen rows first, then rejected", "#5c6bc0", "ids, completion mask (S, T)"),
+    Stage(
+        "Collator",
+        "data/: chosen rows first, then rejected",
+        "#5c6bc0",
+        "ids, completion mask (S, T)",
+    ),
     Stage("Backbone", "the model without its head", "#78909c", "hidden (S, T, D)"),
-    Stage("Op", "ops/: labelled rows × head; never logits (S, T, V)", "#00897b", "log-probs (S,), fp32"),
+    Stage(
+        "Op",
+        "ops/: labelled rows × head; never logits (S, T, V)",
+        "#00897b",
+        "log-probs (S,), fp32",
+    ),
     Stage("Loss", "losses/, beside the reference's log-probs (S,)", "#00897b", "loss, metrics"),
     Stage("Trainer", "TRL, transformers, …: backward, step, log", "#78909c"),
 )
@@ -62,13 +72,15 @@ def picture() -> str:
         line = f'x1="{middle}" y1="{top + HEIGHT}" x2="{middle}" y2="{end - 7}"'
         parts += [
             f'<line {line} stroke="#37474f" stroke-width="2"/>',
-            f'<path d="M{middle - 6} {end - 8} L{middle} {end} L{middle + 6} {end - 8} z" fill="#37474f"/>',
+            f'<path d="M{middle - 6} {end - 8} h12 L{middle} {end} z" fill="#37474f"/>',
             _text(middle + 14, end - 16, stage.gives, size=14, anchor="start"),
         ]
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _text(x: float, y: float, words: str, *, size: int, weight: int = 400, anchor: str = "middle") -> str:
+def _text(
+    x: float, y: float, words: str, *, size: int, weight: int = 400, anchor: str = "middle"
+) -> str:
     style = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="#263238"'
     return f'<text x="{x:g}" y="{y:g}" {style}>{escape(words)}</text>'
 

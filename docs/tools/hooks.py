@@ -19,11 +19,19 @@ DOCS = ROOT / "docs"
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 PICTURES = (".png", ".svg")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".txt": "text"}
+TITLED = re.compile(r"\[([\w-]+\.md)\](?=\(\1)")
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 # An object's entry: see docs/api.
 ENTRY = re.compile(r"(?m)^::: ([\w.]+)$")
 # Nothing within these becomes a link.
-KEPT = re.compile(r"(?s)<(a|h\d|pre)\b.*?</\1>|<code>(?:fp\.|losses\.|data\.)?(\w+)(?:\(\))?</code>")
+KEPT = re.compile(
+    r"(?s)<(a|h\d|pre)\b.*?</\1>|<code>(fp\.|losses\.|data\.)?(\w+)(?:\([^<]*\))?</code>"
+)
+# Beside names in capitals or of several words, which are no words of the text.
+PLAIN = {"attach"}
+# Numbers and words of a table that are read in one line.
+SHORT = re.compile(r"<td([^>]*)>([^<]{1,24})</td>")
+IMAGE = re.compile(r'<img alt="([^"]*)" src="([^"]*)" ?/?>')
 
 
 def entries() -> dict[str, tuple[str, str]]:
@@ -91,20 +99,33 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             place = of_outside(source) or match[1]
         return posixpath.relpath(place, posixpath.dirname(here) or ".") + anchor
 
+    def titled(match: re.Match[str]) -> str:
+        first = (base / match[1]).read_text(encoding="utf-8").splitlines()[0]
+        return f"[{first.removeprefix('# ')}]"
+
     # Code is no place for links.
     parts = re.split(r"(?ms)(^```.*?^```)", markdown)
-    return "".join(part if i % 2 else LINK.sub(moved, part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 else LINK.sub(moved, TITLED.sub(titled, part)) for i, part in enumerate(parts)
+    )
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Link names of the API in code spans to their entries."""
+    """Link names of the API to their entries and pictures to themselves; mark short cells."""
     known, here = entries(), page.file.dest_uri
 
     def linked(match: re.Match[str]) -> str:
-        found = known.get(match[2] or "")
-        if found is None:
+        _, module, name = match.groups()
+        is_name = name and (module or name in PLAIN or re.search(r"[A-Z]|\w_\w", name))
+        if not is_name or name not in known:
             return match[0]
-        place = posixpath.relpath(found[0], posixpath.dirname(here) or ".")
-        return f'<a href="{place}#{found[1]}">{match[0]}</a>'
+        place = posixpath.relpath(known[name][0], posixpath.dirname(here) or ".")
+        return f'<a href="{place}#{known[name][1]}">{match[0]}</a>'
 
-    return KEPT.sub(linked, html)
+    def framed(match: re.Match[str]) -> str:
+        words, source = match.groups()
+        kind = "" if source.endswith(".svg") else ' class="wide"'
+        return f'<a class="picture" href="{source}"><img alt="{words}" src="{source}"{kind}></a>'
+
+    html = SHORT.sub(r'<td class="short"\1>\2</td>', html)
+    return IMAGE.sub(framed, KEPT.sub(linked, html))
