@@ -10,13 +10,14 @@
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
 # make distributed  FSDP and DeepSpeed's ZeRO and Ulysses under trainers, on two CPU processes
 # make frameworks  trains a tiny model with Axolotl, LLaMA-Factory and ms-swift, and our loss
+# make docs    builds the documentation site, strictly, into site/ (1 minute the first time)
 # make report  tables and pictures from the committed results
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint emulate kernels bench compat distributed frameworks report clean
+.PHONY: train rlhf claims test lint emulate kernels bench compat distributed frameworks docs report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -65,6 +66,16 @@ frameworks:
 report: $(VENV)/installed
 	$(RUN) -m benchmarks report
 
+# The pages of docs/ and the API's as a site, in an environment of its own
+docs: .docs/installed
+	NO_MKDOCS_2_WARNING=1 .docs/bin/python -m mkdocs build --strict --quiet
+	.docs/bin/python docs/tools/check_site.py site
+
+.docs/installed: requirements-docs.txt
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
 # Every peer, labelled share, number of rows and dtype, and what the losses themselves take
 # (9 minutes)
 bench-grid: $(VENV)/installed
@@ -93,4 +104,4 @@ $(VENV)/installed: pyproject.toml requirements-dev.txt fused_prefopt/__init__.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat build dist runs *.egg-info
+	rm -rf $(VENV) .compat .docs site build dist runs *.egg-info

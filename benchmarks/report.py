@@ -120,7 +120,7 @@ def block(results: Mapping[str, Any], folder: str) -> str:
 
     Args:
         results: name → content of a results file.
-        folder: where the pictures are, as seen from the README.
+        folder: where the pictures are, as seen from the page.
     """
     parts = []
     for name in ("head-fp32", "head-bf16"):
@@ -163,6 +163,12 @@ before the timing, so that nothing is compiled or touched for the first time in 
 slower half of a point's steps gets three rounds. *Forward* is a forward that a backward may
 follow."""
 
+_HEAD = """\
+## A head on every path, CPU
+
+One forward and backward of a DPO step; *memory reused*: in a process that keeps freed memory. Peers
+that are faster in bf16 round the logits to bf16."""
+_OF_HEAD = ("time", "error", "sweep")
 _PREDICTED = """\
 ## What a GPU would take
 
@@ -208,6 +214,8 @@ def pictures(results: Path, page: Path) -> list[str]:
     grids, found = _grids(results), []
     if _predicted(results):
         found.append(_seen(results / REPLAY.name / "replay.png", page))
+    if _head(results):
+        found += [_seen(results / "cpu" / f"{name}.png", page) for name in _OF_HEAD]
     if "shares" in grids["cpu"]:
         found.append(_seen(results / "cpu" / "shares.png", page))
     for machine in MACHINES:
@@ -221,6 +229,9 @@ def page_text(results: Path, page: Path = BENCHMARKS) -> str:
     """The page that results on disk give."""
     grids, shown = _grids(results), pictures(results, page)
     parts = [_BENCHMARKS]
+    head = _head(results)
+    if head:
+        parts += [_HEAD, block(head, _seen(results / "cpu", page))]
     titles = {
         "peers": "Every peer",
         "shares": "Labelled shares, head training and frozen",
@@ -257,6 +268,12 @@ def page_text(results: Path, page: Path = BENCHMARKS) -> str:
     parts += context_sections(searched)
     parts += [_PREDICTED.format(path=path) for path in shown if path.endswith("replay.png")]
     return "\n\n".join(parts) + "\n"
+
+
+def _head(results: Path) -> Mapping[str, Any]:
+    """Content of the CPU's files that the README's block is made of; none where one is missing."""
+    found = load(results / "cpu")
+    return found if {"head-fp32", "head-bf16", "sweep"} <= found.keys() else {}
 
 
 def _predicted(results: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Code blocks of the README and of the loss page run as printed; files that pages name exist."""
+"""Python blocks of the README and of all pages run as printed; files that pages name exist."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The recipe of a loss is followed by `test_recipe.py`, in a copy of the tree.
 RECIPE = "@register("
 BLOCKS = [
-    pytest.param(code, id=f"{page}-{number}")
-    for page in ("README.md", "docs/losses.md")
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     for number, code in enumerate(
-        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+        re.findall(r"(?ms)^```python\n(.*?)^```", page.read_text(encoding="utf-8"))
     )
     if not code.startswith(RECIPE)
 ]
@@ -38,6 +38,12 @@ def around(folder: Path) -> dict:
         "chosen": [" sat on mat", " 1 2"] * 4,
         "rejected": [" on on the", " sat"] * 4,
     }
+    judged = {
+        "prompt": texts["prompt"],
+        "completion": texts["chosen"],
+        "label": [True, False] * 4,
+    }
+    hidden, head = model.model(ids).last_hidden_state, fp.LMHead.of(model)
     return {
         "fp": fp,
         "model": model,
@@ -46,15 +52,17 @@ def around(folder: Path) -> dict:
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
         "reference": torch.tensor([-9.0, -8.0, -9.5, -8.5]),
-        "hidden": model.model(ids).last_hidden_state,
+        "hidden": hidden,
         "ref_hidden": ref_model.model(ids).last_hidden_state,
-        "head": fp.LMHead.of(model),
+        "head": head,
+        "out": fp.sequence_logps(hidden, head, labels),
         "ref_head": fp.LMHead.of(ref_model),
         "groups": torch.tensor([0, 0, 1, 1]),
         "scores": torch.tensor([1.0, 0.5, 0.0, 2.0]),
         "rows": pair_features(6),
         "args": transformers.TrainingArguments(str(folder / "args"), report_to="none"),
         "dataset": datasets.Dataset.from_dict(texts),
+        "judged": datasets.Dataset.from_dict(judged),
         "tokenizer": tokenizer,
     }
 
@@ -69,7 +77,7 @@ def test_a_block_runs(code, tmp_path, monkeypatch):
     exec(compile(code, "README", "exec"), names)
     if "backward()" in code:
         assert names["model"].lm_head.weight.grad.abs().sum() > 0
-    if "trainer" in code:
+    if "trainer = " in code:
         trainer = names["trainer"]
         trainer.args.max_steps, trainer.args.save_strategy = 2, "no"
         before = names["model"].lm_head.weight.detach().clone()
@@ -108,4 +116,4 @@ def test_files_are_named():
 
 
 def test_all_blocks_are_met():
-    assert len(BLOCKS) >= 5
+    assert len(BLOCKS) >= 20
