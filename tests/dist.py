@@ -28,6 +28,8 @@ from typing import Any
 from compat import ROOT, TESTS, Environment, python_of
 from packaging.requirements import Requirement
 
+# Also of a checkout that belongs to another user, as a container's does.
+GIT = ("git", "-c", "safe.directory=*")
 PYTHONS = ("3.10", "3.13")
 # It renders the page of the package index as that does.
 TWINE = Environment("dist", f"{sys.version_info.major}.{sys.version_info.minor}", ())
@@ -93,18 +95,19 @@ class Archives:
     unpacked: Path
 
 
-def build(folder: Path) -> Archives:
+def build(folder: Path, files: list[str], seconds: int) -> Archives:
     """Build the archive of the sources, and out of it the wheel, always of the same bytes.
 
     Args:
         folder: an empty one, for both and what they are built from.
+        files: of the checkout, relative to its root.
+        seconds: the time that stands in both, since 1970.
     """
     source = folder / "source"
-    for name in known_files():
+    for name in files:
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target, follow_symlinks=False)
-    seconds = epoch()
     sources = _built("--sdist", source, folder, seconds)
     settle(sources, seconds)
     with tarfile.open(sources) as archive:
@@ -115,7 +118,7 @@ def build(folder: Path) -> Archives:
 
 def known_files() -> list[str]:
     """Files of the checkout that git tracks or would add, without hidden ones: none is packed."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [*GIT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     command += ["--", ".", ":(exclude).*"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = sorted(filter(None, set(listed.split("\0"))))
@@ -127,7 +130,7 @@ def epoch() -> int:
     """Seconds that stand in the archives for the time: `SOURCE_DATE_EPOCH`, or the commit's."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return int(given)
-    command = ["git", "log", "-1", "--format=%ct"]
+    command = [*GIT, "log", "-1", "--format=%ct"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return int(done.stdout)
 
@@ -320,7 +323,7 @@ def main() -> int:
         (folder / "built").mkdir()
         (folder / "elsewhere").mkdir()
         try:
-            archives = build(folder / "built")
+            archives = build(folder / "built", known_files(), epoch())
             found = faults_of(archives)
             found += faults_of_tag(chosen.tag, archives) if chosen.tag else []
             if found:

@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 import fused_prefopt as fp
 
 ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / ".git").exists():
+if not (ROOT / "kernels").is_dir():
     pytest.skip("a release is built from a checkout", allow_module_level=True)
 pytest.importorskip("build")
 tomllib = pytest.importorskip("tomllib")
@@ -33,12 +33,25 @@ pytestmark = pytest.mark.slow
 OF_FRAMEWORKS = tuple(f"fused_prefopt.integrations.{n}" for n in ("axolotl", "llamafactory", "ms_"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+# What stands in archives for the time: early on the last day of 2026.
+SECONDS = 1_798_675_200
 PAGE = "[a](docs/a.md#x) ![p](b/p.png) [w](https://x.org/) [here](#top)\n"
+
+
+def files_here() -> list[str]:
+    """Files of the checkout and the link to the kernels, as git lists them where there is one."""
+    link = ROOT / "fused_prefopt" / "kernels"
+    found = [path for path in ROOT.iterdir() if path.is_file()]
+    for top in ("benchmarks", "docs", "examples", "fused_prefopt", "kernels", "tests"):
+        found += (path for path in (ROOT / top).rglob("*") if link not in path.parents)
+    names = (path.relative_to(ROOT) for path in found if path.is_file() or path.is_symlink())
+    hidden = ("__pycache__", ".")
+    return [str(name) for name in names if not any(p.startswith(hidden) for p in name.parts)]
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> dist.Archives:
-    return dist.build(tmp_path_factory.mktemp("built"))
+    return dist.build(tmp_path_factory.mktemp("built"), files_here(), SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +68,18 @@ def test_the_archives_hold_all_that_they_should_and_no_more(archives):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fused_prefopt").rglob("*.py")}
     modules |= {f"fused_prefopt/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*.py")}
     assert held == modules | {"fused_prefopt/py.typed"}
+
+
+def test_git_lists_what_a_release_is_built_from():
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs git's list")
+    listed = set(dist.known_files())
+    assert listed >= {name for name in files_here() if name.startswith("fused_prefopt/")}
+    assert listed >= {"setup.py", "MANIFEST.in", "kernels/tiles.py", *dist.UNPACKED} - {
+        "fused_prefopt/kernels/tiles.py"
+    }
+    assert not [name for name in listed if name.startswith(".") or "__pycache__" in name]
+    assert dist.epoch() > 1_700_000_000
 
 
 @pytest.mark.parametrize(
@@ -89,7 +114,7 @@ def test_a_file_that_the_sources_lack_is_found(archives, tmp_path):
 
 
 def test_two_builds_are_the_same_to_the_byte(archives, tmp_path):
-    again = dist.build(tmp_path)
+    again = dist.build(tmp_path, files_here(), SECONDS)
     assert again.wheel.read_bytes() == archives.wheel.read_bytes()
     assert again.sources.read_bytes() == archives.sources.read_bytes()
 
