@@ -16,7 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench compat dist distributed frameworks report clean
+.PHONY: train rlhf claims test lint kernels bench compat distributed frameworks report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -47,6 +47,8 @@ bench: $(VENV)/installed
 # `make compat ARGS=gpu` runs one of its environments, which are below .compat
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
+
+.PHONY: dist
 
 # Into dist/; `make dist ARGS="--tag v0.2.0"` also checks what a release of that tag wants
 dist: $(VENV)/installed
