@@ -9,6 +9,8 @@
 # make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
 # make distributed  FSDP and DeepSpeed's ZeRO and Ulysses under trainers, on two CPU processes
+# make dist    builds the wheel and the sources' archive and checks each alone, on the oldest and the
+#              newest Python (4 minutes, and torch for each)
 # make frameworks  trains a tiny model with Axolotl, LLaMA-Factory and ms-swift, and our loss
 # make docs    builds the documentation site, strictly, into site/ (1 minute the first time)
 # make report  tables and pictures from the committed results
@@ -54,6 +56,12 @@ bench: $(VENV)/installed
 # `make compat ARGS=gpu` runs one of its environments, which are below .compat
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
+
+.PHONY: dist
+
+# Into dist/; `make dist ARGS="--tag v0.2.0"` also checks what a release of that tag wants
+dist: $(VENV)/installed
+	$(RUN) tests/dist.py $(ARGS)
 
 # Two processes with DeepSpeed, in an environment of their own (below .compat)
 distributed:
