@@ -48,7 +48,7 @@ class SequenceLogpsHead(nn.Module):
 
 
 class TokenPolicyHead(nn.Module):
-    """Log-probability and entropy of every labelled token: `token_policy`, the head the module's."""
+    """Log-probability and entropy of each labelled token: `token_policy`, the head the module's."""
 
     weight: Tensor
     bias: Tensor | None

@@ -6,15 +6,16 @@ import ast
 import base64
 import hashlib
 import importlib
+import inspect
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import hub_calls
 import pytest
 import torch
+from eager_heads import HEADS, assert_like_eager, eager_head
+from hub_calls import assert_same, metadata_of
 from torch import nn
 from torch._library.custom_ops import OPDEFS
 
@@ -30,26 +31,8 @@ ENGINES = [
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("kernel_hub") / NAME
-    assert main(["hub", str(output)]) == 0
-    return output
-
-
-@pytest.fixture(scope="module")
 def kernel(tree):
     return hub_calls.load(tree / "build" / "torch-cpu")
-
-
-def metadata_of(variant: Path) -> dict:
-    return json.loads((variant / "metadata.json").read_text(encoding="utf-8"))
-
-
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,12 +90,7 @@ def test_another_source_is_another_namespace(tree, monkeypatch):
 def test_the_card_names_all_that_is_exported(tree):
     card = (tree / "README.md").read_text(encoding="utf-8")
     assert card == (tree / "build" / "CARD.md").read_text(encoding="utf-8")
-    heads = [
-        name
-        for name, value in vars(hub.layers).items()
-        if name.endswith("Head") and value.__module__ == hub.layers.__name__
-    ]
-    assert len(heads) == 3
+    heads = [kind.__name__ for kind in HEADS]
     wanted = [*set(hub.__all__) - {"layers"}, *heads]
     assert not [name for name in wanted if f"`{name}`" not in card]
 
@@ -126,13 +104,16 @@ def test_the_loaded_package_exports_what_ours_does(kernel):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("call", hub_calls.CALLS)
 def test_beside_ours_it_gives_the_same_bits(kernel, call, engine):
-    before = set(OPDEFS)
     found = hub_calls.results(kernel, call, engine)
     assert_same(found, hub_calls.results(fused_prefopt, call, engine))
-    # Neither has taken the other's place: each registered its own.
-    assert set(OPDEFS) == before
-    ops = {name.partition("::")[2] for name in before if name.startswith("fused_prefopt::head")}
-    assert ops and {f"{kernel.__name__}::{op}" for op in ops} < before
+
+
+def test_neither_registers_its_ops_in_the_others_place(kernel):
+    for part, op in (("autograd", "head_logps"), ("kl", "head_kl")):
+        for front in (kernel.__name__, fused_prefopt.__name__):
+            module = sys.modules[f"{front}.ops.{part}"]
+            for name in (op, f"{op}_backward"):
+                assert OPDEFS[f"{front}::{name}"] is getattr(module, name)
 
 
 @pytest.mark.slow
@@ -191,66 +172,11 @@ def test_it_reads_a_models_head(kernel):
     assert head.weight is model.lm_head.weight
 
 
-class EagerHead(nn.Linear):
-    """The three layers' values by torch's own log-softmax: what a kernel would stand in for."""
-
-    def forward(self, hidden, labels):
-        logits = nn.functional.linear(hidden, self.weight, self.bias)[:, :-1]
-        targets = labels[:, 1:]
-        logps = logits.log_softmax(-1)
-        found = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        entropies = -(logps.exp() * logps).sum(-1)
-        shown = [
-            nn.functional.pad(value * (targets != -100), (1, 0)) for value in (found, entropies)
-        ]
-        return self.pick(*shown)
-
-    def pick(self, logps, entropies):
-        raise NotImplementedError
-
-
-class TokenLogpsHead(EagerHead):
-    def pick(self, logps, entropies):
-        return logps
-
-
-class SequenceLogpsHead(EagerHead):
-    def pick(self, logps, entropies):
-        return logps.sum(1)
-
-
-class TokenPolicyHead(EagerHead):
-    def pick(self, logps, entropies):
-        return logps, entropies
-
-
-HEADS = [TokenLogpsHead, SequenceLogpsHead, TokenPolicyHead]
-
-
-def eager_head(kind: type[EagerHead], bias: bool) -> EagerHead:
-    given, head = hub_calls.inputs(), kind(hub_calls.D, hub_calls.V, bias=bias)
-    with torch.no_grad():
-        head.weight.copy_(given["weight"])
-        if bias:
-            head.bias.copy_(given["bias"])
-    return head
-
-
-def assert_like_eager(found, wanted):
-    for ours, truth in zip(
-        *((v if isinstance(v, tuple) else (v,)) for v in (found, wanted)), strict=True
-    ):
-        torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_layer_lends_its_forward_to_a_head(kernel, kind, bias):
-    layer, head, given = (
-        getattr(kernel.layers, kind.__name__),
-        eager_head(kind, bias),
-        hub_calls.inputs(),
-    )
+    layer, given = getattr(kernel.layers, kind.__name__), hub_calls.inputs()
+    head = eager_head(kind, bias)
     found = layer.forward(head, given["hidden"], given["labels"])
     assert_like_eager(found, head(given["hidden"], given["labels"]))
     # What the hub's library demands of a layer: nothing of its own but forward and two flags.
@@ -259,56 +185,15 @@ def test_a_layer_lends_its_forward_to_a_head(kernel, kind, bias):
     assert own <= {"can_torch_compile", "has_backward"}
 
 
+def test_the_layers_are_those_that_are_tried(kernel):
+    kinds = [value for value in vars(kernel.layers).values() if inspect.isclass(value)]
+    own = {kind.__name__ for kind in kinds if kind.__module__ == kernel.layers.__name__}
+    assert own == {kind.__name__ for kind in HEADS}
+
+
 @pytest.mark.parametrize("there", ("build", "README.md"))
 def test_a_folder_that_has_a_repository_is_left_alone(tmp_path, capsys, there):
     (tmp_path / there).mkdir()
     assert main(["hub", str(tmp_path)]) == 2
     assert f"got a folder with {tmp_path / there}, wanted one without" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [there]
-
-
-# The hub's own library; `kernels/` at the root of this repository is a folder without a front, for
-# which a search from there must not be fooled.
-library = pytest.mark.skipif(
-    (find_spec("kernels") or object) is object or find_spec("kernels").origin is None,
-    reason="the package `kernels` is not installed",
-)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return importlib.import_module("kernels")
-
-
-@library
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_hubs_library_loads_the_same_bits(kernels, tree, engine):
-    loaded = kernels.get_local_kernel(tree, backend="cpu")
-    assert loaded.__name__ == metadata_of(tree / "build" / "torch-cpu")["id"]
-    for call in hub_calls.CALLS:
-        found = hub_calls.results(loaded, call, engine)
-        assert_same(found, hub_calls.results(fused_prefopt, call, engine))
-
-
-@library
-def test_the_hubs_library_finds_the_files_as_the_digest_says(kernels, tree):
-    rust = importlib.import_module("kernels._rust")
-    for variant in (tree / "build").glob("torch-*"):
-        metadata = rust.Metadata.read_from_file(variant / "metadata.json")
-        found = rust.Digest.hash_variant(metadata.digest.algorithm, variant)
-        metadata.digest.validate(found)
-
-
-@library
-@pytest.mark.parametrize("kind", HEADS)
-def test_the_hubs_library_lends_a_layer_to_a_model(kernels, tree, kind):
-    named = kernels.use_kernel_forward_from_hub(kind.__name__)(type(kind.__name__, (kind,), {}))
-    head, given = eager_head(named, True), hub_calls.inputs()
-    wanted = head(given["hidden"], given["labels"])
-    repo = kernels.LocalLayerRepository(repo_path=tree, layer_name=kind.__name__)
-    mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
-    with kernels.use_kernel_mapping({kind.__name__: {"cpu": repo}}, inherit_mapping=False):
-        kernels.kernelize(head, mode=mode, device="cpu", use_fallback=False)
-    assert head.forward.__func__.__module__.startswith("_fused_prefopt_head_cpu_")
-    assert_like_eager(head(given["hidden"], given["labels"]), wanted)

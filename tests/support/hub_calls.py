@@ -1,7 +1,7 @@
 """Calls of what the kernel hub's package exports, on our package or on one that was loaded.
 
-Imports torch alone; as a program, `python hub_calls.py VARIANT ENGINE FILE` loads a build variant
-where `fused_prefopt` cannot be imported, and saves what the calls gave.
+Imports torch alone; as a program, `python hub_calls.py VARIANT ENGINE FILE THREADS` loads a build
+variant where `fused_prefopt` cannot be imported, and saves what the calls gave.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +20,14 @@ from torch import Tensor
 S, T, D, V = 4, 11, 16, 67
 
 
+def metadata_of(variant: Path) -> dict[str, Any]:
+    """The metadata of a build variant."""
+    return json.loads((variant / "metadata.json").read_text(encoding="utf-8"))
+
+
 def load(variant: Path) -> ModuleType:
     """The package of a build variant, under its metadata's id, as the hub's loader does it."""
-    name = json.loads((variant / "metadata.json").read_text(encoding="utf-8"))["id"]
+    name = metadata_of(variant)["id"]
     spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
     assert spec and spec.loader
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -107,6 +112,14 @@ def results(of: Any, call: str, engine: str) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """The same tensors, to the bit."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
 class _Refused:
     """A finder in front of all others that knows of no `fused_prefopt`."""
 
@@ -115,13 +128,9 @@ class _Refused:
             raise ImportError(f"{name} is refused")
 
 
-def _loaded_without_the_package() -> Iterator[str]:
-    return (name for name in sys.modules if name.partition(".")[0] == "fused_prefopt")
-
-
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Refused())
     torch.set_num_threads(int(sys.argv[4]))
     kernel = load(Path(sys.argv[1]))
     torch.save({call: results(kernel, call, sys.argv[2]) for call in CALLS}, sys.argv[3])
-    assert not list(_loaded_without_the_package())
+    assert not [name for name in sys.modules if name.partition(".")[0] == "fused_prefopt"]
