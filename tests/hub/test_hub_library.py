@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import hub_calls
 import pytest
+import torch
 from eager_heads import HEADS, assert_like_eager, eager_head
 from hub_calls import assert_same, metadata_of
 
@@ -74,3 +76,18 @@ def test_the_hubs_library_lends_a_layer_to_a_model(kernels, tree, kind):
         kernels.kernelize(head, mode=mode, device="cpu", use_fallback=False)
     assert head.forward.__func__.__module__.startswith("_fused_prefopt_head_cpu_")
     assert_like_eager(head(given["hidden"], given["labels"]), wanted)
+
+
+def test_the_cards_example_runs(kernels, tree, monkeypatch):
+    def get_kernel(repository, *, version, trust_remote_code):
+        assert repository.endswith(f"/{tree.name}") and trust_remote_code
+        assert version == metadata_of(tree / "build" / "torch-cpu")["version"]
+        return kernels.get_local_kernel(tree, backend="cpu")
+
+    monkeypatch.setattr(kernels, "get_kernel", get_kernel)
+    card = (tree / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names = hub_calls.inputs()
+    given = names["hidden"], names["weight"], names["labels"]
+    exec(example, names)
+    assert torch.equal(names["out"].sums, fused_prefopt.sequence_logps(*given).sums)
