@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "statistics": {"checks", "distributed"},
     "losses": {"checks", "distributed", "statistics", "types"},
     "ops": {"checks", "devices", "distributed", "kernels", "types"},
+    "hub": {"ops", "types"},
     "loss_kernel": {"devices", "kernels", "losses", "statistics", "types"},
     "measured_fields": {"losses", "ops", "types"},
     "preference": {
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "data",
         "devices",
         "evaluation",
+        "hub",
         "integrations",
         "losses",
         "models",
