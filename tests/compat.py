@@ -32,6 +32,7 @@ MARKERS = {INTERPRETED: "interpreted", EXECUTED: "executed"}
 KERNELS = ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py")
 TRL = "TRL's trainers"
 ENGINES = "FSDP and DeepSpeed"
+HUB = "the kernel hub's library"
 # Part → its files.
 PARTS = {
     "op": (
@@ -56,6 +57,7 @@ PARTS = {
     "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
     "ms-swift": ("frameworks/test_ms_swift.py", "frameworks/test_swift_options.py"),
     ENGINES: ("frameworks/test_deepspeed.py", "integrations/test_sharded_trainers.py"),
+    HUB: ("hub/test_hub_*.py",),
 }
 # What needs no framework but transformers.
 CORE = ("op", INTERPRETED, "losses", "transformers' trainers")
@@ -73,6 +75,7 @@ PACKAGES = (
     "llamafactory",
     "ms-swift",
     "deepspeed",
+    "kernels",
 )
 HEAD = f"""# Compatibility
 
@@ -226,6 +229,7 @@ ENVIRONMENTS = (
     Environment("llamafactory", "3.11", ("LLaMA-Factory",)),
     Environment("ms-swift", "3.11", ("ms-swift",)),
     Environment("distributed", "3.11", (ENGINES,)),
+    Environment("kernel-hub", "3.11", (HUB,)),
 )
 
 
