@@ -1,8 +1,8 @@
 """Measures, compiles and reports.
 
 `python -m benchmarks cpu` measures the README's candidates, `grid` every peer, labelled share,
-number of rows and dtype, `methods` what the losses take of a step, `trainer` whole trainer steps, `memory` what these hold over the context,
-`frameworks` trainings by other frameworks' commands,
+number of rows and dtype, `methods` what the losses take of a step, `trainer` whole trainer steps,
+`memory` what these hold over the context, `frameworks` trainings by other frameworks' commands,
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
 `gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
 `python -m benchmarks replay [--check]` predicts steps with a large head on GPUs, without one, and

@@ -1,9 +1,9 @@
 """Trainers that take a step, and their setups: a model of Qwen2.5-0.5B's shape and random pairs.
 
 TRL computes DPO's log-probs in tiles by itself and offers no other way (on a CPU over all rows, on
-a GPU over the labelled ones); `use_liger_kernel` no longer changes its head. So Liger's is its fused
-DPO loss in transformers' trainer, which is how it is offered; it takes no log-probs of a reference
-that are known, and is measured on setups whose reference is zero.
+a GPU over the labelled ones); `use_liger_kernel` no longer changes its head. So Liger's is its
+fused DPO loss in transformers' trainer, which is how it is offered; it takes no log-probs of a
+reference that are known, and is measured on setups whose reference is zero.
 """
 
 from __future__ import annotations
