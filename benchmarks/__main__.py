@@ -2,7 +2,7 @@
 
 `python -m benchmarks cpu` measures the README's candidates, `grid` every peer, labelled share,
 number of rows and dtype, `methods` what the losses take of a step, `trainer` whole trainer steps,
-`frameworks` trainings by other frameworks' commands,
+`memory` what these hold over the context, `frameworks` trainings by other frameworks' commands,
 `kl` what the exact KL divergence takes, `masses` what a bounded-mass backward saves and costs, and
 `gpu` all that a GPU tells before a deadline; `profile` shows the kernels of single steps.
 `python -m benchmarks replay [--check]` predicts steps with a large head on GPUs, without one, and
@@ -36,7 +36,7 @@ from benchmarks.report import README, Places, check_all, write_all
 from benchmarks.results import KERNELS, RESULTS, Results, load
 from benchmarks.scaling import GPUS, KINDS, SCALING, Heads, load_scaling, run_scaling
 from benchmarks.scaling_page import layouts_table
-from benchmarks.trainer_steps import run_trainer
+from benchmarks.trainer_steps import run_memory, run_trainer
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -81,6 +81,8 @@ def _add_measuring(add: Add) -> None:
     add("methods", text, lambda o: cpu_runs.run_methods(o.results, _say), on_cpu)
     text = f"whole trainer steps, plain, ours and TRL's, {ten}"
     add("trainer", text, lambda o: run_trainer(o.results, _say), on_cpu)
+    text = "the memory of a trainer's step over its context, in a quarter of an hour"
+    add("memory", text, lambda o: run_memory(o.results, _say), on_cpu)
     text = "trainings by other frameworks' own commands, in five minutes"
     add("frameworks", text, lambda o: run_frameworks(o.results, _say), on_cpu)
     text = "the exact KL from a reference model, in two minutes"

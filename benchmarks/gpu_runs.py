@@ -39,7 +39,7 @@ from benchmarks.results import NO_TIME, Results, Row, Sink, failure
 from benchmarks.shapes import HEADS, Shape
 from benchmarks.trainer_steps import measure_beside_eager
 from benchmarks.trainer_steps import row_of as trainer_row
-from benchmarks.trainers import EAGER, ON_GPU, TRAINERS
+from benchmarks.trainers import EAGER, EVERYWHERE, ON_GPU
 
 # How often it is looked whether a silent process is still there: those that it has started may
 # hold its end of the pipe open.
@@ -297,7 +297,7 @@ def measure_alone(point: GridPoint, device: str, sink: Sink) -> None:
 
 def trainer_units() -> list[Unit]:
     """A unit for each trainer and setup; the eager one, beside which all are timed, comes last."""
-    names = sorted(TRAINERS, key=lambda name: name == EAGER)
+    names = sorted(EVERYWHERE, key=lambda name: name == EAGER)
     return [
         Unit(
             "trainer",

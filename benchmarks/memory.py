@@ -14,7 +14,7 @@ import gc
 import multiprocessing
 import resource
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,19 +62,25 @@ _PRELOADED = (
 Answer = TypeVar("Answer")
 
 
-def in_child(function: Callable[..., Answer], *arguments: Any, limit: int | None = None) -> Answer:
+def in_child(
+    function: Callable[..., Answer],
+    *arguments: Any,
+    limit: int | None = None,
+    libraries: Sequence[str] = (),
+) -> Answer:
     """The result of a function in a process of its own, with as many threads as this one has.
 
     Args:
         function: of a module, so that the process finds it.
         *arguments: its arguments, copied to the process.
         limit: bytes of data that the process may have; more fails there as an allocation.
+        libraries: what it needs beside the peers, which the first call alone loads for all.
 
     Raises:
         ChildProcessError: the process ended before it answered.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    context.set_forkserver_preload([*_PRELOADED, *libraries])
     receiver, sender = context.Pipe(duplex=False)
     threads = torch.get_num_threads()
     child = context.Process(target=_answer, args=(sender, function, arguments, threads, limit))

@@ -18,7 +18,7 @@ from benchmarks.mass_study import DROPS  # noqa: E402
 from benchmarks.results import Row  # noqa: E402
 from benchmarks.scaling import GPUS  # noqa: E402
 from benchmarks.shapes import HEADS  # noqa: E402
-from benchmarks.trainers import TRAINERS  # noqa: E402
+from benchmarks.trainers import EVERYWHERE  # noqa: E402
 from fused_prefopt.cli.pictures import legends_below
 from fused_prefopt.ops.dropped_mass import PART  # noqa: E402
 
@@ -292,7 +292,7 @@ def draw_trainer(rows: Sequence[Row], path: Path) -> None:
     """Bars of the time and of the peak memory, a colour for what trains."""
     panels = {"ms": ("s a step", 1e3), "extra_bytes": ("GiB of a step's peak", 2**30)}
     colours = {"all": OURS, "adapter": _OTHER}
-    names = list(TRAINERS)
+    names = list(EVERYWHERE)
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(9.5, 3.2), sharey=True)
         for panel, (field, (title, unit)) in zip(axes, panels.items(), strict=True):

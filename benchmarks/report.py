@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import counts
+from benchmarks import context_memory, counts
+from benchmarks.context_memory import PICTURE, ContextMemory, context_block, context_section
 from benchmarks.device import MACHINES
 from benchmarks.kernel_page import REPLAY, check_page, write_page
 from benchmarks.mass_page import NAME, check_mass_page, load_masses, write_mass_page
@@ -89,7 +90,7 @@ def write_report(readme: Path = README, folder: Path = RESULTS / "cpu") -> None:
     from benchmarks.pictures import draw_all
 
     results = load(folder)
-    text = filled(readme.read_text(encoding="utf-8"), results, _relative(folder, readme))
+    text = _filled_all(readme, folder)
     draw_all(results, folder)
     readme.write_text(text, encoding="utf-8")
 
@@ -97,22 +98,34 @@ def write_report(readme: Path = README, folder: Path = RESULTS / "cpu") -> None:
 def check_report(readme: Path = README, folder: Path = RESULTS / "cpu") -> bool:
     """Whether the README shows exactly what the results say, and its pictures exist."""
     text = readme.read_text(encoding="utf-8")
-    wanted = filled(text, load(folder), _relative(folder, readme))
     pictures = ("time.png", "error.png", "sweep.png")
-    return text == wanted and all((folder / name).exists() for name in pictures)
+    return text == _filled_all(readme, folder) and all((folder / p).exists() for p in pictures)
 
 
-def filled(text: str, results: Mapping[str, Any], folder: str) -> str:
-    """`text` with the block between the markers replaced.
+def _filled_all(readme: Path, folder: Path) -> str:
+    """README's text with every block that it has.
+
+    Raises:
+        ValueError: it has none.
+    """
+    text, seen = readme.read_text(encoding="utf-8"), _relative(folder, readme)
+    shown = _context_memory(folder.parent)
+    if shown and context_memory.START in text:
+        return filled(text, context_block(shown, seen), context_memory.START, context_memory.END)
+    return filled(text, block(load(folder), seen), START, END)
+
+
+def filled(text: str, content: str, start: str, end: str) -> str:
+    """`text` with what is between the markers replaced.
 
     Raises:
         ValueError: the markers are missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"README: wanted the markers {START} and {END}")
-    return f"{before}{START}\n{block(results, folder)}\n{END}{after}"
+    before, first, rest = text.partition(start)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"README: wanted the markers {start} and {end}")
+    return f"{before}{start}\n{content}\n{end}{after}"
 
 
 def block(results: Mapping[str, Any], folder: str) -> str:
@@ -192,6 +205,9 @@ def write_benchmarks(page: Path = BENCHMARKS, results: Path = RESULTS) -> None:
         draw_shares(grids["cpu"]["shares"]["rows"], results / "cpu" / "shares.png")
     for folder, content in _files(results, "trainer").items():
         draw_trainer(content["rows"], results / folder / _TRAINER)
+    shown = _context_memory(results)
+    if shown:
+        context_memory.draw_context(shown, results / "cpu" / PICTURE)
     for machine in MACHINES:
         llama = [row for row in _rows(grids[machine.folder]) if _on_rows(row)]
         if llama:
@@ -222,6 +238,8 @@ def pictures(results: Path, page: Path) -> list[str]:
         if any(_on_rows(row) for row in _rows(grids[machine.folder])):
             found.append(_seen(results / machine.folder / "rows.png", page))
     found += [_seen(results / folder / _TRAINER, page) for folder in _files(results, "trainer")]
+    if _context_memory(results):
+        found.append(_seen(results / "cpu" / PICTURE, page))
     return found
 
 
@@ -257,6 +275,8 @@ def page_text(results: Path, page: Path = BENCHMARKS) -> str:
     for folder, content in _files(results, "trainer").items():
         parts += trainer_section(content, names[folder])
         parts.append(f"![A whole trainer step]({_seen(results / folder / 'trainer.png', page)})")
+    shown_memory = _context_memory(results)
+    parts += context_section(shown_memory, _seen(results / "cpu", page)) if shown_memory else []
     inside = _files(results, "frameworks").get("cpu")
     parts += framework_section(inside) if inside else []
     divergence = _files(results, "kl").get("cpu")
@@ -268,6 +288,13 @@ def page_text(results: Path, page: Path = BENCHMARKS) -> str:
     parts += context_sections(searched)
     parts += [_PREDICTED.format(path=path) for path in shown if path.endswith("replay.png")]
     return "\n\n".join(parts) + "\n"
+
+
+def _context_memory(results: Path) -> ContextMemory | None:
+    """What was measured and predicted over the context, where both were."""
+    measured = _files(results, "memory").get("cpu")
+    recorded = load_scaling(results / SCALING.name).get("heads")
+    return ContextMemory.of(measured, recorded["rows"]) if measured and recorded else None
 
 
 def _head(results: Path) -> Mapping[str, Any]:

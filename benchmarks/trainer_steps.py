@@ -18,11 +18,26 @@ from benchmarks.measuring import Loop, Pass, Step, Timing, quartiles, verdict
 from benchmarks.memory import allocated_peak, in_child, resident_peak, return_freed_memory
 from benchmarks.results import NO_TIME, RESULTS, Results, Row, Sink, failure
 from benchmarks.shapes import DTYPES
-from benchmarks.trainers import EAGER, ON_CPU, TRAINERS, Setup, Stepper, Taken
+from benchmarks.trainers import (
+    COMPILED,
+    EAGER,
+    EVERYWHERE,
+    IN_CONTEXT,
+    ON_CPU,
+    OVER_CONTEXT,
+    Setup,
+    Stepper,
+    Taken,
+)
 
 # Of `python -m benchmarks trainer`, whose last step may take a minute.
 DEADLINE = 520.0
 LIMIT = 18 * 2**30
+# What trainers import where they are built.
+_LIBRARIES = (
+    *("benchmarks.trainer_steps", "transformers.trainer", "trl.trainer.dpo_trainer"),
+    *("fused_prefopt.integrations.transformers", "fused_prefopt.integrations.trl"),
+)
 _UNKNOWN = (
     *("loss", "gradient_norm", "distance", "ms", "ms_quartiles", "of_eager"),
     *("of_eager_quartiles", "extra_bytes", "gradient_bytes"),
@@ -59,7 +74,7 @@ def step_memory(name: str, setup: Setup, device: str = "cpu") -> StepMemory:
 
     limit = min(LIMIT, int(0.8 * psutil.virtual_memory().available))
     try:
-        return in_child(_guarded, _resident, name, setup, limit=limit)
+        return in_child(_guarded, _resident, name, setup, limit=limit, libraries=_LIBRARIES)
     except ChildProcessError as error:
         return StepMemory(None, None, None, f"failed: {error}")
 
@@ -75,7 +90,11 @@ def _guarded(measure: Measure, name: str, setup: Setup) -> StepMemory:
 def _resident(name: str, setup: Setup, folder: Path) -> StepMemory:
     return_freed_memory()
     stepper = Stepper(name, setup, folder)
-    stepper.warm_up()
+    # Code is compiled for a shape.
+    if name in COMPILED:
+        stepper.step()
+    else:
+        stepper.warm_up()
     return _remembered(stepper, resident_peak)
 
 
@@ -120,7 +139,7 @@ class TrainerPoint:
         return self.setup.memory
 
     def rows(self) -> dict[str, Row]:
-        return {name: row_of(name, self.setup) for name in self.names or TRAINERS}
+        return {name: row_of(name, self.setup) for name in self.names or EVERYWHERE}
 
     def open(self, device: str, rows: Mapping[str, Row]) -> _TrainerSession:
         return _TrainerSession(self, device, rows)
@@ -242,6 +261,12 @@ def run_trainer(folder: Path = RESULTS / "cpu", say: Callable[[str], None] = pri
     results = Results(folder / "trainer.json", "trainer")
     loop = Loop(results, seconds=DEADLINE, passes=(Pass(75.0),), say=say)
     loop.measure([TrainerPoint(setup) for setup in ON_CPU])
+
+
+def run_memory(folder: Path = RESULTS / "cpu", say: Callable[[str], None] = print) -> None:
+    """Measure the memory of steps over the context on this CPU, in a quarter of an hour."""
+    loop = Loop(Results(folder / "memory.json", "trainer"), say=say)
+    loop.measure([TrainerPoint(setup, IN_CONTEXT) for setup in OVER_CONTEXT])
 
 
 def _off(value: float | None, wanted: float) -> float:

@@ -1,7 +1,9 @@
 """Trainers that take a step, and their setups: a model of Qwen2.5-0.5B's shape and random pairs.
 
 TRL computes DPO's log-probs in tiles by itself and offers no other way (on a CPU over all rows, on
-a GPU over the labelled ones); `use_liger_kernel` no longer changes its head.
+a GPU over the labelled ones); `use_liger_kernel` no longer changes its head. So Liger's is its
+fused DPO loss in transformers' trainer, which is how it is offered; it takes no log-probs of a
+reference that are known, and is measured on setups whose reference is zero.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ class Setup:
         memory: whether the peak memory is measured.
         hidden_size: D.
         vocab: V.
+        checkpointed: whether a layer keeps its input alone and runs again in the backward.
+        reference: known log-probs of each chosen and each rejected answer, a little apart, so that
+            the loss tells a wrong sign or scale from a right one.
     """
 
     trains: str
@@ -49,6 +54,8 @@ class Setup:
     memory: bool = False
     hidden_size: int = 896
     vocab: int = 151_936
+    checkpointed: bool = False
+    reference: tuple[float, float] = (-3.0, 2.0)
 
     @property
     def name(self) -> str:
@@ -77,6 +84,19 @@ TIME = _both(2, 1, 512, "fp32", rounds=5)
 ON_GPU = _both(24, 4, 2048, "bf16", rounds=7, memory=True)
 # The most telling first.
 ON_CPU = (TIME[0], MEMORY[0], TIME[1], MEMORY[1])
+# The memory of a small model's step over its context, layers checkpointed as those of long contexts
+# are: SmolLM2-135M's width and vocabulary.
+OVER_CONTEXT = tuple(
+    Setup(
+        *("all", 4, 1, 2**power, "bf16"),
+        memory=True,
+        hidden_size=576,
+        vocab=49_152,
+        checkpointed=True,
+        reference=(0.0, 0.0),
+    )
+    for power in range(9, 14)
+)
 
 
 def make_model(setup: Setup, device: str = "cpu") -> Any:
@@ -135,9 +155,8 @@ def make_features(setup: Setup, length: int | None = None) -> list[dict[str, Any
             "prompt_ids": ids(prompt),
             "chosen_ids": ids(length - prompt),
             "rejected_ids": ids(length - prompt),
-            # A little apart, so that the loss tells a wrong sign or scale from a right one.
-            "ref_chosen_logps": -3.0,
-            "ref_rejected_logps": 2.0,
+            "ref_chosen_logps": setup.reference[0],
+            "ref_rejected_logps": setup.reference[1],
         }
         for _ in range(setup.pairs)
     ]
@@ -172,6 +191,7 @@ def arguments(folder: Path, setup: Setup, device: str) -> dict[str, Any]:
 
 
 Builder = Callable[[Setup, Path, str], Any]
+LossOf = Callable[[Any, dict[str, Tensor]], Tensor]
 _PART = 2**22
 
 
@@ -230,6 +250,8 @@ def _gradient_norm(model: Any) -> float:
 
 def _model(setup: Setup, device: str) -> Any:
     model = make_model(setup, device)
+    if setup.checkpointed:
+        model.gradient_checkpointing_enable()
     if setup.trains == "all":
         return model
     from peft import get_peft_model
@@ -237,18 +259,18 @@ def _model(setup: Setup, device: str) -> Any:
     return get_peft_model(model, lora_config(), autocast_adapter_dtype=False)
 
 
-def _eager(setup: Setup, folder: Path, device: str) -> Any:
-    """transformers' trainer and the loss that a tutorial writes: through the model's logits."""
+def _plain(loss_of: LossOf, setup: Setup, folder: Path, device: str) -> Any:
+    """transformers' trainer with a loss of the model and the batch."""
     from transformers import Trainer, TrainingArguments
 
     from fused_prefopt.data import PairCollator
 
-    class EagerTrainer(Trainer):
+    class PlainTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-            return _eager_loss(model, inputs)
+            return loss_of(model, inputs)
 
     options = {**arguments(folder, setup, device), "remove_unused_columns": False}
-    return EagerTrainer(
+    return PlainTrainer(
         _model(setup, device),
         args=TrainingArguments(**options),
         data_collator=PairCollator(pad_token_id=0),
@@ -256,6 +278,7 @@ def _eager(setup: Setup, folder: Path, device: str) -> Any:
 
 
 def _eager_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """What a tutorial writes: through the model's logits."""
     ids = batch["input_ids"]
     labels = ids.masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)[:, 1:]
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
@@ -264,6 +287,20 @@ def _eager_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     sums = (picked * (labels != IGNORE_INDEX)).sum(-1)
     chosen, rejected = (sums - _reference(batch)).chunk(2)
     return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def _liger_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Liger's fused loss on the backbone's hidden states, of a model without an adapter."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    if _reference(batch).any():
+        raise ValueError("reference: got known log-probs, which Liger's DPO cannot take; wanted 0")
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)[:, 1:]
+    hidden = model.model(input_ids=ids, attention_mask=batch["attention_mask"]).last_hidden_state
+    loss_of = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+    loss: Tensor = loss_of(model.lm_head.weight, hidden[:, :-1], labels)[0]
+    return loss
 
 
 def _reference(batch: dict[str, Tensor]) -> Tensor:
@@ -319,11 +356,18 @@ def _trl(ours: bool, setup: Setup, folder: Path, device: str) -> Any:
     )
 
 
-EAGER = "Trainer, eager DPO"
+EAGER, LIGER = "Trainer, eager DPO", "Trainer, Liger's DPO"
+OURS, TRL = "ours: FusedDPOTrainer", "TRL DPOTrainer"
 # The eager one first: the others are compared with its step.
 TRAINERS: dict[str, Builder] = {
-    EAGER: _eager,
+    EAGER: partial(_plain, _eager_loss),
     "ours: PreferenceTrainer": _preference,
-    "ours: FusedDPOTrainer": partial(_trl, True),
-    "TRL DPOTrainer": partial(_trl, False),
+    OURS: partial(_trl, True),
+    TRL: partial(_trl, False),
+    LIGER: partial(_plain, _liger_loss),
 }
+# Liger's are measured over the context alone, where a reference is zero.
+EVERYWHERE = tuple(name for name in TRAINERS if name != LIGER)
+IN_CONTEXT = (EAGER, OURS, TRL, LIGER)
+# Their first step of a shape compiles code.
+COMPILED = (LIGER,)

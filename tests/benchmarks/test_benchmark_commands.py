@@ -31,7 +31,7 @@ from benchmarks.report import END, START, filled, page_text, pictures  # noqa: E
 from benchmarks.results import KERNELS, NO_TIME, Results, Row, load  # noqa: E402
 from benchmarks.shapes import TINY, Shape  # noqa: E402
 from benchmarks.tables import head_table  # noqa: E402
-from benchmarks.trainers import EAGER, TRAINERS, Setup  # noqa: E402
+from benchmarks.trainers import EAGER, EVERYWHERE, IN_CONTEXT, Setup  # noqa: E402
 
 STEP = Setup("all", 1, 1, 8, "fp32", rounds=1, hidden_size=64, vocab=97)
 OURS = "ours: PreferenceTrainer"
@@ -83,14 +83,17 @@ def shrink(patch: Patch) -> None:
         },
         command_line: {"run_kl": partial(run_kl, shape=TINY, count=1)},
         head_points: {"keep_freed_memory": lambda: None, "in_child": lambda *_: MEMORY.extra},
-        trainer_steps: {"ON_CPU": (STEP, replace(STEP, trains="adapter"))},
+        trainer_steps: {
+            "ON_CPU": (STEP, replace(STEP, trains="adapter")),
+            "OVER_CONTEXT": (replace(STEP, checkpointed=True, reference=(0.0, 0.0)),),
+        },
         gpu_runs: {
             "telling": partial(some, gpu_runs.telling(), 2),
             "peers": partial(some, gpu_runs.peers(), 1),
             "others": partial(some, gpu_runs.others(), 1),
             "DEVICE": "cpu",
             "ON_GPU": (STEP,),
-            "TRAINERS": (EAGER, OURS),
+            "EVERYWHERE": (EAGER, OURS),
             "run_contexts": run_contexts,
             "run_units": run_units,
         },
@@ -105,6 +108,7 @@ MEASURING = {
     "grid": ["--rounds", "1"],
     "methods": [],
     "trainer": [],
+    "memory": [],
     "kl": [],
     "gpu": ["--deadline", "3600"],
     "profile": [],
@@ -142,7 +146,7 @@ def test_every_command_leaves_its_rows(results: Path) -> None:
     files = load(results / "cpu")
     assert files.keys() == {
         *("head-fp32", "head-bf16", "sweep"),
-        *("shares", "rows", "peers", "methods", "trainer", "kl"),
+        *("shares", "rows", "peers", "methods", "trainer", "memory", "kl"),
     }
     statuses = {row["status"] for content in files.values() for row in content["rows"]}
     assert "ok" in statuses and NO_TIME not in statuses
@@ -155,7 +159,8 @@ def test_every_command_leaves_its_rows(results: Path) -> None:
     assert len(files["sweep"]["rows"]) == 2 * 4
     names = {row["candidate"] for content in files.values() for row in content["rows"]}
     assert set(CANDIDATES) < names | {"ours: auto"}
-    assert len(files["trainer"]["rows"]) == 2 * len(TRAINERS)
+    assert len(files["trainer"]["rows"]) == 2 * len(EVERYWHERE)
+    assert by_candidate(files["memory"]).keys() == set(IN_CONTEXT)
     ours = [row for row in files["rows"]["rows"] if row["candidate"].startswith("ours")]
     assert len(ours) == 3 * 4 and {row["status"] for row in ours} == {"ok"}
     assert {row["memory_status"] for row in ours} == {"not measured"}
@@ -253,7 +258,7 @@ def test_other_figures_make_a_page_out_of_date(
 
 def test_the_report_needs_its_markers() -> None:
     with pytest.raises(ValueError, match="wanted the markers"):
-        filled("# Title\n", {}, "results")
+        filled("# Title\n", "text", START, END)
 
 
 def test_a_table_names_who_has_no_figures(results: Path) -> None:

@@ -29,7 +29,7 @@ from benchmarks.measuring import Loop
 from benchmarks.memory import Memory, not_measured
 from benchmarks.results import NO_TIME, Results, Row, Sink, load, row_key
 from benchmarks.shapes import HEADS, TINY, Problem
-from benchmarks.trainers import EAGER, TRAINERS
+from benchmarks.trainers import EAGER, EVERYWHERE
 
 STAND_INS = {
     "llama-3": replace(TINY, name="llama-3"),
@@ -200,7 +200,7 @@ def test_the_telling_points_come_first_and_every_candidate_has_one() -> None:
 def test_the_trainers_are_units_and_the_eager_one_comes_last() -> None:
     units = trainer_units()
     assert [unit.row["candidate"] for unit in units].count(EAGER) == 2
-    assert units[len(TRAINERS) - 1].row["candidate"] == EAGER
+    assert units[len(EVERYWHERE) - 1].row["candidate"] == EAGER
     assert {unit.row["trains"] for unit in units} == {"all", "adapter"}
 
 
