@@ -3,10 +3,14 @@
 # make claims  tries what the papers claim on a small model (20 minutes)
 # make test    lint, types, kernels and all tests
 # make bench   the CPU benchmark suite, with peers (7 minutes)
+# make emulate every test of the kernels on what Triton compiles of them, executed without a GPU: all dtypes,
+#              for an A100 and an H100, warps in several orders, and on the Tritons of make compat (an hour)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
 # make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
 # make distributed  FSDP and DeepSpeed's ZeRO and Ulysses under trainers, on two CPU processes
+# make dist    builds the wheel and the sources' archive and checks each alone, on the oldest and the
+#              newest Python (4 minutes, and torch for each)
 # make frameworks  trains a tiny model with Axolotl, LLaMA-Factory and ms-swift, and our loss
 # make docs    builds the documentation site, strictly, into site/ (1 minute the first time)
 # make report  tables and pictures from the committed results
@@ -15,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint kernels bench compat distributed frameworks docs report clean
+.PHONY: train rlhf claims test lint emulate kernels bench compat distributed frameworks docs report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -37,6 +41,12 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# `make emulate ARGS=--quick` executes what `make test` does
+emulate: $(VENV)/installed
+	$(RUN) tests/proofs.py $(ARGS)
+	$(RUN) -m benchmarks report
+	$(PYTHON) tests/compat.py --part "kernels, executed" oldest gpu
+
 kernels: $(VENV)/installed
 	$(RUN) -m benchmarks kernels --check
 
@@ -46,6 +56,12 @@ bench: $(VENV)/installed
 # `make compat ARGS=gpu` runs one of its environments, which are below .compat
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
+
+.PHONY: dist
+
+# Into dist/; `make dist ARGS="--tag v0.2.0"` also checks what a release of that tag wants
+dist: $(VENV)/installed
+	$(RUN) tests/dist.py $(ARGS)
 
 # Two processes with DeepSpeed, in an environment of their own (below .compat)
 distributed:

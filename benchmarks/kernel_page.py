@@ -20,16 +20,18 @@ from benchmarks.device import (
     WIDE,
     Machine,
 )
+from benchmarks.kernel_proofs import PROOFS, proofs_section
 from benchmarks.results import KERNELS, RESULTS, ROOT, Row, load, load_kernels
 from benchmarks.shapes import HEADS
 from benchmarks.tables import table
 
 PAGE = ROOT.parent / "docs" / "kernels.md"
-_INTRODUCTION = """\
+_TITLE = """\
 # Kernels
 
-Written by `python -m benchmarks report` from `benchmarks/results/kernels`; edit nothing here.
-
+Written by `python -m benchmarks report` from `kernels` and `proofs` in `benchmarks/results`; edit
+nothing here."""
+_USAGE = """\
 ## What they take of a GPU
 
 Each kernel as its launcher launches it on Llama-3's head, compiled ahead of time and read from the
@@ -54,12 +56,13 @@ def check_page(page: Path = PAGE, kernels: Path = KERNELS, results: Path = RESUL
 def page_text(kernels: Path, results: Path) -> str:
     """The page that results on disk give."""
     contents = load_kernels(kernels)
-    parts = [_INTRODUCTION]
+    folders = {machine.folder: results / machine.folder for machine in MACHINES}
+    measured = {name: load(path) if path.exists() else {} for name, path in folders.items()}
+    proofs = proofs_section(results / PROOFS.relative_to(RESULTS), contents, any(measured.values()))
+    parts = [_TITLE, proofs, _USAGE]
     # What is gated first.
     for content in sorted(contents.values(), key=lambda content: not content["gated"]):
         parts += [f"### {content['target']}", _origin(content), usage_table(content["rows"])]
-    folders = {machine.folder: results / machine.folder for machine in MACHINES}
-    measured = {name: load(path) if path.exists() else {} for name, path in folders.items()}
     parts += replay_sections(results / REPLAY.name, measured)
     return "\n\n".join(parts) + "\n"
 

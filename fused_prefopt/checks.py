@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 # What to do about a loss or gradient that is not finite.
 ON_NONFINITE = ("stop", "skip", "ignore")
@@ -203,8 +204,6 @@ def require_version(package: str) -> None:
         found = version(_INSTALLED_AS.get(package, package))
     except PackageNotFoundError:  # or a checkout without metadata
         return
-    from packaging.version import Version  # with the packages that have such an oldest version
-
     oldest = OLDEST[package]
-    if Version(found) < Version(oldest):
+    if TorchVersion(found) < oldest:
         raise ImportError(f"{package}: got {found}, wanted {oldest} or newer: {_INSTALLS[package]}")

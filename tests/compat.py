@@ -3,6 +3,7 @@
 `python tests/compat.py [NAME ...]` makes an environment of each of `tests/versions/NAME.txt` (of
 all, without a name) below `.compat`, runs the parts of the tests there, writes what came of them to
 `docs/compatibility.json` and shows it in `docs/compatibility.md`. It fails where a test fails.
+`--part PART` runs one part alone; what others came to stays, with the commit it was run at.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = PAGE.with_suffix(".json")
 
 INTERPRETED = "kernels, interpreted"
+EXECUTED = "kernels, executed"
+# Part → the marker of its tests among its files.
+MARKERS = {INTERPRETED: "interpreted", EXECUTED: "executed"}
+KERNELS = ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py")
 TRL = "TRL's trainers"
 ENGINES = "FSDP and DeepSpeed"
+HUB = "the kernel hub's library"
 # Part → its files.
 PARTS = {
     "op": (
@@ -42,7 +48,8 @@ PARTS = {
         "test_kl.py",
         "test_tokens.py",
     ),
-    INTERPRETED: ("kernels/test_*.py", "ops/test_*.py", "losses/test_*.py"),
+    INTERPRETED: KERNELS,
+    EXECUTED: KERNELS,
     "losses": ("test_pairwise.py", "test_golden.py"),
     "transformers' trainers": ("test_attach.py", "test_metrics.py", "test_transformers.py"),
     TRL: ("integrations/test_trl_*.py",),
@@ -50,6 +57,7 @@ PARTS = {
     "LLaMA-Factory": ("frameworks/test_llamafactory.py",),
     "ms-swift": ("frameworks/test_ms_swift.py", "frameworks/test_swift_options.py"),
     ENGINES: ("frameworks/test_deepspeed.py", "integrations/test_sharded_trainers.py"),
+    HUB: ("hub/test_hub_*.py",),
 }
 # What needs no framework but transformers.
 CORE = ("op", INTERPRETED, "losses", "transformers' trainers")
@@ -67,13 +75,15 @@ PACKAGES = (
     "llamafactory",
     "ms-swift",
     "deepspeed",
+    "kernels",
 )
 HEAD = f"""# Compatibility
 
 Written by `make compat` from `{RESULTS.name}`; edit nothing here.
 
 What came of the tests on other versions than those of `requirements-dev.txt`, on which `make test`
-runs: each column in an environment of its own, on a CPU. Kernels run in Triton's interpreter there.
+runs: each column in an environment of its own, on a CPU. Kernels run in Triton's interpreter there,
+and what that Triton compiles of them for an A100 and an H100 is executed by the tests' emulator.
 Before Triton 3.7 that does not run on numpy 2.4 and later; the tests mend it for themselves
 (`tests/support/interpreter.py`), and a GPU does not need it. Before torch 2.10 `torch.compile`
 breaks its graph around the ops; with `fullgraph=True` it wants
@@ -100,6 +110,7 @@ class Environment:
         name: of its file in `tests/versions`.
         python: what it is made with, where that is installed.
         parts: of `PARTS`.
+        apart: those that are run only where `--part` asks for them, as `make emulate` does.
         interpreted: Triton's interpreter is on in every part.
         base: name of another, whose packages it has wherever it has none of its own.
     """
@@ -107,6 +118,7 @@ class Environment:
     name: str
     python: str
     parts: tuple[str, ...]
+    apart: tuple[str, ...] = ()
     interpreted: bool = False
     base: str | None = None
 
@@ -178,8 +190,8 @@ class Environment:
         report.unlink(missing_ok=True)
         files = sorted(path for pattern in PARTS[part] for path in TESTS.rglob(pattern))
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        chosen = ["-m", "interpreted"] if part == INTERPRETED else []
-        if self.interpreted or chosen:
+        chosen = ["-m", MARKERS[part]] if part in MARKERS else []
+        if self.interpreted or part == INTERPRETED:
             settings["TRITON_INTERPRET"] = "1"
         done = subprocess.run(
             [
@@ -202,8 +214,8 @@ class Environment:
 
 
 ENVIRONMENTS = (
-    Environment("gpu", "3.12", (*CORE, TRL)),
-    Environment("oldest", "3.10", CORE),
+    Environment("gpu", "3.12", (*CORE, TRL), apart=(EXECUTED,)),
+    Environment("oldest", "3.10", CORE, apart=(EXECUTED,)),
     # TRL 1.15 launches its own kernels on a CPU, too.
     Environment("trl-1.9", "3.11", (TRL,)),
     Environment("trl-1.10", "3.11", (TRL,), base="trl-1.13"),
@@ -217,6 +229,7 @@ ENVIRONMENTS = (
     Environment("llamafactory", "3.11", ("LLaMA-Factory",)),
     Environment("ms-swift", "3.11", ("ms-swift",)),
     Environment("distributed", "3.11", (ENGINES,)),
+    Environment("kernel-hub", "3.11", (HUB,)),
 )
 
 
@@ -281,7 +294,8 @@ def page_of(results: dict[str, Any]) -> str:
             return f"nothing ran (exit {result['exit']})"
         skipped = sum(result["skipped"].values())
         text = f"{result['passed']} passed, {len(result['failed'])} failed, {skipped} skipped"
-        return text if went_well(result) else f"{text} (exit {result['exit']})"
+        text = text if went_well(result) else f"{text} (exit {result['exit']})"
+        return f"{text}, at {result['commit']}, {result['date']}" if "commit" in result else text
 
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows())
     about = "\n".join(f"- **{e.name}**: {e.about}" for e in ENVIRONMENTS if e.name in results)
@@ -306,21 +320,49 @@ def commit_of_this() -> str:
     return git("describe", "--always").strip() + ("-dirty" if changed else "")
 
 
-def run(environment: Environment, commit: str) -> dict[str, Any]:
-    """All that the results say of an environment."""
+def run(environment: Environment, commit: str, part: str | None = None) -> dict[str, Any]:
+    """All that the results say of an environment, or of one part of it."""
     environment.make()
+    parts = environment.parts if part is None else (part,)
     return {
         "commit": commit,
         "date": datetime.date.today().isoformat(),
         "versions": environment.versions(),
-        "parts": {part: environment.run(part) for part in environment.parts},
+        "parts": {part: environment.run(part) for part in parts},
     }
 
 
-def store(name: str, result: dict[str, Any]) -> None:
+def merged(
+    environment: Environment, before: dict[str, Any], result: dict[str, Any]
+) -> dict[str, Any]:
+    """What has been run now, beside what was run before on the same versions.
+
+    A part that was run alone has its own commit, whatever that of the others.
+
+    Raises:
+        SystemExit: one part was run, on other versions than the others.
+    """
+    same, now = before["versions"] == result["versions"], result["parts"]
+    if set(environment.parts) <= now.keys():
+        kept = environment.apart if same else ()
+        parts = {part: before["parts"][part] for part in kept if part in before["parts"]} | now
+        whole = result
+    elif same:
+        origin = {"commit": result["commit"], "date": result["date"]}
+        parts = before["parts"] | {part: each | origin for part, each in now.items()}
+        whole = before
+    else:
+        raise SystemExit(f"{environment.name}: its versions have changed, run all of its parts")
+    order = (*environment.parts, *environment.apart)
+    return whole | {"parts": {part: parts[part] for part in order if part in parts}}
+
+
+def store(environment: Environment, result: dict[str, Any]) -> None:
     """Put an environment's result among the others', and show them."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    results[name] = result
+    if environment.name in results:
+        result = merged(environment, results[environment.name], result)
+    results[environment.name] = result
     results = {one.name: results[one.name] for one in ENVIRONMENTS if one.name in results}
     RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(page_of(results), encoding="utf-8")
@@ -330,15 +372,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [environment.name for environment in ENVIRONMENTS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--part", choices=PARTS, help="only this one of an environment's parts")
     chosen = parser.parse_args()
     if unknown := set(chosen.names) - set(names):
         parser.error(f"NAME: got {sorted(unknown)}, needs some of {names}")
     good, commit = True, commit_of_this()
     for environment in ENVIRONMENTS:
-        if not chosen.names or environment.name in chosen.names:
-            result = run(environment, commit)
+        asked = not chosen.names or environment.name in chosen.names
+        has = chosen.part in (None, *environment.parts, *environment.apart)
+        if asked and has:
+            result = run(environment, commit, chosen.part)
             good = good and all(map(went_well, result["parts"].values()))
-            store(environment.name, result)
+            store(environment, result)
     return 0 if good else 1
 
 

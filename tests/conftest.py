@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
-import pkgutil
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from interpreter import mend_older_interpreters
+from machines import (
+    INTERPRETED,
+    Machine,
+    compute_as_a_gpu,
+    executing,
+    forget_plans,
+    machines_of,
+)
 from packaging.version import Version
 
-from fused_prefopt import ops
-from fused_prefopt.ops import cutting, plan
+from fused_prefopt.ops import cutting
 from fused_prefopt.ops.engines import missing_triton
-
-
-def forget_plans() -> None:
-    """What has been planned for a shape is not planned again, though a test may have changed it."""
-    for known in (*vars(cutting.GpuPass).values(), *vars(plan).values()):
-        if hasattr(known, "cache_clear"):
-            known.cache_clear()
 
 
 def is_older(package: str, than: str) -> bool:
@@ -32,20 +30,29 @@ def is_older(package: str, than: str) -> bool:
         return False
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Compiled kernels are executed on every machine that is asked for."""
+    marker = metafunc.definition.get_closest_marker("executed")
+    if marker is not None and not INTERPRETED:
+        metafunc.parametrize("machine", machines_of(marker), indirect=True, ids=str)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted kernels run where the interpreter was on before Triton was imported."""
-    left = [item for item in items if item.get_closest_marker("interpreted")]
+    """Kernels need Triton; interpreted ones run where that was said before it was imported."""
+    kernels = [item for item in items if is_run_by_kernels(item)]
+    missing = missing_triton()
+    for item in kernels if missing else ():
+        item.add_marker(pytest.mark.skip(reason=missing))
     if INTERPRETED:
-        missing = missing_triton()
-        for item in left if missing else ():
-            item.add_marker(pytest.mark.skip(reason=missing))
-    elif left:
-        config.hook.pytest_deselected(items=left)
-        gone = set(left)
+        return
+    gone = {item for item in kernels if item.get_closest_marker("executed") is None}
+    if gone:
+        config.hook.pytest_deselected(items=list(gone))
         items[:] = [item for item in items if item not in gone]
+
+
+def is_run_by_kernels(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) is not None for name in ("interpreted", "executed"))
 
 
 def pytest_collection_finish() -> None:
@@ -62,7 +69,7 @@ def pytest_sessionfinish() -> None:
 def pytest_report_header() -> str:
     if INTERPRETED:
         return "Triton's interpreter is on"
-    return "Triton's interpreter is off: tests marked `interpreted` need TRITON_INTERPRET=1"
+    return "Triton's interpreter is off: tests marked `executed` run what it compiles, emulated"
 
 
 if INTERPRETED and is_older("triton", than="3.7"):
@@ -91,24 +98,16 @@ def tiny_tiles(monkeypatch, fresh_plans):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, fresh_plans):
     """Operands in the dtype computed in, library products of them, and kept values in place."""
-    from fused_prefopt.ops.cublas_engine import CublasEngine
-    from fused_prefopt.ops.precision import HeadMath
-    from fused_prefopt.ops.torch_engine import product as library_product
+    compute_as_a_gpu(monkeypatch)
 
-    def product(left, right, out, *, alpha=1.0, accumulate=False):
-        assert left.dtype == right.dtype
-        total = alpha * (left.double() @ right.double())
-        return out.copy_(out.double() + total if accumulate else total)
 
-    for found in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
-        module = importlib.import_module(found.name)
-        # The torch engine, which defines it, keeps its own.
-        used = getattr(module, "product", None) is library_product
-        if used and found.name != library_product.__module__:
-            monkeypatch.setattr(module, "product", product)
-    monkeypatch.setattr(HeadMath, "operand", lambda math, device: math.dtype)
-
-    def in_place(math, device):
-        return math.kept == math.dtype
-
-    monkeypatch.setattr(CublasEngine, "in_place", staticmethod(in_place))
+@pytest.fixture(autouse=True)
+def machine(request):
+    """What runs a test's kernels, or None: Triton's interpreter does, or there are none."""
+    marker = request.node.get_closest_marker("executed")
+    if marker is None or INTERPRETED:
+        yield None
+        return
+    chosen = getattr(request, "param", Machine("sm_80"))
+    with executing(chosen):
+        yield chosen

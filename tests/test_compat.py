@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from compat import (
     ENVIRONMENTS,
+    EXECUTED,
     PAGE,
     PARTS,
     RESULTS,
@@ -14,6 +16,8 @@ from compat import (
     TRL,
     Environment,
     counts_of,
+    environment_of,
+    merged,
     page_of,
     went_well,
 )
@@ -41,7 +45,8 @@ def test_the_page_shows_the_results_and_all_passed():
     assert list(results) == [environment.name for environment in ENVIRONMENTS]
     for environment in ENVIRONMENTS:
         result = results[environment.name]
-        assert tuple(result["parts"]) == environment.parts
+        found = tuple(part for part in result["parts"] if part not in environment.apart)
+        assert found == environment.parts
         assert all(map(went_well, result["parts"].values()))
         # Without what a build adds behind a "+".
         held = {name: version.split("+")[0] for name, version in result["versions"].items()}
@@ -70,6 +75,29 @@ def test_every_minor_version_of_trl_has_an_environment():
     ]
     least = int(OLDEST["trl"].partition(".")[2])
     assert set(minors) == set(range(least, max(minors) + 1))
+
+
+def test_a_part_that_is_run_alone_has_its_own_commit():
+    oldest = environment_of("oldest")
+    good = {"exit": 0, "passed": 5, "failed": [], "skipped": {}}
+    versions = {"python": "3.10"}
+    first = {"commit": "aa", "date": "2026-01-01", "versions": versions}
+    first |= {"parts": dict.fromkeys(oldest.parts, good)}
+    second = {"commit": "bb", "date": "2026-01-02", "versions": versions}
+    second |= {"parts": {EXECUTED: good}}
+    both = merged(oldest, first, second)
+    assert tuple(both["parts"]) == (*oldest.parts, EXECUTED)
+    alone = good | {"commit": "bb", "date": "2026-01-02"}
+    assert both == first | {"parts": first["parts"] | {EXECUTED: alone}}
+    line = "| **kernels, executed** | 5 passed, 0 failed, 0 skipped, at bb, 2026-01-02 |"
+    assert line in page_of({"oldest": both})
+    # The others run again keep it, and on other versions nothing of it.
+    third = first | {"commit": "cc"}
+    assert merged(oldest, both, third) == third | {"parts": both["parts"]}
+    others = first | {"versions": {"python": "3.11"}}
+    assert merged(oldest, both, others) == others
+    with pytest.raises(SystemExit, match="oldest: its versions"):
+        merged(oldest, others, second)
 
 
 def test_counts_of_a_report(tmp_path):

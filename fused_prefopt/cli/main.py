@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from fused_prefopt import __version__
-from fused_prefopt.cli import llamafactory, losses, reference, report, train
+from fused_prefopt.cli import hub, llamafactory, losses, reference, report, train
 from fused_prefopt.cli.console import UserError
 
 _COMMANDS: dict[str, ModuleType] = {
@@ -19,6 +19,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "report": report,
     "losses": losses,
     "llamafactory": llamafactory,
+    "hub": hub,
 }
 _EXIT_CODES = (
     "Exit status: 0 done; 1 a finding of doctor or tune, or a loss that was not finite and stopped"

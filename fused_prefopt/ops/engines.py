@@ -68,9 +68,14 @@ def choose_engine(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(f"engine: {name!r} computes in fp32 at most, got float64")
     if not triton_is_usable():
         return "torch"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not _take_cpu_tensors():
         raise ValueError(f"engine: {name!r} takes CPU tensors under TRITON_INTERPRET=1 only")
     return name
+
+
+def _take_cpu_tensors() -> bool:
+    """Whether kernels run without a GPU in this process: in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def role_engine(name: str, role: str, device: torch.device, hidden_size: int, bent: bool) -> str:

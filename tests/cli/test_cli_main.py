@@ -15,7 +15,7 @@ from fused_prefopt.cli import losses
 from fused_prefopt.cli.config import Settings
 from fused_prefopt.cli.main import main
 
-COMMANDS = ("train", "reference", "report", "losses", "llamafactory", "doctor", "tune")
+COMMANDS = ("train", "reference", "report", "losses", "llamafactory", "hub", "doctor", "tune")
 
 
 def help_of(capsys, *words: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from machines import INTERPRETED, per_machine
 from torch import Tensor
 
 # Whoever imports this is skipped where there is no Triton.
@@ -17,19 +18,55 @@ from fused_prefopt.kernels.fold_logits import Partials, fold_logits  # noqa: E40
 from fused_prefopt.kernels.fold_rows import fold_rows  # noqa: E402
 from fused_prefopt.kernels.logits_gradient import logits_gradient  # noqa: E402
 from fused_prefopt.kernels.recompute_gradient import recompute_gradient  # noqa: E402
+from fused_prefopt.ops.tuning import tuning_of  # noqa: E402
 
 LOWEST = torch.finfo(torch.float32).min
-# Relative (Frobenius) for gradients. The interpreter cuts off what bf16 cannot hold, where a GPU
-# rounds: twice the error.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-# What one rounding to the dtype may take.
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-BLOCK = Block(rows=16, vocab=32, depth=16, group=2, warps=4, stages=2)
-# (rows, vocabulary, hidden size): one of each, primes, multiples of the block and of nothing.
-SHAPES = [(1, 1, 1), (1, 257, 16), (7, 13, 11), (37, 131, 48), (32, 64, 32), (53, 97, 19)]
+# Rows, vocabulary, hidden size of each shape, by the bytes of an operand: where the interpreter
+# runs tiles of 16 × 32, primes, multiples of the block and of nothing; of the architectures' tiles
+# more than one each way, more steps than their pipeline has stages, a hidden size that is no
+# multiple of the tile's, and rows that are not whole 16 bytes.
+_SMALL = {"one": (1, 1, 1), "tiny": (7, 13, 11)}
+_INTERPRETED = _SMALL | {
+    "row": (1, 257, 16),
+    "even": (37, 131, 48),
+    "whole": (32, 64, 32),
+    "odd": (53, 97, 19),
+}
+_EXECUTED = {
+    2: _SMALL
+    | {
+        "deep": (129, 459, 448),
+        "even": (137, 301, 128),
+        "uneven": (130, 515, 200),
+        "odd": (133, 270, 77),
+    },
+    4: _SMALL
+    | {
+        "deep": (65, 67, 224),
+        "even": (70, 150, 64),
+        "uneven": (65, 131, 44),
+        "odd": (67, 130, 33),
+    },
+}
+SHAPES = list(per_machine(_INTERPRETED, _EXECUTED[2]))
+# None: as the target's tiles are loaded.
+DESCRIPTORS = per_machine([False, True], [None])
 # (factor, softcap)
 TRANSFORMS = [(1.0, None), (1.3, 30.0), (0.02, None)]
 WHOLE = slice(None)
+CPU = torch.device("cpu")
+
+
+def shape_of(name: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows, vocabulary and hidden size of one of `SHAPES`."""
+    return per_machine(_INTERPRETED, _EXECUTED[dtype.itemsize])[name]
+
+
+def shape_of_tiles(dtype: torch.dtype, rich: bool) -> Block:
+    """The interpreter's, or those of the architecture that is executed."""
+    if INTERPRETED:
+        return Block(rows=16, vocab=32, depth=16, group=2, warps=4, stages=2)
+    return tuning_of(CPU).architecture.block(dtype.itemsize, rich)
 
 
 @dataclass
@@ -104,8 +141,20 @@ class Problem:
     def _bias(self, columns: slice) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]
 
+    def tiles(self, rich: bool, descriptors: bool | None) -> dict[str, Any]:
+        """As `TritonEngine` chooses them; `rich`: more happens to a tile than a plain fold."""
+        unaligned = self.hidden.shape[1] * self.hidden.itemsize % 16 > 0
+        rich = rich or unaligned or self.ceiling is not None
+        if descriptors is None:
+            descriptors = not INTERPRETED and tuning_of(CPU).descriptors
+        return {"block": shape_of_tiles(self.hidden.dtype, rich), "descriptors": descriptors}
+
     def fold(
-        self, statistics: Statistics, columns: slice = WHOLE, descriptors: bool = False, **more: Any
+        self,
+        statistics: Statistics,
+        columns: slice = WHOLE,
+        descriptors: bool | None = None,
+        **more: Any,
     ) -> Partials:
         return fold_logits(
             self.hidden,
@@ -114,8 +163,7 @@ class Problem:
             self.targets,
             statistics.target_logit,
             **self.head,
-            block=BLOCK,
-            descriptors=descriptors,
+            **self.tiles(bool(more), descriptors),
             first=columns.start or 0,
             **more,
         )
@@ -133,7 +181,12 @@ class Problem:
         )
 
     def recompute(
-        self, scale: Tensor, out: Tensor, columns: slice = WHOLE, descriptors: bool = False
+        self,
+        scale: Tensor,
+        out: Tensor,
+        columns: slice = WHOLE,
+        descriptors: bool | None = None,
+        sums: bool = True,
     ) -> Tensor | None:
         return recompute_gradient(
             self.hidden,
@@ -143,10 +196,9 @@ class Problem:
             **self.of_targets(scale),
             out=out,
             **self.head,
-            block=BLOCK,
-            descriptors=descriptors,
+            **self.tiles(sums, descriptors),
             first=columns.start or 0,
-            sums=True,
+            sums=sums,
         )
 
     def from_products(
@@ -189,6 +241,17 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
     """Relative in the Frobenius norm."""
     assert got.isfinite().all()
     assert (got.double() - wanted).norm() <= tolerance * max(1e-30, wanted.norm().item())
+
+
+def assert_exponentials(got: Tensor, exponents: Tensor) -> None:
+    """exp of fp32 numbers, which moves by as much, relative, as the number does in its last place.
+
+    A GPU takes it as 2^(x · log2 e), whose exponent it rounds.
+    """
+    wanted, exponents = exponents.double().exp(), exponents.double()
+    unit = 3e-7 + 2.0**-23 * exponents.abs()
+    # Below the normal numbers it may be 0.
+    assert ((got.double() - wanted).abs() <= unit * wanted + 2.0**-126).all()
 
 
 def assert_folded(statistics: Statistics, given: Problem, columns: slice) -> None:

@@ -1,10 +1,10 @@
-"""Rows of accumulators: rescaled, spread over a batch, and summed over sequences; interpreted."""
+"""Rows of accumulators: rescaled, spread over a batch, and summed over sequences."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from problems import UNIT
+from machines import UNIT, dtypes, per_machine
 from torch import Tensor
 from truth import covering
 
@@ -12,10 +12,14 @@ from fused_prefopt.kernels.accumulators import rescale_rows, spread_rows
 from fused_prefopt.kernels.sequence_sums import sequence_sums
 
 pytestmark = pytest.mark.interpreted
+ROUNDED = dtypes(*UNIT)
+# Nothing is launched of no rows.
+SIZES = [(1, 1), (7, 19), (5, 1024), (3, 2311), *per_machine([(0, 8)], [])]
 
 
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 7, 1025, 4099])
+@pytest.mark.executed
 def test_sequence_sums_with_empty_sequences(rows, in_order):
     torch.manual_seed(0)
     ids = torch.randint(0, 9, (rows,))
@@ -30,6 +34,7 @@ def test_sequence_sums_with_empty_sequences(rows, in_order):
     assert sums[4] == 0 and lengths[4] == 0
 
 
+@pytest.mark.executed
 def test_rescaled_rows():
     torch.manual_seed(0)
     values, factor = torch.randn(9, 1500), torch.tensor([1.0, 0.5, 0.0] * 3)
@@ -40,8 +45,9 @@ def test_rescaled_rows():
 
 @pytest.mark.parametrize(
     ("size", "out_dtype", "added", "factor"),
-    covering([(1, 1), (7, 19), (5, 1024), (3, 2311), (0, 8)], UNIT, [None, *UNIT], [False, True]),
+    covering(SIZES, ROUNDED, [None, *ROUNDED], [False, True]),
 )
+@pytest.mark.executed
 def test_spread_rows(size, out_dtype, added, factor):
     generator = torch.Generator().manual_seed(0)
 
@@ -74,6 +80,7 @@ def test_spread_rows(size, out_dtype, added, factor):
     assert (out[rest] == 7).all()
 
 
+@pytest.mark.executed
 def test_spread_terms_that_are_equal_cancel_exactly():
     # A row of probability 1: what was summed is its target's row of the weight.
     added = torch.randn(4, 130, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
 """Slabs of products folded into rows' statistics, and kept against references that move rarely.
 
-Interpreted, against float64.
+Against float64.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+from machines import UNIT, dtypes
 from problems import LOWEST, TRANSFORMS, Statistics, assert_folded, in_the_middle
 from torch import Tensor
 from truth import covering
@@ -20,7 +21,8 @@ from fused_prefopt.ops.tile import WeighedRows
 pytestmark = pytest.mark.interpreted
 
 SLACK = {dtype: HeadMath(None, 1.0, 1.0, dtype).slack for dtype in (torch.float16, torch.bfloat16)}
-ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
+# Of a value that has been rounded, scaled and rounded again.
+ROUNDING = {dtype: max(2.05 * unit, 1e-5) for dtype, unit in UNIT.items()}
 # Each row's maximum over three slabs, in slacks above the first, and the slabs at which its
 # reference moves.
 RISES = {
@@ -86,9 +88,10 @@ class Folded(Statistics):
     covering(
         product(TRANSFORMS, [None, "kept", "weighed"]),
         [1, 2, 64, 777, 5000],
-        [torch.float32, torch.bfloat16],
+        dtypes(torch.float32, torch.bfloat16),
     ),
 )
+@pytest.mark.executed
 def test_two_slabs(what, width, dtype):
     torch.manual_seed(0)
     (alpha, softcap), kept = what
@@ -142,7 +145,8 @@ def test_two_slabs(what, width, dtype):
 
 @pytest.mark.parametrize("first", [0, 32, 64])
 @pytest.mark.parametrize("cap", [None, 30.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", dtypes(torch.float32, torch.float16))
+@pytest.mark.executed
 def test_a_slab_finds_the_targets_inside(dtype, cap, first):
     given, slab, folded = in_the_middle(dtype, cap), slice(first, first + 48), Statistics(9)
     folded.target_logit.fill_(123.0)
@@ -151,7 +155,8 @@ def test_a_slab_finds_the_targets_inside(dtype, cap, first):
 
 
 @pytest.mark.parametrize("width", [5, 64, 4500])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", dtypes(torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.executed
 def test_a_reference_moves_only_where_a_maximum_exceeds_it_by_more_than_the_slack(dtype, width):
     slack = SLACK.get(dtype, 60.0)
     logits = rising(width, slack)
@@ -202,6 +207,7 @@ def test_a_reference_moves_only_where_a_maximum_exceeds_it_by_more_than_the_slac
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.executed
 def test_fp16_weights_never_overflow(softcap):
     # The largest that a reference lets through, many times.
     slack, width = SLACK[torch.float16], 33
@@ -229,7 +235,8 @@ def test_fp16_weights_never_overflow(softcap):
     assert distance.max() > 0.8 * slack and distance.max() <= slack + 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", dtypes(torch.float32, torch.bfloat16))
+@pytest.mark.executed
 def test_rows_without_finite_logits_stay_alone(dtype):
     width, slack = 40, 60.0
     clean = rising(width, slack)
@@ -263,7 +270,8 @@ def test_rows_without_finite_logits_stay_alone(dtype):
 
 @pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", dtypes(torch.float32, torch.bfloat16))
+@pytest.mark.executed
 def test_only_the_first_rows_are_kept(dtype, rows, sums):
     width, slack = 70, 60.0
     logits = rising(width, slack)
@@ -283,6 +291,7 @@ def test_only_the_first_rows_are_kept(dtype, rows, sums):
     assert sums or torch.equal(some.sums, untouched)
 
 
+@pytest.mark.executed
 def test_without_references_only_the_first_rows_are_kept_as_well():
     logits = rising(30, 60.0)
     folded, kept = Statistics(len(RISES)), torch.full((3, 33), 7.0)

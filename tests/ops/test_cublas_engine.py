@@ -1,4 +1,4 @@
-"""The cuBLAS engine, interpreted: references far below the log-sum-exp, gradients in place."""
+"""The cuBLAS engine: references far below the log-sum-exp, gradients in place."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from itertools import product
 
 import pytest
 import torch
-from test_kept_probabilities import EVERYTHING, SLABS, cut, in_slabs_of, keep, labelled, one_pass
+from machines import OP, dtypes, per_machine
+from test_kept_probabilities import (
+    EVERYTHING,
+    SLABS,
+    VOCAB,
+    cut,
+    in_slabs_of,
+    keep,
+    labelled,
+    one_pass,
+)
 from torch import Tensor
 from truth import (
+    KERNEL_ENGINES,
     TRANSFORMS,
     Case,
     assert_gradients,
@@ -32,15 +43,17 @@ from fused_prefopt.ops.tile import KeptTile, RowGradients, RowStatistics, Tile  
 
 pytestmark = pytest.mark.interpreted
 
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SINGLE_OR_HALF = [torch.float32, torch.bfloat16]
+SINGLE_OR_HALF = dtypes(torch.float32, torch.bfloat16)
 # The interpreter multiplies no bf16 tiles.
-NARROW = [
-    ("cublas", torch.float32),
-    ("cublas", torch.bfloat16),
-    ("cublas", torch.float16),
-    ("triton", torch.float16),
-]
+NARROW = per_machine(
+    [
+        ("cublas", torch.float32),
+        ("cublas", torch.bfloat16),
+        ("cublas", torch.float16),
+        ("triton", torch.float16),
+    ],
+    list(product(KERNEL_ENGINES, dtypes())),
+)
 
 
 @pytest.mark.parametrize(
@@ -48,16 +61,17 @@ NARROW = [
     covering(product(NARROW, [13, 0]), ["plain", "softcap", "all"], ["planned", "both"]),
 )
 @pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.executed
 def test_narrow_operands_of_kept_rows(what, transform, tiling, monkeypatch):
     (engine, dtype), kept = what
-    case = make_case(4, 9, 24, 101, dtype=dtype, **TRANSFORMS[transform])
+    case = make_case(4, 9, 24, VOCAB, dtype=dtype, **TRANSFORMS[transform])
     keep(monkeypatch, kept or labelled(case))
     cut(monkeypatch, SLABS[tiling], in_slabs_of(engine))
     finished = count_finishes(monkeypatch)
     truth = true_result(case, needs=EVERYTHING)
     got = one_pass(case, engine=engine)
     assert largest_error(got.tokens, truth.tokens) <= 1e-5
-    assert_gradients(got, truth, TOLERANCE[dtype])
+    assert_gradients(got, truth, OP[dtype][1])
     # fp16's probabilities are kept in fp32, and a bias's gradient sums the tiles.
     factored = engine == "cublas" and dtype != torch.float16 and not kept
     assert bool(finished) == (factored and transform != "all")
@@ -100,6 +114,7 @@ def jumping(dtype: torch.dtype, jump: float, **options) -> Case:
     covering(product([0.0, 40.0, 59.0, 75.0], [None, 80.0]), SINGLE_OR_HALF, ["narrow", "slabs"]),
 )
 @pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.executed
 def test_references_far_below_the_log_sum_exp(logits, dtype, tiling, monkeypatch):
     jump, softcap = logits
     case = jumping(dtype, jump, softcap=softcap)
@@ -118,7 +133,7 @@ def test_references_far_below_the_log_sum_exp(logits, dtype, tiling, monkeypatch
     (tokens.double() * upstream).sum().backward()
     (truth * upstream).sum().backward()
     assert finished == [labelled(case)]
-    assert relative(ours.weight.grad, exact.weight.grad) <= TOLERANCE[dtype]
+    assert relative(ours.weight.grad, exact.weight.grad) <= OP[dtype][1]
     assert not ours.hidden.grad[1].any()
     # Row by row: the nearly certain one and the tiny ones keep their digits as well.
     wide = 3e-4 if dtype == torch.float32 else 2.5e-2
@@ -133,6 +148,7 @@ def test_references_far_below_the_log_sum_exp(logits, dtype, tiling, monkeypatch
     covering(product([0.0, 40.0, 75.0], [None, 80.0]), SINGLE_OR_HALF, ["narrow", "slabs"]),
 )
 @pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.executed
 def test_a_frozen_head_leaves_nearly_certain_rows_their_digits(logits, dtype, tiling, monkeypatch):
     jump, softcap = logits
     case = jumping(dtype, jump, softcap=softcap)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from divergences import Two, computed_kl, make_two, near, ours, true_kl, weights_of
 from loss_cases import random_batch
-from rounding import bound_of, gradient_bound
+from rounding import bound_of, cores_of_this_gpu, gradient_bound
 from tiny_models import VOCAB, pair_features, point_features, tiny_llama
 from truth import (
     TRANSFORMS,
@@ -129,10 +129,10 @@ def assert_right(case: Case, path: str, engine: str, tight: float = 1e-5, **opti
     needs = (*needs[:2], needs[2] and case.bias is not None)
     truth = true_result(case, needs=needs)
     got = computed(case, needs=needs, path=path, engine=engine, **options)
-    assert largest_error(got.tokens, truth.tokens) <= bound_of(case, tight)
+    assert largest_error(got.tokens, truth.tokens) <= bound_of(case, tight, cores_of_this_gpu())
     if path != "evaluate":
         tolerance = TOLERANCE[case.hidden.dtype][1]
-        assert_gradients(got, truth, gradient_bound(case, tolerance))
+        assert_gradients(got, truth, gradient_bound(case, tolerance, cores_of_this_gpu()))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -326,13 +326,14 @@ def test_divergences_match_float64(engine, transform, dtype):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_divergences_of_deep_heads_match_float64(engine, dtype):
     two = both_on_device(near(make_two(1, 9, 4096, 301, dtype=dtype), 0.1))
+    cores = cores_of_this_gpu()
     weights = weights_of(two).to(DEVICE)
     got, truth = computed_kl(two, weights=weights, engine=engine), true_kl(two, weights=weights)
     # Σ_v q_v (log q_v − log p_v) moves by what both log-probs are off, and by the error of each q_v
     # times how far its term lies from their sum: less than twice the divergence in all.
     tokens = two.policy.labels.shape[1] + truth.sums.max().item()
-    assert largest_error(got.sums, truth.sums) <= 2 * tokens * bound_of(two.policy)
-    assert_gradients(got, truth, gradient_bound(two.policy, TOLERANCE[dtype][1]))
+    assert largest_error(got.sums, truth.sums) <= 2 * tokens * bound_of(two.policy, cores=cores)
+    assert_gradients(got, truth, gradient_bound(two.policy, TOLERANCE[dtype][1], cores))
 
 
 @pytest.mark.parametrize("engine", CHOICES)

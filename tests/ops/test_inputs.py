@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from machines import OP, OP_OF_FEW, dtypes
 from truth import (
     KERNEL_ENGINES,
     PATHS,
@@ -64,12 +65,15 @@ def test_shapes(path, shape, shift, workspace_mb):
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
+@pytest.mark.parametrize("dtype", dtypes(torch.float32))
 @pytest.mark.parametrize("engine", KERNEL_ENGINES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 3, 2), (3, 5, 11, 37), (1, 9, 33, 64)])
 @pytest.mark.usefixtures("tiny_tiles")
-def test_ragged_shapes_in_many_tiles_of_triton_engines(engine, path, shape):
-    assert_right(make_case(*shape), 1e-5, 3e-6, path=path, engine=engine, **tight(path))
+def test_ragged_shapes_in_many_tiles_of_triton_engines(engine, path, shape, dtype):
+    case = make_case(*shape, dtype=dtype)
+    assert_right(case, *OP_OF_FEW[dtype], path=path, engine=engine, **tight(path))
 
 
 @pytest.mark.parametrize("workspace_mb", [SMALLEST, 0.001, 0.01])
@@ -145,12 +149,14 @@ def test_weight_views(path, view, dtype):
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
+@pytest.mark.parametrize("dtype", dtypes(torch.float32))
 @pytest.mark.parametrize("engine", KERNEL_ENGINES)
-def test_triton_engines_take_operands_that_are_not_contiguous(engine):
-    case = make_case(2, 6, 16, 40)
+def test_triton_engines_take_operands_that_are_not_contiguous(engine, dtype):
+    case = make_case(2, 6, 16, 40, dtype=dtype)
     hidden = case.hidden.transpose(0, 1).contiguous().transpose(0, 1)
     case = replace(case, hidden=hidden, weight=case.weight.t().contiguous().t())
-    assert_right(case, 1e-5, 3e-6, path="recompute", engine=engine)
+    assert_right(case, *OP[dtype], path="recompute", engine=engine)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])

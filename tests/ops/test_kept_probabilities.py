@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from machines import OP, dtypes, per_machine
 from torch import Tensor
 from truth import (
     KERNEL_ENGINES,
@@ -50,12 +51,14 @@ TILINGS = {
 }
 
 
+# Of a program, and a vocabulary that takes several.
+PART, VOCAB = per_machine((32, 101), (128, 301))
 # Those that end where a program's part of the vocabulary does.
 SLABS = {
     "planned": None,
     "slabs": (10**6, 64, 32, False),
-    "both": (7, 64, 32, True),
-    "narrow": (3, 32, 32, False),
+    "both": (per_machine(7, 11), 64, 32, True),
+    "narrow": (per_machine(3, 9), 32, 32, False),
 }
 # What a role gets where the choice is the architecture's.
 MIXES = {
@@ -76,7 +79,7 @@ def choose(monkeypatch, mix: str) -> str:
 
 def in_slabs_of(engine: str) -> int:
     """Slabs start where the parts of a program do."""
-    return 1 if engine == "cublas" else 32
+    return 1 if engine == "cublas" else PART
 
 
 @dataclass
@@ -140,6 +143,7 @@ def watch(monkeypatch, engine: str) -> Seen:
 
     for engine in engines:
         spy(engine, "kept_gradient", lambda kept, *_: seen.kept.append(kept.values.shape[0]))
+        spy(engine, "finish_kept", lambda kept, *_: seen.kept.append(kept.values.shape[0]))
         spy(engine, "gradient", lambda tile, *_: seen.built.append(tile.shape[0]))
     return seen
 
@@ -179,18 +183,20 @@ def test_gradients_of_some_kept_rows_match_float64(cuts, transform, dtype, monke
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.parametrize(
-    ("mix", "kept", "transform", "tiling"), covering(MIXES, [1, 13, 0], ["plain", "all"], SLABS)
+    ("mix", "kept", "transform", "tiling", "dtype"),
+    covering(MIXES, [1, 13, 0], ["plain", "all"], SLABS, dtypes(torch.float32)),
 )
-def test_gradients_of_some_rows_kept_by_kernels(mix, kept, transform, tiling, monkeypatch):
-    case = make_case(4, 7, 7, 101, **TRANSFORMS[transform])
+def test_gradients_of_some_rows_kept_by_kernels(mix, kept, transform, tiling, dtype, monkeypatch):
+    case = make_case(4, 7, 7, VOCAB, dtype=dtype, **TRANSFORMS[transform])
     rows = labelled(case)
     assert rows > 13
     engine = choose(monkeypatch, mix)
     cut(monkeypatch, SLABS[tiling], in_slabs_of(mix))
     # 0 stands for all: `local`.
     kept = kept % rows or rows
-    seen = check_kept(case, kept, engine, 3e-6, monkeypatch)
+    seen = check_kept(case, kept, engine, OP[dtype][1], monkeypatch)
     assert (kept == rows) == (not seen.built)
 
 

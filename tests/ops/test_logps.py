@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import OP, SIZES, dtypes, per_machine
 from truth import (
     KERNEL_ENGINES,
     PATHS,
@@ -37,7 +38,6 @@ from fused_prefopt import sequence_logps, token_logps
 
 # Per token in nats at |logit| <= 30, and gradients, relative (Frobenius).
 TORCH = {torch.float32: (1e-5, 2e-6), torch.bfloat16: (1e-4, 4e-3), torch.float16: (1e-4, 1e-3)}
-KERNELS = {torch.float32: (1e-5, 3e-6), torch.float16: (1e-5, 1e-3), torch.bfloat16: (1e-5, 8e-3)}
 WIDE = {"sequences": 4, "length": 37, "hidden_size": 96, "vocab": 331}
 
 
@@ -60,15 +60,18 @@ def test_large_logits_match_float64(path, transform, dtype):
 
 
 @pytest.mark.parametrize(
-    ("where", "transform", "dtype"),
+    ("where", "transform", "dtype", "size"),
     # An engine works in another way on each path, and transforms meet both.
-    covering(product(KERNEL_ENGINES, PATHS), TRANSFORMS, KERNELS),
+    covering(product(KERNEL_ENGINES, PATHS), TRANSFORMS, dtypes(*OP), SIZES),
 )
 @pytest.mark.interpreted
-def test_triton_engines_match_float64(where, transform, dtype):
+@pytest.mark.executed
+def test_triton_engines_match_float64(where, transform, dtype, size):
     engine, path = where
-    case = make_case(3, 13, 24, 101, dtype=dtype, **TRANSFORMS[transform])
-    assert_right(case, *KERNELS[dtype], path=path, engine=engine)
+    case = make_case(*size, dtype=dtype, **TRANSFORMS[transform])
+    got = assert_right(case, *OP[dtype], path=path, engine=engine)
+    truth = true_logps(case.double()).sum(1)
+    assert largest_error(got.sums, truth) <= OP[dtype][0] * case.labels.shape[1]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -286,10 +289,14 @@ def test_nan_in_an_unlabelled_row_is_never_seen():
 
 
 # The interpreter multiplies no bf16 tiles.
-NARROW = [("cublas", torch.bfloat16), ("cublas", torch.float16), ("triton", torch.float16)]
+NARROW = per_machine(
+    [("cublas", torch.bfloat16), ("cublas", torch.float16), ("triton", torch.float16)],
+    [each for each in product(KERNEL_ENGINES, dtypes()) if each[1] != torch.float32],
+)
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.parametrize(("engine", "dtype"), NARROW)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("transform", "scale"), [("plain", 1.0), ("all", 1.0), ("all", 1e-9)])
@@ -308,7 +315,7 @@ def test_narrow_operands(engine, dtype, path, transform, scale):
     of_sums, of_tokens = upstream_of(case)
     loss = (sums.double() * of_sums).sum() + (tokens.double() * of_tokens).sum()
     (loss * scale).backward()
-    tolerance = KERNELS[dtype][1]
+    tolerance = OP[dtype][1]
     if needs[1]:
         assert relative(wide.weight.grad / scale, truth.grads[1]) <= tolerance
     if scale == 1.0:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from divergences import Two, by_token, make_two, ours
-from test_kl import KERNELS, PAIRS, TORCH
+from machines import OP, SIZES, dtypes
+from test_kl import PAIRS, SUMS, TORCH
 from truth import (
     SMALLEST,
     covering,
@@ -63,13 +64,15 @@ def test_tokens_match_float64(heads, dtype, workspace_mb):
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.parametrize(
-    ("heads", "dtype"), covering([*PAIRS[:-1], ("all", "softcap")], list(KERNELS))
+    ("heads", "dtype", "size"),
+    covering([*PAIRS[:-1], ("all", "softcap")], dtypes(*OP), SIZES),
 )
-def test_the_engine_of_kernels_matches_float64(heads, dtype):
-    two = make_two(3, 13, 24, 101, transform=heads[0], other=heads[1], dtype=dtype, largest=15.0)
+def test_the_engine_of_kernels_matches_float64(heads, dtype, size):
+    two = make_two(*size, transform=heads[0], other=heads[1], dtype=dtype, largest=15.0)
     got, truth = mixtures(two, engine="cublas"), true_mixtures(two).sum(2)
-    assert largest_error(got, truth) <= 2 * KERNELS[dtype][0]
+    assert largest_error(got, truth) <= 2 * SUMS * size[1] / 13
 
 
 @pytest.mark.interpreted

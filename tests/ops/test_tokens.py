@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from machines import OP, SIZES, dtypes
 from policies import moved, policies
 from truth import (
     KERNEL_ENGINES,
@@ -24,7 +25,6 @@ from truth import (
 from fused_prefopt import LMHead, LowRank, token_logps, token_policy, token_statistics
 
 VALUES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
-KERNELS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 STATISTICS = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float64: 1e-12}
 GRADIENTS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -42,17 +42,18 @@ def test_policies_match_float64(dtype, transform, workspace_mb):
 
 
 @pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.parametrize(
-    ("how", "transform", "dtype"),
-    covering(product(KERNEL_ENGINES, [256, SMALLEST]), TRANSFORMS, KERNELS),
+    ("how", "transform", "dtype", "size"),
+    covering(product(KERNEL_ENGINES, [256, SMALLEST]), TRANSFORMS, dtypes(*OP), SIZES),
 )
-def test_policies_of_kernels_match_float64(how, transform, dtype):
+def test_policies_of_kernels_match_float64(how, transform, dtype, size):
     engine, workspace_mb = how
-    case = make_case(3, 13, 24, 101, dtype=dtype, largest=12.0, **TRANSFORMS[transform])
+    case = make_case(*size, dtype=dtype, largest=12.0, **TRANSFORMS[transform])
     got, truth = policies(case, needs_of("recompute"), engine=engine, workspace_mb=workspace_mb)
     assert largest_error(got.sums, truth.sums) <= 1e-5
     assert largest_error(got.tokens, truth.tokens) <= 1e-5
-    assert_gradients(got, truth, KERNELS[dtype])
+    assert_gradients(got, truth, OP[dtype][1])
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False)])
@@ -175,13 +176,17 @@ def test_a_uniform_distribution_has_the_entropy_of_its_size():
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("transform", ["plain", "all"])
-def test_statistics_of_kernels_equal_the_torch_engines(transform):
-    case = make_case(3, 13, 24, 101, **TRANSFORMS[transform])
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    ("transform", "size", "dtype"), covering(["plain", "all"], SIZES, dtypes(torch.float32))
+)
+def test_statistics_of_kernels_equal_the_torch_engines_in_float64(transform, size, dtype):
+    case = make_case(*size, dtype=dtype, **TRANSFORMS[transform])
     got, wanted = (
-        token_statistics(case.hidden, case.head, case.labels, engine=engine)
-        for engine in ("triton", "torch")
+        token_statistics(each.hidden, each.head, each.labels, engine=engine)
+        for each, engine in ((case, "triton"), (case.double(), "torch"))
     )
     assert torch.equal(got.correct, wanted.correct)
     for name in ("logps", "entropies", "collisions", "mean_logits"):
-        torch.testing.assert_close(getattr(got, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
+        found, right = getattr(got, name).double(), getattr(wanted, name)
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)

@@ -5,68 +5,91 @@ from __future__ import annotations
 import math
 
 import torch
+from emulator.cut_off import A100, H100, CutOff
 from truth import Case
 
-# Products whose sum a tensor core cuts off at once: 8 of 16 bits on an A100, 16 on an H100. The
-# fewer, the more often it is cut.
-BLOCK = 8
-# Bits of a significand that an fp32 sum keeps; its last place is 2 ** −23 of the leading one.
-_SINGLE = 2.0**-24
-# Up to it the tight bounds have been kept by the compiled kernels on emulated tensor cores.
+# Bits of a significand that an fp32 sum keeps behind the leading one, and half of its last place.
+_BITS = 23
+_HALF_PLACE = 2.0**-24
+# Mean over a binade of (2 ** exponent / value) ** 2: what a last place is in squares.
+_SQUARED = 0.5
+# Up to it the tight bounds are kept by the compiled kernels on emulated tensor cores.
 _SHALLOW = 48
 
 
-def logp_bound(dtype: torch.dtype, depth: int, largest: float, tight: float = 1e-5) -> float:
-    """Bound on the error of a log-prob in nats, by how its logits are summed.
+def cores_of_this_gpu() -> CutOff:
+    """What the tensor cores of the current CUDA device do; of a later kind as of an H100's."""
+    return H100 if torch.cuda.get_device_capability()[0] >= 9 else A100
 
-    **bf16 and fp16** are multiplied by tensor cores, which do not round: `BLOCK` products and the
-    sum so far are aligned to the largest of them, cut off a bit or two beyond fp32's last place,
-    added, and the sum is cut off to fp32 (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of
-    NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021). Every cut takes the sum towards
-    zero, so the errors of k / `BLOCK` cuts add up: a bias, not a random walk. A cut takes between
-    nothing and one last place, on average half of one; the last place of a sum s is between
-    2⁻²⁴ |s| and 2⁻²³ |s|, on average over a binade 4/3 · 2⁻²⁴ |s|. A logit that ends at M, the
-    largest one, is on average half as large on its way. So it loses
 
-        k / BLOCK · ½ · 4/3 · 2⁻²⁴ · ½ M  =  ⅓ · k / BLOCK · 2⁻²⁴ · M.
+def logp_bound(cores: CutOff | None, depth: int, largest: float, tight: float = 1e-5) -> float:
+    """Bound on the error of a log-prob in nats, by how its logits are summed: bias + 6 σ.
 
-    A log-prob is the difference of two logits' worth (the target and, in the log-sum-exp, the
-    largest), which may have opposite signs: two thirds. What is left out here (partial sums that
-    stray from the line from 0 to M, products of fp16 that are cut off as well, the spread of few
-    cuts) takes less than as much again: the bound is **3/2 · k / BLOCK · 2⁻²⁴ · M**. Measured on
-    emulated A100 tensor cores with M = 30: 3.3e-4 at k = 4096, where the bound is 1.4e-3, and
-    1.2e-5 where sums are rounded to nearest.
+    In units of 2⁻²⁴ M, half a last place of the largest logit M, with k the depth.
 
-    **fp32** is multiplied without tensor cores, and each of k additions rounds to nearest: by at
-    most half a last place, 2⁻²⁴ |s|, evenly, with a standard deviation of 1/√3 of it, and
-    independent signs. Over partial sums on a line to M, whose root mean square is M / √3, a logit
-    gets σ = ⅓ √k · 2⁻²⁴ · M. The bound is 6 σ, four of a difference of logits, for the largest of
-    thousands of errors: **2 √k · 2⁻²⁴ · M**.
+    **Cut off**, as by tensor cores (`CutOff`, P products to `bits` bits): k / P sums are cut off to
+    23 bits, each towards zero, which adds up: a bias, not a random walk. A sum that was aligned to
+    `bits` bits loses one of 0, 1, … in units of 2^(23 − bits) of a last place, on average
+    ½ (1 − 2^(23 − bits)) of it. A last place is at most 2⁻²³ of the partial sum, and that at most
+    M; a log-prob is the difference of two logits' worth (its own, and the largest's in the
+    log-sum-exp), which may have opposite signs:
 
-    At small depths `tight` holds, which stands for all other roundings.
+        bias = 2 (1 − 2^(23 − bits)) k / P, which is k / 8 on an A100 and 3/2 · k / 16 on an H100.
+
+    The *expected* one is a third of it: partial sums grow to M, ½ M on average, and a last place is
+    ⅔ of its most on average over a binade. Each of the k products is cut off, too, to 2^−bits of
+    the partial sum or less, evenly, but with its own sign, as random as the products': a variance
+    of a third of that squared. A partial sum on a line to M has a mean square of M² / 3, and a last
+    place ½ of its most in squares on average. With the variance of what is cut off the sums,
+    (1 − 4^(23 − bits)) / 12 of a last place squared:
+
+        σ² = k / 6 · [4^(24 − bits) / 3 + (1 − 4^(23 − bits)) / (3 P)]
+
+    6 σ are four of a difference of two logits, for the largest of thousands of errors.
+
+    **Rounded to nearest**, as fp32 is multiplied (without tensor cores): each of k additions is off
+    by at most half a last place, evenly, with a standard deviation of 1/√3 of it. Over partial sums
+    on a line to M a logit gets σ = ⅓ √k, and the bound is 6 σ = **2 √k**.
+
+    At small depths `tight` holds, which stands for all other roundings. What emulated kernels
+    measure beside the bound is in `tests/emulator/test_cut_off.py`.
 
     Args:
-        dtype: of the operands.
+        cores: that multiply; None for sums rounded to nearest after each product.
         depth: k, products in a logit: the hidden size.
         largest: M, the largest |logit|.
         tight: what the error may be whatever the depth, in nats.
     """
     if depth <= _SHALLOW:
         return tight
-    steps = 2 * math.sqrt(depth) if dtype == torch.float32 else 1.5 * depth / BLOCK
-    return max(tight, steps * _SINGLE * largest)
+    if cores is None:
+        steps = 2 * math.sqrt(depth)
+    else:
+        coarse = 2.0 ** (_BITS - cores.bits)
+        bias = 2 * (1 - coarse) * depth / cores.products
+        aligned, cut = 4 * coarse**2 / 3, (1 - coarse**2) / (3 * cores.products)
+        steps = bias + 6 * math.sqrt(depth * _SQUARED / 3 * (aligned + cut))
+    return max(tight, steps * _HALF_PLACE * largest)
 
 
-def bound_of(case: Case, tight: float = 1e-5) -> float:
-    """`logp_bound` of a case: M is the largest product times the head's factors."""
+def bound_of(case: Case, tight: float = 1e-5, cores: CutOff | None = A100) -> float:
+    """`logp_bound` of a case: M is the largest product times the head's factors.
+
+    Args:
+        case: with operands in the dtype that is multiplied; fp32 is rounded to nearest.
+        tight: of `logp_bound`.
+        cores: that multiply 16 bits; None: rounded to nearest, too.
+    """
     largest = (case.hidden.float() @ case.weight.float().t()).abs().max().item()
     factor = abs(case.options.get("logit_scale", 1.0)) / case.options.get("temperature", 1.0)
-    return logp_bound(case.hidden.dtype, case.hidden.shape[-1], largest * factor, tight)
+    if case.hidden.dtype == torch.float32:
+        cores = None
+    return logp_bound(cores, case.hidden.shape[-1], largest * factor, tight)
 
 
-def gradient_bound(case: Case, tolerance: float) -> float:
+def gradient_bound(case: Case, tolerance: float, cores: CutOff | None = A100) -> float:
     """Relative bound on a gradient: `tolerance`, and what depth adds to the log-probs.
 
     A probability is off by the factor exp(error of its log-prob), and a gradient is linear in them.
     """
-    return tolerance + bound_of(case, 1e-5) - 1e-5
+    return tolerance + bound_of(case, 1e-5, cores) - 1e-5
