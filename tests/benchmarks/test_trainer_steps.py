@@ -101,7 +101,7 @@ def test_wrong_missing_and_failing_trainers_are_named(tmp_path: Path, monkeypatc
         raise ModuleNotFoundError("No module named 'absent'", name="absent")
 
     def doubled(setup: Setup, folder: Path, device: str) -> Any:
-        trainer = trainers._eager(setup, folder, device)
+        trainer = TRAINERS[EAGER](setup, folder, device)
         loss_of = trainer.compute_loss
         trainer.compute_loss = lambda *a, **k: 2 * loss_of(*a, **k)
         return trainer

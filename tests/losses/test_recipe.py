@@ -74,7 +74,7 @@ class Recipe:
 
 
 RECIPES = [
-    Recipe("README.md", "How to add a loss", "my-loss"),
+    Recipe("CONTRIBUTING.md", "A loss of known parts", "my-loss"),
     Recipe("CONTRIBUTING.md", "A loss with a new margin", "my-margin-loss"),
 ]
 
