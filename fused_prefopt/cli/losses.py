@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from fused_prefopt.losses.registry import LossInfo
 
 _WIDTH = 100
 HELP = "the registered losses, one of them with its formula, or those that a data set allows"
-# Writes docs/losses.md, the page of all losses.
+# Writes docs/losses.md, the page of all losses, and the list in README.md.
 COMMAND = "python -m fused_prefopt.cli.losses"
+_START, _END = "<!-- losses:start -->", "<!-- losses:end -->"
 _MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
 _INTRODUCTION = f"""\
 # Losses
@@ -322,6 +322,23 @@ def write_losses_page(page: Path) -> None:
     page.write_text(losses_page(), encoding="utf-8")
 
 
+def with_losses(text: str) -> str:
+    """README's text with the names of all losses, by what they judge, between its markers.
+
+    Raises:
+        ValueError: it has no markers.
+    """
+    before, first, rest = text.partition(_START)
+    _, last, after = rest.partition(_END)
+    if not first or not last:
+        raise ValueError(f"README: got none of the markers {_START} and {_END}, wanted both")
+    names: dict[str, list[str]] = {}
+    for name in available_losses():
+        names.setdefault(_judges(find(name).build()), []).append(f"`{name}`")
+    lists = [f"- **{judged}**: {', '.join(found)}" for judged, found in names.items()]
+    return "\n".join([f"{before}{first}", *lists, f"{last}{after}"])
+
+
 def formula(documented: Any) -> str:
     """What a docstring says before its first section."""
     return re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(documented) or "")[0]
@@ -409,4 +426,9 @@ def _values(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    write_losses_page(Path(*sys.argv[1:] or ("docs/losses.md",)))
+    if len(sys.argv) > 1:
+        write_losses_page(Path(sys.argv[1]))
+    else:
+        write_losses_page(Path("docs/losses.md"))
+        _readme = Path("README.md")
+        _readme.write_text(with_losses(_readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 for name in ("psutil", "trl", "peft", "datasets"):
     pytest.importorskip(name)
 
-from benchmarks import trainer_steps, trainers  # noqa: E402
+from benchmarks import trainer_steps  # noqa: E402
 from benchmarks.measuring import Loop  # noqa: E402
 from benchmarks.results import Results, Row, load  # noqa: E402
 from benchmarks.tables import trainer_table  # noqa: E402

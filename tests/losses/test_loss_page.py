@@ -15,6 +15,7 @@ from fused_prefopt.cli.losses import (
     hyperparameters,
     losses_page,
     one_loss,
+    with_losses,
     write_losses_page,
 )
 from fused_prefopt.losses import (
@@ -37,6 +38,11 @@ def section(name: str) -> str:
 def test_the_page_is_up_to_date():
     message = f"docs/losses.md: out of date, wants `{COMMAND}` to write it again"
     assert PAGE.read_text(encoding="utf-8") == losses_page(), message
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == with_losses(readme), message
+    assert all(f"`{name}`" in readme for name in REGISTERED)
+    with pytest.raises(ValueError, match="wanted both"):
+        with_losses("# A page")
 
 
 def test_the_command_writes_the_page(tmp_path):
