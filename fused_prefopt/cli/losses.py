@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
