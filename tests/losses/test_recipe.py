@@ -123,7 +123,7 @@ def followed(tmp_path_factory) -> Path:
         after = contents(folder)
         assert before.keys() == after.keys() and len(blocks) == number
         changed = {name for name, value in after.items() if value != before[name]}
-        assert changed == {*blocks, PAGE}
+        assert changed == {*blocks, PAGE, "README.md"}
     return folder
 
 
