@@ -18,7 +18,7 @@ import numpy as np
 
 from .arithmetic import F4, I4, UNSIGNED, Array
 from .async_proxy import AsyncProxy
-from .asynchronous import Copies
+from .copies import Copies
 from .cut_off import CutOff
 from .faults import Fault, Findings
 from .instructions import Site
