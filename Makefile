@@ -38,7 +38,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# `make emulate ARGS=--quick` executes what `make test` does
+# `make emulate ARGS=--quick`: bf16, in lock step
 emulate: $(VENV)/installed
 	$(RUN) tests/proofs.py $(ARGS)
 	$(RUN) -m benchmarks report

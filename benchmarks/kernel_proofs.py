@@ -37,8 +37,9 @@ Four proofs, each of which sees what the others do not:
 
 Executed code ends at PTX: what ptxas makes of it is read, but not executed. The order of memory is
 modelled no finer than barriers, waits and fences, and time not at all. A tensor core's sum is exact
-and rounded once, or cut off as is published of an A100 and an H100 (`emulator/cut_off.py`): by that
-model the bounds of the tests on a GPU grow with the hidden size (`tests/support/rounding.py`).
+and rounded once, or cut off as is published of an A100 and an H100
+(`tests/support/emulator/cut_off.py`): by that model the bounds of the tests on a GPU grow with the
+hidden size (`tests/support/rounding.py`).
 
 Found so: Triton 3.4 and 3.6 compile 16-bit folds that load their tiles by `cp.async`, without
 tensor descriptors, for an H100 with no `fence.proxy.async` before `wgmma`, which the PTX ISA asks
@@ -53,6 +54,7 @@ compiled from, `[fold_rows.py:76:5]`. **To run one test**:
 
 ```bash
 .venv/bin/python -m pytest tests/kernels/test_fold_rows.py -m executed -k NAME  # as make test
+EMULATE=gpus .venv/bin/python -m pytest tests/kernels/test_fold_rows.py -m executed -k NAME  # both
 EMULATE=all .venv/bin/python -m pytest tests/kernels/test_fold_rows.py -m executed -k NAME
 ```
 
@@ -75,7 +77,11 @@ def proofs_section(path: Path, usage: Mapping[str, Any], measured: bool) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"]
         passed = "; ".join(f"{part}: {count} passed" for part, count in content["passed"].items())
-        how = "`make emulate`" if content["everything"] else "what `make test` runs"
+        how = (
+            "`make emulate`"
+            if content["everything"]
+            else "`make emulate ARGS=--quick`: bf16, lock step"
+        )
         origin = (
             f"Which kernels were launched, noted by the tests ({passed}) of {how} at "
             f"{content['commit']}, {content['date']}, Triton {content['triton']}. Orders of warps "

@@ -3,8 +3,8 @@
 * Triton's interpreter, tests marked `interpreted`: `TRITON_INTERPRET=1 pytest -m interpreted`.
 * The code that Triton compiles for a GPU, executed by `emulator`, tests marked `executed`: an
   ordinary run, in bf16, on the tiles of the architecture.
-* The same in every dtype, for every target, with warps in other orders: `EMULATE=all pytest -m
-  executed`.
+* The same for every target, `EMULATE=gpus pytest -m executed`, or in every dtype too and with warps
+  in other orders, `EMULATE=all`.
 
 What differs between them are the dtypes, shapes and tolerances here, not the tests' bodies.
 """
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from emulator import CutOff
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EVERYTHING = os.environ.get("EMULATE") == "all"
+EMULATE = os.environ.get("EMULATE", "")
+if EMULATE not in ("", "gpus", "all"):
+    raise ValueError(f"EMULATE: got {EMULATE!r}, wanted gpus, all or nothing")
+EVERYTHING = EMULATE == "all"
 
 T = TypeVar("T")
 
@@ -130,7 +133,8 @@ def machines_of(marker: pytest.Mark) -> list[Machine]:
     """Those that a test with this marker runs on, `executed(targets=…)`."""
     if EVERYTHING:
         return MACHINES
-    return [Machine(target) for target in marker.kwargs.get("targets", ("sm_80",))]
+    targets = TARGETS if EMULATE == "gpus" else marker.kwargs.get("targets", ("sm_80",))
+    return [Machine(target) for target in targets]
 
 
 def forget_plans() -> None:
