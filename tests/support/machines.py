@@ -110,7 +110,7 @@ MACHINES = [
 OWN_NUMBERS = {
     "fold_logits.py": ("reference + row",),
     "fold_rows.py": ("maximum + row", "total + row", "earlier + columns", "sums + columns"),
-    "kl.py": ("(maximum,", "(total,", "weighted + row"),
+    "kl.py": ("load(maximum)", "(maximum,", "(total,", "weighted + row"),
     "loss_parts.py": ("(nonfinite,",),
 }
 
