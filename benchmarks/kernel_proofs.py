@@ -41,6 +41,10 @@ and rounded once, or cut off as is published of an A100 and an H100
 (`tests/support/emulator/cut_off.py`): by that model the bounds of the tests on a GPU grow with the
 hidden size (`tests/support/rounding.py`).
 
+Found so: Triton 3.4 and 3.6 compile 16-bit folds that load their tiles by `cp.async`, without
+tensor descriptors, for an H100 with no `fence.proxy.async` before `wgmma`, which the PTX ISA asks
+for; 3.9 emits it. It was read in the PTX, not seen to go wrong on a GPU.
+
 {origin}
 
 {proofs}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from emulator import Fault, Log, emulated, launches  # noqa: E402
 from hopper_kernels import Edit, replaced  # noqa: E402
@@ -93,13 +93,25 @@ if EVERYTHING:
     ]
 
 
+# Tritons before 3.9, seen of 3.4 and 3.6, put no fence between cp.async and wgmma. Whole 16 values
+# a row are copied by cp.async, others by ordinary stores, for which they do have a fence.
+OLDER = not triton.__version__.startswith("3.9.")
+
+
 @pytest.mark.parametrize(("dtype", "shape", "block", "descriptors", "order"), FOLDS)
 def test_folds_compiled_for_sm_90(dtype, shape, block, descriptors, order):
+    wgmma, copied = dtype.itemsize == 2 and block.rows >= 64, shape[2] % 16 == 0
+    if OLDER and wgmma and copied and not descriptors:
+        with pytest.raises(Fault, match="ordinary stores wrote, no fence.proxy.async: wgmma"):
+            fold(shape, dtype, block, descriptors, order=order)
+        return
     error, log = fold(shape, dtype, block, descriptors, order=order)
-    # A walk of rounding errors of logits up to 25: fp32 rounds at each step of the depth, wgmma and
-    # mma at every 16th.
+    # Sums are rounded to nearest, fp32 at each step of the depth, wgmma and mma at every 16th. Of a
+    # logit of 25 that is a walk of σ = ⅓ √steps half places (`rounding.logp_bound` derives it); 4 σ
+    # are allowed, since what is compared is one logit, or a sum of many that errs less. At small
+    # depths all other roundings count.
     steps = shape[2] if dtype.itemsize == 4 else shape[2] / 16
-    assert error <= 5e-6 + 2.0**-25 * 25 * 2.5 * steps**0.5
+    assert error <= max(5e-6, 4 / 3 * steps**0.5 * 2.0**-24 * 25)
     assert not log.races | log.unwritten
 
 
@@ -117,7 +129,6 @@ def without_barriers(first: int, count: int) -> Edit:
 
 SWIZZLED = "4611686293305294848"  # 128 bytes, 1024 from 8 rows to the next 8
 MUTATIONS: dict[str, Edit] = {
-    "no mbarrier wait": replaced(r"\tmbarrier.try_wait[^;]*;\s*@!complete bra.uni waitLoop;", ""),
     "no wgmma fence": replaced(r"wgmma.fence.sync.aligned;", ""),
     "no wait in the loop": replaced(r"wgmma.wait_group.sync.aligned 1;", ""),
     "a looser wait": replaced(
@@ -127,6 +138,12 @@ MUTATIONS: dict[str, Edit] = {
     "no commit": replaced(r"wgmma.commit_group.sync.aligned;", ""),
     "too few bytes": replaced(r"(expect_tx.*), 49152", r"\1, 49136"),
     "too many bytes": replaced(r"(expect_tx.*), 49152", r"\1, 49168"),
+    "no sums": replaced(r"mov.pred\s+(%p\d+), -1;", r"mov.pred \1, 0;"),
+    "another dtype": replaced(r"\.bf16\.bf16 ", ".f16.f16 "),
+}
+# Registers, numbers and barriers as Triton 3.9 writes them.
+MUTATIONS_OF_THIS_TRITON: dict[str, Edit] = {
+    "no mbarrier wait": replaced(r"\tmbarrier.try_wait[^;]*;\s*@!complete bra.uni waitLoop;", ""),
     "another swizzle": replaced(SWIZZLED, str((2 << 62) | 0x4000010000)),
     "no swizzle": replaced(SWIZZLED, str(0x4000010000)),
     "another stride": replaced(SWIZZLED, str(int(SWIZZLED) ^ 0x6000000000)),
@@ -134,19 +151,33 @@ MUTATIONS: dict[str, Edit] = {
     "a step too far": replaced(r"(add.s32\s+%r7[67], %r7[45]), 2;", r"\1, 4;"),
     "a shifted box": replaced(r"(mov.b32\s+%r19), 64;", r"\1, 56;"),
     "a box elsewhere": replaced(r"(add.s32\s+%r20, %r16), 32768;", r"\1, 33792;"),
-    "no sums": replaced(r"mov.pred\s+(%p\d+), -1;", r"mov.pred \1, 0;"),
-    "another dtype": replaced(r"\.bf16\.bf16 ", ".f16.f16 "),
     "no barriers before the loop": without_barriers(0, 6),
     "no barriers before new boxes": without_barriers(7, 2),
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-@pytest.mark.parametrize("order", [None, "random"] if EVERYTHING else [None])
-def test_mutations_of_a_compiled_fold_are_noticed(name, order):
-    with compiled_otherwise(MUTATIONS[name]):
+def noticed(edit: Edit, order: str | None) -> bool:
+    """Whether a fold with a mistake is a fault, has a race, or is wrong."""
+    with compiled_otherwise(edit):
         try:
             error, log = fold((70, 301, 320), BF16, SM_90.plain, True, order=order)
         except Fault:
-            return
-    assert log.races or not error <= 1e-3
+            return True
+    return bool(log.races) or not error <= 1e-3
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("order", [None, "random"] if EVERYTHING else [None])
+def test_mutations_of_a_compiled_fold_are_noticed(name, order):
+    assert noticed(MUTATIONS[name], order)
+
+
+@pytest.mark.skipif(OLDER, reason="edits know the registers that Triton 3.9 names")
+@pytest.mark.parametrize("name", MUTATIONS_OF_THIS_TRITON)
+@pytest.mark.parametrize("order", [None, "random"] if EVERYTHING else [None])
+def test_mutations_of_this_tritons_fold_are_noticed(name, order):
+    assert noticed(MUTATIONS_OF_THIS_TRITON[name], order)
+
+
+def test_the_fold_that_mutations_change_is_right():
+    assert not noticed(lambda text: text, None)

@@ -12,6 +12,7 @@ from emulator import Fault, emulated, launch  # noqa: E402
 from fused_prefopt.kernels.architectures import ARCHITECTURES  # noqa: E402
 from fused_prefopt.kernels.fold_logits import fold_logits, merge_partials  # noqa: E402
 
+PRODUCT = "sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 HEAD = """
 .version 8.7
 .target sm_80
@@ -97,6 +98,14 @@ def test_warps_exchange_numbers_through_shared_memory(order):
             cp.async.commit_group;""",
             "ended with 64 copies under way",
         ),
+        (
+            f"mma.{PRODUCT} {{%r4,%r5,%r6,%r7}},{{%r4,%r5}},{{%r4}},{{%r4,%r5,%r6,%r7}};",
+            "mma of 2, 1 and 4 registers",
+        ),
+        (
+            f"mma.{PRODUCT} {{%r4,%r5}},{{%r4,%r5,%r6,%r7}},{{%r4,%r5}},{{%r4,%r5,%r6,%r7}};",
+            "mma with 2 results",
+        ),
     ],
 )
 def test_what_a_gpu_would_not_forgive_is_a_fault(body, says):
@@ -117,11 +126,57 @@ def test_what_a_gpu_would_not_forgive_is_a_fault(body, says):
         ("bar.sync 1;", "a barrier other than 0"),
         ("shfl.sync.bfly.b32 %r4, %r1, 1, 31, 15;", "a part of a warp"),
         (".local .b32 %r77;", r"\.local"),
+        ("@%r1 add.s32 %r4, %r1, 1;", "@%r1 is no predicate"),
+        ("setp.lt.s32 %p4|%p5, %r1, 5;", "a pair as a result"),
+        ("add.s32 %r4, %r1, 4294967296;", "the number 4294967296 as s32"),
+        ("ld.global.v4.b32 {%r4, %r5}, [%rd1];", "2 values, wanted 4"),
+        ("ld.global.b32 {%r4, %r5}, [%rd1];", "2 values, wanted 1"),
+        ("st.shared.v2.b32 [%r3], %r1;", "1 values, wanted 2"),
+        ("mov.b32 {%r4, %r5, %r6}, %r1;", "3 parts of b32"),
+        ("@%p2 fence.proxy.async.shared::cta;", "a proxy fence of a part of a warp"),
     ],
 )
 def test_what_is_not_known_is_refused(body, says):
     with pytest.raises(NotImplementedError, match=says):
         tried(body)
+
+
+def test_a_module_of_two_entries_is_refused():
+    with pytest.raises(NotImplementedError, match="2 entries"):
+        tried("ret; } .visible .entry other() {".replace("}", "\n}\n"))
+
+
+def test_arguments_that_are_not_there_or_do_not_fit():
+    given, text = torch.arange(64, dtype=torch.int32), f"{HEAD}ret;\n}}\n"
+    with pytest.raises(Fault, match="no argument was given for tried_param_1"):
+        launch(text, [given], (1,), warps=2, shared=256)
+    with pytest.raises(ValueError, match="tried_param_1: got 4294967296, wanted a number of 32"):
+        launch(text, [given, 1 << 32], (1,), warps=2, shared=256)
+    text = text.replace(".reqntid 64", ".reqntid 64, 2")
+    with pytest.raises(ValueError, match="got 2 warps, wanted 128 threads"):
+        launch(text, [given, 3], (1,), warps=2, shared=256)
+
+
+@pytest.mark.parametrize("order", [None, "up", "down", "random"])
+def test_warps_come_to_a_barrier_from_either_side_of_it(order):
+    body = """
+        @%p1 bra meet;
+        bra later;
+    meet:
+        st.shared.b32 [%r2], %r1;
+        bar.sync 0;
+        ld.shared.b32 %r5, [%r3];
+        st.global.b32 [%rd3], %r5;
+        bra done;
+    later:
+        add.s32 %r1, %r1, 1;
+        bra meet;
+    done:
+    """
+    report, found = tried(body, order=order)
+    lanes = torch.arange(64) ^ 32
+    assert found.tolist() == (lanes + (lanes >= 32)).tolist()
+    assert not report.races and not report.unwritten
 
 
 def test_bytes_that_nothing_was_written_to_are_listed():

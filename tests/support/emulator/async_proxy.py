@@ -76,6 +76,8 @@ class AsyncProxy:
 
     def fence(self, site: object, mask: Array | None) -> None:
         """fence.proxy.async: what a warp has written, or has been told of by a barrier."""
+        if mask is not None and (mask.reshape(-1, WARP).sum(1) % WARP).any():
+            raise NotImplementedError(f"a proxy fence of a part of a warp: {site}")
         unfenced, stale = self._by_program(self.unfenced), self._by_program(self.stale)
         for number in warps_of(self.threads, site, mask):
             program, warp = divmod(int(number), self.threads.warps)

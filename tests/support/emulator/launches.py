@@ -190,9 +190,9 @@ def _launch(
             f"{program.name}: got {len(arguments)} arguments, wanted {len(program.parameters)}"
         )
     storages = Storages()
-    padded = [*arguments, *[0] * missing]
     values, maps = {}, {}
-    for parameter, argument in zip(program.parameters, padded, strict=True):
+    # What is missing is scratch memory, unless the program reads it.
+    for parameter, argument in zip(program.parameters, arguments, strict=False):
         if isinstance(argument, _Descriptor):
             maps[parameter.offset] = argument.encoded(parameter, storages)
         else:
@@ -267,7 +267,10 @@ def _value(parameter: Parameter, argument: Any, storages: Storages) -> Any:
         return kind(storages.add(argument))
     if isinstance(argument, float):
         return np.array(argument, {4: np.float32, 8: np.float64}[parameter.size]).view(kind)[()]
-    return kind(int(argument) & ((1 << (8 * parameter.size)) - 1))
+    bits = 8 * parameter.size
+    if not -(1 << (bits - 1)) <= int(argument) < 1 << bits:
+        raise ValueError(f"{parameter.name}: got {argument}, wanted a number of {bits} bits")
+    return kind(int(argument) & ((1 << bits) - 1))
 
 
 _CODES: dict[str, Code] = {}

@@ -18,7 +18,7 @@ import numpy as np
 
 from .arithmetic import F4, I4, UNSIGNED, Array
 from .async_proxy import AsyncProxy
-from .asynchronous import Copies
+from .copies import Copies
 from .cut_off import CutOff
 from .faults import Fault, Findings
 from .instructions import Site
@@ -101,12 +101,16 @@ class Machine:
             self.shared.watcher = self.proxy
         self._constants = code.constants(lanes)
         self._end = len(self.program.blocks)
+        # Of each block, and of the end.
+        self._waits = np.array([block.waits for block in self.program.blocks] + [True])
 
     # -- instructions of no part
 
     def parameter(self, site: Site, mask: Array | None, name: str, offset: int) -> Array:
         """ld.param."""
-        value = self._values[name]
+        value = self._values.get(name)
+        if value is None:
+            raise Fault(f"no argument was given for {name}: {site}")
         if offset or value.dtype.itemsize != site.size:
             raise NotImplementedError(f"a part of a parameter: {site}")
         return np.full(self.threads.lanes, value)
@@ -158,6 +162,11 @@ class Machine:
                 if not ready.any():
                     return
                 current = int(at[ready].min())
+                if self._waits[current]:
+                    # Other warps of these programs may come to the barrier from a later block.
+                    programs = self.threads.program[ready & (at == current)]
+                    late = ready & ~self._waits[at] & np.isin(self.threads.program, programs)
+                    current = int(at[late].min()) if late.any() else current
                 mask = ready & (at == current)
                 mask = None if mask.all() else mask
             elif together >= self._end:
@@ -188,7 +197,7 @@ class Machine:
     def _warp_by_warp(self, at: Array) -> None:
         """From barrier to barrier one warp after the other, in an order drawn each time."""
         warps = self.threads.warps
-        waits = np.array([block.waits for block in self.program.blocks] + [True])
+        waits = self._waits
         while True:
             order = np.arange(warps)
             if self.options.order == "random":

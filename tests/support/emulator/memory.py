@@ -199,7 +199,7 @@ class Tensors:
         lanes: Array | None,
         write: bool,
     ) -> None:
-        """Who touches what, in units of two bytes."""
+        """Who touches what, by two bytes: neighbours of one byte look like one place."""
         if not self.races or not storage.tracked:
             return
         threads, race = self.threads, self.findings.races.add

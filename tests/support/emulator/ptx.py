@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -170,17 +171,21 @@ def parse(text: str) -> Program:
     """Read the entry of a module.
 
     Raises:
-        NotImplementedError: a statement or an operand of a form that is not known.
+        NotImplementedError: a statement or an operand of a form that is not known, or several
+            entries.
         ValueError: the text holds no entry, or a branch to a label that does not exist.
     """
     head, found, rest = text.partition(".visible .entry ")
     if not found:
         raise ValueError("PTX: got a module without `.visible .entry`")
+    entries = 1 + len(re.findall(r"^\s*(?:\.visible\s+)?\.entry\s", rest, re.MULTILINE))
+    if entries > 1:
+        raise NotImplementedError(f"PTX: got a module of {entries} entries, wanted one")
     name = re.match(r"[\w$]+", rest)
     assert name is not None
     declared, _, rest = rest.partition("(")[2].partition("\n)")
     heading, _, body = rest.partition("{")
-    threads = re.search(r"\.reqntid\s+(\d+)", heading)
+    threads = re.search(r"\.reqntid\s+([\d, ]+)", heading)
     parameters = _parameters(declared)
     symbols = {parameter.name: parameter.offset for parameter in parameters}
     symbols |= {shared: 0 for shared in re.findall(r"\.extern\s+\.shared\b.*?([\w$]+)\[\]", head)}
@@ -191,7 +196,7 @@ def parse(text: str) -> Program:
         parameters,
         reader.registers,
         reader.blocks,
-        int(threads[1]) if threads else None,
+        math.prod(map(int, threads[1].split(","))) if threads else None,
         symbols,
     )
 
@@ -287,8 +292,10 @@ class _Reader:
         if rest.startswith("@"):
             mark, rest = rest.split(None, 1)
             register = self._register(mark.lstrip("@!"))
-            if register is None:
-                raise NotImplementedError(f"{statement}  [{self._where}]")
+            if register is None or register.size:
+                raise NotImplementedError(
+                    f"{statement}  [{self._where}]: {mark} is no predicate that is declared"
+                )
             guard = Guard(register, mark.startswith("@!"))
         opcode, *more = rest.split(None, 1)
         text = " ".join(statement.split())

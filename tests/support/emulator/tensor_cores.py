@@ -6,6 +6,7 @@ import numpy as np
 
 from .arithmetic import F2, F4, F8, U2, U4, Array, bf16_to_f32
 from .cut_off import CutOff
+from .faults import Fault
 from .instructions import Site
 from .threads import WARP, Threads
 
@@ -30,6 +31,10 @@ class TensorCores:
         self.threads.whole_warps(site, mask)
         warps = self.threads.lanes // WARP
         eights = len(b)  # of the depth
+        if f"m16n8k{8 * eights}" not in site.modifiers or (len(a), len(c)) != (2 * eights, 4):
+            raise Fault(f"mma of {len(a)}, {len(b)} and {len(c)} registers: {site}")
+        if site.count != len(c):
+            raise Fault(f"mma with {site.count} results, wanted {len(c)}: {site}")
         bf16 = "bf16" in site.modifiers
 
         def wide(words: list[Array]) -> Array:

@@ -136,6 +136,10 @@ class Code:
             mask = "g"
         shape = targets or [o for o in given if isinstance(o, Vector)]
         count = len(_parts(shape[0])) if shape else 0
+        if "{T}" in (*results, *arguments):
+            wide = next((int(part[1:]) for part in form.modifiers & {"v2", "v4"}), 1)
+            if max(1, count) != wide:
+                raise _Misfit(f"{max(1, count)} values, wanted {wide}")
         values = []
         for argument in arguments:
             if argument in ("n", "d"):
@@ -188,7 +192,7 @@ class Code:
         if isinstance(target, Sink):
             return value
         if not isinstance(target, Register):
-            raise _Misfit(f"a result in {target}")
+            raise _Misfit(f"a {type(target).__name__.lower()} as a result, wanted a register")
         kind = self._kind(form, kind)
         size = SIZES[kind]
         if kind == "f32" and not isinstance(form.line.function, str):
@@ -267,7 +271,10 @@ class Code:
         if kind == "B":
             return f"b{8 * SIZES[form.type]}"
         if kind == "P":
-            return f"b{8 * SIZES[form.type] // count}"
+            kind = f"b{8 * SIZES[form.type] // count}"
+            if kind not in SIZES or count * SIZES[kind] != SIZES[form.type]:
+                raise _Misfit(f"{count} parts of {form.type}")
+            return kind
         return kind
 
     def _value(self, operand: Operand, kind: str, wider: bool) -> str:
@@ -322,7 +329,10 @@ def _bits(text: str, kind: str) -> int:
         return int(text[2:], 16)
     if kind[0] == "f" or kind == "bf16":
         raise _Misfit(f"the integer {text} as {kind}")
-    return int(text.rstrip("U"), 0)
+    number, bits = int(text.rstrip("U"), 0), 8 * SIZES[kind]
+    if bits and not -(1 << (bits - 1)) <= number < 1 << bits:
+        raise _Misfit(f"the number {text} as {kind}")
+    return number
 
 
 def _is_together(block: Block) -> bool:

@@ -1,7 +1,8 @@
 """Copies that go on while the program does: `cp.async` and its groups.
 
 A copy lands as late as the program allows: at the wait that says it must have. Its source is read
-at once, which no program that is free of races can tell.
+at once, which no program that is free of races can tell. A race of that kind, a source that is
+written between a copy and its wait, is not noticed.
 """
 
 from __future__ import annotations
