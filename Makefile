@@ -32,7 +32,9 @@ claims: $(VENV)/installed
 
 test: lint kernels
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreted \
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m "interpreted and not executed" \
+		--numprocesses auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreted tests/kernels \
 		--numprocesses auto --dist worksteal $(ARGS)
 	$(RUN) -m benchmarks report --check
 

@@ -20,8 +20,9 @@ _TEXT = """\
 
 Four proofs, each of which sees what the others do not:
 
-- **Interpreted**: Triton's interpreter runs the kernels' Python on CPU tensors, `make test` in fp16
-  and fp32: wrong formulas, masks, offsets. It multiplies no bf16 tiles and knows no warps.
+- **Interpreted**: Triton's interpreter runs the kernels' Python on CPU tensors, in fp16 and fp32:
+  wrong formulas, masks, offsets. It multiplies no bf16 tiles and knows no warps. `make test` leaves
+  out those tests of the op and the losses that it executes; `make emulate` does not.
 - **Compiled and executed**: the code that Triton makes for an A100 (sm_80) or an H100 (sm_90) is
   run by `tests/support/emulator` on CPU tensors, from the real launchers: the same tests against
   float64. `make test` does so in bf16, `make emulate` in every dtype, with warps in lock step and
