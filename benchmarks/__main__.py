@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_runs, gpu_runs
-from benchmarks.compare import claims_of, compare_files, goals_of
+from benchmarks.compare import claims_of, compare_files, context_claims, goals_of
 from benchmarks.device import MACHINES
 from benchmarks.frameworks import run_frameworks
 from benchmarks.head_points import run_kl
@@ -203,11 +203,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _print_claims(folder: Path) -> None:
+    files = load(folder)
     rows = {
-        dtype: {row["candidate"]: row for row in load(folder)[f"head-{dtype}"]["rows"]}
+        dtype: {row["candidate"]: row for row in files[f"head-{dtype}"]["rows"]}
         for dtype in ("fp32", "bf16")
     }
-    for claim in claims_of(rows):
+    over_context = context_claims(files["memory"]["rows"]) if "memory" in files else []
+    for claim in (*claims_of(rows), *over_context):
         print(claim)
 
 

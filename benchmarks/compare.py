@@ -16,6 +16,7 @@ from benchmarks.candidates import DEFAULTS, HEAD, HIDDEN, NOTHING, OF_TRL, TIGHT
 from benchmarks.device import LIBRARY, MACHINES, SQUARE, UNHIDDEN, WIDE, Machine
 from benchmarks.results import Row, check, row_key
 from benchmarks.shapes import HEADS, Shape
+from benchmarks.trainers import EAGER, LIGER, OURS, TRL
 
 # Time of our paths in P, fp32.
 _MOST_P = {
@@ -68,6 +69,24 @@ def claims_of(rows: Mapping[str, Mapping[str, Row]]) -> list[Claim]:
         share = _ratio(rows["fp32"], "ours: local", peer, "extra_bytes")
         claims.append(_most(f"fp32, ours: local: memory <= {limit} of {peer}'s", share, limit))
     return claims
+
+
+# Memory of a whole trainer step with ours at the longest measured context, as a share of others'.
+_OF_STEP = {TRL: 0.35, LIGER: 0.25, EAGER: 0.2}
+
+
+def context_claims(rows: Sequence[Row]) -> list[Claim]:
+    """Check what is claimed of a step's memory over its context, on rows of memory.json."""
+    length = max(row["length"] for row in rows)
+    found = {row["candidate"]: row for row in rows if row["length"] == length}
+    return [
+        _most(
+            f"{length} tokens, a step with ours: memory <= {limit} of {peer}'s",
+            _ratio(found, OURS, peer, "extra_bytes"),
+            limit,
+        )
+        for peer, limit in _OF_STEP.items()
+    ]
 
 
 def _most(text: str, value: float | None, limit: float) -> Claim:
