@@ -34,6 +34,14 @@ HELP = "the registered losses, one of them with its formula, or those that a dat
 # Writes docs/losses.md, the page of all losses, and the list in README.md.
 COMMAND = "python -m fused_prefopt.cli.losses"
 _START, _END = "<!-- losses:start -->", "<!-- losses:end -->"
+_FAMILIES = (
+    "pairs, beside a reference model",
+    "pairs alone",
+    "pairs with a gold completion",
+    "pairs with scores",
+    "lists of any length",
+    "single completions",
+)
 _MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
 _INTRODUCTION = f"""\
 # Losses
@@ -324,7 +332,7 @@ def write_losses_page(page: Path) -> None:
 
 
 def with_losses(text: str) -> str:
-    """README's text with the names of all losses, by what they judge, between its markers.
+    """README's text with the names of all losses, by family, between its markers.
 
     Raises:
         ValueError: it has no markers.
@@ -334,10 +342,21 @@ def with_losses(text: str) -> str:
     if not first or not last:
         raise ValueError(f"README: got none of the markers {_START} and {_END}, wanted both")
     names: dict[str, list[str]] = {}
-    for name in available_losses():
-        names.setdefault(_judges(find(name).build()), []).append(f"`{name}`")
-    lists = [f"- **{judged}**: {', '.join(found)}" for judged, found in names.items()]
-    return "\n".join([f"{before}{first}", *lists, f"{last}{after}"])
+    for name, info in available_losses().items():
+        link = f"[{name}](docs/losses.md#{name})"
+        names.setdefault(_family(_judges(find(name).build()), info), []).append(link)
+    families = ((family, ", ".join(names[family])) for family in _FAMILIES if family in names)
+    table = markdown_table(("judge", "losses"), families)
+    return f"{before}{first}\n{table}\n{last}{after}"
+
+
+def _family(judged: str, info: LossInfo) -> str:
+    """What a loss judges, and what it wants that not every data set has: one of `_FAMILIES`."""
+    pairs, bare, gold, scored, lists, single = _FAMILIES
+    if judged != "pairs":
+        return lists if judged == "lists, pairs" else single
+    wanted = {"rewards": scored, "gold": gold, "reference": pairs}
+    return next((family for field, family in wanted.items() if field in info.needs), bare)
 
 
 def formula(documented: Any) -> str:
