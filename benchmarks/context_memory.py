@@ -46,7 +46,8 @@ which are checkpointed; all of it trains, in {dtype}. *Ours* is `FusedDPOTrainer
 compared with the eager one: at most {distance:.1%} off in loss or gradient norm. {missing}
 
 **Predicted, not measured**: all that a GPU holds, every token labelled, by the memory model of
-scaling.md. {recipe}: full fine-tuning alone takes {full:.0f} GiB of weights, gradients and moments."""
+scaling.md. {recipe}: full fine-tuning alone takes {full:.0f} GiB of weights, gradients and
+moments."""
 _BOLD = "**Bold** does not fit: a step may take {usable:.0f} of {memory:.0f} GiB."
 
 

@@ -14,12 +14,12 @@ from benchmarks.shapes import HEADS
 
 _BACKWARD = {"nothing": "none", "hidden": "hidden", "hidden and head": "hidden, head"}
 _TIME = """\
-Forward and backward of head and loss alone take {of_trl:.0%} of TRL's time and {of_eager:.0%} of an eager
-head's ({dtype}, CPU, **measured**: {p:.1f} P, where P is one bare matmul of hidden states and head and
-3 P the least)."""
+Forward and backward of head and loss alone take {of_trl:.0%} of TRL's time and {of_eager:.0%} of an
+eager head's ({dtype}, CPU, **measured**: {p:.1f} P, where P is one bare matmul of hidden states and
+head, and 3 P the least)."""
 _FASTER = """\
-{row[candidate]} in {row[dtype]} ({share:.0%} of our time; its log-probs are {row[logp_error]:.1g} nats off,
-ours {own[logp_error]:.1g})"""
+{row[candidate]} in {row[dtype]} ({share:.0%} of our time; its log-probs are {row[logp_error]:.1g}
+nats off, ours {own[logp_error]:.1g})"""
 _KL = """\
 `sequence_kl` beside eager PyTorch: forward and backward of the KL divergence of a policy from its
 reference over the whole vocabulary, in P of one of the two heads."""

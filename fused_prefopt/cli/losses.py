@@ -34,14 +34,15 @@ HELP = "the registered losses, one of them with its formula, or those that a dat
 # Writes docs/losses.md, the page of all losses, and the list in README.md.
 COMMAND = "python -m fused_prefopt.cli.losses"
 _START, _END = "<!-- losses:start -->", "<!-- losses:end -->"
-_FAMILIES = (
-    "pairs, beside a reference model",
-    "pairs alone",
-    "pairs with a gold completion",
-    "pairs with scores",
-    "lists of any length",
-    "single completions",
-)
+# What a loss on pairs needs, or what another judges → how README calls such losses.
+_FAMILIES = {
+    "reference": "pairs, beside a reference model",
+    "": "pairs alone",
+    "gold": "pairs with a gold completion",
+    "rewards": "pairs with scores",
+    "lists, pairs": "lists of any length",
+    "completions": "single completions",
+}
 _MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
 _INTRODUCTION = f"""\
 # Losses
@@ -341,22 +342,15 @@ def with_losses(text: str) -> str:
     _, last, after = rest.partition(_END)
     if not first or not last:
         raise ValueError(f"README: got none of the markers {_START} and {_END}, wanted both")
-    names: dict[str, list[str]] = {}
+    links: dict[str, list[str]] = {family: [] for family in _FAMILIES}
     for name, info in available_losses().items():
-        link = f"[{name}](docs/losses.md#{name})"
-        names.setdefault(_family(_judges(find(name).build()), info), []).append(link)
-    families = ((family, ", ".join(names[family])) for family in _FAMILIES if family in names)
-    table = markdown_table(("judge", "losses"), families)
-    return f"{before}{first}\n{table}\n{last}{after}"
-
-
-def _family(judged: str, info: LossInfo) -> str:
-    """What a loss judges, and what it wants that not every data set has: one of `_FAMILIES`."""
-    pairs, bare, gold, scored, lists, single = _FAMILIES
-    if judged != "pairs":
-        return lists if judged == "lists, pairs" else single
-    wanted = {"rewards": scored, "gold": gold, "reference": pairs}
-    return next((family for field, family in wanted.items() if field in info.needs), bare)
+        judged = _judges(find(name).build())
+        needed = (field for field in ("rewards", "gold", "reference") if field in info.needs)
+        links[next(needed, "") if judged == "pairs" else judged].append(
+            f"[{name}](docs/losses.md#{name})"
+        )
+    rows = ((_FAMILIES[family], ", ".join(found)) for family, found in links.items())
+    return f"{before}{first}\n{markdown_table(('judge', 'losses'), rows)}\n{last}{after}"
 
 
 def formula(documented: Any) -> str:
