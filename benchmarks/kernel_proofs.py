@@ -25,9 +25,9 @@ Four proofs, each of which sees what the others do not:
 - **Compiled and executed**: the code that Triton makes for an A100 (sm_80) or an H100 (sm_90) is
   run by `tests/support/emulator` on CPU tensors, from the real launchers: the same tests against
   float64. `make test` does so in bf16, `make emulate` in every dtype, with warps in lock step and
-  one after the other in several orders, on this Triton and on those of
-  [compatibility.md](compatibility.md). It sees what a compiler or a launcher gets wrong, and a
-  *fault* where a GPU might not: an access out of bounds or misaligned, a barrier that not all
+  one after the other in several orders; and once more what `make test` does, compiled by the
+  Tritons of [compatibility.md](compatibility.md). It sees what a compiler or a launcher gets wrong,
+  and a *fault* where a GPU might not: an access out of bounds or misaligned, a barrier that not all
   threads reach, a read of shared memory that nothing has written or that an asynchronous copy has
   not brought yet, two warps at one byte without a barrier between them. An instruction that it does
   not know is an error, never a guess.

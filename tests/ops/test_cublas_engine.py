@@ -44,6 +44,8 @@ from fused_prefopt.ops.tile import KeptTile, RowGradients, RowStatistics, Tile  
 pytestmark = pytest.mark.interpreted
 
 SINGLE_OR_HALF = dtypes(torch.float32, torch.bfloat16)
+# Those in which gradients are finished by rows: fp16 has no room for what they refer to.
+FINISHED = [dtype for dtype in SINGLE_OR_HALF if dtype != torch.float16]
 # The interpreter multiplies no bf16 tiles.
 NARROW = per_machine(
     [
@@ -111,7 +113,7 @@ def jumping(dtype: torch.dtype, jump: float, **options) -> Case:
 
 @pytest.mark.parametrize(
     ("logits", "dtype", "tiling"),
-    covering(product([0.0, 40.0, 59.0, 75.0], [None, 80.0]), SINGLE_OR_HALF, ["narrow", "slabs"]),
+    covering(product([0.0, 40.0, 59.0, 75.0], [None, 80.0]), FINISHED, ["narrow", "slabs"]),
 )
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.executed

@@ -109,7 +109,11 @@ MACHINES = [
 # before: what the others then find is never used. By file, as their pointers are written there.
 OWN_NUMBERS = {
     "fold_logits.py": ("reference + row",),
-    "fold_rows.py": ("maximum + row", "total + row", "earlier + columns", "sums + columns"),
+    "fold_rows.py": (
+        *("maximum + row", "total + row", "earlier + columns", "sums + columns"),
+        # The slab itself where its exponentials are kept in place.
+        *("products + columns", "kept + columns"),
+    ),
     "kl.py": ("load(maximum)", "(maximum,", "(total,", "weighted + row"),
     "loss_parts.py": ("(nonfinite,",),
 }
