@@ -47,8 +47,9 @@ up to 4096 × 32,768 logits, of all rows on a CPU, are full from 2,048 tokens on
 compared with the eager one: at most {distance:.1%} off in loss or gradient norm. {missing}
 
 **Predicted, not measured**: all that a GPU holds, every token labelled, by the memory model of
-scaling.md. {recipe}: full fine-tuning alone takes {full:.0f} GiB of weights, gradients and moments.
-**Bold** does not fit: a step may take {usable:.0f} of {memory:.0f} GiB."""
+scaling.md. {recipe}: full fine-tuning alone takes {full:.0f} GiB of weights, gradients and
+moments."""
+_BOLD = "**Bold** does not fit: a step may take {usable:.0f} of {memory:.0f} GiB."
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,16 @@ def _fitting(size: int) -> str:
 
 
 def context_block(shown: ContextMemory, folder: str) -> str:
-    """Picture, sentences and table.
+    """Picture, sentences and table, and what is bold in it.
 
     Args:
         shown: what they show.
         folder: where the picture is, as seen from the page.
     """
     alt = _ALT.format(model=MODEL.name, gpu=MACHINE.name)
-    return "\n\n".join(
-        [f"![{alt}]({folder}/{PICTURE})", " ".join(sentences(shown)), context_table(shown)]
-    )
+    bold = _BOLD.format(usable=usable(MACHINE) / GIB, memory=MACHINE.memory / GIB)
+    picture = f"![{alt}]({folder}/{PICTURE})"
+    return "\n\n".join([picture, " ".join(sentences(shown)), context_table(shown), bold])
 
 
 def context_section(shown: ContextMemory, folder: str) -> list[str]:
@@ -167,8 +168,6 @@ def context_section(shown: ContextMemory, folder: str) -> list[str]:
         missing=f"Without a figure: {'; '.join(named)}." if named else "None failed.",
         recipe=RECIPE.name,
         full=states(MODEL, FULL, Layout()) / GIB,
-        memory=MACHINE.memory / GIB,
-        usable=usable(MACHINE) / GIB,
     )
     return [_TITLE, context_block(shown, folder), notes, measured_on(shown.content)]
 

@@ -27,6 +27,7 @@ from benchmarks.tables import (
     measured_on,
     method_section,
     sweep_section,
+    time_sentence,
     trainer_section,
 )
 
@@ -111,7 +112,8 @@ def _filled_all(readme: Path, folder: Path) -> str:
     text, seen = readme.read_text(encoding="utf-8"), _relative(folder, readme)
     shown = _context_memory(folder.parent)
     if shown and context_memory.START in text:
-        return filled(text, context_block(shown, seen), context_memory.START, context_memory.END)
+        memory = "\n\n".join([context_block(shown, seen), time_sentence(load(folder))])
+        return filled(text, memory, context_memory.START, context_memory.END)
     return filled(text, block(load(folder), seen), START, END)
 
 

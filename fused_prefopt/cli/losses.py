@@ -34,6 +34,15 @@ HELP = "the registered losses, one of them with its formula, or those that a dat
 # Writes docs/losses.md, the page of all losses, and the list in README.md.
 COMMAND = "python -m fused_prefopt.cli.losses"
 _START, _END = "<!-- losses:start -->", "<!-- losses:end -->"
+# What a loss on pairs needs, or what another judges → how README calls such losses.
+_FAMILIES = {
+    "reference": "pairs, beside a reference model",
+    "": "pairs alone",
+    "gold": "pairs with a gold completion",
+    "rewards": "pairs with scores",
+    "lists, pairs": "lists of any length",
+    "completions": "single completions",
+}
 _MARGIN_NAMES = ", ".join(f"`{name}`" for name in MARGIN_NAMES)
 _INTRODUCTION = f"""\
 # Losses
@@ -324,7 +333,7 @@ def write_losses_page(page: Path) -> None:
 
 
 def with_losses(text: str) -> str:
-    """README's text with the names of all losses, by what they judge, between its markers.
+    """README's text with the names of all losses, by family, between its markers.
 
     Raises:
         ValueError: it has no markers.
@@ -333,11 +342,15 @@ def with_losses(text: str) -> str:
     _, last, after = rest.partition(_END)
     if not first or not last:
         raise ValueError(f"README: got none of the markers {_START} and {_END}, wanted both")
-    names: dict[str, list[str]] = {}
-    for name in available_losses():
-        names.setdefault(_judges(find(name).build()), []).append(f"`{name}`")
-    lists = [f"- **{judged}**: {', '.join(found)}" for judged, found in names.items()]
-    return "\n".join([f"{before}{first}", *lists, f"{last}{after}"])
+    links: dict[str, list[str]] = {family: [] for family in _FAMILIES}
+    for name, info in available_losses().items():
+        judged = _judges(find(name).build())
+        needed = (field for field in ("rewards", "gold", "reference") if field in info.needs)
+        links[next(needed, "") if judged == "pairs" else judged].append(
+            f"[{name}](docs/losses.md#{name})"
+        )
+    rows = ((_FAMILIES[family], ", ".join(found)) for family, found in links.items())
+    return f"{before}{first}\n{markdown_table(('judge', 'losses'), rows)}\n{last}{after}"
 
 
 def formula(documented: Any) -> str:

@@ -40,7 +40,7 @@ def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == losses_page(), message
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == with_losses(readme), message
-    assert all(f"`{name}`" in readme for name in REGISTERED)
+    assert all(f"[{name}](docs/losses.md#{name})" in readme for name in REGISTERED)
     with pytest.raises(ValueError, match="wanted both"):
         with_losses("# A page")
 
