@@ -19,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train rlhf claims test lint emulate kernels bench compat distributed frameworks docs report clean
+.PHONY: train rlhf claims test lint emulate kernels bench compat distributed frameworks docs dist report clean
 
 train: $(VENV)/installed
 	$(RUN) examples/quickstart.py $(ARGS)
@@ -58,8 +58,6 @@ bench: $(VENV)/installed
 # `make compat ARGS=gpu` runs one of its environments, which are below .compat
 compat:
 	$(PYTHON) tests/compat.py $(ARGS)
-
-.PHONY: dist
 
 # Into dist/; `make dist ARGS="--tag v0.2.0"` also checks what a release of that tag wants
 dist: $(VENV)/installed

@@ -30,6 +30,7 @@ from benchmarks.tables import (
     time_sentence,
     trainer_section,
 )
+from fused_prefopt.cli.console import between
 
 README = ROOT.parent / "README.md"
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -113,21 +114,8 @@ def _filled_all(readme: Path, folder: Path) -> str:
     shown = _context_memory(folder.parent)
     if shown and context_memory.START in text:
         memory = "\n\n".join([context_block(shown, seen), time_sentence(load(folder))])
-        return filled(text, memory, context_memory.START, context_memory.END)
-    return filled(text, block(load(folder), seen), START, END)
-
-
-def filled(text: str, content: str, start: str, end: str) -> str:
-    """`text` with what is between the markers replaced.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    before, first, rest = text.partition(start)
-    _, last, after = rest.partition(end)
-    if not first or not last:
-        raise ValueError(f"README: wanted the markers {start} and {end}")
-    return f"{before}{start}\n{content}\n{end}{after}"
+        return between(text, context_memory.START, context_memory.END, memory)
+    return between(text, START, END, block(load(folder), seen))
 
 
 def block(results: Mapping[str, Any], folder: str) -> str:

@@ -104,3 +104,16 @@ def markdown_table(
     rule = ["---", *["---:" if numbers else "---"] * (len(heading) - 1)]
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (heading, rule, *rows))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def between(text: str, start: str, end: str, content: str) -> str:
+    """A page's text with what stands between two markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, first, rest = text.partition(start)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"page: wanted the markers {start} and {end}, wanted both in this order")
+    return f"{before}{first}\n{content}\n{last}{after}"

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fused_prefopt.cli.choosing import choices
-from fused_prefopt.cli.console import UserError, blaming, markdown_table, text_table, wrapped
+from fused_prefopt.cli.console import (
+    UserError,
+    between,
+    blaming,
+    markdown_table,
+    text_table,
+    wrapped,
+)
 from fused_prefopt.cli.judged_rows import DataSet
 from fused_prefopt.losses import (
     NamedLoss,
@@ -333,15 +340,7 @@ def write_losses_page(page: Path) -> None:
 
 
 def with_losses(text: str) -> str:
-    """README's text with the names of all losses, by family, between its markers.
-
-    Raises:
-        ValueError: it has no markers.
-    """
-    before, first, rest = text.partition(_START)
-    _, last, after = rest.partition(_END)
-    if not first or not last:
-        raise ValueError(f"README: got none of the markers {_START} and {_END}, wanted both")
+    """README's text with all losses, by family; ValueError as `between` raises it."""
     links: dict[str, list[str]] = {family: [] for family in _FAMILIES}
     for name, info in available_losses().items():
         judged = _judges(find(name).build())
@@ -350,7 +349,7 @@ def with_losses(text: str) -> str:
             f"[{name}](docs/losses.md#{name})"
         )
     rows = ((_FAMILIES[family], ", ".join(found)) for family, found in links.items())
-    return f"{before}{first}\n{markdown_table(('judge', 'losses'), rows)}\n{last}{after}"
+    return between(text, _START, _END, markdown_table(("judge", "losses"), rows))
 
 
 def formula(documented: Any) -> str:

@@ -27,11 +27,12 @@ from benchmarks.gpu_runs import Unit  # noqa: E402
 from benchmarks.head_points import KL_CANDIDATES, GridPoint, run_kl  # noqa: E402
 from benchmarks.mass_study import MASSES  # noqa: E402
 from benchmarks.memory import Memory, not_measured  # noqa: E402
-from benchmarks.report import END, START, filled, page_text, pictures  # noqa: E402
+from benchmarks.report import END, START, page_text, pictures  # noqa: E402
 from benchmarks.results import KERNELS, NO_TIME, Results, Row, load  # noqa: E402
 from benchmarks.shapes import TINY, Shape  # noqa: E402
 from benchmarks.tables import head_table  # noqa: E402
 from benchmarks.trainers import EAGER, EVERYWHERE, IN_CONTEXT, Setup  # noqa: E402
+from fused_prefopt.cli.console import between  # noqa: E402
 
 STEP = Setup("all", 1, 1, 8, "fp32", rounds=1, hidden_size=64, vocab=97)
 OURS = "ours: PreferenceTrainer"
@@ -258,7 +259,7 @@ def test_other_figures_make_a_page_out_of_date(
 
 def test_the_report_needs_its_markers() -> None:
     with pytest.raises(ValueError, match="wanted the markers"):
-        filled("# Title\n", "text", START, END)
+        between("# Title\n", START, END, "text")
 
 
 def test_a_table_names_who_has_no_figures(results: Path) -> None:

@@ -26,12 +26,12 @@ from benchmarks.context_memory import (  # noqa: E402
 )
 from benchmarks.device import MACHINES  # noqa: E402
 from benchmarks.llama_step import LLAMAS, LORA, HeadBytes, Layout, step_bytes, usable  # noqa: E402
-from benchmarks.report import filled  # noqa: E402
 from benchmarks.results import RESULTS, load  # noqa: E402
 from benchmarks.scaling import EAGER, LIGER, OURS, SCALING, TRL  # noqa: E402
 from benchmarks.trainers import EAGER as EAGER_TRAINER  # noqa: E402
 from benchmarks.trainers import IN_CONTEXT, OVER_CONTEXT, Stepper  # noqa: E402
 from benchmarks.trainers import LIGER as LIGER_TRAINER  # noqa: E402
+from fused_prefopt.cli.console import between  # noqa: E402
 
 CONTENT = load(RESULTS / "cpu")["memory"]
 HEADS = load(SCALING)["heads"]["rows"]
@@ -99,7 +99,7 @@ def test_what_is_said_is_of_the_rows() -> None:
     assert len(lines) == 2 + len({*CONTEXTS, *SHOWN.lengths})
     block = context_block(SHOWN, "folder")
     assert "](folder/memory.png)" in block and measured in block and "predicted" in block
-    text = filled(f"a\n{START}\nold\n{END}\nb", block, START, END)
+    text = between(f"a\n{START}\nold\n{END}\nb", START, END, block)
     assert text == f"a\n{START}\n{block}\n{END}\nb"
 
 
