@@ -259,6 +259,31 @@ def test_copy_of_nothing_fills_with_zeros(space):
     assert got.tolist() == (values * kept).tolist()
 
 
+def test_a_copy_from_no_tensor_is_a_fault():
+    (values,) = drawn("b32", 1)
+    with pytest.raises(Fault, match="which is no tensor"):
+        body = f"{COPY}mov.b64 %rd40, 0\n{copies('')}\ncp.async.wait_all"
+        executed(body, [("b32", values)], ["b32"], shared=THREADS * 4)
+
+
+@pytest.mark.parametrize("far", [0, 256])
+def test_a_source_stays_as_it_is_until_its_copy_has_landed(far):
+    """Written by the thread itself behind the wait, in front of it, or by another warp there."""
+    (values,) = drawn("b32", 1)
+    write = f"xor.b32 %r42, %r40, {far}\ncvt.u64.u32 %rd41, %r42\n"
+    write += "ld.param.b64 %rd42, [_small_kernel_param_0]\nadd.s64 %rd41, %rd42, %rd41\n"
+    write += "st.global.b32 [%rd41], %r2\n"
+    wait = "cp.async.wait_all\nbar.sync 0\n"
+    read = "ld.shared.b32 d, [%r40]"
+    arguments = ([("b32", values.copy())], ["b32"])
+    (got,), report = executed(
+        f"{COPY}{copies('')}\n{wait}{write}{read}", *arguments, shared=THREADS * 4
+    )
+    assert got.tolist() == values.tolist() and not report.races
+    with pytest.raises(Fault, match="written while a copy of them is under way"):
+        executed(f"{COPY}{copies('')}\n{write}{wait}{read}", *arguments, shared=THREADS * 4)
+
+
 def test_another_warp_sees_a_copy_after_the_barrier():
     """A wait is of the thread's own copies; without the barrier it is a race."""
     (values,) = drawn("b32", 1)

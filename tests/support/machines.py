@@ -122,7 +122,8 @@ OWN_NUMBERS = {
 def is_harmless(race: str) -> bool:
     """Whether a race is about one of `OWN_NUMBERS`."""
     kinds = "global bytes another warp (may still read|has written, no barrier)"
-    found = re.search(rf"^{kinds}: .*\[(?P<file>\w+\.py):(?P<line>\d+):\d+\]$", race)
+    # Older Tritons add where a function was called: [file:line:column @[ file:line:column ]].
+    found = re.search(rf"^{kinds}: .*\[(?P<file>\w+\.py):(?P<line>\d+):\d+( @\[.*)?\]$", race)
     if found is None:
         return False
     source = Path(kernels.__path__[0], found["file"]).read_text(encoding="utf-8")
@@ -195,7 +196,8 @@ def executing(machine: Machine) -> Iterator[None]:
         machine: to execute on.
 
     Raises:
-        AssertionError: nothing was launched, or races were found that are not `is_harmless`.
+        AssertionError: nothing was launched, shared memory was read that nothing had written, or
+            races were found that are not `is_harmless`.
     """
     from emulator import emulated
 
@@ -210,6 +212,7 @@ def executing(machine: Machine) -> Iterator[None]:
         with emulated(machine.target, order=machine.order, cut_off=machine.cut_off) as log:
             yield
     forget_plans()
-    assert log.reports, "no kernel was launched: this test executes nothing"
+    assert log.launches, "no kernel was launched: this test executes nothing"
     found = {race for race in log.races if not is_harmless(race)}
+    found |= {f"read, and never written: {one}" for one in log.unwritten}
     assert not found, "\n".join(sorted(found))

@@ -1,8 +1,7 @@
 """Copies that go on while the program does: `cp.async` and its groups.
 
 A copy lands as late as the program allows: at the wait that says it must have. Its source is read
-at once, which no program that is free of races can tell. A race of that kind, a source that is
-written between a copy and its wait, is not noticed.
+when it starts and once more when it lands, since a GPU may read it at any time between.
 """
 
 from __future__ import annotations
@@ -25,8 +24,15 @@ class _Copy:
     site: Site
     lanes: Array
     place: Array
+    source: Array  # addresses
+    real: Array  # lanes that copy; the others fill with zeros
     data: Array  # (lanes, size) bytes
     group: Array
+
+    def of(self, some: Array) -> _Copy:
+        """What some of the lanes have started."""
+        own = (self.lanes, self.place, self.source, self.real, self.data, self.group)
+        return _Copy(self.site, *(each[some] for each in own))
 
 
 class Copies:
@@ -58,18 +64,13 @@ class Copies:
         if size not in (4, 8, 16) or ("cg" in site.modifiers and size != 16):
             raise Fault(f"cp.async of {size} bytes: {site}")
         place = self.shared.locate(site, target[lanes], size, lanes)
-        data = np.zeros((len(lanes), size), U1)
         real = np.ones(len(lanes), bool) if filled is None else filled[lanes] == size
         if filled is not None and (filled[lanes][~real] != 0).any():
             raise NotImplementedError(f"cp.async of a part: {site}")
-        if real.any():
-            unit = min(size, 8)
-            whole = np.zeros(self.threads.lanes, bool)
-            whole[lanes[real]] = True
-            found = self.tensors.read(site, whole, source, unit, size // unit)[:, lanes[real]]
-            data[real] = np.ascontiguousarray(found.T).view(U1).reshape(-1, size)
+        data = self._read(site, lanes, source[lanes], real, size)
         self.shared.begin_copy(site, place, size, lanes)
-        self._pending.append(_Copy(site, lanes, place, data, self._groups[lanes]))
+        groups = self._groups[lanes]
+        self._pending.append(_Copy(site, lanes, place, source[lanes], real, data, groups))
         self.copied += len(lanes) * size
 
     def commit(self, site: Site, mask: Array | None) -> None:
@@ -84,21 +85,8 @@ class Copies:
             if mask is not None:
                 done &= mask[copy.lanes]
             if done.any():
-                self.shared.end_copy(
-                    copy.site,
-                    copy.place[done],
-                    copy.data.shape[1],
-                    copy.data[done],
-                    copy.lanes[done],
-                )
-                rest = ~done
-                copy = _Copy(
-                    copy.site,
-                    copy.lanes[rest],
-                    copy.place[rest],
-                    copy.data[rest],
-                    copy.group[rest],
-                )
+                self._land(copy.of(done))
+                copy = copy.of(~done)
             if len(copy.lanes):
                 still.append(copy)
         self._pending = still
@@ -106,6 +94,25 @@ class Copies:
     def wait_for_all(self, site: Site, mask: Array | None) -> None:
         self.commit(site, mask)
         self.wait(site, mask, 0)
+
+    def _land(self, copy: _Copy) -> None:
+        site, size = copy.site, copy.data.shape[1]
+        if (self._read(site, copy.lanes, copy.source, copy.real, size) != copy.data).any():
+            raise Fault(f"global bytes written while a copy of them is under way: {site}")
+        self.shared.end_copy(site, copy.place, size, copy.data, copy.lanes)
+
+    def _read(self, site: Site, lanes: Array, source: Array, real: Array, size: int) -> Array:
+        """(lanes, size) bytes, zeros where a lane is not `real`."""
+        data = np.zeros((len(lanes), size), U1)
+        if real.any():
+            unit = min(size, 8)
+            whole = np.zeros(self.threads.lanes, bool)
+            whole[lanes[real]] = True
+            addresses = np.zeros(self.threads.lanes, source.dtype)
+            addresses[lanes] = source
+            found = self.tensors.read(site, whole, addresses, unit, size // unit)[:, lanes[real]]
+            data[real] = np.ascontiguousarray(found.T).view(U1).reshape(-1, size)
+        return data
 
     def end(self, name: str) -> None:
         """All threads have ended."""

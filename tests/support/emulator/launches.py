@@ -61,9 +61,15 @@ class Report:
 
 
 class Log:
-    """What was launched within a block."""
+    """What was launched within a block.
+
+    Attributes:
+        launches: how many were begun, one that faults too.
+        reports: of those that came to their end.
+    """
 
     def __init__(self) -> None:
+        self.launches = 0
         self.reports: list[Report] = []
 
     @property
@@ -129,6 +135,7 @@ def emulated(
         size = grid(bound.arguments) if callable(grid) else grid
         warps = found.options["num_warps"]
         boxes = descriptors(found, target)
+        log.launches += 1
         log.reports.append(_launch(text, taken, size, warps, shared, options, boxes))
 
     JITFunction.run = run
