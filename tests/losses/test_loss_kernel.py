@@ -309,6 +309,25 @@ def test_adaptive_margins(gap, length_normalized, normalisation):
 
 @pytest.mark.interpreted
 @pytest.mark.executed
+def test_a_gap_without_a_spread_leaves_no_rounding_in_it():
+    """A fused multiply-add would: E[x²] − E[x]² of a single large gap is exactly 0."""
+    margin = AdaptiveMargin(
+        gap=gap_of("ratio", length_normalized=True),
+        gamma=0.4,
+        alpha=0.1,
+        normalisation=Normalisation(statistics="batch"),
+        stop_gradient=False,
+    )
+    for seed in range(5):
+        batch = random_batch(2, seed, torch.float32)
+        batch.lengths.copy_(torch.tensor([7, 3]))
+        with torch.no_grad():
+            batch.policy[0] -= 2e4
+        Pair(PairwiseLoss(LogRatio(beta=0.1), margin)).step(batch, scale=2e3)
+
+
+@pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.parametrize("sizes", [(1, 7, 13, 2), (40, 3, 17), (5,) * 5])
 @pytest.mark.parametrize(
     "options",
@@ -398,6 +417,31 @@ def test_extreme_log_probs_and_empty_completions(reward, margin):
     scale = (reward.beta * batch.policy.detach().abs()).max().item()
     pair = Pair(PairwiseLoss(reward, margin, Logistic(label_smoothing=0.1)))
     pair.step(batch, scale)
+
+
+@pytest.mark.interpreted
+@pytest.mark.executed
+def test_equal_rewards_are_not_won():
+    batch = random_batch(6, 0, torch.float32)
+    with torch.no_grad():
+        batch.policy[[0, 3]] = batch.reference[[0, 3]] - 0.5
+    ours = Pair(DPO).step(batch)
+    assert ours.rewards[0] == ours.rewards[3]
+
+
+@pytest.mark.interpreted
+@pytest.mark.executed
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize(
+    "loss", [dataclasses.replace(DPO, link=Squared()), DRO], ids=["pairs", "no pairs"]
+)
+def test_losses_beyond_fp32_are_counted(loss):
+    """The loss is what fp32 holds of it."""
+    batch = random_batch(6, 0, torch.float32)
+    with torch.no_grad():
+        batch.policy[1] = -1e25
+    ours = launch_loss(loss, None, batch)
+    assert ours.losses.isinf().sum() == ours.metrics["nonfinite"] == 1
 
 
 @pytest.mark.interpreted
