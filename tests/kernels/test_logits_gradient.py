@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from machines import ROUNDED_ONCE, TARGETS, dtypes
@@ -42,6 +44,20 @@ def test_from_hidden_and_weight(shape, transform, dtype, descriptors):
     sums = given.recompute(scale, out, descriptors=descriptors)
     assert_gradient(out, sums, given.gradient(scale))
     assert store[:, vocab:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.executed
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+def test_rows_that_are_none_leave_no_overflow_in_the_sums(dtype):
+    """Their logits are the bias alone, whose exponential no float32 holds."""
+    given = problem((9, 160, 24), dtype)
+    bias = torch.full((160,), 100.0, dtype=dtype)
+    given = dataclasses.replace(given, bias=bias, logits=given.logits + 100)
+    scale, out = torch.randn(9), torch.empty(9, 160, dtype=dtype)
+    wanted = given.gradient(scale)
+    for sums in (given.recompute(scale, out), given.from_products(scale, given.products, out)):
+        assert_close(sums, wanted.sum(0), 2e-5)
 
 
 @pytest.mark.parametrize(("shape", "transform", "dtype"), covering(SHAPES, TRANSFORMS[:2], HALVES))
