@@ -4,7 +4,8 @@
 # make test    lint, types, kernels and all tests
 # make bench   the CPU benchmark suite, with peers (7 minutes)
 # make emulate every test of the kernels on what Triton compiles of them, executed without a GPU: all dtypes,
-#              for an A100 and an H100, warps in several orders; in bf16 on the Tritons of make compat, too (an hour)
+#              for an A100 and an H100, warps in several orders; in bf16 on the Tritons of make compat, too;
+#              and every planted mistake (30 minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
 # make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)
@@ -45,6 +46,7 @@ lint: $(VENV)/installed
 
 # `make emulate ARGS=--quick`: bf16, in lock step
 emulate: $(VENV)/installed
+	EMULATE=all OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto tests/emulator
 	$(RUN) tests/proofs.py $(ARGS)
 	$(RUN) -m benchmarks report
 	$(PYTHON) tests/compat.py --part "kernels, executed" oldest gpu
