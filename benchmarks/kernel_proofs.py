@@ -30,11 +30,15 @@ Four proofs, each of which sees what the others do not:
   Tritons of [compatibility.md](compatibility.md). It sees what a compiler or a launcher gets wrong,
   and a *fault* where a GPU might not: an access out of bounds or misaligned, a barrier that not all
   threads reach, a read of shared memory that nothing has written or that an asynchronous copy has
-  not brought yet, two warps at one byte without a barrier between them. An instruction that it does
-  not know is an error, never a guess.
+  not brought yet, a write to what such a copy still reads, two warps at one byte without a barrier
+  between them. An instruction that it does not know is an error, never a guess.
 - **Compiled and read**: every kernel as it is launched on Llama-3's head, down to the GPU's machine
   code: spills, stack, registers and shared memory (below), for AMD, too.
 - **Measured** on a GPU: {measured}
+
+The emulator is tested in `tests/emulator`: each instruction against the PTX ISA, and mistakes
+planted in compiled kernels, such as a barrier left out, a wait, a mask, another type of product.
+Each has to be noticed, or shown to change nothing; `make emulate` plants them all.
 
 Executed code ends at PTX: what ptxas makes of it is read, but not executed. The order of memory is
 modelled no finer than barriers, waits and fences, and time not at all. A tensor core's sum is exact
