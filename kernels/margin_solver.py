@@ -33,11 +33,9 @@ def mirror_descent(
     t = tl.zeros_like(margins)
     share = t + 1.0  # n p = e^t
     for _ in range(steps):
-        # log(e^t + floor) − t: as a series, exact in float32, unless the share is tiny itself.
-        lift = floor / share
-        lift = tl.where(t > -5, lift - 0.5 * lift * lift, tl.log(share + floor) - t)
         pressure = 1 / (1 + tl.exp(margins - gamma * share))
-        t = (1 - pull) * t - pull * lift - push * pressure
+        # log(e^t + floor), of which the series' next term is far below float32's digits of t.
+        t = (1 - pull) * t - pull * (floor / share) - push * pressure
         share = tl.exp(t)
         mean = tl.maximum(tl.sum(tl.where(taking_part, share, 0.0), 0) / count, 1e-30)
         share = share / mean

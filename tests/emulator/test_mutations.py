@@ -212,7 +212,6 @@ EXPECTED: dict[str, dict[tuple[str, str], str]] = {
             "store without its mask",
             "tl.store(details + other, ",
         ): "what is written too far is written again, rightly, behind a barrier",
-        ("comparison flipped", "lift = tl.where("): RARE,
         ("comparison flipped", "share64 = tl.where("): RARE,
         ("comparison flipped", "decay = tl.exp("): RARE,
         ("comparison flipped", "log1p = tl.where("): RARE,

@@ -431,6 +431,16 @@ def test_equal_rewards_are_not_won():
 
 @pytest.mark.interpreted
 @pytest.mark.executed
+def test_a_hinge_is_flat_where_it_begins_to_be():
+    batch = random_batch(6, 0, torch.float32)
+    with torch.no_grad():
+        batch.policy.copy_(torch.tensor([-2.0, -1.0, -4.0, -3.5, -2.0, -5.25]))
+    ours = Pair(PairwiseLoss(SumLogp(beta=1.0), link=Hinge(delta=1.5))).step(batch)
+    assert ours.losses.tolist() == [0.0, 0.5, 0.25]
+
+
+@pytest.mark.interpreted
+@pytest.mark.executed
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(
     "loss", [dataclasses.replace(DPO, link=Squared()), DRO], ids=["pairs", "no pairs"]
