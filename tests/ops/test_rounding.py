@@ -81,7 +81,7 @@ def test_the_bound_has_the_published_numbers():
         # Four times the depth: four times the bias, twice the rest.
         four, one = (logp_bound(cores, k, LARGEST) / half_place for k in (16384, 4096))
         assert four - 2 * one == pytest.approx(2 * bias)
-    assert logp_bound(None, 4096, LARGEST) == pytest.approx(2 * 64 * half_place)
+    assert logp_bound(None, 4096, LARGEST) == pytest.approx(2**0.5 * 64 * half_place)
 
 
 def test_small_depths_keep_the_tight_bound():

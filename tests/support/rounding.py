@@ -48,8 +48,10 @@ def logp_bound(cores: CutOff | None, depth: int, largest: float, tight: float = 
     6 σ are four of a difference of two logits, for the largest of thousands of errors.
 
     **Rounded to nearest**, as fp32 is multiplied (without tensor cores): each of k additions is off
-    by at most half a last place, evenly, with a standard deviation of 1/√3 of it. Over partial sums
-    on a line to M a logit gets σ = ⅓ √k, and the bound is 6 σ = **2 √k**.
+    by at most half a last place, evenly, with a variance of a third of that squared. Over partial
+    sums on a line to M, and a last place as above:
+
+        σ² = k / 18, and the bound is 6 σ = √(2 k).
 
     At small depths `tight` holds, which stands for all other roundings. What emulated kernels
     measure beside the bound is in `tests/emulator/test_cut_off.py`.
@@ -63,7 +65,7 @@ def logp_bound(cores: CutOff | None, depth: int, largest: float, tight: float = 
     if depth <= _SHALLOW:
         return tight
     if cores is None:
-        steps = 2 * math.sqrt(depth)
+        steps = 6 * math.sqrt(depth * _SQUARED / 9)
     else:
         coarse = 2.0 ** (_BITS - cores.bits)
         bias = 2 * (1 - coarse) * depth / cores.products
