@@ -5,7 +5,7 @@
 # make bench   the CPU benchmark suite, with peers (7 minutes)
 # make emulate every test of the kernels on what Triton compiles of them, executed without a GPU: all dtypes,
 #              for an A100 and an H100, warps in several orders; in bf16 on the Tritons of make compat, too;
-#              and every planted mistake (30 minutes)
+#              and every planted mistake (25 minutes)
 # make kernels compiles every kernel for GPUs and fails on a spill (1 to 2 minutes)
 # make compat  the core of the tests on the oldest versions, on those of a GPU image, and the trainers on
 #              every TRL from 1.9, in Axolotl, in LLaMA-Factory and in ms-swift (30 GB)

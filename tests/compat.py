@@ -315,7 +315,7 @@ def commit_of_this() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
 
-    written = [f":(exclude){path.relative_to(ROOT)}" for path in (PAGE, RESULTS)]
+    written = [":(exclude)docs", ":(exclude)benchmarks/results"]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return git("describe", "--always").strip() + ("-dirty" if changed else "")
 
