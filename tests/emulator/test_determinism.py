@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 
 import pytest
 import torch
 from emulated_kernels import SUBJECTS
 from emulator import emulated, launches
+from machines import EVERYTHING
 
-EVERYTHING = os.environ.get("EMULATE") == "all"
 _SOME = ("_fold_rows_kernel", "_recompute_gradient_kernel", "_sequence_sums_kernel")
 ORDERS = ("up", "down", "random", None) if EVERYTHING else ("down", "random")
 

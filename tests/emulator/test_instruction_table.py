@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -15,6 +14,7 @@ import test_memory_instructions  # noqa: E402
 import test_warp_instructions  # noqa: E402
 from emulator import compiled  # noqa: E402
 from emulator.instructions import FORMS, LINES, spell  # noqa: E402
+from machines import EVERYTHING  # noqa: E402
 
 from benchmarks.kernel_cases import CASES, DTYPES, TARGETS, Setting  # noqa: E402
 from benchmarks.kernel_gate import recording  # noqa: E402
@@ -51,7 +51,6 @@ SOME = (
     "pair loss, dynamic",
     "direct reward, groups",
 )
-EVERYTHING = os.environ.get("EMULATE") == "all"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"] if EVERYTHING else ["sm_80"])

@@ -260,14 +260,20 @@ def test_a_fold_with_the_tile_of_the_architecture(shape):
 
 
 @pytest.mark.parametrize("called", ["", " @[ a.py:1:2 ]", " @[ a.py:1:2 @[ b.py:3:4 ] ]"])
-def test_races_are_harmless_by_the_numbers_of_their_line(called):
+def test_an_instructions_place_is_its_own_line(called):
     """Older Tritons say from where a function was called, too."""
+    place = f".loc 1 171 24 // loss_parts.py:171:24{called}"
+    with pytest.raises(Fault, match=r"misaligned .*  \[loss_parts\.py:171:24\]$"):
+        tried(f"add.s32 %r3, %r3, 1;\n{place}\nld.shared.b32 %r4, [%r3];")
+
+
+def test_races_are_harmless_by_the_numbers_of_their_line():
     lines = Path(kernels.__path__[0], "loss_parts.py").read_text(encoding="utf-8").splitlines()
     (count,) = (n for n, line in enumerate(lines, 1) if "tl.store(nonfinite, " in line)
     (average,) = (n for n, line in enumerate(lines, 1) if "tl.store(average, " in line)
 
     def race(kind: str, line: int) -> str:
-        place = f"[loss_parts.py:{line}:7{called}]"
+        place = f"[loss_parts.py:{line}:7]"
         return f"{kind} bytes another warp may still read: st.global.b64 [%rd1], %rd2  {place}"
 
     assert is_harmless(race("global", count))

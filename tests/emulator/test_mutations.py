@@ -7,7 +7,6 @@ kernels with EMULATE=all.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -23,10 +22,10 @@ import triton  # noqa: E402
 import triton.language  # noqa: E402
 from emulated_kernels import SUBJECTS  # noqa: E402
 from emulator import Fault, emulated, launches  # noqa: E402
+from machines import EVERYTHING  # noqa: E402
 
 from fused_prefopt.kernels import architectures  # noqa: E402
 
-EVERYTHING = os.environ.get("EMULATE") == "all"
 _SMALL = ("_fold_rows_kernel", "_recompute_gradient_kernel", "_sequence_sums_kernel")
 # Of kernels, and of Triton's own library.
 PATHS: dict[str, list[Path]] = {}

@@ -122,8 +122,7 @@ OWN_NUMBERS = {
 def is_harmless(race: str) -> bool:
     """Whether a race is about one of `OWN_NUMBERS`."""
     kinds = "global bytes another warp (may still read|has written, no barrier)"
-    # Older Tritons add where a function was called: [file:line:column @[ file:line:column ]].
-    found = re.search(rf"^{kinds}: .*\[(?P<file>\w+\.py):(?P<line>\d+):\d+( @\[.*)?\]$", race)
+    found = re.search(rf"^{kinds}: .*\[(?P<file>\w+\.py):(?P<line>\d+):\d+\]$", race)
     if found is None:
         return False
     source = Path(kernels.__path__[0], found["file"]).read_text(encoding="utf-8")

@@ -236,7 +236,8 @@ class _Reader:
             line, _, comment = raw.partition("//")
             line = line.strip()
             if line.split(None, 1)[:1] == [".loc"]:
-                self._where = comment.strip() or line
+                # Older Tritons add where a function was called: a.py:1:2 @[ b.py:3:4 ].
+                self._where = comment.partition(" @[")[0].strip() or line
                 continue
             buffer = f"{buffer} {line}".strip()
             while buffer:
